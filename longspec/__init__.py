@@ -1,0 +1,52 @@
+"""longspec: long answers, several tokens per forward pass, exactly what plain decoding would give.
+
+Names are loaded on first use: `import longspec` must not import torch (the command's help has to be instant).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longspec.answer import Answer as Answer
+    from longspec.engine import Engine as Engine
+    from longspec.errors import BudgetError as BudgetError
+    from longspec.errors import ContextError as ContextError
+    from longspec.errors import LongspecError as LongspecError
+    from longspec.errors import ModelError as ModelError
+    from longspec.errors import UsageError as UsageError
+    from longspec.sampling import Sampling as Sampling
+    from longspec.session import Session as Session
+    from longspec.types import Commit as Commit
+    from longspec.types import Draft as Draft
+    from longspec.types import Stats as Stats
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "answer",
+    "BudgetError": "errors",
+    "Commit": "types",
+    "ContextError": "errors",
+    "Draft": "types",
+    "Engine": "engine",
+    "LongspecError": "errors",
+    "ModelError": "errors",
+    "Sampling": "sampling",
+    "Session": "session",
+    "Stats": "types",
+    "UsageError": "errors",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"longspec.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'longspec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

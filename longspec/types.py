@@ -1,0 +1,120 @@
+"""The frozen values that pass between the seams, and the protocols at them.
+
+Letters used throughout: n draft tokens, r rows of a pass, L committed rows, V vocabulary size.
+Nothing here computes more than a sum; nothing here knows a model, a cache or a drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Commit", "Draft", "Drafter", "FinishReason", "Stats", "Verdict", "Writing"]
+
+FinishReason = Literal["stop", "length", "reasoning_budget", "loop", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A bet on the next tokens: a tree, of which a chain is one.
+
+    Token i continues token `parents[i]`; -1 is the text itself. A parent stands before its children, so that one
+    walk from the left meets every token after what it continues.
+    """
+
+    tokens: Tensor  # [n] int64
+    parents: Tensor  # [n] int64, parents[i] < i
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Draft:
+        """The draft in which each token continues the one before it."""
+        return cls.tree(tokens, range(-1, len(tokens) - 1))
+
+    @classmethod
+    def tree(cls, tokens: Sequence[int], parents: Sequence[int]) -> Draft:
+        return cls(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target says of a draft: the path that it keeps, and the token that it adds."""
+
+    kept: tuple[int, ...]  # indices into the draft, root first
+    bonus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one step added to one session's text.
+
+    `tokens` are the kept tokens and the bonus, cut where the text ends; `text` is what may be shown now: whole
+    characters that no stop string can take back. It can lag behind the tokens and catches up with the last commit.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    drafted: int
+    accepted: int  # kept tokens of the draft, before the cut
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A sum of commits. A step is one target forward after the prefill."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    committed: int = 0
+    steps_without_a_bet: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def of(cls, commit: Commit) -> Stats:
+        return cls(1, commit.drafted, commit.accepted, len(commit.tokens), int(commit.drafted == 0))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The papers' tau: committed tokens over steps."""
+        return self.committed / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class Writing(Protocol):
+    """What a drafter may see of a session: the committed text, and a name to keep its own notes under."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def tokens(self) -> Sequence[int]: ...  # prompt and answer so far
+
+    def __hash__(self) -> int: ...
+
+
+class Drafter(Protocol):
+    """Bets on what comes next. It never sees a token that the target hasn't committed, and can't change one."""
+
+    def begin(self, session: Writing) -> None:
+        """A session starts; its prompt is in `session.tokens`."""
+        ...
+
+    def propose(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[Draft]:
+        """One draft per session, of at most `limits[i]` tokens each; an empty draft is no bet."""
+        ...
+
+    def observe(self, session: Writing, commit: Commit) -> None:
+        """`commit` is in the text now."""
+        ...
