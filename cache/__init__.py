@@ -1,0 +1,14 @@
+"""KV caches: one file per kind, over the same blocks of 64 rows. `CACHES` lists them by the name that users write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from longspec.cache.dense import Dense
+from longspec.cache.stage import BLOCK, Bounds, Cache, Part, Shape, Stage
+
+__all__ = ["BLOCK", "CACHES", "Bounds", "Cache", "Dense", "Part", "Shape", "Stage"]
+
+CACHES: dict[str, Callable[[Shape], Cache]] = {
+    "dense": Dense,
+}

@@ -1,0 +1,133 @@
+"""What every cache speaks: parts to read, stages to write to, and the commit between them.
+
+    cache.open() -> stage        rows of a pass that are not text yet
+    stage.add(parents)           announces rows, returns their place
+    stage.put(layer, rows, ...)  their keys and values at one layer
+    stage.parts(layer, rows)     everything those rows may read at that layer, in readable pieces
+    cache.commit(stage, rows)    these rows are text now; the rest never were
+
+Letters: q rows that read, n columns of a part, K key heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "Bounds", "Cache", "Part", "Shape", "Stage"]
+
+BLOCK = 64
+"""Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a cache must know of the model that fills it."""
+
+    key_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # per layer: how many positions back a row reads, itself included; None is all
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's keys and values in all layers, in `dtype`."""
+        return 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Which columns of a part each row may read: `first <= column < last`, and of the last t only those in `tail`."""
+
+    first: Tensor  # [q] int64
+    last: Tensor  # [q] int64
+    tail: Tensor | None = None  # [q, t] bool, a tree's ancestors
+    causal: bool = False  # these bounds are the lower triangle of a square: row i reads columns 0..i
+    _biases: dict[tuple[int, torch.dtype, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def allowed(self, n: int) -> Tensor:
+        """[q, n] bool."""
+        columns = torch.arange(n, device=self.first.device)
+        allowed = (columns >= self.first[:, None]) & (columns < self.last[:, None])
+        if self.tail is not None:
+            allowed[:, n - self.tail.shape[1] :] &= self.tail
+        return allowed
+
+    def bias(self, n: int, dtype: torch.dtype, repeats: int = 1) -> Tensor:
+        """[repeats * q, n]: 0 where a row may read, -inf where not.
+
+        Made once and kept: all layers of a pass with the same window share one Bounds. `repeats` serves backends that
+        lay the query heads of a group behind each other as rows.
+        """
+        key = (n, dtype, repeats)
+        if key not in self._biases:
+            bias = torch.zeros(len(self.first), n, dtype=dtype, device=self.first.device)
+            bias.masked_fill_(~self.allowed(n), float("-inf"))
+            self._biases[key] = bias.repeat(repeats, 1)
+        return self._biases[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One readable piece of a cache. Bounds of None: every row reads every column."""
+
+    keys: Tensor  # [K, n, D]
+    values: Tensor  # [K, n, D]
+    bounds: Bounds | None = None
+
+
+class Stage(Protocol):
+    """The rows of one or more passes that are not text yet. Dropping a stage is free and leaves no trace."""
+
+    def add(self, parents: Sequence[int]) -> slice:
+        """Announce rows; row i continues stage row `parents[i]`, -1 is the text. Returns their place in the stage."""
+        ...
+
+    @property
+    def depths(self) -> Sequence[int]:
+        """Per row, how far behind the text's end: its position is `cache.length + depth`."""
+        ...
+
+    def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [q, K, D] of `rows` at `layer`. A row may stop at a layer and resume in a later pass."""
+        ...
+
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part]:
+        """All that `rows` may read at `layer`, themselves included. A cache may choose by the queries [q, H, D]."""
+        ...
+
+
+class Cache(Protocol):
+    """The keys and values of one session, in all layers."""
+
+    length: int  # committed rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        ...
+
+    def open(self) -> Any:
+        """A new stage behind the committed rows. Several may be open at once; a commit makes the others stale."""
+        ...
+
+    def commit(self, stage: Any, rows: Sequence[int]) -> None:
+        """Make these stage rows text, in this order. Each must have been put in all layers."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all rows from `length` on; a cache may forget more, down to a block's start."""
+        ...
+
+    def fork(self, length: int) -> Cache:
+        """A second text with the same first `length` rows, shared and not copied."""
+        ...

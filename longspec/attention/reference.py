@@ -1,0 +1,96 @@
+"""Attention on torch's own operators: the reference, and the backend of the CPU.
+
+`read` is the definition, in as many plain operators as it takes; `read_flash` gives the same through the CPU's flash
+kernel, which returns the log-sum-exp too (difference to fp64: 5e-7 in fp32). `whole` is for a single part, where no
+log-sum-exp is needed.
+
+The query heads of a group are laid behind each other as rows, so that a key head is read once for its group: with 8
+rows and 7,000 bf16 columns of the default model 0.5 ms a layer, against 1.0 ms through `enable_gqa`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspec.cache.stage import Part
+
+__all__ = ["read", "read_flash", "whole"]
+
+
+def whole(queries: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention of queries [q, H, D] over one part; [q, H, D]."""
+    rows, groups = _grouped(queries, part)
+    output = F.scaled_dot_product_attention(
+        rows,
+        part.keys[None],
+        part.values[None],
+        attn_mask=_bias(part, rows, groups),
+        is_causal=_is_causal(part, groups),
+        scale=scale,
+    )
+    return _ungrouped(output[0], queries)
+
+
+def read_flash(queries: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """As `read`, by the CPU's flash kernel; the output in the queries' dtype."""
+    rows, groups = _grouped(queries, part)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows,
+        part.keys[None],
+        part.values[None],
+        0.0,
+        _is_causal(part, groups),
+        attn_mask=_bias(part, rows, groups),
+        scale=scale,
+    )
+    lse = lse.reshape(rows.shape[1], groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
+    if part.bounds is not None:  # the kernel says 0, and not -inf, of a row that may read nothing
+        lse = lse.masked_fill((part.bounds.first >= part.bounds.last)[:, None], float("-inf"))
+    return _ungrouped(output[0], queries), lse
+
+
+def read(queries: Tensor, part: Part, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
+
+    With a softcap c the scores are c * tanh(score / c) (Gemma 2). A row that may read nothing gives -inf and zeros.
+    """
+    rows, groups = _grouped(queries, part)
+    scores = torch.matmul(rows[0].float(), part.keys.float().transpose(1, 2)) * scale  # [K, G * q, n]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if part.bounds is not None:
+        scores = scores + part.bounds.bias(part.keys.shape[1], scores.dtype, groups)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    output = _ungrouped(torch.matmul(weights, part.values.float()), queries)
+    return output, lse.reshape(len(part.keys), groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
+
+
+def _grouped(queries: Tensor, part: Part) -> tuple[Tensor, int]:
+    """[q, H, D] to [1, K, G * q, D], and G: the G query heads that share a key head, behind each other."""
+    q, heads, dim = queries.shape
+    key_heads = part.keys.shape[0]
+    groups = heads // key_heads
+    if q == 1:
+        return queries.reshape(1, key_heads, groups, dim), groups
+    return queries.reshape(q, key_heads, groups, dim).permute(1, 2, 0, 3).reshape(1, key_heads, groups * q, dim), groups
+
+
+def _ungrouped(output: Tensor, queries: Tensor) -> Tensor:
+    """[K, G * q, D] back to [q, H, D]."""
+    q, heads, dim = queries.shape
+    if q == 1:
+        return output.reshape(1, heads, dim)
+    return output.reshape(heads, q, dim).transpose(0, 1)
+
+
+def _is_causal(part: Part, groups: int) -> bool:
+    return groups == 1 and part.bounds is not None and part.bounds.causal
+
+
+def _bias(part: Part, rows: Tensor, groups: int) -> Tensor | None:
+    if part.bounds is None or _is_causal(part, groups):
+        return None
+    return part.bounds.bias(part.keys.shape[1], rows.dtype, groups)

@@ -1,0 +1,40 @@
+"""Attention in which a row's bits depend on what it reads and on nothing else (`--strict`).
+
+Each row is read on its own: its allowed columns of all parts, in the text's order, as one run. Shape and values of that
+run are the same in plain decoding, in a prefill chunk and on a path of a tree, so the kernel adds in the same order.
+It costs one call per row and layer, and a copy of the columns where they don't lie behind each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from longspec.attention import reference
+from longspec.cache.stage import Part
+
+__all__ = ["attend_strictly"]
+
+
+def attend_strictly(queries: Tensor, parts: Iterable[Part], scale: float, softcap: float | None = None) -> Tensor:
+    """As `longspec.attention.attend`: queries [q, H, D] over all parts; [q, H, D] in their dtype."""
+    pieces = list(parts)
+    chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
+    output = torch.empty_like(queries)
+    for i in range(len(queries)):
+        runs = [_columns(part, None if rows is None else rows[i]) for part, rows in zip(pieces, chosen, strict=True)]
+        keys, values = (torch.cat(tensors, 1).contiguous() for tensors in zip(*runs, strict=True))
+        row, run = queries[i : i + 1].contiguous(), Part(keys, values)
+        if softcap is None:
+            output[i : i + 1] = reference.whole(row, run, scale)
+        else:
+            output[i : i + 1] = reference.read(row, run, scale, softcap)[0].to(queries.dtype)
+    return output
+
+
+def _columns(part: Part, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    if allowed is None:
+        return part.keys, part.values
+    return part.keys[:, allowed], part.values[:, allowed]
