@@ -1,0 +1,186 @@
+"""What a checkpoint's config.json says, in the terms of our one decoder.
+
+Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here;
+what a checkpoint shows by having a tensor (biases, an untied head) is no flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longspec.errors import ModelError
+
+__all__ = ["FAMILIES", "Config", "Rope"]
+
+Norms = Literal["before", "after", "both"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
+"""Values of `model_type` that this decoder speaks. gemma3 is read too, for its text part."""
+
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """One way to turn positions into rotations. `values` holds what the kind needs, under config.json's names."""
+
+    kind: str
+    theta: float
+    dims: int  # leading dimensions of a head that are rotated
+    context: int  # the model's longest text
+    values: tuple[tuple[str, Any], ...] = ()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = dict(self.values).get(name)
+        return default if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A decoder's shape."""
+
+    family: str
+    vocabulary: int
+    width: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int
+    eps: float
+    activation: str
+    windows: tuple[int | None, ...]  # per layer: how many positions back a row reads, itself included
+    ropes: tuple[Rope | None, ...]  # per layer: None leaves positions out
+    scale: float  # of the attention scores
+    norms: Norms = "before"
+    query_norm: Literal["head", "width"] | None = None
+    norm_offset: float = 0.0  # Gemma stores its norm weights less 1
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    fused: bool = False  # qkv_proj and gate_up_proj are one matrix each in the checkpoint
+    end_tokens: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Config:
+        """The shape that a config.json describes. ModelError names what isn't supported or doesn't fit together."""
+        family = raw.get("model_type")
+        if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
+            return cls.read({**raw["text_config"], "model_type": "gemma3_text"})
+        if family not in FAMILIES:
+            raise ModelError(
+                f"The architecture {family!r} is not supported; longspec runs {', '.join(FAMILIES)} (text only)."
+            )
+        try:
+            return _read(str(family), raw)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(f"The model's config.json can't be used: {type(error).__name__} on {error}.") from error
+
+
+def _read(family: str, raw: Mapping[str, Any]) -> Config:
+    gemma = family.startswith("gemma")
+    width, heads, layers = int(raw["hidden_size"]), int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
+    key_heads = int(raw.get("num_key_value_heads") or heads)
+    head_dim = int(raw.get("head_dim") or (256 if gemma else width // heads))
+    sizes = (width, heads, layers, key_heads, head_dim, int(raw["vocab_size"]), int(raw["intermediate_size"]))
+    if min(sizes) < 1 or layers > 10_000 or heads % key_heads:
+        raise ValueError(f"sizes {sizes}")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
+    if activation not in _ACTIVATIONS:
+        raise ModelError(f"The activation {activation!r} is not supported; longspec knows {', '.join(_ACTIVATIONS)}.")
+    if raw.get("use_bidirectional_attention"):
+        raise ModelError("This checkpoint attends in both directions: it embeds texts and can't write them.")
+    sliding = _sliding(family, raw, layers)
+    end = raw.get("eos_token_id")
+    return Config(
+        family=family,
+        vocabulary=int(raw["vocab_size"]),
+        width=width,
+        heads=heads,
+        key_heads=key_heads,
+        head_dim=head_dim,
+        mlp_width=int(raw["intermediate_size"]),
+        context=int(raw.get("max_position_embeddings") or 2048),
+        eps=float(raw.get("rms_norm_eps", 1e-6)),
+        activation=_ACTIVATIONS[activation],
+        windows=tuple(int(raw["sliding_window"]) if slides else None for slides in sliding),
+        ropes=_ropes(family, raw, sliding, head_dim),
+        scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
+        norms="both" if gemma else "after" if family == "olmo2" else "before",
+        query_norm="head" if family in ("qwen3", "gemma3_text") else "width" if family == "olmo2" else None,
+        norm_offset=1.0 if gemma else 0.0,
+        embedding_scale=width**0.5 if gemma else 1.0,
+        attention_softcap=raw.get("attn_logit_softcapping") if gemma else None,
+        logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
+        fused=family == "phi3",
+        end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (int(end),),
+    )
+
+
+def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
+    """Which layers read a window only."""
+    if raw.get("sliding_window") is None or (family == "llama"):
+        return [False] * layers
+    if family in ("qwen2", "qwen3", "smollm3") and not raw.get("use_sliding_window"):
+        return [False] * layers
+    if isinstance(types := raw.get("layer_types"), list):
+        if len(types) != layers:
+            raise ValueError(f"{len(types)} layer_types for {layers} layers")
+        return [kind == "sliding_attention" for kind in types]
+    match family:
+        case "gemma2":
+            return [i % 2 == 0 for i in range(layers)]
+        case "gemma3_text":
+            pattern = int(raw.get("sliding_window_pattern") or 6)
+            return [(i + 1) % pattern != 0 for i in range(layers)]
+        case "qwen2" | "qwen3":
+            return [i >= int(raw.get("max_window_layers", layers)) for i in range(layers)]
+        case "smollm3":
+            return [not rotates for rotates in _rotating(raw, layers)]
+        case _:
+            return [True] * layers  # mistral, phi3, olmo2
+
+
+def _rotating(raw: Mapping[str, Any], layers: int) -> list[bool]:
+    """SmolLM3: which layers use positions."""
+    flags = raw.get("no_rope_layers")
+    if flags is None:
+        every = int(raw.get("no_rope_layer_interval") or 4)
+        return [(i + 1) % every != 0 for i in range(layers)]
+    return [bool(flag) for flag in flags[:layers]]
+
+
+def _ropes(family: str, raw: Mapping[str, Any], sliding: list[bool], head_dim: int) -> tuple[Rope | None, ...]:
+    values = raw.get("rope_parameters") or {}
+    if any(isinstance(inner, Mapping) for inner in values.values()):  # one set of values per kind of layer
+        full = _rope(raw, values.get("full_attention") or {}, head_dim)
+        local = _rope(raw, values.get("sliding_attention") or {}, head_dim)
+    else:
+        full = local = _rope(raw, values or raw.get("rope_scaling") or {}, head_dim)
+        if family == "gemma3_text":
+            local = Rope("default", float(raw.get("rope_local_base_freq") or 10_000.0), head_dim, full.context)
+    ropes: list[Rope | None] = [local if slides else full for slides in sliding]
+    if family == "smollm3":
+        ropes = [rope if rotates else None for rope, rotates in zip(ropes, _rotating(raw, len(ropes)), strict=True)]
+    return tuple(ropes)
+
+
+def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], head_dim: int) -> Rope:
+    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first name for it
+    if kind not in _ROPES:
+        raise ModelError(f"The rope kind {kind!r} is not supported; longspec knows {', '.join(_ROPES)}.")
+    context = int(raw.get("max_position_embeddings") or 2048)
+    original = values.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or context
+    partial = values.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    theta = values.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    kept = {**values, "original_max_position_embeddings": original} if kind != "default" else {}
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    return Rope(kind, float(theta), int(head_dim * float(partial)), context, tuple(sorted(frozen.items())))

@@ -1,0 +1,229 @@
+"""The target: one decoder for the Llama family, driven by its config.
+
+Takes the rows of a pass, flattened over sequences, and the stage of each sequence; gives hidden states and logits.
+Knows nothing of drafts, sampling or text. The linear layers run over all rows at once, attention per sequence; a pass
+may start or stop at any layer, and a later one may resume, since what a row has so far lies in its stage.
+
+Shapes: r rows, H query heads, K key heads, D head dimension, V vocabulary. One pass costs 7 reads of
+weights per layer, in 4 products: q, k, v and gate, up are one matrix each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspec.attention import attend, attend_strictly
+from longspec.cache.stage import Shape, Stage
+from longspec.errors import ModelError
+from longspec.model.config import Config
+from longspec.model.linear import Linear
+from longspec.model.rope import Rotation, rotate
+from longspec.model.weights import Weights
+
+__all__ = ["Decoder", "Rows", "Span"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+STRICT_TILE = 16
+"""Rows per tile under --strict: 1 to 16 rows cost nearly the same on a CPU with bf16 tiles (16.4 and 17.3 ms)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence in a pass."""
+
+    stage: Stage
+    staged: slice  # their place in the stage
+    at: slice  # their place in the pass
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one forward pass, those of several sequences behind each other."""
+
+    tokens: Tensor  # [r] int64
+    positions: Tensor  # [r] int64
+    long: Tensor  # [r] bool: rows of a text that is planned beyond a longrope model's first context
+    spans: Sequence[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight.dtype != x.dtype:  # Gemma multiplies before it rounds
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    before_attention: _Norm | None
+    qkv: Linear
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    output: Linear
+    after_attention: _Norm | None
+    before_mlp: _Norm | None
+    gate_up: Linear
+    down: Linear
+    after_mlp: _Norm | None
+
+
+class Decoder:
+    """A model's weights and its forward pass. Everything runs without gradients, under `torch.inference_mode`."""
+
+    def __init__(self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = weights.dtype
+        self.strict = strict
+        reader = _Reader(config, weights, device, STRICT_TILE if strict else None)
+        self._embedding = reader.embedding()
+        self._layers = [reader.layer(i) for i in range(config.layers)]
+        self._norm = reader.norm("norm", config.width)
+        self._head = reader.head(self._embedding)
+        self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
+        self._activation = _ACTIVATIONS[config.activation]
+        # Gemma rounds the factor to the model's dtype before it multiplies.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
+        self._attend = attend_strictly if strict else attend
+        self.nbytes = reader.nbytes
+
+    @property
+    def shape(self) -> Shape:
+        """What a cache for this model must hold."""
+        c = self.config
+        return Shape(c.key_heads, c.head_dim, c.windows, self.dtype, self.device)
+
+    @property
+    def first_context(self) -> int | None:
+        """The length beyond which a text needs a longrope model's second set of frequencies; None for other models."""
+        lengths = [r.first_context for r in self._rotations.values() if r.first_context is not None]
+        return min(lengths, default=None)
+
+    def forward(self, rows: Rows, hidden: Tensor | None = None, first: int = 0, last: int | None = None) -> Tensor:
+        """Hidden states [r, width] after layers first..last, whose keys and values are then in the rows' stages.
+
+        Without `hidden` the rows begin at their tokens' embeddings. The final norm belongs to `logits`.
+        """
+        if hidden is None:
+            hidden = F.embedding(rows.tokens, self._embedding)
+            if self._embedding_scale != 1.0:
+                hidden = hidden * self._embedding_scale
+        turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
+        for i in range(first, self.config.layers if last is None else last):
+            layer, rope = self._layers[i], self.config.ropes[i]
+            x = layer.before_attention(hidden) if layer.before_attention else hidden
+            x = self._attention(i, layer, x, rows, turns[rope] if rope else None)
+            hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
+            x = layer.before_mlp(hidden) if layer.before_mlp else hidden
+            gate, up = layer.gate_up(x).chunk(2, -1)
+            x = layer.down(self._activation(gate) * up)
+            hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, width] to [r, V], in the model's dtype."""
+        logits = self._head(self._norm(hidden))
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _attention(
+        self, index: int, layer: _Layer, x: Tensor, rows: Rows, turn: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        c = self.config
+        queries, keys, values = layer.qkv(x).tensor_split(
+            (c.heads * c.head_dim, (c.heads + c.key_heads) * c.head_dim), -1
+        )
+        if c.query_norm == "width":  # OLMo 2: over all heads at once
+            queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
+        queries, keys, values = (t.view(len(x), -1, c.head_dim) for t in (queries, keys, values))  # [r, heads, D]
+        if c.query_norm == "head":
+            queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
+        if turn is not None:
+            queries, keys = rotate(queries, *turn), rotate(keys, *turn)
+        outputs = []
+        for span in rows.spans:
+            own = queries[span.at]
+            span.stage.put(index, span.staged, keys[span.at], values[span.at])
+            outputs.append(self._attend(own, span.stage.parts(index, span.staged, own), c.scale, c.attention_softcap))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return layer.output(output.flatten(1))
+
+
+class _Reader:
+    """Takes weights by their checkpoint names, checks each shape against the config, and puts it on the device."""
+
+    def __init__(self, config: Config, weights: Weights, device: torch.device, tile: int | None) -> None:
+        self._config, self._weights, self._device, self._tile = config, weights, device, tile
+        self.nbytes = 0
+        prefixes = ("model.", "", "language_model.model.", "model.language_model.")
+        found = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in weights]
+        if not found:
+            raise ModelError("The checkpoint holds no embed_tokens.weight: it is not one of a supported decoder.")
+        self._prefix = found[0]
+
+    def embedding(self) -> Tensor:
+        return self._take([f"{self._prefix}embed_tokens.weight"], (self._config.vocabulary, self._config.width))
+
+    def norm(self, name: str, width: int) -> _Norm:
+        weight = self._take([f"{self._prefix}{name}.weight"], (width,))
+        if self._config.norm_offset:
+            weight = weight.float() + self._config.norm_offset
+        return _Norm(weight, self._config.eps)
+
+    def head(self, embedding: Tensor) -> Linear:
+        for name in ("lm_head.weight", "language_model.lm_head.weight"):
+            if name in self._weights:
+                return Linear(self._take([name], tuple(embedding.shape)), tile=self._tile)
+        return Linear(embedding, tile=self._tile)  # tied
+
+    def layer(self, i: int) -> _Layer:
+        c = self._config
+        at = f"layers.{i}"
+        q, kv = c.heads * c.head_dim, c.key_heads * c.head_dim
+        before, after = c.norms in ("before", "both"), c.norms in ("after", "both")
+        # Gemma's four norms take Llama's name for the second one; OLMo 2 has the two behind.
+        second = "pre_feedforward_layernorm" if c.norms == "both" else "post_attention_layernorm"
+        queries, keys = {"head": (c.head_dim, c.head_dim), "width": (q, kv), None: (0, 0)}[c.query_norm]
+        qkv = ["qkv_proj"] if c.fused else ["q_proj", "k_proj", "v_proj"]
+        gate_up = ["gate_up_proj"] if c.fused else ["gate_proj", "up_proj"]
+        return _Layer(
+            before_attention=self.norm(f"{at}.input_layernorm", c.width) if before else None,
+            qkv=self._linear([f"{at}.self_attn.{name}" for name in qkv], q + 2 * kv, c.width),
+            query_norm=self.norm(f"{at}.self_attn.q_norm", queries) if queries else None,
+            key_norm=self.norm(f"{at}.self_attn.k_norm", keys) if keys else None,
+            output=self._linear([f"{at}.self_attn.o_proj"], c.width, q),
+            after_attention=self.norm(f"{at}.post_attention_layernorm", c.width) if after else None,
+            before_mlp=self.norm(f"{at}.{second}", c.width) if before else None,
+            gate_up=self._linear([f"{at}.mlp.{name}" for name in gate_up], 2 * c.mlp_width, c.width),
+            down=self._linear([f"{at}.mlp.down_proj"], c.width, c.mlp_width),
+            after_mlp=self.norm(f"{at}.post_feedforward_layernorm", c.width) if after else None,
+        )
+
+    def _linear(self, names: Sequence[str], rows: int, columns: int) -> Linear:
+        weight = self._take([f"{self._prefix}{name}.weight" for name in names], (rows, columns))
+        biases = [f"{self._prefix}{name}.bias" for name in names]
+        bias = self._take(biases, (rows,)) if biases[0] in self._weights else None
+        return Linear(weight, bias, self._tile)
+
+    def _take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        tensor = self._weights.joined(names)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{', '.join(names)}: the checkpoint has {list(tensor.shape)}, its config.json {list(shape)}."
+            )
+        self.nbytes += tensor.nbytes
+        return tensor.to(self._device)

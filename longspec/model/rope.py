@@ -1,0 +1,97 @@
+"""Rotary positions: frequencies of each kind, and the rotation itself.
+
+Takes a `Rope` and positions, gives cosines and sines in fp32; knows no layer. Kinds: default (Su et al., 2104.09864),
+linear (positions divided), llama3 (long wavelengths divided), yarn (2309.00071), longrope (2402.13753).
+
+A longrope model has two sets of frequencies, one for short texts and one for texts beyond its first context. Which
+one a text uses is fixed before its first row, from the longest that it may become: switching while it grows would
+leave keys of both kinds in one cache. (llama.cpp and vLLM decide in the same way, by the context that was asked for.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspec.model.config import Rope
+
+__all__ = ["Rotation", "frequencies", "rotate"]
+
+
+class Rotation:
+    """A rope's frequencies on a device, ready to give cosines and sines."""
+
+    def __init__(self, rope: Rope, device: torch.device) -> None:
+        short, self._factor = frequencies(rope)
+        both = torch.stack((short, frequencies(rope, long=True)[0])) if rope.kind == "longrope" else short[None]
+        self._frequencies = both.to(device)  # [1 or 2, dims / 2]
+        self.first_context = int(rope.get("original_max_position_embeddings", 0)) if len(both) == 2 else None
+
+    def __call__(self, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [r, 1, dims] for `rotate`. `long` [r] bool: rows of a text planned to be long."""
+        chosen = self._frequencies[long.long()] if len(self._frequencies) == 2 else self._frequencies
+        angles = positions[:, None].float() * chosen
+        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
+        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading dimensions of heads [r, h, D]: (a, b) becomes (a cos - b sin, b cos + a sin) in halves."""
+    dims = cos.shape[-1]
+    turned = heads[..., :dims]
+    half = dims // 2
+    swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
+    out = torch.addcmul(turned * cos, swapped, sin)
+    return out if dims == heads.shape[-1] else torch.cat((out, heads[..., dims:]), -1)
+
+
+def frequencies(rope: Rope, long: bool = False) -> tuple[Tensor, float]:
+    """Radians per position [dims / 2] in fp32, and the factor on cosines and sines."""
+    exponents = torch.arange(0, rope.dims, 2, dtype=torch.int64).float() / rope.dims
+    plain = 1.0 / rope.theta**exponents
+    original = rope.get("original_max_position_embeddings", rope.context)
+    match rope.kind:
+        case "linear":
+            return plain / rope.get("factor", 1.0), 1.0
+        case "llama3":
+            return _llama3(rope, plain, original), 1.0
+        case "yarn":
+            return _yarn(rope, plain, original)
+        case "longrope":
+            factors = torch.tensor(rope.get("long_factor" if long else "short_factor"), dtype=torch.float32)
+            factor = rope.get("factor", rope.context / original)
+            default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            return 1.0 / (factors * rope.theta**exponents), rope.get("attention_factor", default)
+        case _:
+            return plain, 1.0
+
+
+def _llama3(rope: Rope, plain: Tensor, original: int) -> Tensor:
+    """Wavelengths up to original / high stay, from original / low on are stretched; between them a blend."""
+    factor, low, high = (float(rope.get(name)) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    wavelengths = 2 * math.pi / plain
+    blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * plain / factor + blend * plain
+
+
+def _yarn(rope: Rope, plain: Tensor, original: int) -> tuple[Tensor, float]:
+    """Dimensions that turn often within the first context stay, those that hardly turn are stretched, by a ramp."""
+    factor = rope.get("factor", rope.context / original)
+
+    def dimension(turns: float) -> float:  # the one that turns so often within the first context
+        return rope.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.get("beta_fast", 32)), dimension(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dims - 1)
+    ramp = ((torch.arange(rope.dims // 2).float() - low) / (max(high - low, 0.001))).clamp(0, 1)
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scaled, over_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    default = mscale(scaled) / mscale(over_all) if scaled and over_all else mscale(1.0)
+    return plain / factor * ramp + plain * (1 - ramp), rope.get("attention_factor", default)

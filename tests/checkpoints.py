@@ -1,0 +1,95 @@
+"""Tiny random checkpoints of every family, made and written by transformers: the oracle's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0],
+    "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 0.75,
+}
+_WINDOW = {"sliding_window": 24}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama-llama3": ("Llama", {"rope_parameters": _LLAMA3, "head_dim": 16}),
+    "llama-yarn": ("Llama", {"rope_parameters": _YARN}),
+    "mistral": ("Mistral", {**_WINDOW}),
+    "qwen2": ("Qwen2", {"rope_parameters": _YARN}),
+    "qwen2-window": ("Qwen2", {**_WINDOW, "use_sliding_window": True, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4}),
+    "gemma2": ("Gemma2", {**_WINDOW, "head_dim": 8, "query_pre_attn_scalar": 12}),
+    "gemma3": (
+        "Gemma3",
+        {
+            **_WINDOW,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
+    "phi3": ("Phi3", {**_WINDOW}),
+    "phi3-longrope": (
+        "Phi3",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 256, "sliding_window": None},
+    ),
+    "olmo2": ("Olmo2", {}),
+}
+
+
+def oracle(name: str, **changes: Any) -> Any:
+    """The family's transformers model: fp32, eager attention, random weights, norms and biases too."""
+    import transformers
+
+    family, extra = FAMILIES[name]
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config = config_class(**{**_COMMON, **extra, **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(len(name))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() == 1 else 0.15
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def write(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder

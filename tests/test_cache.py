@@ -1,0 +1,159 @@
+"""Stage, commit and read back equals a fresh cache; what was dropped never was. For every kind in CACHES."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import oracle, write
+from passes import feed
+from passes import write as commit
+from test_families import load
+
+from longspec.cache import BLOCK, CACHES, Dense, Shape
+from longspec.cache.stage import Cache
+from longspec.model.decoder import Decoder
+from longspec.tree import Tree
+
+TOKENS = torch.randint(3, 96, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+TOLERANCE = 2e-5  # fp32; merged parts and other shapes round differently
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "mistral"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
+    with torch.inference_mode():
+        yield load(write(oracle(request.param), tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(params=CACHES)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return CACHES[request.param]
+
+
+def filled(model: Decoder, kind: Any, length: int) -> Any:
+    cache = kind(model.shape)
+    if length:
+        commit(model, cache, TOKENS[:length])
+    return cache
+
+
+def continuation(model: Decoder, cache: Cache) -> torch.Tensor:
+    return feed(model, cache, TOKENS[cache.length : cache.length + 5])[1]
+
+
+def test_rows_one_by_one_equal_rows_at_once(model: Decoder, kind: Any) -> None:
+    slow = filled(model, kind, 60)
+    for token in TOKENS[60:70]:
+        commit(model, slow, [token])
+    assert slow.length == 70
+    difference = continuation(model, slow) - continuation(model, filled(model, kind, 70))
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_a_dropped_stage_leaves_no_trace(model: Decoder, kind: Any) -> None:
+    cache = filled(model, kind, 70)
+    want = continuation(model, cache)
+    feed(model, cache, TOKENS[100:140])
+    feed(model, cache, TOKENS[200:210], [-1, 0, 0, -1, 3, 3, 4, 4, 1, 8])
+    assert cache.length == 70
+    assert torch.equal(continuation(model, cache), want)
+
+
+def test_a_kept_path_equals_the_same_text(model: Decoder, kind: Any) -> None:
+    """Across a block's border, and deep enough to leave a window of 24."""
+    cache = filled(model, kind, BLOCK - 6)
+    path = TOKENS[BLOCK - 6 : BLOCK + 24]
+    tokens = [token for good in path for token in ((good + 1) % 96, good)]
+    parents = [-1, -1] + [parent for i in range(1, 30) for parent in (2 * i - 1, 2 * i - 1)]
+    stage, logits = feed(model, cache, tokens, parents)
+    plain = filled(model, kind, BLOCK - 6)
+    assert (logits[1::2] - feed(model, plain, path)[1]).abs().max() < TOLERANCE
+    cache.commit(stage, range(1, 60, 2))
+    assert cache.length == BLOCK + 24
+    difference = continuation(model, cache) - continuation(model, filled(model, kind, BLOCK + 24))
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_stages_side_by_side_do_not_see_each_other(model: Decoder, kind: Any) -> None:
+    cache = filled(model, kind, 50)
+    want = continuation(model, cache)
+    mine, _ = feed(model, cache, TOKENS[50:53])
+    other, got = feed(model, cache, TOKENS[50:55])
+    assert (got - want).abs().max() < TOLERANCE
+    feed(model, cache, TOKENS[150:160])
+    cache.commit(other, range(5))
+    difference = continuation(model, cache) - continuation(model, filled(model, kind, 55))
+    assert difference.abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match="stale"):
+        cache.commit(mine, range(3))
+
+
+def test_a_row_must_hold_all_layers(model: Decoder, kind: Any) -> None:
+    cache = filled(model, kind, 10)
+    stage = cache.open()
+    rows = stage.add([-1])
+    shape = model.shape
+    stage.put(0, rows, torch.zeros(1, shape.key_heads, shape.head_dim), torch.zeros(1, shape.key_heads, shape.head_dim))
+    with pytest.raises(ValueError, match="some layers only"):
+        cache.commit(stage, [0])
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 130])
+def test_truncated_is_as_if_never_longer(model: Decoder, kind: Any, length: int) -> None:
+    cache = filled(model, kind, 130)
+    cache.truncate(length)
+    assert cache.length <= length
+    if cache.length < length:
+        commit(model, cache, TOKENS[cache.length : length])
+    difference = continuation(model, cache) - continuation(model, filled(model, kind, length))
+    assert difference.abs().max() < TOLERANCE
+
+
+def test_forks_share_and_part(model: Decoder, kind: Any) -> None:
+    cache = filled(model, kind, 150)
+    twins = [cache.fork(length) for length in (150, 100, 64, 0)]
+    grandchild = twins[1].fork(80)
+    cache.truncate(90)  # below what two of them share
+    commit(model, cache, [5] * 60)
+    commit(model, twins[0], [7] * 3)
+    for twin in (*twins[1:], grandchild):
+        difference = continuation(model, twin) - continuation(model, filled(model, kind, twin.length))
+        assert difference.abs().max() < TOLERANCE
+        commit(model, twin, TOKENS[twin.length : twin.length + 70])
+        difference = continuation(model, twin) - continuation(model, filled(model, kind, twin.length))
+        assert difference.abs().max() < TOLERANCE
+
+
+def test_dense_grows_by_blocks_and_never_much_too_large() -> None:
+    shape = Shape(2, 8, (None, None), torch.float32, torch.device("cpu"))
+    cache = Dense(shape)
+    keys = torch.zeros(1, 2, 8)
+    moves, last = 0, cache.nbytes
+    for _ in range(2000):
+        stage = cache.open()
+        rows = stage.add([-1])
+        for layer in range(2):
+            stage.put(layer, rows, keys, keys)
+        cache.commit(stage, [0])
+        moves, last = moves + (cache.nbytes != last), cache.nbytes
+        assert cache.nbytes % (BLOCK * shape.row_bytes) == 0
+        assert cache.nbytes <= max(BLOCK, 1.125 * cache.length + BLOCK) * shape.row_bytes
+    assert moves < 25
+
+
+def test_a_tree_knows_its_paths() -> None:
+    tree = Tree()
+    assert tree.add([-1, 0, 1]) == slice(0, 3)
+    assert tree.is_chain
+    assert tree.add([1, -1, 4]) == slice(3, 6)
+    assert not tree.is_chain
+    assert tree.depths == [0, 1, 2, 2, 0, 1]
+    assert tree.path(3) == [0, 1, 3]
+    rows = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert tree.ancestors(slice(0, 6)).int().tolist() == [*rows, [0, 0, 0, 0, 1, 1]]
+    assert tree.ancestors(slice(3, 4), window=2).int().tolist() == [[0, 1, 0, 1]]
+    with pytest.raises(ValueError, match="stands before its child"):
+        tree.add([6])
