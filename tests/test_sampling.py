@@ -1,0 +1,147 @@
+"""The sampler against exact enumeration, and the noise against its promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from longspec.errors import UsageError
+from longspec.sampling import Sampling, choose, gumbel, noise_key
+
+DRAWS = 40_000
+ALPHA = 1e-6
+
+
+def enumerated(logits: Tensor, sampling: Sampling, context: list[int]) -> Tensor:
+    """The distribution that the options describe, by the definition, in fp64: [V]."""
+    scores = logits.double().clone()
+    for token in set(context):
+        score = scores[token]
+        scores[token] = score / sampling.repetition_penalty if score > 0 else score * sampling.repetition_penalty
+    scores /= sampling.temperature
+    order = sorted(range(len(scores)), key=lambda token: -float(scores[token]))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = {token: math.exp(float(scores[token])) for token in order}
+    total, mass, kept = sum(weights.values()), 0.0, []
+    for token in order:
+        if mass / total >= sampling.top_p:
+            break
+        kept.append(token)
+        mass += weights[token]
+    kept = [token for token in kept if weights[token] >= sampling.min_p * weights[kept[0]]]
+    total = sum(weights[token] for token in kept)
+    probabilities = torch.zeros_like(scores)
+    for token in kept:
+        probabilities[token] = weights[token] / total
+    return probabilities
+
+
+CASES = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.3, top_k=5),
+    Sampling(temperature=0.8, top_p=0.9),
+    Sampling(temperature=1.0, min_p=0.2),
+    Sampling(temperature=1.1, top_k=9, top_p=0.8, min_p=0.05, repetition_penalty=1.4),
+]
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """The p-value of counts [V]; cells that expect fewer than 5 are merged into one."""
+    expected = probabilities * counts.sum()
+    big = expected >= 5
+    observed, wanted = counts[big].tolist(), expected[big].tolist()
+    if expected[~big].sum() > 0:
+        observed, wanted = [*observed, float(counts[~big].sum())], [*wanted, float(expected[~big].sum())]
+    return float(stats.chisquare(observed, wanted).pvalue)
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+def test_draws_follow_the_enumerated_distribution(sampling: Sampling) -> None:
+    """Fixed seed, 40,000 draws over 12 tokens, alpha 1e-6, at least 5 expected per cell.
+
+    The deviation that it detects is shown by the last line: with 3% of the probability on another token, which is a
+    total variation of 0.03, the same draws are rejected.
+    """
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(4)) * 1.5
+    context = [0, 3, 3, 7]
+    keys = [noise_key(7, "text", position) for position in range(DRAWS)]
+    contexts = [set(context)] * DRAWS if sampling.penalises else None
+    drawn = choose(logits.expand(DRAWS, -1), sampling, keys, contexts)
+    probabilities = enumerated(logits, sampling, context)
+    counts = torch.bincount(drawn, minlength=12)
+    assert counts[probabilities == 0].sum() == 0
+    assert chi_square(counts, probabilities) > ALPHA
+    best, second = probabilities.topk(2).indices.tolist()
+    probabilities[best] -= 0.03
+    probabilities[second] += 0.03
+    assert chi_square(counts, probabilities) < ALPHA
+
+
+def test_a_large_vocabulary_keeps_what_its_definition_keeps() -> None:
+    """Where the nucleus is wider than the first look, and where it isn't, in one pass."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.stack((torch.randn(3000, generator=generator) * 0.3, torch.randn(3000, generator=generator) * 6))
+    sampling = Sampling(temperature=0.9, top_p=0.95)
+    allowed = [set(enumerated(row, sampling, []).nonzero()[:, 0].tolist()) for row in logits]
+    assert len(allowed[0]) > 1000 > 100 > len(allowed[1])
+    for seed in range(200):
+        together = choose(logits, sampling, [noise_key(seed, "", 0), noise_key(seed, "", 1)])
+        alone = [choose(logits[i : i + 1], sampling, [noise_key(seed, "", i)]) for i in range(2)]
+        assert together.tolist() == [int(alone[0]), int(alone[1])]
+        assert int(together[0]) in allowed[0]
+        assert int(together[1]) in allowed[1]
+
+
+def test_noise_is_standard_gumbel_and_its_own_for_each_key() -> None:
+    tokens = torch.arange(50_000)[None]
+    noise = gumbel([noise_key(0, "", 0), noise_key(0, "", 1), noise_key(1, "", 0), noise_key(0, "b", 0)], tokens)
+    for row in noise:
+        assert stats.kstest(row.numpy(), "gumbel_r").pvalue > ALPHA
+    correlations = torch.corrcoef(noise) - torch.eye(4)
+    assert correlations.abs().max() < 6 / math.sqrt(50_000)
+
+
+def test_noise_is_a_function_of_its_place_alone() -> None:
+    """The constants are fixed: the same seed must give the same text in every later version, on every device."""
+    assert noise_key(0, "", 0) == 4851894837794156939
+    noise = gumbel([noise_key(0, "", 0)], torch.tensor([[0, 1, 49151]]))
+    assert noise[0].tolist() == pytest.approx([2.5342783527512993, -0.2643183760869614, 3.657292271169503], abs=1e-12)
+    many = gumbel([noise_key(3, "x", 9), noise_key(0, "", 0)], torch.arange(60_000)[None])
+    assert torch.equal(many[1:, [0, 1, 49151]], noise)
+
+
+def test_greedy_takes_the_first_of_the_best() -> None:
+    assert choose(torch.tensor([[1.0, 3.0, 3.0], [0.0, -1.0, -2.0]]), Sampling(), []).tolist() == [1, 0]
+
+
+def test_a_penalty_moves_each_row_by_its_own_context() -> None:
+    logits = torch.tensor([[2.0, 1.9, -1.0]] * 2)
+    sampling = Sampling(repetition_penalty=1.5)
+    assert choose(logits, sampling, [], [{0}, {1, 2}]).tolist() == [1, 0]
+    assert logits.tolist() == torch.tensor([[2.0, 1.9, -1.0]] * 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0),
+     ("repetition_penalty", 0.0), ("repetition_penalty", math.inf)],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=name):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_checkpoints_defaults_come_below_what_is_given() -> None:
+    defaults = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1, "max_length": 9}
+    assert Sampling.over(defaults, {}) == Sampling(0.6, 0, 0.95, 0.0, 1.1)
+    assert Sampling.over(defaults, {"top_p": 0.5, "seed": 3}) == Sampling(0.6, 0, 0.5, 0.0, 1.1, 3)
+    assert Sampling.over({"temperature": 0.6}, {}).is_greedy
+    assert Sampling.over({"do_sample": True}, {}).temperature == 1.0
+    with pytest.raises(UsageError, match="top_p has no effect"):
+        Sampling.over({}, {"top_p": 0.9})
