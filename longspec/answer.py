@@ -1,0 +1,98 @@
+"""One finished text and what it took, as the object that `--json` prints and every line of a batch holds."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from longspec.session import Session
+
+__all__ = ["Answer", "memory", "peak_bytes", "speculation", "timing", "usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A text, why it ended, and its figures. Seconds, bytes; names as in docs/json.md."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    model: str
+    dtype: str
+    cache: str
+    cache_lossless: bool
+    usage: dict[str, int]
+    speculation: dict[str, Any]
+    timing: dict[str, Any]
+    memory: dict[str, Any]
+
+    def report(self) -> dict[str, Any]:
+        """What `longspec run --json` prints."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "text": self.text,
+            "reasoning": None,
+            "finish_reason": self.finish_reason,
+            "exactness": "exact",
+            "cache": self.cache,
+            "cache_lossless": self.cache_lossless,
+            "usage": self.usage,
+            "speculation": self.speculation,
+            "timing": self.timing,
+            "memory": self.memory,
+        }
+
+
+def usage(session: Session) -> dict[str, int]:
+    return {
+        "prompt_tokens": session.prompt_length,
+        "completion_tokens": len(session.answer),
+        "cached_tokens": session.cached,
+    }
+
+
+def speculation(session: Session, drafter: str) -> dict[str, Any]:
+    stats = session.stats
+    return {
+        "drafter": drafter,
+        "steps": stats.steps,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_step": stats.tokens_per_step,
+        "steps_without_a_bet": stats.steps_without_a_bet,
+    }
+
+
+def timing(session: Session) -> dict[str, Any]:
+    """Decoding runs from the first token to the last; a step's later tokens count, its first one was the prefill's."""
+    prefilled = session.prefilled or session.began
+    first, last = session.first_token, session.last_token
+    decode = last - first if first is not None and last is not None else 0.0
+    tokens = len(session.answer)
+    return {
+        "prefill_s": prefilled - session.began,
+        "decode_s": decode,
+        "time_to_first_token_s": None if first is None else first - session.began,
+        "tokens_per_second": (tokens - 1) / decode if decode > 0 and tokens > 1 else None,
+    }
+
+
+def memory(session: Session, weights: int) -> dict[str, Any]:
+    """Bytes; the cache's are those allocated, per row those over the rows that it holds."""
+    cache = session.cache
+    return {
+        "weights_bytes": weights,
+        "drafter_bytes": 0,
+        "cache_bytes": cache.nbytes,
+        "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,110 @@
+"""From a model's name to a decoder and a vocabulary, with the seconds that each took.
+
+Chooses device and dtype where they are left open. Imports stay light: tokenizers, not transformers, wherever the
+checkpoint has a tokenizer.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from longspec.errors import UsageError
+from longspec.model.config import Config
+from longspec.model.decoder import Decoder
+from longspec.model.hub import find
+from longspec.text import Vocabulary
+
+__all__ = ["DTYPES", "Model", "choose_device", "choose_dtype", "load_model"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint, ready to decode."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    decoder: Decoder
+    vocabulary: Vocabulary
+    end_tokens: tuple[int, ...]
+    defaults: Mapping[str, Any]  # generation_config.json
+    seconds: Mapping[str, float]  # tokenizer, weights
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    strict: bool = False,
+    report: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """Load a model by short name, path or Hugging Face id. `report` is told of what is fetched: stage, done, total.
+
+    Raises:
+        ModelError: it can't be found, read, or isn't supported.
+        UsageError: the dtype or the device is unknown, or not there.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    checkpoint = find(name, report=report)
+    began = perf_counter()
+    special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
+    vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
+    tokenized = perf_counter()
+    config = Config.read(checkpoint.config())
+    decoder = Decoder(config, checkpoint.weights(DTYPES[kind]), place, strict=strict)
+    defaults = checkpoint.generation_config()
+    return Model(
+        name=checkpoint.name,
+        dtype=kind,
+        decoder=decoder,
+        vocabulary=vocabulary,
+        end_tokens=_end_tokens(config, defaults, vocabulary),
+        defaults=defaults,
+        seconds={"tokenizer_s": tokenized - began, "weights_s": perf_counter() - tokenized},
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where torch finds one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"The device {name!r} is not known; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name} was asked for, but this torch ({torch.__version__}) finds no CUDA GPU.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
+    if name in DTYPES:
+        return name
+    if name != "auto":
+        raise UsageError(f"The dtype {name!r} is not known; use auto, {' or '.join(DTYPES)}.")
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("bf16") else "fp32"
+
+
+def _end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """All tokens that end a text: what the generation config, the config and the tokenizer name."""
+    named = defaults.get("eos_token_id")
+    ends = list(named) if isinstance(named, list) else [] if named is None else [named]
+    ends += config.end_tokens
+    ends += [i for i in [vocabulary.id_of("eos_token")] if i is not None]
+    return tuple(dict.fromkeys(int(end) for end in ends))

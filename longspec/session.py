@@ -1,0 +1,114 @@
+"""One text being written, and all that belongs to it: tokens, cache, sampling, and where it ends.
+
+A session knows when its text is over; it doesn't know how tokens come about. `take` is the one way in for tokens, so
+that an end-of-text token, a stop string or a limit inside of a draft is one case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+from longspec.cache.stage import Cache
+from longspec.sampling import Sampling, noise_key
+from longspec.text import Transcript
+from longspec.types import Commit, FinishReason, Stats, Verdict
+
+__all__ = ["Session"]
+
+
+class Session:
+    """A prompt and the answer so far.
+
+    key: names the session in the noise of its sampling: the same seed and key give the same text.
+    limit: the most tokens that prompt and answer may have together.
+    long: the text is planned beyond a longrope model's first context.
+    began: when the work on it began, on `perf_counter`'s clock.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        cache: Cache,
+        transcript: Transcript,
+        *,
+        key: str,
+        sampling: Sampling,
+        end_tokens: Sequence[int],
+        limit: int,
+        long: bool = False,
+        began: float | None = None,
+    ) -> None:
+        self.key = key
+        self.tokens = list(prompt)
+        self.seen = set(prompt)  # distinct tokens of the text; those of a part that a stop string took back stay
+        self.prompt_length = len(prompt)
+        self.cached = cache.length  # prompt rows that needed no prefill
+        self.cache = cache
+        self.sampling = sampling
+        self.limit = limit
+        self.long = long
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.stats = Stats()
+        self.began = perf_counter() if began is None else began
+        self.prefilled: float | None = None  # when the prompt was in the cache
+        self.first_token: float | None = None  # when the first token was committed
+        self.last_token: float | None = None
+        self._transcript = transcript
+        self._end_tokens = frozenset(end_tokens)
+
+    @property
+    def answer(self) -> list[int]:
+        """The answer's tokens, its end-of-text token included."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def unfed(self) -> list[int]:
+        """Tokens that the cache lacks: the last one at least, since prefill leaves it for the first step."""
+        return self.tokens[self.cache.length :]
+
+    @property
+    def room(self) -> int:
+        """How many tokens the answer may still get."""
+        return self.limit - len(self.tokens)
+
+    def noise_keys(self, depths: Sequence[int]) -> list[int]:
+        """Keys of the noise for tokens that are chosen `depth` draft tokens behind the text."""
+        return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
+
+    def take(self, verdict: Verdict, draft: Sequence[int]) -> Commit:
+        """Add the kept tokens and the bonus to the text, up to where it ends."""
+        tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
+        before, shown = len(self.tokens), ""
+        for token in tokens:
+            self.tokens.append(token)
+            self.seen.add(token)
+            if token in self._end_tokens:
+                self.finish_reason = "stop"
+                break
+            shown += self._transcript.push(token)
+            if self._transcript.stopped:
+                self.finish_reason = "stop"
+                del self.tokens[self.prompt_length + self._transcript.kept :]
+                break
+            if self.room == 0:
+                self.finish_reason = "length"
+                break
+        shown += self._close() if self.finish_reason else ""
+        self.text += shown
+        self.last_token = perf_counter()
+        self.first_token = self.first_token or self.last_token
+        commit = Commit(tuple(self.tokens[before:]), shown, len(draft), len(verdict.kept), self.finish_reason)
+        self.stats += Stats.of(commit)
+        return commit
+
+    def interrupt(self) -> str:
+        """End the text here: what was held back of it is given."""
+        self.finish_reason = "interrupted"
+        rest = self._close()
+        self.text += rest
+        return rest
+
+    def _close(self) -> str:
+        return "" if self._transcript.stopped else self._transcript.close()
