@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
     raw: bool  # the prompt as it is, without the chat template
     key: str  # names the text in the noise of its sampling
     max_new_tokens: int | None  # None: up to the end of text, or of the model's context
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -67,16 +67,11 @@ class Engine:
     def __init__(
         self, model: Model, *, drafter: str = "auto", cache: str = "auto", draft_tokens: int = DRAFT_TOKENS
     ) -> None:
-        if draft_tokens < 1:
-            raise UsageError(
-                f"num_speculative_tokens is {draft_tokens}; it must be 1 or more (--drafter none bets on nothing)."
-            )
+        _check(drafter, cache, draft_tokens)
         self.model = model
         self.drafter_name = "ngram" if drafter == "auto" else drafter
         self.drafter = make_drafter(self.drafter_name)
         self.cache_name = "dense" if cache == "auto" else cache
-        if self.cache_name not in CACHES:
-            raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(CACHES)}.")
         self.draft_tokens = draft_tokens
         self.load_seconds: dict[str, float] = {}
 
@@ -107,7 +102,7 @@ class Engine:
             if threads < 1:
                 raise UsageError(f"threads is {threads}; it must be 1 or more.")
             torch.set_num_threads(threads)
-        make_drafter("none" if drafter == "auto" else drafter)  # a wrong name is said before a model is loaded
+        _check(drafter, cache, num_speculative_tokens)  # what is wrong is said before a model is loaded
         began = perf_counter()
         loaded = load_model(model, dtype=dtype, device=device, strict=strict, report=report)
         engine = cls(loaded, drafter=drafter, cache=cache, draft_tokens=num_speculative_tokens)
@@ -143,10 +138,11 @@ class Engine:
         tokens = self._encode(prompt, options.get("system"), raw=options.get("raw", False))
         decoder, sampling = self.model.decoder, self._sampling(options)
         limit = self._limit(len(tokens), options.get("max_new_tokens"))
+        stop = options.get("stop", ())
         session = Session(
             tokens,
             CACHES[self.cache_name](decoder.shape),
-            Transcript(self.model.vocabulary, options.get("stop", ())),
+            Transcript(self.model.vocabulary, [stop] if isinstance(stop, str) else stop),
             key=options.get("key", ""),
             sampling=sampling,
             end_tokens=self.model.end_tokens,
@@ -194,8 +190,10 @@ class Engine:
             self.drafter.observe(feed.session, commits[-1])
         return commits
 
-    def answer(self, session: Session) -> Answer:
-        """What the session wrote so far, and what it took."""
+    def answer(self, session: Session, began: float | None = None) -> Answer:
+        """What the session wrote so far, and what it took. began: from when the first token was waited for, on
+        perf_counter's clock; else it is from when the session was opened.
+        """
         return Answer(
             text=session.text,
             tokens=tuple(session.answer),
@@ -206,7 +204,7 @@ class Engine:
             cache_lossless=True,
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
-            timing={**self.load_seconds, **timing(session)},
+            timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder.nbytes),
         )
 
@@ -257,6 +255,16 @@ class Engine:
     def _sampling(self, options: Options) -> Sampling:
         given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}  # type: ignore[literal-required]
         return Sampling.over(self.model.defaults, given)
+
+
+def _check(drafter: str, cache: str, draft_tokens: int) -> None:
+    make_drafter("none" if drafter == "auto" else drafter)
+    if cache != "auto" and cache not in CACHES:
+        raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(CACHES)}.")
+    if draft_tokens < 1:
+        raise UsageError(
+            f"num_speculative_tokens is {draft_tokens}; it must be 1 or more (--drafter none bets on nothing)."
+        )
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

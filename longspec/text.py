@@ -154,7 +154,7 @@ class TextStream:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
         self._first = True
         self.length = 0  # characters given
         self.begins: list[int] = []
@@ -166,10 +166,14 @@ class TextStream:
         begin, text = self.length, ""
         if piece is not None:
             self._first = False
-            held: bytes = self._utf8.getstate()[0]
-            text = self._utf8.decode(piece)
             # Bytes that can't continue the held ones turn those into a U+FFFD, and begin behind it.
-            begin += len((held + piece[:1]).decode(errors="replace")) > 1
+            begin += len((self._held + piece[:1]).decode(errors="replace")) > 1
+            data = self._held + piece
+            text, used = codecs.utf_8_decode(data, "replace", False)
+            self._held = data[used:]
+            lost = self._held.decode(errors="replace")
+            if len(lost) > 1:  # half a surrogate pair: Python waits for its end, though UTF-8 can't hold one
+                text, self._held = text + lost, b""
         self.begins.append(begin)
         self.length += len(text)
         return text

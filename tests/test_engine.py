@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from longspec.cache import BLOCK, CACHES
 from longspec.errors import ContextError, UsageError
 from longspec.model.load import Model
 from longspec.types import Draft, Verdict
+from longspec.verify import verify
 
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 5}
@@ -25,8 +25,8 @@ NEW = 2 * BLOCK + 9
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    yield tiny(tmp_path_factory.mktemp("tiny"), request.param, end_tokens=())
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny(tmp_path_factory.mktemp("tiny"), request.param, end_tokens=())
 
 
 def opened(made: Any, count: int, way: dict[str, Any], **options: Any) -> list[Any]:
@@ -123,7 +123,7 @@ def _another_row(tokens: Any, parents: Any, choices: Any) -> Verdict:
     return Verdict(_real(tokens, parents, choices).kept, choices[-1])
 
 
-_real = module.verify
+_real = verify
 _broken = {"keeps all": _keeps_all, "no correction": _no_correction, "bonus of another row": _another_row}
 
 
@@ -237,18 +237,11 @@ def test_a_finished_text_goes_on_where_it_was_cut(model: Model, plain: Any) -> N
         assert session.tokens == text[: session.limit]
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_that_end_at_blocks(model: Model) -> None:
+def test_a_long_prompt_is_prefilled_in_chunks_that_end_at_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(model)
-    session = made.open("0" * 500, raw=True, max_new_tokens=2)
-    done = list(made.prefill(session))
-    assert done == [499]
-    session = made.open("0" * 511, raw=True, max_new_tokens=1)
-    module_rows = module.PREFILL_ROWS
-    try:
-        module.PREFILL_ROWS = 128  # type: ignore[misc]
-        assert list(made.prefill(session)) == [128, 256, 384, 510]
-    finally:
-        module.PREFILL_ROWS = module_rows  # type: ignore[misc]
+    assert list(made.prefill(made.open("0" * 500, raw=True))) == [499]
+    monkeypatch.setattr(module, "PREFILL_ROWS", 128)
+    assert list(made.prefill(made.open("0" * 511, raw=True))) == [128, 256, 384, 510]
 
 
 def test_a_seed_and_a_key_give_the_same_text_and_others_another(model: Model) -> None:

@@ -6,7 +6,7 @@ checkpoint has a tokenizer.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -17,6 +17,7 @@ from longspec.errors import UsageError
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.hub import find
+from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
 __all__ = ["DTYPES", "Model", "choose_device", "choose_dtype", "load_model"]
@@ -45,7 +46,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     strict: bool = False,
-    report: Callable[[str, int, int], None] | None = None,
+    report: Report | None = None,
 ) -> Model:
     """Load a model by short name, path or Hugging Face id. `report` is told of what is fetched: stage, done, total.
 
@@ -61,7 +62,7 @@ def load_model(
     vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
     tokenized = perf_counter()
     config = Config.read(checkpoint.config())
-    decoder = Decoder(config, checkpoint.weights(DTYPES[kind]), place, strict=strict)
+    decoder = Decoder(config, checkpoint.weights(DTYPES[kind], report or quiet), place, strict=strict)
     defaults = checkpoint.generation_config()
     return Model(
         name=checkpoint.name,

@@ -1,0 +1,100 @@
+"""The default model itself: against transformers, and against itself without bets. fp32: no token may differ.
+
+A few prompts of our own always; with LONGSPEC_TEST_DATA set to a folder that holds Spec-Bench's `spec_bench.jsonl`, the
+full comparison by `make test-full`: 20 prompts against transformers, 40 prompts x (greedy and 5 seeds) without bets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import finish
+
+from longspec.engine import Engine
+from longspec.model.hub import find
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "A train leaves at 9:40 and arrives at 13:05. It stops for 12 minutes, twice. How long does it move?",
+    "Write a polite e-mail that asks a neighbour to turn the music down after ten in the evening.",
+    "Repeat this list three times, each time in another order: apple, pear, cherry, plum, quince, apricot.",
+    "Summarise in two sentences: The village had two wells. One was deep and cold, the other shallow and warm. When the "
+    "summer came and the shallow one fell dry, the people of the lower street walked up to the deep one every evening, "
+    "and so the two streets, which had not spoken for years, began to speak again.",
+]  # fmt: skip
+
+
+def spec_bench(count: int) -> list[str]:
+    """First turns of Spec-Bench, evenly over its categories."""
+    folder = os.environ.get("LONGSPEC_TEST_DATA")
+    if not folder:
+        pytest.skip("LONGSPEC_TEST_DATA names no folder with spec_bench.jsonl")
+    lines = (Path(folder) / "spec_bench.jsonl").read_text().splitlines()
+    return [json.loads(line)["turns"][0] for line in lines[:: len(lines) // count]][:count]
+
+
+@cache
+def engine(drafter: str) -> Engine:
+    torch.set_num_threads(2)
+    return Engine.load("smollm2", dtype="fp32", drafter=drafter)
+
+
+def by_transformers(prompts: list[str], new: int) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = find("smollm2").folder
+    assert folder is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "fp32", dtype=torch.float32)
+    config: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new, do_sample=False, eos_token_id=2, pad_token_id=2
+    )
+    texts = []
+    for prompt in prompts:
+        tokens = torch.tensor([engine("none").open(prompt).tokens])
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
+        texts.append(out[0].tolist())
+    return texts
+
+
+def by_us(drafter: str, prompts: list[str], new: int, together: int = 1, **options: Any) -> list[list[int]]:
+    made, texts = engine(drafter), []
+    for start in range(0, len(prompts), together):
+        sessions = [
+            made.open(prompt, key=str(start + i), max_new_tokens=new, **options)
+            for i, prompt in enumerate(prompts[start : start + together])
+        ]
+        texts += finish(made, sessions)
+    return texts
+
+
+def test_greedy_tokens_are_transformers_tokens() -> None:
+    prompts = PROMPTS[:2]
+    assert by_us("none", prompts, 48) == by_transformers(prompts, 48)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 1}], ids=["greedy", "sampled"])
+def test_bets_do_not_change_a_token(options: dict[str, Any]) -> None:
+    alone = by_us("none", PROMPTS, 64, **options)
+    assert by_us("ngram", PROMPTS, 64, together=4, **options) == alone
+
+
+@pytest.mark.full
+def test_full_greedy_tokens_are_transformers_tokens() -> None:
+    prompts = spec_bench(20)
+    assert by_us("none", prompts, 200) == by_transformers(prompts, 200)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [None, 0, 1, 2, 3, 4])
+def test_full_bets_do_not_change_a_token(seed: int | None) -> None:
+    prompts = spec_bench(40)
+    options = {} if seed is None else {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+    plain = by_us("none", prompts, 128, together=8, **options)
+    assert by_us("ngram", prompts, 128, together=8, **options) == plain
