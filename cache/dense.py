@@ -41,6 +41,7 @@ class Dense:
         self._capacity = 0
         self._buffers: list[Tensor] = [self._empty(0) for _ in shape.windows]
         self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows stand behind the text
+        self._changes = 0  # commits and cuts so far: a stage opened before the last one is stale
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +65,7 @@ class Dense:
             for buffer, new in zip(self._buffers, chosen, strict=True):
                 buffer[:, :, at : at + kept] = new
         self.length += kept
-        self._behind = None
+        self._changed()
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
@@ -78,7 +79,7 @@ class Dense:
             self._buffers, self._capacity = [self._empty(0) for _ in self._buffers], 0
             self._start = self._lent = length
         self.length = length
-        self._behind = None
+        self._changed()
 
     def fork(self, length: int) -> Dense:
         if not 0 <= length <= self.length:
@@ -102,6 +103,10 @@ class Dense:
             new[:, :, : old.shape[2]] = old
             self._buffers[layer] = new
 
+    def _changed(self) -> None:
+        self._behind = None
+        self._changes += 1
+
     def _empty(self, rows: int) -> Tensor:
         s = self.shape
         return torch.empty(2, s.key_heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
@@ -114,6 +119,7 @@ class DenseStage:
         self.behind = behind
         self._cache = cache
         self._length = cache.length
+        self._opened = cache._changes
         self._tree = Tree()
         self._held = [0] * cache.shape.layers  # rows put so far, per layer
         self._reaches: dict[tuple[int, int, int, int | None, bool], tuple[int, Bounds | None]] = {}
@@ -169,7 +175,7 @@ class DenseStage:
             raise ValueError(f"row {max(rows)} was put in some layers only: {self._held}")
 
     def _check_fresh(self) -> None:
-        if self._length != self._cache.length:
+        if self._opened != self._cache._changes:
             raise ValueError("this stage is stale: its cache has gone on since it was opened")
 
     def _part(self, layer: int, rows: slice, buffer: Tensor, start: int, end: int, *, staged: bool) -> Iterator[Part]:
