@@ -1,0 +1,191 @@
+"""The tokenizer that a GGUF file's fields describe, as a `tokenizers.Tokenizer`.
+
+Takes the fields; knows no file and no model. There are two kinds: `gpt2`, byte-level BPE, whose text is first split by
+a pattern that the file only names, and `llama`, the BPE of sentencepiece, whose merges follow from the tokens' scores.
+A pattern that isn't known here is refused: another split would give other tokens, and nothing would show it.
+
+transformers has builders too; they are internal, moved between 5.17 and 5.23, and know no `smollm` (the default model's
+pattern, which keeps digits apart), so that 12345 would become one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from longspec.errors import ModelError
+
+__all__ = ["build_tokenizer", "tokenizer_config_of"]
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """How a byte-level tokenizer cuts text before it merges."""
+
+    pattern: str | None = None  # GPT-2's, where None
+    digits: bool = False  # each digit on its own, before the pattern
+    composed: bool = False  # text is brought to NFC first
+    whole_words: bool = False  # a piece that is a token is taken without merging
+    begins: bool = False  # texts begin with the bos token where the file doesn't say
+
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+_SPLITS = {
+    "gpt-2": _Split(),
+    "olmo": _Split(),
+    "smollm": _Split(digits=True),
+    "starcoder": _Split(digits=True),
+    "refact": _Split(digits=True),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _Split(_LLAMA3, whole_words=True, begins=True)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Split(_LLAMA3)),  # Phi-4 and OLMo 2 among others
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _Split(_QWEN2, composed=True)),
+    "tekken": _Split(rf"{_CASED % ('', '')}|\p{{N}}|{_REST}", whole_words=True, begins=True),
+    "gpt-4o": _Split(rf"{_CASED % (_SUFFIX, _SUFFIX)}|\p{{N}}{{1,3}}|{_REST}"),
+}
+"""By `tokenizer.ggml.pre`. The patterns are those of the models' own tokenizer.json."""
+
+
+def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
+    """Raises ModelError where the kind or the split isn't known, or the fields don't fit together."""
+    kind = fields.get("tokenizer.ggml.model")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
+        raise ModelError("The GGUF file holds no list of tokens, so it can't be used for text.")
+    kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ModelError(f"The GGUF file has {len(tokens):,} tokens, and not as many token types.")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if not isinstance(kind, str) or kind not in builders:
+        raise ModelError(f"The tokenizer kind {kind!r} of the GGUF file is not supported; known are gpt2 and llama.")
+    try:
+        tokenizer = builders[kind](fields, tokens, kinds)
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"No tokenizer can be built from the GGUF file's fields: {error}.") from error
+    pairs = list(zip(tokens, kinds, strict=True))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == _USER_DEFINED and token])
+    _add_ends(tokenizer, fields)
+    return tokenizer
+
+
+def tokenizer_config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tokenizer_config.json says. The class is the one that takes tokenizer.json as it is."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": _adds(fields, "bos"),
+        "add_eos_token": _adds(fields, "eos"),
+    }
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (token := _token(fields, field)) is not None:
+            config[f"{name}_token"] = token
+    if isinstance(template := fields.get("tokenizer.chat_template"), str):
+        config["chat_template"] = template
+    return config
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
+    split = _split(fields)
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or any(merge.count(" ") != 1 for merge in merges):
+        raise ModelError("The GGUF file holds no list of merges of two tokens each, and its tokenizer needs one.")
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), pairs, ignore_merges=split.whole_words))
+    if split.composed:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ModelError("The GGUF file holds no score for each of its tokens, and its tokenizer needs them.")
+    vocabulary = _vocabulary(tokens)
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    merges = _merges(vocabulary, tokens, scores, kinds)
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefixed = fields.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * bool(prefixed))
+    return tokenizer
+
+
+def _merges(
+    vocabulary: dict[str, int], tokens: list[str], scores: list[float], kinds: list[int]
+) -> list[tuple[str, str]]:
+    """Sentencepiece joins the neighbours that make the best token: every way to make one, the best tokens first."""
+    merges: list[tuple[str, str]] = []
+    ranked = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
+    for token in (tokens[i] for i in ranked):
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges
+
+
+def _vocabulary(tokens: list[str]) -> dict[str, int]:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ModelError("The GGUF file lists a token twice, so its tokenizer can't be rebuilt.")
+    return vocabulary
+
+
+def _split(fields: Mapping[str, Any]) -> _Split:
+    name = fields.get("tokenizer.ggml.pre")
+    if not isinstance(name, str) or name not in _SPLITS:
+        raise ModelError(
+            f"The GGUF file splits text by {name!r} (tokenizer.ggml.pre), which isn't one of {', '.join(_SPLITS)}: "
+            "use the model's Hugging Face folder, which has a tokenizer.json."
+        )
+    return _SPLITS[name]
+
+
+def _adds(fields: Mapping[str, Any], which: str) -> bool:
+    """Whether a text gets the token at its end; llama.cpp's defaults where the file doesn't say."""
+    said = fields.get(f"tokenizer.ggml.add_{which}_token")
+    if said is None and which == "bos":
+        return fields.get("tokenizer.ggml.model") == "llama" or _split(fields).begins
+    return bool(said)
+
+
+def _add_ends(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
+    ends = {which: _token(fields, which) for which in ("bos", "eos") if _adds(fields, which)}
+    used = {which: token for which, token in ends.items() if token is not None}
+    if used:
+        single = [token for token in (used.get("bos"), "$A", used.get("eos")) if token is not None]
+        identified = [(token, int(fields[f"tokenizer.ggml.{which}_token_id"])) for which, token in used.items()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=identified)
+
+
+def _token(fields: Mapping[str, Any], which: str) -> str | None:
+    index, tokens = fields.get(f"tokenizer.ggml.{which}_token_id"), fields["tokenizer.ggml.tokens"]
+    if index is None:
+        return None
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise ModelError(f"The GGUF file's {which} token is number {index!r} of {len(tokens):,}.")
+    return str(tokens[index])

@@ -1,0 +1,125 @@
+"""Tiny GGUF files, written as llama.cpp's converter writes them, from transformers' own tiny models."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+ALPHABET = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", *string.ascii_letters, *string.digits, *".,!?'", "Ċ"]
+MERGES = ["a n", "t h", "th e", "Ġ a"]
+SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3"}  # model_type to GGUF's architecture, where they differ
+
+
+def write_gguf(model: Any, path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda writer: None) -> Path:
+    """The model as a GGUF file in fp32. `change` may add fields before it is written."""
+    config = model.config
+    kind = SUPPORTED.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, kind)
+    _add_shape(writer, config, kind)
+    add_tokenizer(writer, config.vocab_size)
+    change(writer)
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        writer.add_tensor(stored, _as_stored(tensor, name, config, kind).contiguous().numpy())
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str = "smollm") -> None:
+    """A byte-level tokenizer of `size` tokens: letters, digits, four merges, three control tokens, and padding."""
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
+    kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * (size - len(kinds)))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    every = config.rope_parameters
+    rope = every.get("full_attention", every)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind == "gemma3":
+        writer.add_rope_freq_base_swa(every["sliding_attention"]["rope_theta"])
+    if kind in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    _add_rope_scaling(writer, rope, head_dim)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
+    match rope["rope_type"]:
+        case "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        case "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        case "longrope":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_tensor("rope_factors_long.weight", np.array(rope["long_factor"], np.float32))
+            writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], np.float32))
+        case "llama3":
+            writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim))
+
+
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    original, factors = rope["original_max_position_embeddings"], []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+        blend = (original / wavelength - low) / (high - low)
+        stretched = 1 / ((1 - blend) / factor + blend)
+        factors.append(1.0 if wavelength < original / high else factor if wavelength > original / low else stretched)
+    return np.array(factors, np.float32)
+
+
+def _as_stored(tensor: Tensor, name: str, config: Any, kind: str) -> Tensor:
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    for which, count in heads.items():
+        if kind in ("llama", "smollm3") and f".{which}_proj." in name:  # halves to pairs
+            halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
+            return halves.transpose(1, 2).reshape(tensor.shape)
+    return tensor.to(torch.float32)
