@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+from longspec.cache.codes import Codec
 from longspec.cache.dense import Dense
+from longspec.cache.quantized import Quantized
 from longspec.cache.stage import BLOCK, Bounds, Cache, Part, Shape, Stage
 
 __all__ = ["BLOCK", "CACHES", "Bounds", "Cache", "Dense", "Part", "Shape", "Stage"]
 
 CACHES: dict[str, Callable[[Shape], Cache]] = {
     "dense": Dense,
+    "int8": partial(Quantized, codec=Codec(8, symmetric=True)),
+    "int4": partial(Quantized, codec=Codec(4)),
+    "int2": partial(Quantized, codec=Codec(2)),
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 from longspec.cache.stage import BLOCK, Bounds, Part, Shape
 from longspec.tree import Tree
 
-__all__ = ["Dense", "DenseStage"]
+__all__ = ["Dense", "DenseStage", "near_start"]
 
 _SPLIT_ROWS = 64
 """From this many rows on (prefill chunks), the committed rows are a part of their own that needs no mask."""
@@ -32,16 +32,26 @@ _SPLIT_ROWS = 64
 class Dense:
     """Keys and values of one session. See `longspec.cache.stage.Cache` for the verbs."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, near: bool = False) -> None:
         self.shape = shape
+        self.near = near  # rows read from `near_start` of their position on: older ones are kept elsewhere
         self.length = 0
-        self._start = 0  # the text's row that the own buffers begin with; what lies before is shared
+        self._start = 0  # what lies before is shared, or was forgotten
         self._shared: list[tuple[list[Tensor], int]] = []  # (buffers, rows), in the text's order
         self._lent = 0  # rows below are read by a fork: never to be overwritten
         self._capacity = 0
         self._buffers: list[Tensor] = [self._empty(0) for _ in shape.windows]
         self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows stand behind the text
         self._changes = 0  # commits and cuts so far: a stage opened before the last one is stale
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return self._buffers
+
+    @property
+    def start(self) -> int:
+        """The text's row that the own buffers begin with."""
+        return self._start
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +101,24 @@ class Dense:
         twin.truncate(length)
         return twin
 
+    def forget(self, row: int) -> None:
+        """Let go of the rows before `row`, which a near cache's rows read elsewhere."""
+        gone, held = row - self._start, self.length - row
+        old, self._buffers, self._capacity, self._start = self._buffers, [self._empty(0) for _ in self._buffers], 0, row
+        self.reserve(self.length)
+        for buffer, was in zip(self._buffers, old, strict=True):
+            buffer[:, :, :held] = was[:, :, gone : gone + held]
+
+    def copy(self, length: int) -> Dense:
+        """A second near cache, of the first `length` rows."""
+        twin = Dense(self.shape, near=self.near)
+        twin._start = self._start
+        twin.reserve(length)
+        for buffer, ours in zip(twin._buffers, self._buffers, strict=True):
+            buffer[:, :, : length - self._start] = ours[:, :, : length - self._start]
+        twin.length = length
+        return twin
+
     def reserve(self, rows: int) -> None:
         """Room for the text's first `rows` rows; what is held stays."""
         needed = rows - self._start
@@ -130,6 +158,10 @@ class DenseStage:
         return self._tree.depths
 
     @property
+    def is_chain(self) -> bool:
+        return self._tree.is_chain
+
+    @property
     def buffers(self) -> list[Tensor]:
         return self._cache._buffers if self.behind else self._own
 
@@ -163,9 +195,9 @@ class DenseStage:
             yield from self._part(layer, rows, buffers[layer], run, run + count, staged=False)
             run += count
         if self.behind and rows.stop - rows.start < _SPLIT_ROWS:
-            yield from self._part(layer, rows, self.buffers[layer], run, length, staged=True)
+            yield from self._part(layer, rows, self.buffers[layer], cache.start, length, staged=True)
             return
-        yield from self._part(layer, rows, cache._buffers[layer], run, length, staged=False)
+        yield from self._part(layer, rows, cache._buffers[layer], cache.start, length, staged=False)
         yield from self._part(layer, rows, self.buffers[layer][:, :, self.offset :], length, length, staged=True)
 
     def check_complete(self, rows: Sequence[int]) -> None:
@@ -198,17 +230,25 @@ class DenseStage:
         chain = self._tree.is_chain
         columns = end - start + (rows.stop if staged else 0)
         positions = torch.tensor([self._length + depth for depth in self.depths[rows]])
-        first = torch.zeros_like(positions) if window is None else (positions - window + 1 - start).clamp_(0, columns)
+        first = torch.zeros_like(positions) if window is None else positions - window + 1
+        if self._cache.near:
+            first = torch.maximum(first, (positions // BLOCK - 1) * BLOCK)
+        first = (first - start).clamp_(0, columns)
         low = int(first.min())
-        if (chain and len(positions) == 1) or (not staged and window is None):
+        if (chain and len(positions) == 1) or (not staged and bool((first == low).all())):
             return low, None  # all columns from `low` on
         device = self._cache.shape.device
         last = positions + 1 - start if chain and staged else torch.full_like(positions, columns)
         tail = None if chain or not staged else self._tree.ancestors(rows, window)[:, max(0, low - (end - start)) :]
-        causal = chain and staged and window is None and columns == len(positions)
+        causal = chain and staged and columns == len(positions) and not bool(first.any())
         return low, Bounds(
             (first - low).to(device), (last - low).to(device), None if tail is None else tail.to(device), causal
         )
+
+
+def near_start(position: int) -> int:
+    """Where the dense rows of a quantized cache begin, for the row at `position`: with the block before its own."""
+    return max(0, position // BLOCK - 1) * BLOCK
 
 
 def _index(rows: Sequence[int], buffer: Tensor) -> Tensor:

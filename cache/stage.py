@@ -18,10 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Bounds", "Cache", "Part", "Shape", "Stage"]
+__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Shape", "Stage"]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
+
+PIECE_BLOCKS = 16
+"""Coded blocks that are decoded at once: 1,024 rows stay in a core's L2, and cost one call of each operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,10 @@ class Bounds:
             allowed[:, n - self.tail.shape[1] :] &= self.tail
         return allowed
 
+    def within(self, start: int, stop: int) -> Bounds:
+        """The same for columns start..stop alone, none of which is in `tail`."""
+        return Bounds((self.first - start).clamp(0, stop - start), (self.last - start).clamp(0, stop - start))
+
     def bias(self, n: int, dtype: torch.dtype, repeats: int = 1) -> Tensor:
         """[repeats * q, n]: 0 where a row may read, -inf where not.
 
@@ -85,6 +92,32 @@ class Part:
     bounds: Bounds | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CodedPart:
+    """A run of coded blocks. A backend that reads codes takes them as they are; others read `pieces`."""
+
+    codec: Codec
+    codes: tuple[Tensor, ...]  # of b blocks, each [K, b, ...]
+    dtype: torch.dtype
+    bounds: Bounds | None = None  # over the b * 64 columns
+
+    def pieces(self) -> Iterator[Part]:
+        """The run in dense parts of at most 16 blocks: it never stands decoded as a whole."""
+        blocks = self.codes[0].shape[1]
+        for start in range(0, blocks, PIECE_BLOCKS):
+            stop = min(start + PIECE_BLOCKS, blocks)
+            bounds = self.bounds.within(start * BLOCK, stop * BLOCK) if self.bounds is not None else None
+            yield Part(*self.codec.decode(tuple(codes[:, start:stop] for codes in self.codes), self.dtype), bounds)
+
+
+class Codec(Protocol):
+    """Blocks as small integers, and back."""
+
+    def decode(self, codes: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [K, b * 64, D]."""
+        ...
+
+
 class Stage(Protocol):
     """The rows of one or more passes that are not text yet. Dropping a stage is free and leaves no trace."""
 
@@ -101,7 +134,7 @@ class Stage(Protocol):
         """Keys and values [q, K, D] of `rows` at `layer`. A row may stop at a layer and resume in a later pass."""
         ...
 
-    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part]:
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
         """All that `rows` may read at `layer`, themselves included. A cache may choose by the queries [q, H, D]."""
         ...
 
@@ -109,7 +142,10 @@ class Stage(Protocol):
 class Cache(Protocol):
     """The keys and values of one session, in all layers."""
 
-    length: int  # committed rows
+    @property
+    def length(self) -> int:
+        """Committed rows."""
+        ...
 
     @property
     def nbytes(self) -> int:

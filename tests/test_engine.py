@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,15 @@ def opened(made: Any, count: int, way: dict[str, Any], **options: Any) -> list[A
 
 
 @pytest.fixture(scope="module")
-def plain(model: Model) -> Any:
-    """Plain decoding, session by session: the texts that every other way must give."""
-    made = {way: engine(model, "none") for way in WAYS}
-    return {
-        way: {session.key: finish(made[way], [session])[0] for session in opened(made[way], 3, WAYS[way])}
-        for way in WAYS
-    }
+def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
+    """Plain decoding, session by session: the texts that every other way must give, by session key."""
+
+    @cache
+    def texts(way: str, cache: str = "dense") -> dict[str, list[int]]:
+        made = engine(model, "none", cache=cache)
+        return {session.key: finish(made, [session])[0] for session in opened(made, 3, WAYS[way])}
+
+    return texts
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -54,7 +58,7 @@ def plain(model: Model) -> Any:
 def test_the_tokens_are_those_of_plain_decoding(
     model: Model, plain: Any, way: str, cache: str, drafter: str, count: int
 ) -> None:
-    texts = plain[way]
+    texts = plain(way, cache)
     made = engine(model, every_drafter(texts)[drafter](), cache=cache, draft_tokens=24)
     sessions = opened(made, count, WAYS[way])
     assert finish(made, sessions) == [texts[session.key] for session in sessions]
@@ -99,9 +103,9 @@ def test_strict_tokens_are_those_of_strict_plain_decoding(tmp_path: Path, drafte
 def test_a_broken_verifier_is_noticed(model: Model, plain: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "verify", _broken[broken])
     for way in ("greedy", "sampled"):
-        made = engine(model, RandomTrees(plain[way]), draft_tokens=24)
+        made = engine(model, RandomTrees(plain(way)), draft_tokens=24)
         sessions = opened(made, 1, WAYS[way])
-        assert finish(made, sessions) != [plain[way]["0"]]
+        assert finish(made, sessions) != [plain(way)["0"]]
 
 
 def _keeps_all(tokens: Any, parents: Any, choices: Any) -> Verdict:
@@ -185,13 +189,13 @@ def test_sampled_pairs_follow_the_enumerated_distribution(tmp_path: Path, monkey
 
 def test_a_text_ends_at_its_end_token_wherever_it_stands(tmp_path: Path, plain: Any, model: Model) -> None:
     """The end token is one that plain decoding wrote; a draft that holds it in the middle must not write past it."""
-    text = plain["sampled"]["0"]
+    text = plain("sampled")["0"]
     start = len(text) - NEW
     for place in (0, 7, 40):
         end = text[start + place]
         want = text[: text.index(end, start) + 1]
         ending = Model("tiny", "fp32", model.decoder, model.vocabulary, (end,), {}, {})
-        for drafter in ("none", RandomTrees(plain["sampled"], right=1.0)):
+        for drafter in ("none", RandomTrees(plain("sampled"), right=1.0)):
             made = engine(ending, drafter, draft_tokens=24)
             sessions = opened(made, 1, SAMPLED)
             assert finish(made, sessions) == [want]
@@ -204,13 +208,13 @@ def test_a_text_ends_at_its_end_token_wherever_it_stands(tmp_path: Path, plain: 
 def test_a_stop_string_across_steps_ends_text_tokens_and_cache_alike(
     model: Model, plain: Any, drafter: str, length: int
 ) -> None:
-    text = plain["sampled"]["0"]
+    text = plain("sampled")["0"]
     start = len(text) - NEW
     answer = model.vocabulary.decode(text[start:])
     for place in (0, 9, 23, 24, 25, 60):
         stop = answer[place : place + length]
         want = answer[: answer.index(stop)]
-        bets = RandomTrees(plain["sampled"], right=1.0) if drafter == "right" else drafter
+        bets = RandomTrees(plain("sampled"), right=1.0) if drafter == "right" else drafter
         made = engine(model, bets, draft_tokens=24)
         session = opened(made, 1, SAMPLED, stop=[stop, "\x00never"])[0]
         shown = "".join(commit.text for commit in made.write(session))
@@ -225,8 +229,8 @@ def test_a_stop_string_across_steps_ends_text_tokens_and_cache_alike(
 
 def test_a_finished_text_goes_on_where_it_was_cut(model: Model, plain: Any) -> None:
     """A limit, a stop string and more room: the cache holds what the text holds, so it can go on."""
-    text = plain["greedy"]["0"]
-    made = engine(model, RandomTrees(plain["greedy"]), draft_tokens=24)
+    text = plain("greedy")["0"]
+    made = engine(model, RandomTrees(plain("greedy")), draft_tokens=24)
     session = opened(made, 1, GREEDY)[0]
     limit = session.limit
     for room in (1, 2, 30, 64, limit):

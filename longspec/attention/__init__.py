@@ -16,17 +16,17 @@ from torch import Tensor
 
 from longspec.attention import reference
 from longspec.attention.strict import attend_strictly
-from longspec.cache.stage import Part
+from longspec.cache.stage import CodedPart, Part
 
 __all__ = ["attend", "attend_strictly", "merge"]
 
 
-def attend(queries: Tensor, parts: Iterable[Part], scale: float, softcap: float | None = None) -> Tensor:
+def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all parts; [q, H, D] in the queries' dtype.
 
     Every row must be allowed at least one column of at least one part (its own staged row always is).
     """
-    pieces = iter(parts)
+    pieces = reference.decoded(parts)
     part = next(pieces)
     following = next(pieces, None)
     if following is None and softcap is None:

@@ -10,13 +10,24 @@ rows and 7,000 bf16 columns of the default model 0.5 ms a layer, against 1.0 ms 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.cache.stage import Part
+from longspec.cache.stage import CodedPart, Part
 
-__all__ = ["read", "read_flash", "whole"]
+__all__ = ["decoded", "read", "read_flash", "whole"]
+
+
+def decoded(parts: Iterable[Part | CodedPart]) -> Iterator[Part]:
+    """The parts as rows that torch's operators can read: coded runs come piece by piece."""
+    for part in parts:
+        if isinstance(part, CodedPart):
+            yield from part.pieces()
+        else:
+            yield part
 
 
 def whole(queries: Tensor, part: Part, scale: float) -> Tensor:

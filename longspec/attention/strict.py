@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from longspec.attention import reference
-from longspec.cache.stage import Part
+from longspec.cache.stage import CodedPart, Part
 
 __all__ = ["attend_strictly"]
 
 
-def attend_strictly(queries: Tensor, parts: Iterable[Part], scale: float, softcap: float | None = None) -> Tensor:
+def attend_strictly(
+    queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None
+) -> Tensor:
     """As `longspec.attention.attend`: queries [q, H, D] over all parts; [q, H, D] in their dtype."""
-    pieces = list(parts)
+    pieces = list(reference.decoded(parts))
     chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
     output = torch.empty_like(queries)
     for i in range(len(queries)):

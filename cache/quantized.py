@@ -1,0 +1,159 @@
+"""Old blocks as codes, near ones dense: the int8, int4 and int2 caches.
+
+What a row reads depends on its own position, never on the pass that it came in: a row of block b reads blocks up to
+b - 2 as codes, and b - 1 and b dense (`near_start`). Near a block's border the rows of one pass differ, so that a block
+is held in both forms, and each row's bounds say which it reads. Nothing is quantized before there is a row that reads
+it as codes: dense rows are then never more than two blocks and what is staged.
+
+The dense rows are a `Dense` cache whose start moves along; the codes of each layer grow by an eighth, like its buffers.
+A chain that is staged over several blocks (a prefill chunk) is encoded as its own later rows need it. Those codes stand
+behind the text's, and a commit that keeps the chain keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longspec.cache.codes import Codec, Codes
+from longspec.cache.dense import Dense, DenseStage, near_start
+from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part, Shape
+
+__all__ = ["Quantized", "QuantizedStage"]
+
+
+class Quantized:
+    """Keys and values of one session. See `longspec.cache.stage.Cache` for the verbs."""
+
+    def __init__(self, shape: Shape, codec: Codec) -> None:
+        self.shape = shape
+        self.codec = codec
+        self.near = Dense(shape, near=True)
+        self._codes: list[Codes] = [codec.empty(shape, 0) for _ in shape.windows]
+        self._coded = [0] * shape.layers  # blocks encoded, from the text's start
+
+    @property
+    def length(self) -> int:
+        return self.near.length
+
+    @property
+    def nbytes(self) -> int:
+        return self.near.nbytes + sum(tensor.nbytes for codes in self._codes for tensor in codes)
+
+    def open(self) -> QuantizedStage:
+        self._forget_codes_from(self.length)
+        return QuantizedStage(self, self.near.open())
+
+    def commit(self, stage: QuantizedStage, rows: Sequence[int]) -> None:
+        kept = len(rows)
+        stays = stage.near.behind and list(rows) == list(range(kept))
+        if not stays:
+            self._forget_codes_from(self.length)
+        self.near.commit(stage.near, rows)
+        self._forget_codes_from(self.length)
+        start = near_start(self.length)
+        if start > self.near.start:
+            for layer in range(self.shape.layers):
+                self.encode(layer, start // BLOCK, self.near.buffers[layer])
+            self.near.forget(start)
+
+    def truncate(self, length: int) -> None:
+        """Rows of the near blocks can be cut off. Further back the rows that would then be near are codes only, and the
+        text begins anew: length 0.
+        """
+        self.near.truncate(length if near_start(length) >= self.near.start or length == 0 else 0)
+        self._forget_codes_from(self.length)
+
+    def fork(self, length: int) -> Quantized:
+        """Shares the codes as they are; a fork from further back than the near blocks shares nothing."""
+        twin = Quantized(self.shape, self.codec)
+        if 0 <= length <= self.length and near_start(length) >= self.near.start:
+            twin.near = self.near.copy(length)
+            twin._codes, twin._coded = list(self._codes), list(self._coded)
+            twin._forget_codes_from(length)
+        return twin
+
+    def codes(self, layer: int, blocks: slice) -> Codes:
+        return tuple(tensor[:, blocks] for tensor in self._codes[layer])
+
+    def encode(self, layer: int, blocks: int, buffer: Tensor) -> None:
+        """Make sure that the first `blocks` blocks are encoded, from `buffer`, which begins at row `near.start`."""
+        done = self._coded[layer]
+        if blocks <= done:
+            return
+        at = slice(done * BLOCK - self.near.start, blocks * BLOCK - self.near.start)
+        keys, values = (rows.unflatten(1, (-1, BLOCK)) for rows in buffer[:, :, at])
+        self._reserve(layer, blocks)
+        for old, new in zip(self._codes[layer], self.codec.encode(keys, values), strict=True):
+            old[:, done:blocks] = new
+        self._coded[layer] = blocks
+
+    def _reserve(self, layer: int, blocks: int) -> None:
+        capacity = self._codes[layer][0].shape[1]
+        if blocks > capacity:
+            grown = self.codec.empty(self.shape, max(blocks, capacity + capacity // 8))
+            for old, new in zip(self._codes[layer], grown, strict=True):
+                new[:, :capacity] = old
+            self._codes[layer] = grown
+
+    def _forget_codes_from(self, row: int) -> None:
+        """Codes of blocks that aren't text up to `row` are of rows that may never become it."""
+        self._coded = [min(done, row // BLOCK) for done in self._coded]
+
+
+class QuantizedStage:
+    """Rows behind a quantized cache's text."""
+
+    def __init__(self, cache: Quantized, near: DenseStage) -> None:
+        self.near = near
+        self._cache = cache
+        self._length = cache.length
+        self._bounds: dict[tuple[int, int, int | None], tuple[slice, Bounds | None]] = {}
+
+    @property
+    def depths(self) -> Sequence[int]:
+        return self.near.depths
+
+    def add(self, parents: Sequence[int]) -> slice:
+        rows = self.near.add(parents)
+        deepest = max(self.depths[rows], default=0)
+        staged_blocks = near_start(self._length + deepest) > self._length // BLOCK * BLOCK
+        if staged_blocks and not (self.near.behind and self.near.is_chain):
+            raise ValueError(f"a tree can't be {deepest} rows deep: its rows would read each other as codes")
+        return rows
+
+    def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
+        self.near.put(layer, rows, keys, values)
+
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
+        cache = self._cache
+        blocks, bounds = self._far(rows, cache.shape.windows[layer])
+        if blocks.stop > blocks.start:
+            # Rows that are staged apart never reach so far that their own blocks are asked for.
+            buffer = self.near.buffers[layer] if self.near.behind else cache.near.buffers[layer]
+            cache.encode(layer, blocks.stop, buffer)
+            yield CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds)
+        yield from self.near.parts(layer, rows, queries)
+
+    def _far(self, rows: slice, window: int | None) -> tuple[slice, Bounds | None]:
+        """The blocks that any of `rows` reads as codes, and each row's bounds in them; kept for the other layers."""
+        key = (rows.start, rows.stop, window)
+        if key not in self._bounds:
+            self._bounds[key] = self._measure(rows, window)
+        return self._bounds[key]
+
+    def _measure(self, rows: slice, window: int | None) -> tuple[slice, Bounds | None]:
+        positions = torch.tensor([self._length + depth for depth in self.depths[rows]])
+        last = ((positions // BLOCK - 1) * BLOCK).clamp_(min=0)
+        first = torch.zeros_like(last) if window is None else (positions - window + 1).clamp_(min=0)
+        first = torch.minimum(first, last)
+        if not bool((reading := first < last).any()):
+            return slice(0, 0), None
+        blocks = slice(int(first[reading].min()) // BLOCK, int(last.max()) // BLOCK)
+        first, last = ((bound - blocks.start * BLOCK).clamp_(min=0) for bound in (first, last))
+        if not bool(first.any()) and bool((last == last.max()).all()):
+            return blocks, None
+        device = self._cache.shape.device
+        return blocks, Bounds(first.to(device), last.to(device))
