@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from longspec.cache.codes import Codec
+from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense
+from longspec.cache.disk import FileStore
+from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
 from longspec.cache.stage import BLOCK, Bounds, Cache, Part, Shape, Stage
 
@@ -17,4 +19,9 @@ CACHES: dict[str, Callable[[Shape], Cache]] = {
     "int8": partial(Quantized, codec=Codec(8, symmetric=True)),
     "int4": partial(Quantized, codec=Codec(4)),
     "int2": partial(Quantized, codec=Codec(2)),
+    "dual": partial(Quantized, codec=DualCodec()),
+    "offload": lambda shape: Offload(shape, HostStore(shape)),
+    "disk": lambda shape: Offload(shape, FileStore(shape)),
+    "offload --all-rows": lambda shape: Offload(shape, HostStore(shape), all_rows=True),
+    "disk --all-rows": lambda shape: Offload(shape, FileStore(shape), all_rows=True),
 }

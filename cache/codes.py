@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longspec.cache.stage import BLOCK, Shape
 
-__all__ = ["Codec", "Codes", "pack", "unpack"]
+__all__ = ["Codec", "Codes", "DualCodec", "pack", "unpack"]
 
 Codes = tuple[Tensor, ...]
 """A codec's tensors for b blocks, each [K, b, ...]: key codes and scales, then value codes and scales."""
@@ -72,6 +72,35 @@ class Codec:
         if self.symmetric:
             return codes[0].to(dtype).mul_(codes[1].to(dtype))
         return unpack(codes[0], self.bits).to(dtype).mul_(codes[1].to(dtype)).add_(codes[2].to(dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class DualCodec(Codec):
+    """8-bit codes in two planes of 4 bits (QuantSpec, 2502.10424): code = 16 * upper + lower.
+
+    The target reads both. The upper plane alone, in `upper`, is a drafter's view: each code in the middle of the 16 that
+    share its upper bits.
+    """
+
+    bits: int = 8
+
+    def empty(self, shape: Shape, blocks: int) -> Codes:
+        half = Codec(4).empty(shape, blocks)
+        return (half[0], torch.empty_like(half[0]), *half[1:4], torch.empty_like(half[3]), *half[4:])
+
+    def _encode(self, rows: Tensor, axis: int) -> Codes:
+        codes, step, low = super(DualCodec, self)._encode(rows, axis)
+        return pack(codes >> 4, 4), pack(codes & 15, 4), step, low
+
+    def _decode(self, codes: Codes, dtype: torch.dtype) -> Tensor:
+        upper, lower, step, low = codes
+        codes8 = (unpack(upper, 4) << 4) | unpack(lower, 4)
+        return super(DualCodec, self)._decode((codes8, step, low), dtype)
+
+    def upper(self, codes: Codes) -> tuple[Codec, Codes]:
+        """The upper plane as a codec and its codes, without a copy of the plane: half the bytes to read."""
+        wide = [(codes[at], codes[at + 2] * 16, codes[at + 3] + codes[at + 2] * 8) for at in (0, 4)]
+        return Codec(4), (*wide[0], *wide[1])
 
 
 def _nearest(rows: Tensor, step: Tensor, low: int, high: int) -> Tensor:

@@ -33,6 +33,7 @@ class Quantized:
         self.near = Dense(shape, near=True)
         self._codes: list[Codes] = [codec.empty(shape, 0) for _ in shape.windows]
         self._coded = [0] * shape.layers  # blocks encoded, from the text's start
+        self._lent = 0  # blocks whose codes a fork reads too: never to be overwritten
 
     @property
     def length(self) -> int:
@@ -53,11 +54,8 @@ class Quantized:
             self._forget_codes_from(self.length)
         self.near.commit(stage.near, rows)
         self._forget_codes_from(self.length)
-        start = near_start(self.length)
-        if start > self.near.start:
-            for layer in range(self.shape.layers):
-                self.encode(layer, start // BLOCK, self.near.buffers[layer])
-            self.near.forget(start)
+        if near_start(self.length) > self.near.start:
+            self.retire(near_start(self.length))
 
     def truncate(self, length: int) -> None:
         """Rows of the near blocks can be cut off. Further back the rows that would then be near are codes only, and the
@@ -69,11 +67,14 @@ class Quantized:
     def fork(self, length: int) -> Quantized:
         """Shares the codes as they are; a fork from further back than the near blocks shares nothing."""
         twin = Quantized(self.shape, self.codec)
-        if 0 <= length <= self.length and near_start(length) >= self.near.start:
-            twin.near = self.near.copy(length)
-            twin._codes, twin._coded = list(self._codes), list(self._coded)
-            twin._forget_codes_from(length)
+        self._share(twin, length)
         return twin
+
+    def retire(self, row: int) -> None:
+        """No row to come reads those before `row` dense any more: only their codes stay."""
+        for layer in range(self.shape.layers):
+            self.encode(layer, row // BLOCK, self.near.buffers[layer])
+        self.near.forget(row)
 
     def codes(self, layer: int, blocks: slice) -> Codes:
         return tuple(tensor[:, blocks] for tensor in self._codes[layer])
@@ -85,14 +86,23 @@ class Quantized:
             return
         at = slice(done * BLOCK - self.near.start, blocks * BLOCK - self.near.start)
         keys, values = (rows.unflatten(1, (-1, BLOCK)) for rows in buffer[:, :, at])
-        self._reserve(layer, blocks)
+        self._reserve(layer, blocks, own=done >= self._lent)
         for old, new in zip(self._codes[layer], self.codec.encode(keys, values), strict=True):
             old[:, done:blocks] = new
         self._coded[layer] = blocks
 
-    def _reserve(self, layer: int, blocks: int) -> None:
+    def _share(self, twin: Quantized, length: int) -> None:
+        if 0 <= length <= self.length and near_start(length) >= self.near.start:
+            twin.near = self.near.copy(length)
+            blocks = length // BLOCK
+            twin._coded = [min(done, blocks) for done in self._coded]
+            twin._codes = [self.codes(i, slice(0, done)) for i, done in enumerate(twin._coded)]
+            twin._lent = self._lent = max(self._lent, blocks)
+
+    def _reserve(self, layer: int, blocks: int, *, own: bool) -> None:
+        """Room for that many blocks of codes, in tensors that no fork reads unless `own` says that it's safe."""
         capacity = self._codes[layer][0].shape[1]
-        if blocks > capacity:
+        if blocks > capacity or not own:
             grown = self.codec.empty(self.shape, max(blocks, capacity + capacity // 8))
             for old, new in zip(self._codes[layer], grown, strict=True):
                 new[:, :capacity] = old
@@ -128,14 +138,27 @@ class QuantizedStage:
         self.near.put(layer, rows, keys, values)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
-        cache = self._cache
-        blocks, bounds = self._far(rows, cache.shape.windows[layer])
+        blocks, bounds = self._far(rows, self._cache.shape.windows[layer])
         if blocks.stop > blocks.start:
-            # Rows that are staged apart never reach so far that their own blocks are asked for.
-            buffer = self.near.buffers[layer] if self.near.behind else cache.near.buffers[layer]
-            cache.encode(layer, blocks.stop, buffer)
-            yield CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds)
+            yield from self.far_parts(layer, blocks, bounds, queries)
         yield from self.near.parts(layer, rows, queries)
+
+    def far_parts(
+        self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor
+    ) -> Iterator[Part | CodedPart]:
+        """These blocks, of which each row of `queries` may read what `bounds` say."""
+        yield self.coded(layer, blocks, bounds)
+
+    def coded(self, layer: int, blocks: slice, bounds: Bounds | None) -> CodedPart:
+        cache = self._cache
+        cache.encode(layer, blocks.stop, self.rows(layer))
+        return CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds)
+
+    def rows(self, layer: int) -> Tensor:
+        """The dense rows [2, K, n, D] from `near.start` on. Rows that are staged apart aren't among them: they never
+        reach so far that their own blocks are asked for.
+        """
+        return self.near.buffers[layer] if self.near.behind else self._cache.near.buffers[layer]
 
     def _far(self, rows: slice, window: int | None) -> tuple[slice, Bounds | None]:
         """The blocks that any of `rows` reads as codes, and each row's bounds in them; kept for the other layers."""

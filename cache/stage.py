@@ -113,6 +113,9 @@ class CodedPart:
 class Codec(Protocol):
     """Blocks as small integers, and back."""
 
+    @property
+    def bits(self) -> int: ...
+
     def decode(self, codes: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [K, b * 64, D]."""
         ...

@@ -128,6 +128,24 @@ def test_forks_share_and_part(model: Decoder, kind: Any) -> None:
         assert difference.abs().max() < TOLERANCE
 
 
+def test_forks_with_room_to_spare_do_not_write_to_each_other(model: Decoder, kind: Any) -> None:
+    """Long enough that buffers and codes have room behind what is shared."""
+    texts = [[(token + salt) % 93 + 3 for token in TOKENS * 5] for salt in range(3)]
+    length = 14 * BLOCK + 5
+    cache = kind(model.shape)
+    commit(model, cache, texts[0][:length])
+    twins = [cache.fork(length), cache.fork(length)]
+    for i in range(length, length + 3 * BLOCK, 50):
+        for text, one in zip(texts, (cache, *twins), strict=True):
+            commit(model, one, text[i : i + 50])
+    for text, one in zip(texts, (cache, *twins), strict=True):
+        alone = kind(model.shape)
+        commit(model, alone, texts[0][:length])
+        for i in range(length, length + 3 * BLOCK, 50):
+            commit(model, alone, text[i : i + 50])
+        assert (feed(model, one, [9, 8, 7])[1] - feed(model, alone, [9, 8, 7])[1]).abs().max() < TOLERANCE
+
+
 def test_dense_grows_by_blocks_and_never_much_too_large() -> None:
     shape = Shape(2, 8, (None, None), torch.float32, torch.device("cpu"))
     cache = Dense(shape)

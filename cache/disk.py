@@ -1,0 +1,69 @@
+"""The offloaded cache one level down: its store is a file.
+
+Blocks are written once and read whole, at `(block * layers + layer) * block bytes`. Reading goes through ordinary file
+calls and not through a mapping, since mapped pages count towards the process's resident size, which `--memory` bounds,
+while the system's own cache of the file does not. The file has no name: it is gone with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.cache.stage import BLOCK, Shape
+from longspec.errors import LongspecError
+
+__all__ = ["FileStore"]
+
+
+class FileStore:
+    """Blocks in an unnamed file in `folder` (the system's folder for temporary files, if not given)."""
+
+    def __init__(self, shape: Shape, folder: Path | None = None) -> None:
+        self._kind = shape
+        self._shape = (2, shape.key_heads, BLOCK, shape.head_dim)
+        self._block_bytes = 2 * shape.key_heads * BLOCK * shape.head_dim * shape.dtype.itemsize
+        self._folder = folder
+        self._file, name = tempfile.mkstemp(prefix="longspec-", dir=folder)
+        os.unlink(name)
+        weakref.finalize(self, os.close, self._file)
+
+    @property
+    def nbytes(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def write(self, layer: int, block: int, rows: Tensor) -> None:
+        held: Any = rows.to("cpu").contiguous().view(torch.uint8).flatten().numpy()
+        try:
+            written = os.pwrite(self._file, memoryview(held), self._at(layer, block))
+        except OSError as error:
+            raise LongspecError(
+                f"The cache on disk can't grow: {error.strerror}; free room or name another TMPDIR."
+            ) from error
+        if written != self._block_bytes:
+            raise LongspecError("The cache on disk can't grow: the disk is full; name another TMPDIR.")
+
+    def read(self, layer: int, block: int) -> Tensor:
+        rows = torch.empty(self._block_bytes, dtype=torch.uint8)
+        into: Any = rows.numpy()
+        got = os.preadv(self._file, [memoryview(into)], self._at(layer, block))
+        if got != self._block_bytes:
+            raise LongspecError(f"The cache on disk lost a block: {got} of {self._block_bytes} bytes were read.")
+        return rows.view(self._kind.dtype).view(self._shape)
+
+    def fork(self) -> FileStore:
+        """A copy: two texts write their own blocks from here on."""
+        twin, at = FileStore(self._kind, self._folder), 0
+        while piece := os.pread(self._file, 1 << 24, at):
+            os.pwrite(twin._file, piece, at)
+            at += len(piece)
+        return twin
+
+    def _at(self, layer: int, block: int) -> int:
+        return (block * self._kind.layers + layer) * self._block_bytes
