@@ -78,7 +78,7 @@ class Codec:
 class DualCodec(Codec):
     """8-bit codes in two planes of 4 bits (QuantSpec, 2502.10424): code = 16 * upper + lower.
 
-    The target reads both. The upper plane alone, in `upper`, is a drafter's view: each code in the middle of the 16 that
+    The target reads both. The upper plane alone, `upper`, is a drafter's view: each code in the middle of the 16 that
     share its upper bits.
     """
 

@@ -66,8 +66,11 @@ def speculation(session: Session, drafter: str) -> dict[str, Any]:
     }
 
 
-def timing(session: Session) -> dict[str, Any]:
-    """Decoding runs from the first token to the last; a step's later tokens count, its first one was the prefill's."""
+def timing(session: Session, began: float | None = None) -> dict[str, Any]:
+    """Decoding runs from the first token to the last; a step's later tokens count, its first one was the prefill's.
+
+    began: from when the first token was waited for, on perf_counter's clock; else from when the session was opened.
+    """
     prefilled = session.prefilled or session.began
     first, last = session.first_token, session.last_token
     decode = last - first if first is not None and last is not None else 0.0
@@ -75,7 +78,7 @@ def timing(session: Session) -> dict[str, Any]:
     return {
         "prefill_s": prefilled - session.began,
         "decode_s": decode,
-        "time_to_first_token_s": None if first is None else first - session.began,
+        "time_to_first_token_s": None if first is None else first - (session.began if began is None else began),
         "tokens_per_second": (tokens - 1) / decode if decode > 0 and tokens > 1 else None,
     }
 
