@@ -12,7 +12,7 @@ from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
 from longspec.cache.stage import BLOCK, Bounds, Cache, Part, Shape, Stage
 
-__all__ = ["BLOCK", "CACHES", "Bounds", "Cache", "Dense", "Part", "Shape", "Stage"]
+__all__ = ["BLOCK", "CACHES", "LOSSLESS", "Bounds", "Cache", "Dense", "Part", "Shape", "Stage"]
 
 CACHES: dict[str, Callable[[Shape], Cache]] = {
     "dense": Dense,
@@ -25,3 +25,6 @@ CACHES: dict[str, Callable[[Shape], Cache]] = {
     "offload --all-rows": lambda shape: Offload(shape, HostStore(shape), all_rows=True),
     "disk --all-rows": lambda shape: Offload(shape, FileStore(shape), all_rows=True),
 }
+
+LOSSLESS = frozenset({"dense", "offload --all-rows", "disk --all-rows"})
+"""The kinds whose rows are read as they were written; the others are lossless to themselves only."""

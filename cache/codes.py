@@ -46,7 +46,7 @@ class Codec:
             ((BLOCK, d * self.bits // 8), codes),
             *[((BLOCK, 1), torch.float16)] * scales,
         )
-        return tuple(torch.empty(k, blocks, *size, dtype=dtype, device=shape.device) for size, dtype in sizes)
+        return tuple(shape.empty((k, blocks, *size), dtype) for size, dtype in sizes)
 
     def encode(self, keys: Tensor, values: Tensor) -> Codes:
         """Keys and values [K, b, 64, D] as codes."""

@@ -137,7 +137,7 @@ class Dense:
 
     def _empty(self, rows: int) -> Tensor:
         s = self.shape
-        return torch.empty(2, s.key_heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
+        return s.empty((2, s.key_heads, rows, s.head_dim), s.dtype)
 
 
 class DenseStage:
@@ -215,7 +215,7 @@ class DenseStage:
         columns = end - start + (rows.stop if staged else 0)
         low, bounds = self._reach(rows, start, end, self._cache.shape.windows[layer], staged)
         if low < columns:
-            yield Part(buffer[0, :, low:columns], buffer[1, :, low:columns], bounds)
+            yield Part(buffer[0, :, low:columns], buffer[1, :, low:columns], bounds, start + low)
 
     def _reach(self, rows: slice, start: int, end: int, window: int | None, staged: bool) -> tuple[int, Bounds | None]:
         """The first column that any of `rows` reads, and each row's bounds from there; kept for the other layers."""

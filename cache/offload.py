@@ -1,11 +1,8 @@
 """A low-bit copy of old blocks on the device, and all rows in a store below it (after SpeCache, 2503.16163).
 
 Near blocks are dense, as in a quantized cache. Of the old ones each row reads a few exactly: those that its own query
-asks for, by an upper bound on the scores in a block (Quest, 2406.10774) that the codes' scales hold anyhow,
-
-    max over rows j of q . k_j  <=  sum over d of max(q_d * low_d, q_d * high_d)
-
-and the rest as codes. So what a row reads depends on itself alone, and a pass fetches what its rows ask for together.
+asks for, by the bounds on a block's keys that the codes' scales hold anyhow (`longspec.cache.pages`), and the rest as
+codes. So what a row reads depends on itself alone, and a pass fetches what its rows ask for together.
 Fetched blocks stay for a while: the guess is that the next token asks for what this one and its draft asked for. A
 wrong guess costs time and changes nothing. With `all_rows` there are no codes: every row is streamed from the store.
 """
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longspec.cache.codes import Codec
+from longspec.cache.pages import block_scores
 from longspec.cache.quantized import Quantized, QuantizedStage
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Shape
 
@@ -141,12 +139,13 @@ class OffloadStage(QuantizedStage):
     ) -> Iterator[Part | CodedPart]:
         cache = self._cache
         if cache.all_rows:
+            n = (blocks.stop - blocks.start) * BLOCK
             for start in range(blocks.start, blocks.stop, PIECE_BLOCKS):
                 piece = range(start, min(start + PIECE_BLOCKS, blocks.stop))
                 low = (start - blocks.start) * BLOCK
-                within = bounds.within(low, low + len(piece) * BLOCK) if bounds is not None else None
+                within = bounds.within(low, low + len(piece) * BLOCK, n) if bounds is not None else None
                 keys, values = cache.exact(layer, piece, self.rows(layer))
-                yield Part(keys, values, within)
+                yield Part(keys, values, within, start * BLOCK)
             return
         coded = self.coded(layer, blocks, bounds)
         n = (blocks.stop - blocks.start) * BLOCK
@@ -157,24 +156,18 @@ class OffloadStage(QuantizedStage):
         columns = chosen.repeat_interleave(BLOCK, 1)
         yield Part(keys, values, _reading(allowed & columns, union))
         if not bool(chosen[allowed[:, BLOCK - 1 :: BLOCK]].all()):
-            yield CodedPart(coded.codec, coded.codes, coded.dtype, _reading(allowed & ~columns))
+            yield CodedPart(coded.codec, coded.codes, coded.dtype, _reading(allowed & ~columns), coded.start)
 
 
 def _asked_for(queries: Tensor, coded: CodedPart, readable: Tensor) -> Tensor:
     """[q, b] bool: for each row [q, H, D] the blocks it reads exactly, of those that it may read [q, b].
 
-    A head's bounds say how its own attention may fall on the blocks; heads are summed after a softmax, since their
-    scores have no common scale.
+    The copy's scales hold each block's least and greatest keys.
     """
     _, step, low = coded.codes[:3]
-    low = low[:, :, 0].float()  # [K, b, D]
-    high = low + step[:, :, 0].float() * ((1 << coded.codec.bits) - 1)
-    q, heads, dim = queries.shape
-    grouped = queries.float().reshape(q, len(low), heads // len(low), dim).permute(1, 2, 0, 3)  # [K, G, q, D]
-    up, down = grouped.clamp(min=0), grouped.clamp(max=0)
-    bounds = up @ high.transpose(1, 2)[:, None] + down @ low.transpose(1, 2)[:, None]  # [K, G, q, b]
-    bounds = (bounds * dim**-0.5).masked_fill(~readable, float("-inf"))
-    score = torch.softmax(bounds, -1).nan_to_num(0.0).sum((0, 1)).masked_fill(~readable, -1.0)  # [q, b]
+    least = low[:, :, 0].float()  # [K, b, D]
+    greatest = least + step[:, :, 0].float() * ((1 << coded.codec.bits) - 1)
+    score = block_scores(queries, least, greatest, readable)
     best = score.topk(min(EXACT_BLOCKS, score.shape[1])).indices
     return torch.zeros_like(readable).scatter_(1, best, True) & readable
 

@@ -152,7 +152,7 @@ class QuantizedStage:
     def coded(self, layer: int, blocks: slice, bounds: Bounds | None) -> CodedPart:
         cache = self._cache
         cache.encode(layer, blocks.stop, self.rows(layer))
-        return CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds)
+        return CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds, blocks.start * BLOCK)
 
     def rows(self, layer: int) -> Tensor:
         """The dense rows [2, K, n, D] from `near.start` on. Rows that are staged apart aren't among them: they never

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longspec.answer import Answer, memory, speculation, timing, usage
-from longspec.cache import BLOCK, CACHES
+from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.drafters import make as make_drafter
 from longspec.errors import ContextError, UsageError
 from longspec.feed import Feed, lay
@@ -65,13 +65,19 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, *, drafter: str = "auto", cache: str = "auto", draft_tokens: int = DRAFT_TOKENS
+        self,
+        model: Model,
+        *,
+        drafter: str = "auto",
+        cache: str = "auto",
+        all_rows: bool = False,
+        draft_tokens: int = DRAFT_TOKENS,
     ) -> None:
-        _check(drafter, cache, draft_tokens)
+        _check(drafter, cache, all_rows, draft_tokens)
         self.model = model
         self.drafter_name = "ngram" if drafter == "auto" else drafter
         self.drafter = make_drafter(self.drafter_name)
-        self.cache_name = "dense" if cache == "auto" else cache
+        self.cache_name = ("dense" if cache == "auto" else cache) + (" --all-rows" if all_rows else "")
         self.draft_tokens = draft_tokens
         self.load_seconds: dict[str, float] = {}
 
@@ -82,6 +88,7 @@ class Engine:
         *,
         drafter: str = "auto",
         cache: str = "auto",
+        all_rows: bool = False,
         dtype: str = "auto",
         device: str = "auto",
         threads: int | None = None,
@@ -91,7 +98,7 @@ class Engine:
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
-        strict: a row's bits never depend on the rows beside it (slower). report: told of what is fetched: stage,
+        all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside it (slower). report: told of what is fetched: stage,
         done, total.
 
         Raises:
@@ -102,10 +109,10 @@ class Engine:
             if threads < 1:
                 raise UsageError(f"threads is {threads}; it must be 1 or more.")
             torch.set_num_threads(threads)
-        _check(drafter, cache, num_speculative_tokens)  # what is wrong is said before a model is loaded
+        _check(drafter, cache, all_rows, num_speculative_tokens)  # what is wrong is said before a model is loaded
         began = perf_counter()
         loaded = load_model(model, dtype=dtype, device=device, strict=strict, report=report)
-        engine = cls(loaded, drafter=drafter, cache=cache, draft_tokens=num_speculative_tokens)
+        engine = cls(loaded, drafter=drafter, cache=cache, all_rows=all_rows, draft_tokens=num_speculative_tokens)
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
         return engine
 
@@ -201,7 +208,7 @@ class Engine:
             model=self.model.name,
             dtype=self.model.dtype,
             cache=self.cache_name,
-            cache_lossless=True,
+            cache_lossless=self.cache_name in LOSSLESS,
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
@@ -257,10 +264,12 @@ class Engine:
         return Sampling.over(self.model.defaults, given)
 
 
-def _check(drafter: str, cache: str, draft_tokens: int) -> None:
+def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int) -> None:
     make_drafter("none" if drafter == "auto" else drafter)
-    if cache != "auto" and cache not in CACHES:
-        raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(CACHES)}.")
+    if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
+        raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
+    if all_rows and f"{cache} --all-rows" not in CACHES:
+        raise UsageError(f"--all-rows is for the caches offload and disk; the cache is {cache}.")
     if draft_tokens < 1:
         raise UsageError(
             f"num_speculative_tokens is {draft_tokens}; it must be 1 or more (--drafter none bets on nothing)."

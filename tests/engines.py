@@ -40,6 +40,9 @@ def tiny(
 
 
 def engine(model: Model, drafter: str | Drafter = "none", **options: Any) -> Engine:
+    if "cache" in options:
+        kind, _, rows = options["cache"].partition(" ")
+        options |= {"cache": kind, "all_rows": bool(rows)}
     made = Engine(model, drafter=drafter if isinstance(drafter, str) else "none", **options)
     if not isinstance(drafter, str):
         made.drafter = drafter

@@ -24,10 +24,7 @@ __all__ = ["decoded", "read", "read_flash", "whole"]
 def decoded(parts: Iterable[Part | CodedPart]) -> Iterator[Part]:
     """The parts as rows that torch's operators can read: coded runs come piece by piece."""
     for part in parts:
-        if isinstance(part, CodedPart):
-            yield from part.pieces()
-        else:
-            yield part
+        yield from part.pieces()
 
 
 def whole(queries: Tensor, part: Part, scale: float) -> Tensor:
