@@ -98,8 +98,8 @@ class Engine:
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
-        all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside it (slower). report: told of what is fetched: stage,
-        done, total.
+        all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
+        it (slower). report: told of what is fetched: stage, done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
