@@ -1,0 +1,86 @@
+"""The subcommands, and what typer makes of arguments.
+
+Takes the arguments; gives the exit code of a command that ran, or raises what went wrong as longspec's own errors.
+Every subcommand is imported here, so none may import torch at its top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from longspec import __version__
+from longspec.cli import doctor, models, pull, run
+from longspec.cli.command import Command, Group, origin
+from longspec.errors import UsageError
+
+__all__ = ["app", "invoke"]
+
+_HELP = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
+
+# The base of all that typer says of wrong arguments: its name has moved between releases, its place hasn't.
+_ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
+
+for _name, _module in (("run", run), ("models", models), ("pull", pull), ("doctor", doctor)):
+    app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longspec {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""\b
+Every option can also be set in the environment (LONGSPEC_MAX_NEW_TOKENS=400)
+or in ~/.config/longspec/config.toml (max_new_tokens = 400). A flag goes before
+the environment, the environment before the file.
+
+\b
+Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad input,
+3 the model can't be had or isn't supported, 4 the memory budget can't be met,
+130 interrupted (what was written stands).
+""",
+)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Long answers on the machine you have: several tokens per forward pass, exactly the text of plain decoding."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run the command that the arguments name."""
+    command = get_command(app)
+    try:
+        with command.make_context("longspec", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as leaving:
+        return int(leaving.exit_code)
+    except _ArgumentError as error:
+        raise UsageError(_sentence(error)) from error
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What was wrong, where it was said, and where to read more."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    message = str(getattr(error, "message", "") or error)
+    if parameter is None or context is None:
+        said = error.format_message() if hasattr(error, "format_message") else message
+    else:
+        said = f"{origin(context, parameter)}: {message}"
+    path = context.command_path if context is not None else "longspec"
+    said = " ".join(said.split())
+    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See {path} --help."

@@ -1,0 +1,279 @@
+"""The options that commands share, each declared once: its flags, its kind, its place in the help, what it does.
+
+Numbers are read here, so that a wrong one is said before anything heavy is imported. What only the engine knows (the
+names of drafters, caches, devices) is checked by the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+
+def number(least: float, most: float = math.inf, *, open_below: bool = False, open_above: bool = False) -> Any:
+    """Reads a number between two bounds, which count unless they are open."""
+    low = f"above {least:g}" if open_below else f"{least:g} or more"
+    high = "" if most == math.inf else f" and below {most:g}" if open_above else f" and at most {most:g}"
+
+    def read(text: object) -> float:
+        try:
+            value = float(str(text))
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise typer.BadParameter(f"{str(text)!r} is not a number.")
+        above = value > least if open_below else value >= least
+        below = value < most if open_above or most == math.inf else value <= most
+        if not (above and below):
+            raise typer.BadParameter(f"{text} is out of range; it must be {low}{high}.")
+        return value
+
+    return read
+
+
+def whole(least: int | None = None) -> Callable[[object], int]:
+    """Reads a whole number that isn't below `least`."""
+
+    def read(text: object) -> int:
+        try:
+            value = int(str(text))
+        except ValueError:
+            raise typer.BadParameter(f"{str(text)!r} is not a whole number.") from None
+        if least is not None and value < least:
+            raise typer.BadParameter(f"{value} is out of range; it must be {least} or more.")
+        return value
+
+    return read
+
+
+_PROMPT, _MODEL, _SAMPLING, _OUTPUT = "Prompt", "Model and method", "Sampling", "Output"
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", rich_help_panel=_PROMPT, help="The prompt. - reads standard input."),
+]
+File = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--file", "-f", metavar="FILE", rich_help_panel=_PROMPT, help="Add a file to the prompt; may be repeated."
+    ),
+]
+NoStdin = Annotated[
+    bool,
+    typer.Option(
+        "--no-stdin/--stdin",
+        rich_help_panel=_PROMPT,
+        help="Leave standard input alone. Without it, what is piped in is read to its end.",
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system", "-s", metavar="TEXT", rich_help_panel=_PROMPT, help="The system message before the prompt."
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw/--no-raw",
+        rich_help_panel=_PROMPT,
+        help="Let the model go on from the prompt as it is, without the chat template.",
+    ),
+]
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        rich_help_panel=_MODEL,
+        help="A short name (longspec models), a folder, a .gguf file, or a Hugging Face id: owner/name, or "
+        "owner/name:file.gguf. smollm2 if left out.",
+    ),
+]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        "--drafter",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="What bets on the next tokens: auto, or one by name. none is plain decoding; the text is the same.",
+    ),
+]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        metavar="N",
+        parser=whole(1),
+        rich_help_panel=_MODEL,
+        help="The most tokens that are drafted in a step.",
+    ),
+]
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="How keys and values are kept: auto, or one by name. auto is dense.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="auto, cpu, cuda or cuda:N. auto is the GPU where there is one.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="auto, fp32 or bf16. auto is bf16 where the processor has it.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        parser=whole(1),
+        rich_help_panel=_MODEL,
+        help="Threads on a CPU; torch chooses if this is left out.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict/--no-strict",
+        rich_help_panel=_MODEL,
+        help="Make a token's bits independent of the tokens beside it in a pass: slower, and without the rare flip "
+        "of a near-tie.",
+    ),
+]
+
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "--max-tokens",
+        metavar="N",
+        parser=whole(1),
+        rich_help_panel=_SAMPLING,
+        help="End after N tokens; else at the end of the text, or of the model's context.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        "--temp",
+        metavar="X",
+        parser=number(0),
+        rich_help_panel=_SAMPLING,
+        help="0 takes the likeliest token, 1 samples as the model is. The model's own defaults hold for all of these "
+        "where it has them; else it is 0.",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="X",
+        parser=number(0, 1, open_below=True),
+        rich_help_panel=_SAMPLING,
+        help="Sample from the likeliest tokens that hold this probability together.",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="N",
+        parser=whole(0),
+        rich_help_panel=_SAMPLING,
+        help="Sample from the N likeliest tokens; 0 is all of them.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        metavar="X",
+        parser=number(0, 1, open_above=True),
+        rich_help_panel=_SAMPLING,
+        help="Sample from tokens at least X times as likely as the likeliest.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        parser=number(0, open_below=True),
+        rich_help_panel=_SAMPLING,
+        help="Above 1, make tokens that the text already has less likely.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        parser=whole(),
+        rich_help_panel=_SAMPLING,
+        help="The same seed gives the same sampled text; 0 if left out.",
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        rich_help_panel=_SAMPLING,
+        help="End the answer right before this text; may be repeated.",
+    ),
+]
+
+NoStream = Annotated[
+    bool,
+    typer.Option(
+        "--no-stream/--stream",
+        rich_help_panel=_OUTPUT,
+        help="Print the answer when it is whole.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json/--no-json",
+        rich_help_panel=_OUTPUT,
+        help="Print one line of JSON.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet/--no-quiet",
+        "-q",
+        rich_help_panel=_OUTPUT,
+        help="Nothing but errors on stderr.",
+    ),
+]
+Stats = Annotated[
+    bool,
+    typer.Option(
+        "--stats/--no-stats",
+        rich_help_panel=_OUTPUT,
+        help="A line of statistics on stderr, after the answer.",
+    ),
+]
