@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from longspec import __version__
 from longspec.cli import doctor, models, pull, run
+from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.errors import UsageError
 
@@ -28,6 +29,8 @@ app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, contex
 
 for _name, _module in (("run", run), ("models", models), ("pull", pull), ("doctor", doctor)):
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
+
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -151,6 +151,14 @@ Threads = Annotated[
         help="Threads on a CPU; torch chooses if this is left out.",
     ),
 ]
+AllRows = Annotated[
+    bool,
+    typer.Option(
+        "--all-rows/--no-all-rows",
+        rich_help_panel=_MODEL,
+        help="With the caches offload and disk: read every row exactly, as dense does. Slower.",
+    ),
+]
 Strict = Annotated[
     bool,
     typer.Option(

@@ -54,6 +54,7 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
+    all_rows: options.AllRows = False,
     strict: options.Strict = False,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
@@ -113,6 +114,7 @@ def run(
         "device": device,
         "dtype": dtype,
         "threads": threads,
+        "all_rows": all_rows,
         "strict": strict,
     }
     if num_speculative_tokens is not None:

@@ -27,7 +27,7 @@ STAGES = [
     ["session"],
     ["answer", "feed"],
     ["engine"],
-    ["training"],
+    ["bench", "training"],
     ["cli"],
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}

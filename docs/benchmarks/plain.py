@@ -1,9 +1,10 @@
 """Plain decoding against transformers' generate: same model, dtype, prompts and cores, measured in turns in one run.
 
     python docs/benchmarks/plain.py --output docs/benchmarks/plain.json
+    python docs/benchmarks/plain.py --text FILE --context 7000 --new-tokens 32 --output docs/benchmarks/plain_7000.json
 
-Each round writes every prompt with both, longspec (`--drafter none`) first in even rounds and second in odd ones. Rates are
-tokens after the first over the seconds between the first and the last; the ratio is of each round's rates.
+Each round writes every prompt with both, longspec (`--drafter none`) first in even rounds and second in odd ones. Rates
+are tokens after the first over the seconds between the first and the last; the ratio is of each round's rates.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Clock(BaseStreamer):
         pass
 
 
-def ours(engine: Engine, prompt: str, new: int) -> tuple[list[int], float]:
-    answer = engine.generate(prompt, max_new_tokens=new)
+def ours(engine: Engine, prompt: str, new: int, *, raw: bool) -> tuple[list[int], float]:
+    answer = engine.generate(prompt, max_new_tokens=new, raw=raw)
     return list(answer.tokens), answer.timing["tokens_per_second"]
 
 
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--text", type=Path, help="a text whose first --context tokens are the one prompt")
+    parser.add_argument("--context", type=int, default=7000)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
 
@@ -72,14 +75,19 @@ def main() -> None:
     folder = find("smollm2").folder
     assert folder is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / given.dtype, dtype=DTYPES[given.dtype])
+    raw = given.text is not None
     prompts = [(prompt, engine.open(prompt).tokens) for prompt in PROMPTS]
+    if raw:
+        vocabulary = engine.model.vocabulary
+        tokens = vocabulary.encode(given.text.read_text(), add_special=False)[: given.context]
+        prompts = [(vocabulary.decode(tokens), tokens)]
     rounds = []
     for number in range(-1, given.rounds):  # the first warms up
         rates: dict[str, list[float]] = {"longspec": [], "transformers": []}
         for prompt, tokens in prompts:
             for name in ("longspec", "transformers") if number % 2 == 0 else ("transformers", "longspec"):
                 if name == "longspec":
-                    rates[name].append(ours(engine, prompt, given.new_tokens)[1])
+                    rates[name].append(ours(engine, prompt, given.new_tokens, raw=raw)[1])
                 else:
                     rates[name].append(theirs(model, tokens, given.new_tokens)[1])
         if number >= 0:
@@ -91,6 +99,7 @@ def main() -> None:
         "model": "smollm2",
         "dtype": given.dtype,
         "cache": "dense",
+        "prompt_tokens": [len(tokens) for _, tokens in prompts],
         "new_tokens": given.new_tokens,
         "rounds": rounds,
         "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},

@@ -1,0 +1,1 @@
+"""Measurements whose results are committed: each takes a loaded engine and gives plain values."""

@@ -1,0 +1,120 @@
+"""The kinds of cache against dense: bytes, perplexity, a needle, and tokens per second.
+
+Takes a loaded engine and a text; gives one frozen `Result` per kind. Everything goes through the kinds' own stages: a
+row reads in a prefill chunk what it would read in plain decoding, so a perplexity by chunks is that of decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from longspec.cache import CACHES
+from longspec.cache.stage import BLOCK, Cache
+from longspec.engine import Engine
+from longspec.model.decoder import Rows, Span
+
+__all__ = ["KINDS", "Result", "measure"]
+
+KINDS = [kind for kind in CACHES if " " not in kind]
+
+_CHUNK = 8 * BLOCK
+_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_NEEDLE = "The number of the old lighthouse is {number}. Remember it."
+_QUESTION = "What is the number of the old lighthouse?"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One kind at one context. Rates are medians; bytes are those allocated over committed rows."""
+
+    kind: str
+    context: int
+    bytes_per_token: float
+    perplexity: float
+    needles: tuple[bool, ...]  # found at each depth
+    tokens_per_second: float
+    milliseconds: tuple[float, float, float]  # a step of one row: least, median, greatest
+
+
+def measure(engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str] = KINDS) -> Iterator[Result]:
+    """A result for each context and kind, as they come. Raises ValueError where the text is too short."""
+    tokens = engine.model.vocabulary.encode(text, add_special=False)
+    for context in contexts:
+        if len(tokens) < context:
+            raise ValueError(f"the text has {len(tokens)} tokens, and {context} are needed")
+        for kind in kinds:
+            cache = CACHES[kind](engine.model.decoder.shape)
+            perplexity = _perplexity(engine, cache, tokens[: context - 32])
+            times = _step_times(engine, cache, tokens[context - 32 : context])
+            yield Result(
+                kind,
+                context,
+                cache.nbytes / cache.length,
+                perplexity,
+                tuple(_finds(engine, kind, text, context, depth) for depth in _DEPTHS),
+                1.0 / sorted(times)[len(times) // 2],
+                (min(times) * 1e3, sorted(times)[len(times) // 2] * 1e3, max(times) * 1e3),
+            )
+
+
+@torch.inference_mode()
+def _feed(engine: Engine, cache: Cache, tokens: Sequence[int]) -> torch.Tensor:
+    """Commit these tokens; hidden states [r, width]."""
+    stage = cache.open()
+    rows = stage.add(range(-1, len(tokens) - 1))
+    positions = torch.arange(cache.length, cache.length + len(tokens))
+    long = torch.zeros(len(tokens), dtype=torch.bool)
+    spans = [Span(stage, rows, slice(0, len(tokens)))]
+    hidden = engine.model.decoder.forward(Rows(torch.tensor(tokens), positions, long, spans))
+    cache.commit(stage, range(len(tokens)))
+    return hidden
+
+
+@torch.inference_mode()
+def _perplexity(engine: Engine, cache: Cache, tokens: Sequence[int]) -> float:
+    """Of all tokens but the first, each given those before it."""
+    total = 0.0
+    for start in range(0, len(tokens), _CHUNK):
+        chunk = tokens[start : start + _CHUNK]
+        hidden = _feed(engine, cache, chunk)
+        following = torch.tensor(tokens[start + 1 : start + len(chunk) + 1])
+        logits = engine.model.decoder.logits(hidden[: len(following)]).float()
+        total -= torch.log_softmax(logits, -1).gather(1, following[:, None]).double().sum().item()
+    return math.exp(total / (len(tokens) - 1))
+
+
+@torch.inference_mode()
+def _step_times(engine: Engine, cache: Cache, tokens: Sequence[int]) -> list[float]:
+    """Seconds of plain steps, their head and choice included; the first two warm up."""
+    times = []
+    for token in tokens:
+        began = perf_counter()
+        engine.model.decoder.logits(_feed(engine, cache, [token])).argmax(-1).tolist()
+        times.append(perf_counter() - began)
+    return times[2:]
+
+
+def _finds(engine: Engine, kind: str, text: str, context: int, depth: float) -> bool:
+    """Does the answer name a number that stands at `depth` (0 to 1) of a haystack of about `context` tokens?"""
+    vocabulary = engine.model.vocabulary
+    number = str(4000 + int(depth * 977))
+    needle = _NEEDLE.format(number=number)
+    hay = vocabulary.encode(text, add_special=False)[: context - 160]
+    at = int(len(hay) * depth)
+    story = f"{vocabulary.decode(hay[:at])}\n\n{needle}\n\n{vocabulary.decode(hay[at:])}\n\n{_QUESTION}"
+    prompt = vocabulary.encode(vocabulary.chat([{"role": "user", "content": story}]), add_special=False)
+    cache = CACHES[kind](engine.model.decoder.shape)
+    for start in range(0, len(prompt), _CHUNK):
+        hidden = _feed(engine, cache, prompt[start : start + _CHUNK])
+    answer: list[int] = []
+    for _ in range(24):
+        answer += engine.model.decoder.logits(hidden[-1:]).argmax(-1).tolist()
+        if answer[-1] in engine.model.end_tokens:
+            break
+        hidden = _feed(engine, cache, answer[-1:])
+    return number in vocabulary.decode(answer)

@@ -1,0 +1,37 @@
+"""Plots of committed results, by matplotlib (`pip install 'longspec[bench]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longspec.errors import UsageError
+
+__all__ = ["draw_caches"]
+
+
+def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Perplexity, bytes and speed of each kind against dense, at each context, as three panels in one file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("A plot needs matplotlib: pip install 'longspec[bench]'.") from error
+    contexts = sorted({row["context"] for row in rows})
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    by = {(row["kind"], row["context"]): row for row in rows}
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = (("bytes_per_token", "bytes per token"), ("perplexity", "perplexity"), ("tokens_per_second", "tokens/s"))
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        for i, context in enumerate(contexts):
+            found = [(place, by[kind, context][name] / by["dense", context][name]) for place, kind in enumerate(kinds)
+                     if (kind, context) in by and ("dense", context) in by]  # fmt: skip
+            width = 0.8 / len(contexts)
+            axes.bar(
+                [place + i * width for place, _ in found], [value for _, value in found], width, label=f"{context:,}"
+            )
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks([place + 0.4 for place in range(len(kinds))], kinds, rotation=35)
+        axes.set_title(f"{title}, dense = 1")
+    axes.legend(title="context", fontsize=8)
+    figure.savefig(path)
