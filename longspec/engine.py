@@ -270,9 +270,9 @@ def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int) -> None:
         raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
     if all_rows and f"{cache} --all-rows" not in CACHES:
         raise UsageError(f"--all-rows is for the caches offload and disk; the cache is {cache}.")
-    if draft_tokens < 1:
+    if not 1 <= draft_tokens <= BLOCK:
         raise UsageError(
-            f"num_speculative_tokens is {draft_tokens}; it must be 1 or more (--drafter none bets on nothing)."
+            f"num_speculative_tokens is {draft_tokens}; it must be 1 to {BLOCK} (--drafter none bets on nothing)."
         )
 
 
