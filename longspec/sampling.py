@@ -27,8 +27,8 @@ from longspec.errors import UsageError
 
 __all__ = ["Sampling", "choose", "gumbel", "noise_key"]
 
-_FIRST_LOOK = 256
-"""Tokens sorted at first for top-p and min-p: sorting 49,152 logits costs 3 ms a row, their best 256 about 0.2."""
+_LOOKS = (128, 4096)
+"""Tokens that top-p and min-p look at, before all: sorting 49,152 logits costs 3 ms a row, their best 128 about 0.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,10 @@ def choose(
         logits = _penalised(logits.float(), sampling.repetition_penalty, contexts)
     if sampling.is_greedy:
         return logits.argmax(-1)
-    values, tokens = _in_play(logits.float() / sampling.temperature, sampling)
-    best = (values + gumbel(keys, tokens)).argmax(-1, keepdim=True)
-    return tokens.expand(len(values), -1).gather(1, best)[:, 0]
+    scores = logits.float() / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
+        return _pick(scores, torch.arange(scores.shape[1], device=scores.device)[None], keys)
+    return _pick_among_the_best(scores, sampling, torch.tensor(keys, device=scores.device))
 
 
 def noise_key(seed: int, session: str, position: int) -> int:
@@ -111,9 +112,10 @@ def noise_key(seed: int, session: str, position: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def gumbel(keys: Sequence[int], tokens: Tensor) -> Tensor:
+def gumbel(keys: Sequence[int] | Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise [r, m] in fp64 for tokens [r or 1, m], each row by its own key."""
-    state = torch.tensor(keys, dtype=torch.int64, device=tokens.device)[:, None] + (tokens + 1) * _signed(_GAMMA)
+    keys = torch.as_tensor(keys, dtype=torch.int64, device=tokens.device)
+    state = keys[:, None] + (tokens + 1) * _signed(_GAMMA)
     state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
     state = state ^ _shifted(state, 31)
@@ -142,24 +144,34 @@ def _penalised(logits: Tensor, penalty: float, contexts: Sequence[Collection[int
     return logits
 
 
-def _in_play(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Scores [r, m] of the tokens that may be chosen, -inf for the rest, and the tokens [r or 1, m].
+def _pick(values: Tensor, tokens: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
+    """[r]: of tokens [r or 1, m] with these log-weights [r, m], the one that the noise makes the greatest."""
+    best = (values + gumbel(keys, tokens)).argmax(-1, keepdim=True)
+    return tokens.expand(len(values), -1).gather(1, best)[:, 0]
 
-    What is kept depends on the row's own scores only; m does not, but tokens beyond a row's own are all -inf.
+
+def _pick_among_the_best(scores: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
+    """[r]: a token of each row of scores [r, V], by top-k, top-p and min-p. keys [r].
+
+    A row looks at its best few tokens first, and at more where it may keep still more: most rows keep a handful, and
+    what a row keeps doesn't depend on how far it looked.
     """
     size = scores.shape[1]
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return scores, torch.arange(size, device=scores.device)[None]
-    if sampling.top_k:
-        scores, tokens = scores.topk(min(sampling.top_k, size))
-        return _nucleus(scores, torch.logsumexp(scores, -1, keepdim=True), sampling), tokens
+    chosen = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    rows = torch.arange(len(scores), device=scores.device)
     total = torch.logsumexp(scores, -1, keepdim=True)
-    values, tokens = scores.topk(min(_FIRST_LOOK, size))
-    kept = _nucleus(values, total, sampling)
-    if values.shape[1] < size and bool((kept[:, -1] > float("-inf")).any()):  # a row may keep still more
-        values, tokens = scores.sort(descending=True)
-        kept = _nucleus(values, total, sampling)
-    return kept, tokens
+    for look in (sampling.top_k,) if sampling.top_k else (*_LOOKS, size):
+        values, tokens = scores[rows].topk(min(look, size))
+        whole = torch.logsumexp(values, -1, keepdim=True) if sampling.top_k else total[rows]
+        kept = _nucleus(values, whole, sampling)
+        done = kept[:, -1] == float("-inf")
+        if look in (sampling.top_k, size) or look > size:
+            done = torch.ones_like(done)
+        chosen[rows[done]] = _pick(kept[done], tokens[done], keys[rows[done]])
+        rows = rows[~done]
+        if not len(rows):
+            break
+    return chosen
 
 
 def _nucleus(values: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
