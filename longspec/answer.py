@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from typing import Any
 
+from longspec.budget import Plan
+from longspec.machine import peak_bytes
 from longspec.session import Session
 
-__all__ = ["Answer", "memory", "peak_bytes", "speculation", "timing", "usage"]
+__all__ = ["Answer", "memory", "speculation", "timing", "usage"]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text, why it ended, and its figures. Seconds, bytes; names as in docs/json.md."""
+    """A text, why it ended, and its figures. Seconds, bytes; names as in docs/cli.md."""
 
     text: str
     tokens: tuple[int, ...]
@@ -83,19 +83,15 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
     }
 
 
-def memory(session: Session, weights: int) -> dict[str, Any]:
-    """Bytes; the cache's are those allocated, per row those over the rows that it holds."""
+def memory(session: Session, weights: int, plan: Plan | None = None) -> dict[str, Any]:
+    """Bytes; the cache's are those allocated, per row those over the rows that it holds. `budget` if there is one."""
     cache = session.cache
+    budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}
     return {
         "weights_bytes": weights,
         "drafter_bytes": 0,
         "cache_bytes": cache.nbytes,
         "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,
         "peak_bytes": peak_bytes(),
+        **budget,
     }
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

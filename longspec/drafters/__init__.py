@@ -27,5 +27,5 @@ def make(name: str) -> Drafter:
         UsageError: no drafter has this name.
     """
     if name not in DRAFTERS:
-        raise UsageError(f"There is no drafter named {name!r}; choose one of {', '.join(DRAFTERS)}.")
+        raise UsageError(f"There is no drafter named {name!r}; use auto or one of: {', '.join(DRAFTERS)}.")
     return DRAFTERS[name]()
