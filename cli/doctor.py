@@ -5,7 +5,6 @@ It reports and changes nothing. What is missing or broken is a line of the repor
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -34,8 +33,8 @@ def doctor(as_json: options.Json = False) -> None:
     report = {
         "versions": _versions(),
         "machine": _machine(),
-        "torch": (torch := _torch()),
-        "attention": _attention(torch.get("gpus", [])),
+        "torch": _torch(),
+        "attention": _attention(),
         "model": _model(),
         "settings": _settings(),
     }
@@ -123,18 +122,13 @@ def _torch() -> dict[str, Any]:
     }
 
 
-def _attention(gpus: list[str]) -> dict[str, str]:
+def _attention() -> dict[str, str]:
     """What computes attention, and why the others don't."""
-    found = {"reference": "used: torch's own operators"}
-    for backend, package in (("flash", "flash_attn"), ("triton", "triton")):
-        if importlib.util.find_spec(package) is None:
-            why = f"the package {package.replace('_', '-')} isn't installed"
-        elif not gpus:
-            why = f"the package {package.replace('_', '-')} is installed, but torch finds no GPU"
-        else:
-            why = f"longspec {__version__} has no such backend yet"
-        found[backend] = f"not used: {why}"
-    return found
+    try:
+        from longspec.attention import backends
+    except (ImportError, OSError) as error:
+        return {"problem": f"attention needs torch, which can't be imported: {error}"}
+    return {name: f"{'used' if usable else 'not used'}: {reason}" for name, usable, reason in backends()}
 
 
 def _model() -> dict[str, Any]:

@@ -27,8 +27,8 @@ CLOSED_PIPE = 128 + 13
 def main() -> NoReturn:
     """The program `longspec`."""
     signals.catch()
-    # Threads that wait for each other sleep instead of spinning. With one other busy process on two cores, spinning took
-    # decoding from 18 tokens/s to 1 (the default model, bf16).
+    # Threads that wait for each other sleep instead of spinning. With one other busy process on two cores, spinning
+    # took decoding from 18 tokens/s to 1 (the default model, bf16).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         _prepare_streams()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +146,51 @@ def test_forks_with_room_to_spare_do_not_write_to_each_other(model: Decoder, kin
         for i in range(length, length + 3 * BLOCK, 50):
             commit(model, alone, text[i : i + 50])
         assert (feed(model, one, [9, 8, 7])[1] - feed(model, alone, [9, 8, 7])[1]).abs().max() < TOLERANCE
+
+
+def differently(model: Decoder, kind: Any) -> Iterator[torch.Tensor]:
+    """Logits [500, V] of the same text around eight blocks' borders: as one prefill chunk, in chunks of other sizes,
+    and as trees of up to 13 rows of which a path is kept.
+    """
+    tokens, generator = (TOKENS * 2)[:560], random.Random(3)
+    sizes: list[Callable[[], int]] = [lambda: 560, lambda: 64, lambda: 200, lambda: generator.randint(1, 90)]
+    for size in sizes:
+        cache, logits = kind(model.shape), []
+        while cache.length < len(tokens):
+            logits.append(commit(model, cache, tokens[cache.length : cache.length + size()]))
+        yield torch.cat(logits)[60:]
+    cache, logits = filled(model, kind, 60), []
+    while cache.length < len(tokens):
+        path = tokens[cache.length : cache.length + generator.randint(1, 6)]
+        wrong = generator.randint(0, 7)
+        rows = [*path, *(generator.randrange(3, 90) for _ in range(wrong))]
+        parents = [*range(-1, len(path) - 1), *(generator.randint(-1, len(path) + i - 1) for i in range(wrong))]
+        stage, out = feed(model, cache, rows, parents)
+        cache.commit(stage, range(len(path)))
+        logits.append(out[: len(path)])
+    yield torch.cat(logits)
+
+
+def test_what_a_row_reads_does_not_depend_on_its_pass(model: Decoder, kind: Any) -> None:
+    """Rows of passes of different sizes differ in their last bits. Where a value lies between two codes within that,
+    its code falls to the other side, and the rows that read it differ by more; so half of the rows are held to 1e-4,
+    and all of them, to the bit, where passes don't differ (below). A wrong rule shows in all rows from block 2 on.
+    """
+    whole, *others = differently(model, kind)
+    for other in others:
+        apart = (whole - other).abs().amax(-1)
+        assert (apart.max() if kind in (CACHES["dense"], *_ALL_ROWS) else apart.median()) < 1e-4
+        assert apart.max() < 0.02 * whole.abs().max()
+
+
+_ALL_ROWS = [CACHES["offload --all-rows"], CACHES["disk --all-rows"]]
+
+
+@torch.inference_mode()
+def test_strictly_a_row_has_the_same_bits_in_every_pass(kind: Any, tmp_path: Path) -> None:
+    model = load(write(oracle("gemma3"), tmp_path), strict=True)
+    whole, *others = differently(model, kind)
+    assert all(torch.equal(whole, other) for other in others)
 
 
 def test_dense_grows_by_blocks_and_never_much_too_large() -> None:

@@ -254,5 +254,5 @@ def test_nothing_never_bets_and_an_unknown_name_is_refused() -> None:
     nothing = make("none")
     nothing.begin(session)
     assert [len(draft) for draft in nothing.propose([session, session], [5, 5])] == [0, 0]
-    with pytest.raises(UsageError, match=r"named 'magic'; choose one of none, ngram"):
+    with pytest.raises(UsageError, match=r"named 'magic'; use auto or one of: none, ngram"):
         make("magic")

@@ -9,16 +9,41 @@ arXiv 2502.17421, without its restriction to two parts). A single part needs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longspec.attention import reference
+from longspec.attention import flash, reference, triton
 from longspec.attention.strict import attend_strictly
 from longspec.cache.stage import CodedPart, Part
 
-__all__ = ["attend", "attend_strictly", "merge"]
+__all__ = ["BACKENDS", "Backend", "attend", "attend_strictly", "backends", "merge"]
+
+
+class Backend(Protocol):
+    """A module that reads parts faster than the reference, where it can."""
+
+    USE: str  # what for
+
+    def missing(self) -> str | None:
+        """Why this machine can't run it; None where it can."""
+        ...
+
+    def refuses(self, queries: Tensor, part: Part | CodedPart, softcap: float | None) -> str | None:
+        """Why it doesn't read this part for these queries; None where it does."""
+        ...
+
+    def read(
+        self, queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `longspec.attention.reference.read`."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {"flash": flash, "triton": triton}
+"""The first that doesn't refuse a part reads it; the reference reads the rest, and on a CPU everything."""
 
 
 def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
@@ -26,14 +51,14 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
 
     Every row must be allowed at least one column of at least one part (its own staged row always is).
     """
-    pieces = reference.decoded(parts)
-    part = next(pieces)
+    pieces = _readable(queries, parts, softcap)
+    part, backend = next(pieces)
     following = next(pieces, None)
-    if following is None and softcap is None:
-        return reference.whole(queries, part, scale)
-    total = _read(queries, part, scale, softcap)
+    if following is None and softcap is None and backend is None:
+        return reference.whole(queries, _dense(part), scale)
+    total = _read(queries, part, backend, scale, softcap)
     while following is not None:
-        total = merge(total, _read(queries, following, scale, softcap))
+        total = merge(total, _read(queries, *following, scale, softcap))
         following = next(pieces, None)
     return total[0].to(queries.dtype)
 
@@ -51,7 +76,39 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     return output + torch.where(weight_b > 0, output_b.float() * weight_b, 0.0), lse
 
 
-def _read(queries: Tensor, part: Part, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    if softcap is None and queries.device.type == "cpu":
-        return reference.read_flash(queries, part, scale)
-    return reference.read(queries, part, scale, softcap)
+def backends() -> list[tuple[str, bool, str]]:
+    """All backends of this machine, for people: name, whether it can be used, and what for or why not."""
+    missing = {name: backend.missing() for name, backend in BACKENDS.items()}
+    found = [(name, missing[name] is None, missing[name] or backend.USE) for name, backend in BACKENDS.items()]
+    return [("reference", True, reference.USE), *found]
+
+
+def _readable(
+    queries: Tensor, parts: Iterable[Part | CodedPart], softcap: float | None
+) -> Iterator[tuple[Part | CodedPart, Backend | None]]:
+    """The parts as they are read, and who reads them; codes that no backend takes come in dense pieces."""
+    for part in parts:
+        backend = _backend(queries, part, softcap)
+        if backend is not None:
+            yield part, backend
+        else:
+            yield from ((piece, None) for piece in part.pieces())
+
+
+def _backend(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> Backend | None:
+    return next((each for each in BACKENDS.values() if each.refuses(queries, part, softcap) is None), None)
+
+
+def _read(
+    queries: Tensor, part: Part | CodedPart, backend: Backend | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    if backend is not None:
+        return backend.read(queries, part, scale, softcap)
+    if reference.has_flash(queries, _dense(part), softcap):
+        return reference.read_flash(queries, _dense(part), scale)
+    return reference.read(queries, _dense(part), scale, softcap)
+
+
+def _dense(part: Part | CodedPart) -> Part:
+    assert isinstance(part, Part)
+    return part

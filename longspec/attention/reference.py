@@ -1,8 +1,8 @@
-"""Attention on torch's own operators: the reference, and the backend of the CPU.
+"""Attention on torch's own operators: the reference, the backend of the CPU, and of what others leave on a GPU.
 
-`read` is the definition, in as many plain operators as it takes; `read_flash` gives the same through the CPU's flash
-kernel, which returns the log-sum-exp too (difference to fp64: 5e-7 in fp32). `whole` is for a single part, where no
-log-sum-exp is needed.
+`read` is the definition, in as many plain operators as it takes; `read_flash` gives the same through torch's flash
+kernels, which return the log-sum-exp too (difference to fp64 on the CPU: 5e-7 in fp32; no GPU has run this yet, its
+kernel's shapes are tested on tensors without data). `whole` is for a single part, where no log-sum-exp is needed.
 
 The query heads of a group are laid behind each other as rows, so that a key head is read once for its group: with 8
 rows and 7,000 bf16 columns of the default model 0.5 ms a layer, against 1.0 ms through `enable_gqa`.
@@ -11,6 +11,7 @@ rows and 7,000 bf16 columns of the default model 0.5 ms a layer, against 1.0 ms 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from longspec.cache.stage import CodedPart, Part
 
-__all__ = ["decoded", "read", "read_flash", "whole"]
+__all__ = ["USE", "decoded", "has_flash", "no_gpu", "read", "read_flash", "whole"]
+
+USE = "torch's own operators, for the CPU and for what others leave on a GPU"
 
 
 def decoded(parts: Iterable[Part | CodedPart]) -> Iterator[Part]:
@@ -41,22 +44,31 @@ def whole(queries: Tensor, part: Part, scale: float) -> Tensor:
     return _ungrouped(output[0], queries)
 
 
+def has_flash(queries: Tensor, part: Part, softcap: float | None) -> bool:
+    """Whether `read_flash` can read it: all on the CPU, on a GPU whole parts in half precision."""
+    if softcap is not None:
+        return False
+    if queries.device.type == "cpu":
+        return True
+    half = queries.dtype in (torch.bfloat16, torch.float16)
+    fits = queries.shape[-1] <= 256 and queries.shape[-1] % 8 == 0
+    return queries.device.type == "cuda" and part.bounds is None and half and fits and no_gpu() is None
+
+
 def read_flash(queries: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-    """As `read`, by the CPU's flash kernel; the output in the queries' dtype."""
+    """As `read`, by torch's flash kernels where `has_flash`; the output in the queries' dtype."""
     rows, groups = _grouped(queries, part)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows,
-        part.keys[None],
-        part.values[None],
-        0.0,
-        _is_causal(part, groups),
-        attn_mask=_bias(part, rows, groups),
-        scale=scale,
-    )
+    keys, values = part.keys.unsqueeze(0), part.values.unsqueeze(0)
+    if queries.device.type == "cuda":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values, scale=scale)[:2]
+    else:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, keys, values, 0.0, _is_causal(part, groups), attn_mask=_bias(part, rows, groups), scale=scale
+        )
     lse = lse.reshape(rows.shape[1], groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
     if part.bounds is not None:  # the kernel says 0, and not -inf, of a row that may read nothing
         lse = lse.masked_fill((part.bounds.first >= part.bounds.last)[:, None], float("-inf"))
-    return _ungrouped(output[0], queries), lse
+    return _ungrouped(output.squeeze(0), queries), lse
 
 
 def read(queries: Tensor, part: Part, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +86,15 @@ def read(queries: Tensor, part: Part, scale: float, softcap: float | None = None
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     output = _ungrouped(torch.matmul(weights, part.values.float()), queries)
     return output, lse.reshape(len(part.keys), groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
+
+
+@cache
+def no_gpu() -> str | None:
+    """Why this machine has no GPU that flash kernels run on; None where it has one."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return f"the GPU's compute capability is {major}.{minor}, below 8.0" if major < 8 else None
 
 
 def _grouped(queries: Tensor, part: Part) -> tuple[Tensor, int]:

@@ -1,0 +1,161 @@
+"""Backend on Triton kernels of our own: quantized parts as they lie, and parts of which each row reads its own columns.
+
+Takes what `reference.read` takes and gives what it gives. It decides how a part is cut up among a GPU's processors, and
+knows nothing of what the kernels (`longspec.attention.kernels`) do with the pieces.
+
+No hardware has run this yet: kernels and launches are tested through Triton's interpreter, and compiled for compute
+capabilities 8.9 and 9.0 (`tests/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU, and the sizes
+of tiles here wait for `docs/benchmarks/gpu_attention.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.attention.reference import no_gpu
+from longspec.cache.codes import Codec, DualCodec
+from longspec.cache.stage import BLOCK, CodedPart, Part
+
+__all__ = ["USE", "missing", "read", "refuses"]
+
+USE = "quantized caches and draft trees on the GPU"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_CHUNKS = 128  # as in longspec.attention.kernels
+_LOG2E = 1.4426950408889634
+
+_OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't said
+
+_Arguments = tuple[str, list[Tensor], list[int], dict[str, Any]]
+"""A kernel's name, its tensors between the queries and the bounds, their strides, and its own constants."""
+
+
+@cache
+def missing() -> str | None:
+    """Why this machine can't run it; None where it can."""
+    if find_spec("triton") is None:
+        return "the package triton isn't installed"
+    if (why := no_gpu()) is not None:
+        return why
+    if sys.platform == "linux" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler and finds none: install gcc or clang, or name one in the environment as CC"
+    return None
+
+
+def refuses(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> str | None:
+    """Why it doesn't read this part for these queries; None where it does."""
+    if queries.device.type != "cuda":
+        return "the pass is not on a CUDA GPU"
+    if (why := missing()) is not None:
+        return why
+    if queries.dtype not in _DTYPES or queries.shape[-1] > 256:
+        return "it reads heads of at most 256 channels in fp32, bf16 or fp16"
+    if isinstance(part, CodedPart):
+        return None if isinstance(part.codec, Codec) else "it doesn't know these codes"
+    if part.bounds is None and softcap is None and queries.dtype != torch.float32:
+        return "a whole part in half precision is left to flash attention"
+    return None
+
+
+def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
+
+    A row that may read nothing gives zeros and -inf. CPU tensors are for Triton's interpreter (TRITON_INTERPRET=1).
+    """
+    from longspec.attention import kernels  # imports triton, which not every machine has
+
+    q, heads, dim = queries.shape
+    coded = isinstance(part, CodedPart)
+    key_heads, n = (part.codes[0] if isinstance(part, CodedPart) else part.keys).shape[0], part.columns
+    rows = heads // key_heads * q
+    tile = _tile(rows, dim, queries.dtype, coded)
+    tiles = -(-rows // tile["M"])
+    chunk = _chunk(n, tiles * key_heads, _processors(queries.device))
+    chunks = -(-n // chunk)
+    outputs = queries.new_empty(chunks, q, heads, dim, dtype=torch.float32)
+    lses = queries.new_empty(chunks, q, heads, dtype=torch.float32)
+
+    queries = _contiguous_in_dim(queries)
+    bounds = part.bounds
+    first, last = (queries, queries) if bounds is None else (bounds.first.contiguous(), bounds.last.contiguous())
+    tail = queries if bounds is None or bounds.tail is None else _contiguous_in_dim(bounds.tail).view(torch.uint8)
+    t = 0 if tail is queries else tail.shape[1]
+    multiplier, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    kernel, tensors, strides, kind = _coded(part) if isinstance(part, CodedPart) else _dense(part)
+    with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
+        getattr(kernels, kernel)[tiles, chunks, key_heads](
+            queries, *tensors, first, last, tail, outputs, lses,
+            q, n, t, chunk, multiplier, cap, *queries.stride()[:2], tail.stride(0), *strides,
+            K=key_heads, G=heads // key_heads, D=dim, BOUNDED=bounds is not None, TAILED=t > 0,
+            CAPPED=softcap is not None, **kernels.dtypes(queries.dtype, coded), **kind, **tile, **_OPTIONS,
+        )  # fmt: skip
+        if chunks == 1:
+            return outputs[0], lses[0]
+        output, lse = torch.empty_like(outputs[0]), torch.empty_like(lses[0])
+        kernels.joined[q * heads,](
+            outputs, lses, output, lse, chunks, q * heads, D=dim, D_PADDED=tile["D_PADDED"], **_OPTIONS
+        )
+    return output, lse
+
+
+def _tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int]:
+    """Rows and columns of a tile: as many as a GPU of compute capability 8 has registers and shared memory for.
+
+    Chosen by what the compiler reports: more rows spill registers, more columns or stages don't fit 99 KiB (8.6, 8.9).
+    """
+    padded = max(16, _power_of_2(dim))
+    key_bytes = padded * dtype.itemsize
+    most = (64 if key_bytes < 512 else 32) // (2 if coded else 1)
+    height = min(most, max(16, _power_of_2(rows)))
+    return {
+        "M": height,
+        "N": max(16, min(64, 16384 // key_bytes)),
+        "D_PADDED": padded,
+        "num_warps": 4 if height == 16 else 8,
+        "num_stages": 3,
+    }
+
+
+def _chunk(n: int, programs: int, processors: int) -> int:
+    """Columns of a chunk, whole blocks: two programs a processor, where so many programs read each column."""
+    blocks = -(-n // BLOCK)
+    chunks = min(max(1, 2 * processors // programs), _MOST_CHUNKS, blocks)
+    return -(-blocks // chunks) * BLOCK
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _dense(part: Part) -> _Arguments:
+    keys, values = _contiguous_in_dim(part.keys), _contiguous_in_dim(part.values)
+    return "dense", [keys, values], [*keys.stride()[:2], *values.stride()[:2]], {}
+
+
+def _coded(part: CodedPart) -> _Arguments:
+    codec, half = part.codec, len(part.codes) // 2
+    assert isinstance(codec, Codec)
+    dual = isinstance(codec, DualCodec)
+    tensors = []
+    for codes in (part.codes[:half], part.codes[half:]):
+        # What a codec lacks is never read: the lower plane is the upper one, and low is step.
+        tensors += [codes[0], codes[1 if dual else 0], codes[2 if dual else 1], codes[-1]]
+    plane_blocks, scale_blocks = (tensors[i].stride(0) // tensors[i][0, 0].numel() for i in (0, 2))
+    kind = {"BITS": 4 if dual else codec.bits, "SYMMETRIC": codec.symmetric, "DUAL": dual}
+    return "coded", tensors, [plane_blocks, scale_blocks], kind
+
+
+def _contiguous_in_dim(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
