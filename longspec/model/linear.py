@@ -7,6 +7,7 @@ on the number of rows and on nothing else (checked for every shape of the defaul
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +26,10 @@ class Linear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         if self.tile is None:
+            if len(rows) == 1 and self.bias is None and rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
+                # A product with a vector has a kernel of its own: 11.7 ms for all layers of the default model, against
+                # 16.4 as a matrix of one row, and the same error against fp64.
+                return torch.mv(self.weight, rows[0])[None]
             return F.linear(rows, self.weight, self.bias)
         out = rows.new_empty(len(rows), self.weight.shape[0])
         for start in range(0, len(rows), self.tile):
