@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import BLOCK, Bounds, Part, Shape
+from longspec.cache.stage import BLOCK, Bounds, Part, Room, Shape, Take
 from longspec.tree import Tree
 
 __all__ = ["Dense", "DenseStage", "near_start"]
@@ -100,6 +100,41 @@ class Dense:
         self._lent = max(self._lent, length)
         twin.truncate(length)
         return twin
+
+    def room(self, rows: int) -> Room:
+        """To grow, a layer's buffer is there twice."""
+        held = -(-rows // BLOCK) * BLOCK * self.shape.row_bytes
+        return Room(held + held // self.shape.layers)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """`rows.LAYER` [2, K, rows, D]; of a near cache the rows from its start on."""
+        for layer in range(self.shape.layers):
+            yield f"rows.{layer}", self.rows(layer)
+
+    def load_state(self, length: int, take: Take) -> None:
+        s, start = self.shape, near_start(length) if self.near else 0
+        held = length - start
+        self.reserve(held)
+        for layer, buffer in enumerate(self._buffers):
+            buffer[:, :, :held] = take(f"rows.{layer}", (2, s.key_heads, held, s.head_dim), s.dtype)
+        self.begin(start, length)
+
+    def begin(self, start: int, length: int) -> None:
+        """The buffers of this empty cache hold the rows start..length of a text."""
+        self._start, self.length = start, length
+        self._changed()
+
+    def rows(self, layer: int) -> Tensor:
+        """The committed rows [2, K, rows, D] of a layer, in one piece: a view where they lie so, else a copy."""
+        runs = [buffers[layer][:, :, :rows] for buffers, rows in self._shared]
+        own = self._buffers[layer][:, :, : self.length - self._start]
+        return torch.cat([*runs, own], 2) if runs else own
+
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's rows. The cache is of no use from here on."""
+        empty = self._empty(0)
+        self._shared = [([*run[:layer], empty, *run[layer + 1 :]], rows) for run, rows in self._shared]
+        self._buffers[layer] = empty
 
     def forget(self, row: int) -> None:
         """Let go of the rows before `row`, which a near cache's rows read elsewhere."""

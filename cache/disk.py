@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import BLOCK, Shape
+from longspec.cache.stage import BLOCK, Room, Shape
 from longspec.errors import LongspecError
 
 __all__ = ["FileStore"]
@@ -64,6 +64,9 @@ class FileStore:
             os.pwrite(twin._file, piece, at)
             at += len(piece)
         return twin
+
+    def room(self, nbytes: int) -> Room:
+        return Room(0, disk=nbytes)
 
     def _at(self, layer: int, block: int) -> int:
         return (block * self._kind.layers + layer) * self._block_bytes

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from longspec.cache.codes import Codec
+from longspec.cache.dense import near_start
 from longspec.cache.pages import block_scores
 from longspec.cache.quantized import Quantized, QuantizedStage
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Shape
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Room, Shape, Take
 
 __all__ = ["HostStore", "Offload", "Store"]
 
@@ -48,6 +49,10 @@ class Store(Protocol):
         """A store with the same blocks, which goes its own way."""
         ...
 
+    def room(self, nbytes: int) -> Room:
+        """What that many bytes of rows take, and where."""
+        ...
+
 
 class HostStore:
     """Blocks in host memory, pinned where there is a GPU to copy to."""
@@ -72,6 +77,9 @@ class HostStore:
         twin = HostStore.__new__(HostStore)
         twin._pin, twin._blocks = self._pin, dict(self._blocks)
         return twin
+
+    def room(self, nbytes: int) -> Room:
+        return Room(0, host=nbytes)
 
 
 class Offload(Quantized):
@@ -109,6 +117,32 @@ class Offload(Quantized):
         twin = Offload(self.shape, self.store.fork(), bits=self.codec.bits, all_rows=self.all_rows)
         self._share(twin, length)
         return twin
+
+    def room(self, rows: int) -> Room:
+        """Beside the codes the held blocks; a layer's rows are there twice where its rows ask for all of them."""
+        block = BLOCK * self.shape.row_bytes
+        blocks = near_start(rows) // BLOCK
+        codes = 2 * block if self.all_rows else super().room(rows).device
+        read = min(blocks, PIECE_BLOCKS if self.all_rows else blocks) * block // self.shape.layers
+        held = min(blocks, HELD_BLOCKS) * block
+        return self.store.room(blocks * block)._replace(device=codes + held + 2 * read)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """As a quantized cache's, without codes where all rows are read, and `block.B` [layers, 2, K, 64, D]."""
+        yield from self.near.state() if self.all_rows else super().state()
+        for block in range(self.near.start // BLOCK):
+            yield f"block.{block}", torch.stack([self.store.read(layer, block) for layer in range(self.shape.layers)])
+
+    def load_state(self, length: int, take: Take) -> None:
+        if self.all_rows:
+            self.near.load_state(length, take)
+        else:
+            super().load_state(length, take)
+        s = self.shape
+        for block in range(self.near.start // BLOCK):
+            rows = take(f"block.{block}", (s.layers, 2, s.key_heads, BLOCK, s.head_dim), s.dtype)
+            for layer in range(s.layers):
+                self.store.write(layer, block, rows[layer])
 
     def exact(self, layer: int, blocks: Sequence[int], buffer: Tensor) -> Tensor:
         """The rows [2, K, b * 64, D] of these blocks; `buffer` holds those from `near.start` on."""

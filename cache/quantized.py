@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspec.cache.codes import Codec, Codes
 from longspec.cache.dense import Dense, DenseStage, near_start
-from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part, Shape
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Room, Shape, Take
 
 __all__ = ["Quantized", "QuantizedStage"]
 
@@ -34,6 +34,29 @@ class Quantized:
         self._codes: list[Codes] = [codec.empty(shape, 0) for _ in shape.windows]
         self._coded = [0] * shape.layers  # blocks encoded, from the text's start
         self._lent = 0  # blocks whose codes a fork reads too: never to be overwritten
+
+    @classmethod
+    def of_dense(cls, dense: Dense, codec: Codec) -> Quantized:
+        """The same text with old rows as codes, layer by layer and out of `dense`, which is of no use afterwards.
+
+        Its rows were made by reading dense rows, so that the text goes on unlike that of either kind.
+        """
+        made = cls(dense.shape, codec)
+        start = near_start(dense.length)
+        made.near.reserve(dense.length - start)
+        for layer, near in enumerate(made.near.buffers):
+            rows = dense.rows(layer)
+            made._reserve(layer, start // BLOCK, own=True)
+            for first in range(0, start // BLOCK, PIECE_BLOCKS):
+                last = min(first + PIECE_BLOCKS, start // BLOCK)
+                keys, values = (run.unflatten(1, (-1, BLOCK)) for run in rows[:, :, first * BLOCK : last * BLOCK])
+                for old, new in zip(made._codes[layer], codec.encode(keys, values), strict=True):
+                    old[:, first:last] = new
+            near[:, :, : dense.length - start] = rows[:, :, start:]
+            dense.drop(layer)
+        made.near.begin(start, dense.length)
+        made._coded = [start // BLOCK] * dense.shape.layers
+        return made
 
     @property
     def length(self) -> int:
@@ -69,6 +92,28 @@ class Quantized:
         twin = Quantized(self.shape, self.codec)
         self._share(twin, length)
         return twin
+
+    def room(self, rows: int) -> Room:
+        """Codes of the old blocks, two dense ones, and to grow, a layer's codes twice."""
+        one = self.codec.empty(self.shape, 1)
+        layer = near_start(rows) // BLOCK * sum(tensor.nbytes for tensor in one)
+        return Room(layer * (self.shape.layers + 1) + 2 * BLOCK * self.shape.row_bytes)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The near rows, and `codes.LAYER.I` [K, blocks, ...] of those before them."""
+        yield from self.near.state()
+        for layer in range(self.shape.layers):
+            for i, codes in enumerate(self.codes(layer, slice(0, self.near.start // BLOCK))):
+                yield f"codes.{layer}.{i}", codes
+
+    def load_state(self, length: int, take: Take) -> None:
+        self.near.load_state(length, take)
+        blocks = self.near.start // BLOCK
+        for layer in range(self.shape.layers):
+            self._reserve(layer, blocks, own=True)
+            for i, codes in enumerate(self.codes(layer, slice(0, blocks))):
+                codes.copy_(take(f"codes.{layer}.{i}", tuple(codes.shape), codes.dtype))
+            self._coded[layer] = blocks
 
     def retire(self, row: int) -> None:
         """No row to come reads those before `row` dense any more: only their codes stay."""

@@ -12,15 +12,15 @@ Letters: q rows that read, n columns of a part, K key heads, D head dimension.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Shape", "Stage"]
+__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Room", "Shape", "Stage", "Take"]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
@@ -28,6 +28,8 @@ BLOCK = 64
 PIECE_BLOCKS = 16
 """Coded blocks that are decoded at once: 1,024 rows stay in a core's L2, and cost one call of each operator."""
 
+Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+"""Gives a tensor of a cache's state by its name, in the shape and dtype that it must have; it lies on the host."""
 
 _MAPPED_NBYTES = 256 << 10
 """From here on a buffer is mapped: the page that its end wastes is then below one percent of it."""
@@ -62,6 +64,14 @@ class Shape:
     def row_bytes(self) -> int:
         """Bytes of one row's keys and values in all layers, in `dtype`."""
         return 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+
+
+class Room(NamedTuple):
+    """Bytes that a cache takes: on the device that computes, beside it in host memory, and on disk."""
+
+    device: int
+    host: int = 0
+    disk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,4 +222,19 @@ class Cache(Protocol):
 
     def fork(self, length: int) -> Cache:
         """A second text with the same first `length` rows, shared and not copied."""
+        ...
+
+    def room(self, rows: int) -> Room:
+        """What that many rows of text need, without what is staged and what stands empty, but with what growing takes.
+
+        It depends on the shape alone: asked of an empty cache, on torch's `meta` device too.
+        """
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that the committed rows are, tensor by tensor, each with its name; a cache of this kind loads it."""
+        ...
+
+    def load_state(self, length: int, take: Take) -> None:
+        """Become the cache of `length` rows whose state can be taken. This one must be empty."""
         ...

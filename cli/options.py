@@ -12,6 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from longspec.errors import UsageError
+from longspec.machine import parse_bytes
+
 
 def number(least: float, most: float = math.inf, *, open_below: bool = False, open_above: bool = False) -> Any:
     """Reads a number between two bounds, which count unless they are open."""
@@ -47,6 +50,20 @@ def whole(least: int | None = None) -> Callable[[object], int]:
         return value
 
     return read
+
+
+def size(text: object) -> int | str:
+    """Reads a size of memory in bytes, or `auto`."""
+    try:
+        return "auto" if str(text) == "auto" else parse_bytes(str(text))
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def tokens(text: object) -> int:
+    """Reads a number of tokens; k is 1,024 of them."""
+    number, kilo = (str(text)[:-1], 1024) if str(text)[-1:] in ("k", "K") else (str(text), 1)
+    return whole(1)(number) * kilo
 
 
 _PROMPT, _MODEL, _SAMPLING, _OUTPUT = "Prompt", "Model and method", "Sampling", "Output"
@@ -120,7 +137,7 @@ Cache = Annotated[
         "--cache",
         metavar="NAME",
         rich_help_panel=_MODEL,
-        help="How keys and values are kept: auto, or one by name. auto is dense.",
+        help="How keys and values are kept: auto, or one by name. auto is dense, or with --memory what fits.",
     ),
 ]
 Device = Annotated[
@@ -157,6 +174,17 @@ AllRows = Annotated[
         "--all-rows/--no-all-rows",
         rich_help_panel=_MODEL,
         help="With the caches offload and disk: read every row exactly, as dense does. Slower.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        parser=size,
+        rich_help_panel=_MODEL,
+        help="What the process may have, such as 6GiB (on a GPU: what is reserved there), or auto for what is free. "
+        "The cache is chosen to fit, unless it is named; what can't fit is refused at once.",
     ),
 ]
 Strict = Annotated[
@@ -252,6 +280,15 @@ Stop = Annotated[
     ),
 ]
 
+PromptCache = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="FILE",
+        rich_help_panel=_OUTPUT,
+        help="Keep what was read of the prompt in FILE, and begin with it the next time.",
+    ),
+]
 NoStream = Annotated[
     bool,
     typer.Option(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from longspec.answer import Answer
     from longspec.engine import Engine, Options
     from longspec.session import Session
+    from longspec.text import Vocabulary
 
 __all__ = ["EPILOG", "run"]
 
@@ -55,6 +56,7 @@ def run(
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     all_rows: options.AllRows = False,
+    memory: options.Memory = None,
     strict: options.Strict = False,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
@@ -64,6 +66,7 @@ def run(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    prompt_cache: options.PromptCache = None,
     no_stream: options.NoStream = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -99,6 +102,7 @@ def run(
     writing: Options = {
         "system": system and checked(system, "--system"),
         "raw": raw,
+        "prompt_cache": prompt_cache,
         "max_new_tokens": max_new_tokens,
         "stop": [checked(text, "--stop") for text in stop or ()],
         "temperature": temperature,
@@ -116,6 +120,7 @@ def run(
         "threads": threads,
         "all_rows": all_rows,
         "strict": strict,
+        "memory": memory,
     }
     if num_speculative_tokens is not None:
         loading["num_speculative_tokens"] = num_speculative_tokens
@@ -125,10 +130,16 @@ def run(
         asked = perf_counter()
         text = read_prompt(prompt, file or [], no_stdin=no_stdin, say=progress.say)
         began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
+        if memory is not None:
+            loading["tokens"] = lambda vocabulary: _length(vocabulary, text, writing)
         engine = _load(model, loading, began, progress)
+        if engine.plan is not None:
+            progress.say(str(engine.plan))
         session = engine.open(text, **writing)
         interrupted = _write(engine, session, output, progress, stream=not (no_stream or as_json), text=not as_json)
         progress.stop()
+        for note in session.notes:
+            progress.say(note)
         answer = engine.answer(session, began)
         if as_json:
             output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
@@ -141,6 +152,16 @@ def run(
 def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
     """A setting gives way to what contradicts it on the command line; two flags there are refused."""
     return given(ctx, to) and not given(ctx, name)
+
+
+def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
+    """How long prompt and answer may become; None where only the model's context ends them."""
+    from longspec.engine import encode
+
+    asked = writing["max_new_tokens"]
+    if asked is None:
+        return None
+    return len(encode(vocabulary, prompt, writing["system"], raw=writing["raw"])) + asked
 
 
 def _load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:

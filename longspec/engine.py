@@ -9,7 +9,9 @@ It never prints and never draws: progress goes to a callback, text to whoever it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypedDict, Unpack
 
@@ -17,21 +19,24 @@ import torch
 from torch import Tensor
 
 from longspec.answer import Answer, memory, speculation, timing, usage
+from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.drafters import make as make_drafter
-from longspec.errors import ContextError, UsageError
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.feed import Feed, lay
 from longspec.model.decoder import Rows
-from longspec.model.load import Model, load_model
+from longspec.model.load import Model, open_model
+from longspec.resume import keep, resume
 from longspec.sampling import Sampling, choose
 from longspec.session import Session
-from longspec.text import Transcript
+from longspec.text import Transcript, Vocabulary
 from longspec.types import Commit
 from longspec.verify import verify
+from longspec.watch import Watch
 
-__all__ = ["DRAFT_TOKENS", "Engine", "Options", "Prompt"]
+__all__ = ["DRAFT_TOKENS", "Engine", "Options", "Prompt", "encode"]
 
-PREFILL_ROWS = 8 * BLOCK
+PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
 
 DRAFT_TOKENS = 8
@@ -44,6 +49,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 class Options(TypedDict, total=False):
     """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
 
+    prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
     system: str | None  # a system message before the prompt
     raw: bool  # the prompt as it is, without the chat template
     key: str  # names the text in the noise of its sampling
@@ -72,12 +78,16 @@ class Engine:
         cache: str = "auto",
         all_rows: bool = False,
         draft_tokens: int = DRAFT_TOKENS,
+        plan: Plan | None = None,
     ) -> None:
         _check(drafter, cache, all_rows, draft_tokens)
         self.model = model
         self.drafter_name = "ngram" if drafter == "auto" else drafter
         self.drafter = make_drafter(self.drafter_name)
-        self.cache_name = ("dense" if cache == "auto" else cache) + (" --all-rows" if all_rows else "")
+        self.plan = plan
+        self.cache_name = plan.choice.cache if plan else _kind("dense" if cache == "auto" else cache, all_rows)
+        self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
+        self.watch = Watch(plan, moves=cache == "auto") if plan else None
         self.draft_tokens = draft_tokens
         self.load_seconds: dict[str, float] = {}
 
@@ -94,16 +104,22 @@ class Engine:
         threads: int | None = None,
         strict: bool = False,
         num_speculative_tokens: int = DRAFT_TOKENS,
+        memory: str | int | None = None,
+        tokens: int | Callable[[Vocabulary], int | None] | None = None,
         report: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
         all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
-        it (slower). report: told of what is fetched: stage, done, total.
+        it (slower). memory: what the process may have, such as "6GiB" (on a GPU: what torch may reserve there), or
+        "auto" for what the machine has left; the cache and the prefill chunk are chosen to fit. tokens: prompt and
+        answer that the memory is planned for, as a number or told from the vocabulary; the model's context if left out.
+        report: told of what is fetched: stage, done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
             UsageError: an option is unknown or out of range.
+            BudgetError: the memory doesn't hold such a text, with any cache that may be chosen.
         """
         if threads is not None:
             if threads < 1:
@@ -111,8 +127,21 @@ class Engine:
             torch.set_num_threads(threads)
         _check(drafter, cache, all_rows, num_speculative_tokens)  # what is wrong is said before a model is loaded
         began = perf_counter()
-        loaded = load_model(model, dtype=dtype, device=device, strict=strict, report=report)
-        engine = cls(loaded, drafter=drafter, cache=cache, all_rows=all_rows, draft_tokens=num_speculative_tokens)
+        opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
+        if memory is not None:
+            plan = make_plan(
+                opened,
+                memory,
+                tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
+                cache=_kind(cache, all_rows),
+                draft_tokens=num_speculative_tokens,
+                drafter=drafter,
+                strict=strict,
+            )
+        loaded = opened.load(strict=strict, report=report)
+        engine = cls(
+            loaded, drafter=drafter, cache=cache, all_rows=all_rows, draft_tokens=num_speculative_tokens, plan=plan
+        )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
         return engine
 
@@ -120,6 +149,14 @@ class Engine:
     def context(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.model.decoder.config.context
+
+    def save(self, session: Session, path: str | Path) -> None:
+        """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
+
+        Raises:
+            LongspecError: it can't be written.
+        """
+        keep(session, self.model, Path(path))
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """Write one answer to its end."""
@@ -142,21 +179,28 @@ class Engine:
             UsageError: an option is out of range, or the prompt has no token.
         """
         began = perf_counter()
-        tokens = self._encode(prompt, options.get("system"), raw=options.get("raw", False))
+        tokens = encode(self.model.vocabulary, prompt, options.get("system"), raw=options.get("raw", False))
         decoder, sampling = self.model.decoder, self._sampling(options)
         limit = self._limit(len(tokens), options.get("max_new_tokens"))
         stop = options.get("stop", ())
+        long = decoder.first_context is not None and limit > decoder.first_context
+        cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
+        if path is not None:
+            resume(cache, self.cache_name, self.model, Path(path), tokens, limit=limit, long=long)
         session = Session(
             tokens,
-            CACHES[self.cache_name](decoder.shape),
+            cache,
             Transcript(self.model.vocabulary, [stop] if isinstance(stop, str) else stop),
             key=options.get("key", ""),
             sampling=sampling,
             end_tokens=self.model.end_tokens,
             limit=limit,
-            long=decoder.first_context is not None and limit > decoder.first_context,
+            long=long,
+            cache_name=self.cache_name,
             began=began,
         )
+        if path is not None and session.unfed[1:]:
+            session.prompt_cache = Path(path)
         self.drafter.begin(session)
         return session
 
@@ -172,12 +216,20 @@ class Engine:
         """Feed all unfed tokens but the last, in chunks that end at blocks; after each, the cache's length."""
         while (lacking := session.unfed)[1:]:
             start = session.cache.length
-            end = min((start + PREFILL_ROWS) // BLOCK * BLOCK, len(session.tokens) - 1)
+            end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1)
             with torch.inference_mode():
                 feed = Feed.of(session, lacking[: end - start])
                 self.model.decoder.forward(lay([feed], self.model.decoder.device))
                 feed.commit([])
+                if self.watch is not None:
+                    self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
             yield end
+        if session.prompt_cache is not None:
+            path, session.prompt_cache = session.prompt_cache, None
+            try:
+                self.save(session, path)
+            except LongspecError as error:  # the answer is what was asked for first
+                session.notes.append(str(error))
         session.prefilled = perf_counter()
 
     @torch.inference_mode()
@@ -195,6 +247,10 @@ class Engine:
             commits.append(feed.session.take(verdict, feed.draft))
             feed.commit(verdict.kept)
             self.drafter.observe(feed.session, commits[-1])
+        if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
+            at = list(sessions).index(ending)
+            rest = ending.interrupt("length")
+            commits[at] = replace(commits[at], text=commits[at].text + rest, finish_reason="length")
         return commits
 
     def answer(self, session: Session, began: float | None = None) -> Answer:
@@ -207,12 +263,12 @@ class Engine:
             finish_reason=session.finish_reason or "interrupted",
             model=self.model.name,
             dtype=self.model.dtype,
-            cache=self.cache_name,
-            cache_lossless=self.cache_name in LOSSLESS,
+            cache=session.cache_name,
+            cache_lossless=session.cache_name in LOSSLESS,
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder.nbytes),
+            memory=memory(session, self.model.decoder.nbytes, self.plan),
         )
 
     def _choices(self, feeds: Sequence[Feed], logits: Tensor) -> list[list[int]]:
@@ -228,28 +284,16 @@ class Engine:
         flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
         return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _encode(self, prompt: Prompt, system: str | None, *, raw: bool) -> list[int]:
-        vocabulary = self.model.vocabulary
-        if raw:
-            if not isinstance(prompt, str) or system:
-                raise UsageError("A raw prompt is one text, without a system message or roles.")
-            tokens = vocabulary.encode(prompt, add_special=True)
-        else:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            if system:
-                messages = [{"role": "system", "content": system}, *messages]
-            tokens = vocabulary.encode(vocabulary.chat(messages), add_special=False)
-        if not tokens:
-            raise UsageError("The prompt is empty; give at least one token to go on from.")
-        return tokens
-
     def _limit(self, prompt: int, asked: int | None) -> int:
         if prompt >= self.context:
             raise ContextError(
                 f"The prompt has {prompt} tokens; the model's context for prompt and answer is {self.context}."
             )
+        planned = self.plan.request.tokens if self.plan else self.context
+        if prompt >= planned:
+            raise BudgetError(f"The prompt has {prompt} tokens; the memory was planned for {planned} with the answer.")
         if asked is None:
-            return self.context
+            return min(planned, self.context)
         if asked < 1:
             raise UsageError(f"max_new_tokens is {asked}; it must be 1 or more.")
         if prompt + asked > self.context:
@@ -257,11 +301,41 @@ class Engine:
                 f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
                 f"the model's context is {self.context}."
             )
+        if prompt + asked > planned:
+            raise BudgetError(
+                f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
+                f"the memory was planned for {planned}."
+            )
         return prompt + asked
 
     def _sampling(self, options: Options) -> Sampling:
         given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}  # type: ignore[literal-required]
         return Sampling.over(self.model.defaults, given)
+
+
+def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *, raw: bool = False) -> list[int]:
+    """The prompt's tokens, as `Engine.open` takes them.
+
+    Raises:
+        UsageError: there is none, or the prompt isn't one text although it is raw.
+    """
+    if raw:
+        if not isinstance(prompt, str) or system:
+            raise UsageError("A raw prompt is one text, without a system message or roles.")
+        tokens = vocabulary.encode(prompt, add_special=True)
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        tokens = vocabulary.encode(vocabulary.chat(messages), add_special=False)
+    if not tokens:
+        raise UsageError("The prompt is empty; give at least one token to go on from.")
+    return tokens
+
+
+def _kind(cache: str, all_rows: bool) -> str:
+    """The name in CACHES."""
+    return f"{cache} --all-rows" if all_rows else cache
 
 
 def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int) -> None:

@@ -7,6 +7,7 @@ that an end-of-text token, a stop string or a limit inside of a draft is one cas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 
 from longspec.cache.stage import Cache
@@ -23,6 +24,7 @@ class Session:
     key: names the session in the noise of its sampling: the same seed and key give the same text.
     limit: the most tokens that prompt and answer may have together.
     long: the text is planned beyond a longrope model's first context.
+    cache_name: what kind the cache is; another one from where a memory budget made it smaller.
     began: when the work on it began, on `perf_counter`'s clock.
     """
 
@@ -37,6 +39,7 @@ class Session:
         end_tokens: Sequence[int],
         limit: int,
         long: bool = False,
+        cache_name: str = "dense",
         began: float | None = None,
     ) -> None:
         self.key = key
@@ -45,12 +48,15 @@ class Session:
         self.prompt_length = len(prompt)
         self.cached = cache.length  # prompt rows that needed no prefill
         self.cache = cache
+        self.cache_name = cache_name
         self.sampling = sampling
         self.limit = limit
         self.long = long
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self.notes: list[str] = []  # what happened to the text on its way, for people
+        self.prompt_cache: Path | None = None  # where the prompt's rows go once they are whole
         self.began = perf_counter() if began is None else began
         self.prefilled: float | None = None  # when the prompt was in the cache
         self.first_token: float | None = None  # when the first token was committed
@@ -103,9 +109,9 @@ class Session:
         self.stats += Stats.of(commit)
         return commit
 
-    def interrupt(self) -> str:
+    def interrupt(self, reason: FinishReason = "interrupted") -> str:
         """End the text here: what was held back of it is given."""
-        self.finish_reason = "interrupted"
+        self.finish_reason = reason
         rest = self._close()
         self.text += rest
         return rest

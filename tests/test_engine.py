@@ -247,10 +247,10 @@ def test_a_finished_text_goes_on_where_it_was_cut(model: Model, plain: Any) -> N
         assert session.tokens == text[: session.limit]
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_that_end_at_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_prefilled_in_chunks_that_end_at_blocks(model: Model) -> None:
     made = engine(model)
     assert list(made.prefill(made.open("0" * 500, raw=True))) == [499]
-    monkeypatch.setattr(module, "PREFILL_ROWS", 128)
+    made.prefill_rows = 128
     assert list(made.prefill(made.open("0" * 511, raw=True))) == [128, 256, 384, 510]
 
 

@@ -18,6 +18,7 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 # A module imports from stages above its own and, within a package, from its own package. Every module has a place here.
 STAGES = [
     ["errors", "prompts", "types"],
+    ["machine"],
     ["sampling", "text", "tree"],
     ["cache"],
     ["attention"],
@@ -25,7 +26,7 @@ STAGES = [
     ["drafters"],
     ["budget", "control", "verify"],
     ["session"],
-    ["answer", "feed"],
+    ["answer", "feed", "resume", "watch"],
     ["engine"],
     ["bench", "training"],
     ["cli"],

@@ -18,7 +18,7 @@ from longspec.model.gguf import GgufFile, read_gguf
 from longspec.model.shard import write_shard
 from longspec.model.store import SOURCE, Report, need_room, quiet, workspace
 
-__all__ = ["converted", "write_texts"]
+__all__ = ["converted", "place_of", "write_texts"]
 
 _FOLDERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -28,9 +28,7 @@ def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
 
     Raises ModelError where it can't be made.
     """
-    if dtype not in _FOLDERS:
-        raise ModelError(f"Weights can be kept as {', '.join(_FOLDERS.values())}, and not as {dtype}.")
-    target = folder / _FOLDERS[dtype]
+    target = place_of(folder, dtype)
     if target.is_dir():
         return target
     with workspace(folder, report) as temporary:
@@ -43,6 +41,13 @@ def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
             _write_weights(file, made / "model.safetensors", dtype, report)
             made.rename(target)
     return target
+
+
+def place_of(folder: Path, dtype: torch.dtype) -> Path:
+    """Where the model in `dtype` is, or will be. Raises ModelError for a dtype that isn't kept."""
+    if dtype not in _FOLDERS:
+        raise ModelError(f"Weights can be kept as {', '.join(_FOLDERS.values())}, and not as {dtype}.")
+    return folder / _FOLDERS[dtype]
 
 
 def write_texts(file: GgufFile, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -10,8 +10,8 @@ weights per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,16 @@ class Decoder:
         """The length beyond which a text needs a longrope model's second set of frequencies; None for other models."""
         lengths = [r.first_context for r in self._rotations.values() if r.first_context is not None]
         return min(lengths, default=None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights, in an order that depends on the config alone."""
+        yield self._embedding
+        for layer in self._layers:
+            for part in fields(layer):
+                held = getattr(layer, part.name)
+                yield from (t for t in (getattr(held, "weight", None), getattr(held, "bias", None)) if t is not None)
+        yield self._norm.weight
+        yield self._head.weight
 
     def forward(self, rows: Rows, hidden: Tensor | None = None, first: int = 0, last: int | None = None) -> Tensor:
         """Hidden states [r, width] after layers first..last, whose keys and values are then in the rows' stages.

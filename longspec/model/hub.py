@@ -18,12 +18,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longspec.errors import ModelError
 from longspec.model.checkpoint import Checkpoint
 from longspec.model.store import SOURCE, Report
 
-__all__ = ["SHORT_NAMES", "Checkpoint", "Installed", "ShortName", "find", "installed"]
+__all__ = ["SHORT_NAMES", "Checkpoint", "Installed", "ShortName", "fetch_config", "find", "installed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,14 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
         f"There is no model {name!r} here: give {' or '.join(SHORT_NAMES)}, a Hugging Face id (owner/name, or "
         "owner/name:file.gguf), or the path of a folder or a .gguf file that exists."
     )
+
+
+def fetch_config(name: str) -> dict[str, Any] | None:
+    """config.json of a Hugging Face id, and nothing else of it; None where the name isn't one."""
+    if not _ID.fullmatch(name) or name.endswith(".gguf") or name.startswith((".", "~")) or os.path.exists(name):
+        return None
+    path = _fetched(name, "config.json", _is_offline(), None)
+    return Checkpoint(name, folder=path.parent).config()
 
 
 def installed() -> list[Installed]:

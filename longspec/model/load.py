@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from longspec.errors import UsageError
+from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.hub import find
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
-__all__ = ["DTYPES", "Model", "choose_device", "choose_dtype", "load_model"]
+__all__ = ["DTYPES", "Model", "Opened", "choose_device", "choose_dtype", "load_model", "open_model"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +41,59 @@ class Model:
     seconds: Mapping[str, float]  # tokenizer, weights
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint whose texts are read and whose weights aren't: what a budget is planned from."""
+
+    checkpoint: Checkpoint
+    config: Config
+    vocabulary: Vocabulary
+    dtype: str  # a key of DTYPES
+    device: torch.device
+    tokenizer_seconds: float
+
+    def load(self, *, strict: bool = False, report: Report | None = None) -> Model:
+        """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
+        began = perf_counter()
+        weights = self.checkpoint.weights(DTYPES[self.dtype], report or quiet)
+        decoder = Decoder(self.config, weights, self.device, strict=strict)
+        defaults = self.checkpoint.generation_config()
+        return Model(
+            name=self.checkpoint.name,
+            dtype=self.dtype,
+            decoder=decoder,
+            vocabulary=self.vocabulary,
+            end_tokens=_end_tokens(self.config, defaults, self.vocabulary),
+            defaults=defaults,
+            seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
+        )
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    offline: bool | None = None,
+    report: Report | None = None,
+) -> Opened:
+    """Find a model by short name, path or Hugging Face id. `report` is told of what is fetched: stage, done, total;
+    `offline` forbids that.
+
+    Raises:
+        ModelError: it can't be found, read, or isn't supported.
+        UsageError: the dtype or the device is unknown, or not there.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    checkpoint = find(name, offline=offline, report=report)
+    began = perf_counter()
+    special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
+    vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
+    seconds = perf_counter() - began
+    return Opened(checkpoint, Config.read(checkpoint.config()), vocabulary, kind, place, seconds)
+
+
 def load_model(
     name: str,
     *,
@@ -48,31 +102,8 @@ def load_model(
     strict: bool = False,
     report: Report | None = None,
 ) -> Model:
-    """Load a model by short name, path or Hugging Face id. `report` is told of what is fetched: stage, done, total.
-
-    Raises:
-        ModelError: it can't be found, read, or isn't supported.
-        UsageError: the dtype or the device is unknown, or not there.
-    """
-    place = choose_device(device)
-    kind = choose_dtype(dtype, place)
-    checkpoint = find(name, report=report)
-    began = perf_counter()
-    special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
-    vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
-    tokenized = perf_counter()
-    config = Config.read(checkpoint.config())
-    decoder = Decoder(config, checkpoint.weights(DTYPES[kind], report or quiet), place, strict=strict)
-    defaults = checkpoint.generation_config()
-    return Model(
-        name=checkpoint.name,
-        dtype=kind,
-        decoder=decoder,
-        vocabulary=vocabulary,
-        end_tokens=_end_tokens(config, defaults, vocabulary),
-        defaults=defaults,
-        seconds={"tokenizer_s": tokenized - began, "weights_s": perf_counter() - tokenized},
-    )
+    """Open a model and read its weights at once; raises what both do."""
+    return open_model(name, dtype=dtype, device=device, report=report).load(strict=strict, report=report)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,209 @@
+"""A cache in one file, and back: `--prompt-cache FILE`.
+
+Takes any kind of cache through its `state` and `load_state`, the tokens of its rows, and an identity: words that must
+be the same for the rows to mean the same. Knows no model; whoever opens a file says what it must be.
+
+    header    magic, version, where the index is, CRC-32 of the index, CRC-32 of the header before it
+    sections  raw tensors behind each other: tokens, then the cache's
+    index     JSON: identity, length, and of each section name, dtype, shape, place, CRC-32
+
+Every byte is under a checksum, and no size is believed: a section is read only where the cache itself asks for one of
+that name, dtype and shape. Nothing is unpickled. A file is written beside its place and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import BufferedReader
+from itertools import takewhile
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from torch import Tensor
+
+from longspec.cache.stage import Cache
+from longspec.errors import LongspecError, UsageError
+
+__all__ = ["Snapshot", "check_place", "save"]
+
+_MAGIC = b"longspec"
+VERSION = 1
+"""Also another one when the rows of some kind come out differently than before."""
+
+_HEADER = struct.Struct("<8sIQQI")  # magic, version, offset and size of the index, its checksum
+_CHECK = struct.Struct("<I")
+_INDEX_LIMIT = 1 << 28  # bytes; a million rows on disk make an index of 2 MB
+_BEGIN = _HEADER.size + _CHECK.size
+
+
+def save(path: Path, identity: Mapping[str, str], tokens: Sequence[int], cache: Cache) -> None:
+    """Write the cache, whose rows are those of `tokens`. What was at `path` is replaced by a whole file or stays.
+
+    Raises:
+        LongspecError: it can't be written.
+    """
+    assert len(tokens) == cache.length, (len(tokens), cache.length)
+    place = Path(os.path.realpath(path))
+    try:
+        number, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
+        try:
+            with os.fdopen(number, "wb") as file:
+                _write(file, identity, tokens, cache)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, place)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+        folder = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise LongspecError(f"The prompt cache {path} can't be written: {error.strerror or error}.") from error
+
+
+def check_place(path: Path) -> None:
+    """Raises UsageError where no file can be written at `path`: better before a long prompt than after it."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"The prompt cache {path} isn't a regular file; name a file to keep it in.")
+    folder = Path(os.path.realpath(path)).parent
+    if not os.access(folder, os.W_OK):
+        why = "can't be written to" if folder.is_dir() else "doesn't exist"
+        raise UsageError(f"The prompt cache {path} can't be kept: the folder {folder} {why}.")
+
+
+class Snapshot:
+    """A file that is whole, as far as its index says; sections are checked as they are read.
+
+    Raises:
+        UsageError: it isn't a snapshot, or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                index = self._index(file)
+                self.identity: dict[str, str] = dict(index["identity"])
+                self.length = int(index["length"])
+                self._sections: dict[str, list[Any]] = {section[0]: section for section in index["sections"]}
+                self.tokens: list[int] = self._take(file, "tokens", (self.length,), torch.int32).tolist()
+        except OSError as error:
+            raise UsageError(f"The prompt cache {path} can't be read: {error.strerror or error}.") from error
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            self._bad(f"its index makes no sense ({type(error).__name__})")
+
+    def check(self, identity: Mapping[str, str]) -> None:
+        """Raises UsageError, with the reason, unless the rows were made under the same identity."""
+        for name, wanted in identity.items():
+            seen = self.identity.get(name)
+            if seen != wanted:
+                is_hash = len(wanted) == 64
+                what = f"of another {name}" if is_hash else f"of the {name} {seen}, and this run's is {wanted}"
+                raise UsageError(f"The prompt cache {self.path} is {what}; name another file, or delete this one.")
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """How many of its rows begin a text of these tokens."""
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens, strict=False)))
+
+    def load(self, cache: Cache) -> None:
+        """Fill an empty cache of the kind that was saved. UsageError where a section is missing or damaged."""
+        left = set(self._sections) - {"tokens"}
+        try:
+            with self.path.open("rb") as file:
+
+                def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+                    left.discard(name)
+                    return self._take(file, name, shape, dtype)
+
+                cache.load_state(self.length, take)
+        except OSError as error:
+            raise UsageError(f"The prompt cache {self.path} can't be read: {error.strerror or error}.") from error
+        if left:
+            self._bad(f"it has {len(left)} sections too many")
+
+    def _index(self, file: BufferedReader) -> dict[str, Any]:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(_BEGIN)
+        if not header.startswith(_MAGIC[: max(1, len(header))]):
+            raise UsageError(f"{self.path} isn't a prompt cache; name another file.")
+        if len(header) < _BEGIN or _CHECK.unpack_from(header, _HEADER.size)[0] != zlib.crc32(header[: _HEADER.size]):
+            self._bad("its header is damaged")
+        _, version, begin, length, check = _HEADER.unpack_from(header)
+        if version != VERSION:
+            self._bad(f"it is version {version} of the format, and {VERSION} was expected")
+        if begin + length != size or begin < _BEGIN or length > _INDEX_LIMIT:
+            self._bad(f"expected {begin + length:,} bytes, found {size:,}")
+        file.seek(begin)
+        text = file.read(length)
+        if zlib.crc32(text) != check:
+            self._bad("its index is damaged")
+        index: dict[str, Any] = json.loads(text)
+        at = _BEGIN
+        for _, _, _, offset, nbytes, _ in index["sections"]:
+            if type(offset) is not int or type(nbytes) is not int or offset != at or nbytes < 0:
+                self._bad("its sections don't lie behind each other")
+            at += nbytes
+        if at != begin:
+            self._bad("its sections don't fill it")
+        return index
+
+    def _take(self, file: BufferedReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        wanted = [_name(dtype), list(shape), prod(shape) * dtype.itemsize]
+        _, kind, size, offset, nbytes, check = self._sections.get(name, [None] * 6)
+        if [kind, size, nbytes] != wanted:
+            self._bad(f"its section {name} is {kind} {size}, and {wanted[0]} {wanted[1]} was expected")
+        tensor = torch.empty(shape, dtype=dtype)
+        if nbytes:
+            raw = _bytes(tensor)
+            file.seek(offset)
+            if file.readinto(raw) != nbytes or zlib.crc32(raw) != check:
+                self._bad(f"its section {name} is damaged")
+        return tensor
+
+    def _bad(self, what: str) -> NoReturn:
+        raise UsageError(f"The prompt cache {self.path} can't be used: {what}. Delete it to have it made anew.")
+
+
+def _write(file: BinaryIO, identity: Mapping[str, str], tokens: Sequence[int], cache: Cache) -> None:
+    file.write(bytes(_BEGIN))
+    sections: list[list[Any]] = []
+    at = _BEGIN
+
+    def add(name: str, tensor: Tensor) -> None:
+        nonlocal at
+        held = tensor.to("cpu").contiguous()
+        raw = _bytes(held) if held.nbytes else memoryview(b"")
+        sections.append([name, _name(held.dtype), list(held.shape), at, held.nbytes, zlib.crc32(raw)])
+        file.write(raw)
+        at += held.nbytes
+
+    add("tokens", torch.tensor(tokens, dtype=torch.int32))
+    for name, tensor in cache.state():
+        add(name, tensor)
+    index = json.dumps({"identity": dict(identity), "length": len(tokens), "sections": sections}).encode()
+    file.write(index)
+    header = _HEADER.pack(_MAGIC, VERSION, at, len(index), zlib.crc32(index))
+    file.seek(0)
+    file.write(header + _CHECK.pack(zlib.crc32(header)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own bytes."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

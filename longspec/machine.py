@@ -1,0 +1,95 @@
+"""Memory, in bytes: how much a user names, what this process takes, what this machine has left.
+
+Knows no model. Everything is read from the system at the moment of the call; nothing heavy is imported, so that the
+command can read a size before it loads anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from math import ceil
+from pathlib import Path
+
+from longspec.errors import UsageError
+
+__all__ = ["available_bytes", "parse_bytes", "peak_bytes", "resident_bytes", "shown"]
+
+_UNITS = {
+    "B": 1,
+    **{f"{letter}B": 1000**i for i, letter in enumerate("kMGT", 1)},
+    **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", 1)},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]i?B|B)?", re.ASCII)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of a size such as 50MiB, 6GB, 1.5GiB, or a plain number of bytes.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    unit = match[2] or "B" if match else ""
+    unit = "kB" if unit == "KB" else unit
+    if match is None or unit not in _UNITS:
+        raise UsageError(f"{text!r} is no size of memory; write bytes, or a number with a unit: 50MiB, 6GB, 1.5GiB.")
+    nbytes = int(float(match[1]) * _UNITS[unit]) if "." in match[1] else int(match[1]) * _UNITS[unit]
+    if nbytes < 1:
+        raise UsageError(f"{text!r} is no memory at all; give the size that the process may have, such as 6GiB.")
+    return nbytes
+
+
+def shown(nbytes: float) -> str:
+    """As people read it, and not less than it is: 612 MiB, 57.3 GiB."""
+    return f"{ceil(nbytes / 2**20):,} MiB" if nbytes < 10 * 2**30 else f"{ceil(nbytes / 2**30 * 10) / 10:,} GiB"
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now, mapped files' pages included. Takes some microseconds."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the peak is the nearest that the system tells
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most that this process had in memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int:
+    """What new memory could be had without pushing others out: the system's, and within this container's limit."""
+    free = _field("/proc/meminfo", "MemAvailable:") * 1024
+    if not free:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = _number("/sys/fs/cgroup/memory.max")
+    if limit is not None:
+        used = _number("/sys/fs/cgroup/memory.current") or 0
+        files = sum(_field("/sys/fs/cgroup/memory.stat", name) for name in ("active_file", "inactive_file"))
+        free = min(free, max(0, limit - used + files))
+    return free
+
+
+def _field(path: str, name: str) -> int:
+    for line in _lines(path):
+        words = line.split()
+        if len(words) >= 2 and words[0] == name and words[1].isdigit():
+            return int(words[1])
+    return 0
+
+
+def _number(path: str) -> int | None:
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].strip().isdigit() else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,51 @@
+"""A session's rows in a file, and a text that begins with them: what `--prompt-cache` does.
+
+Takes sessions and empty caches; the file itself is `longspec.cache.snapshot`'s matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspec.cache.snapshot import Snapshot, check_place, save
+from longspec.cache.stage import BLOCK, Cache
+from longspec.model.identity import identity
+from longspec.model.load import Model
+from longspec.session import Session
+
+__all__ = ["keep", "resume"]
+
+
+def keep(session: Session, model: Model, path: Path) -> None:
+    """Write the rows of the session's text, as far as its cache has them. LongspecError where that can't be done."""
+    words = {**_words(model, session.cache_name), "long": str(session.long)}
+    save(path, words, session.tokens[: session.cache.length], session.cache)
+
+
+def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[int], *, limit: int, long: bool) -> None:
+    """Give an empty cache the rows that the file has of these tokens, if it is there: all but the last one's at most.
+
+    A cache that can't be cut where the texts part stays empty, or short.
+
+    Raises:
+        UsageError: the file is damaged, or was made by another model, dtype or kind of cache.
+    """
+    check_place(path)
+    if not path.exists():
+        return
+    snapshot = Snapshot(path)
+    snapshot.check(_words(model, name))
+    common = snapshot.common(tokens[:-1])
+    # A longrope model's rows of a short text are of no use to a long one. What is longer than the whole text may
+    # become would take memory that nobody planned.
+    if not common or snapshot.identity.get("long") != str(long) or snapshot.length > limit:
+        return
+    snapshot.load(cache)
+    if common < cache.length:
+        cache.truncate(common)
+
+
+def _words(model: Model, cache_name: str) -> dict[str, str]:
+    """What must be the same for the rows to be."""
+    return {**identity(model), "cache": cache_name, "size of blocks": str(BLOCK)}
