@@ -27,9 +27,9 @@ PROMPTS = [
     "A train leaves at 9:40 and arrives at 13:05. It stops for 12 minutes, twice. How long does it move?",
     "Write a polite e-mail that asks a neighbour to turn the music down after ten in the evening.",
     "Repeat this list three times, each time in another order: apple, pear, cherry, plum, quince, apricot.",
-    "Summarise in two sentences: The village had two wells. One was deep and cold, the other shallow and warm. When "
-    "the summer came and the shallow one fell dry, the people of the lower street walked up to the deep one every evening, "
-    "and so the two streets, which had not spoken for years, began to speak again.",
+    "Summarise in two sentences: The village had two wells. One was deep and cold, the other shallow and warm. "
+    "When the summer came and the shallow one fell dry, the people of the lower street walked up to the deep one every "
+    "evening, and so the two streets, which had not spoken for years, began to speak again.",
 ]  # fmt: skip
 
 
