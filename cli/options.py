@@ -118,7 +118,17 @@ Drafter = Annotated[
         "--drafter",
         metavar="NAME",
         rich_help_panel=_MODEL,
-        help="What bets on the next tokens: auto, or one by name. none is plain decoding; the text is the same.",
+        help="What bets on the next tokens: auto, one by name, or one over another (model+ngram). none is plain "
+        "decoding; the text is the same.",
+    ),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        rich_help_panel=_MODEL,
+        help="The smaller model that the drafter `model` drafts with, named as --model is.",
     ),
 ]
 NumSpeculativeTokens = Annotated[

@@ -50,6 +50,7 @@ def run(
     raw: options.Raw = False,
     model: options.Model = "smollm2",
     drafter: options.Drafter = "auto",
+    draft_model: options.DraftModel = None,
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     cache: options.Cache = "auto",
     device: options.Device = "auto",
@@ -114,6 +115,7 @@ def run(
     }
     loading: dict[str, Any] = {
         "drafter": drafter,
+        "draft_model": draft_model,
         "cache": cache,
         "device": device,
         "dtype": dtype,

@@ -21,9 +21,11 @@ from torch import Tensor
 from longspec.answer import Answer, memory, speculation, timing, usage
 from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
+from longspec.drafters import Means
+from longspec.drafters import check as check_drafter
 from longspec.drafters import make as make_drafter
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
-from longspec.feed import Feed, lay
+from longspec.feed import Feed, run
 from longspec.model.decoder import Rows
 from longspec.model.load import Model, open_model
 from longspec.resume import keep, resume
@@ -78,12 +80,13 @@ class Engine:
         cache: str = "auto",
         all_rows: bool = False,
         draft_tokens: int = DRAFT_TOKENS,
+        draft_model: Model | None = None,
         plan: Plan | None = None,
     ) -> None:
-        _check(drafter, cache, all_rows, draft_tokens)
+        _check(drafter, cache, all_rows, draft_tokens, draft_model=draft_model is not None)
         self.model = model
-        self.drafter_name = "ngram" if drafter == "auto" else drafter
-        self.drafter = make_drafter(self.drafter_name)
+        self.drafter_name = _drafter(drafter, draft_model=draft_model is not None)
+        self.drafter = make_drafter(self.drafter_name, Means(model, draft_model))
         self.plan = plan
         self.cache_name = plan.choice.cache if plan else _kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
@@ -104,6 +107,7 @@ class Engine:
         threads: int | None = None,
         strict: bool = False,
         num_speculative_tokens: int = DRAFT_TOKENS,
+        draft_model: str | None = None,
         memory: str | int | None = None,
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
         report: Callable[[str, int, int], None] | None = None,
@@ -111,10 +115,11 @@ class Engine:
         """Load a model by short name, path or Hugging Face id.
 
         all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
-        it (slower). memory: what the process may have, such as "6GiB" (on a GPU: what torch may reserve there), or
-        "auto" for what the machine has left; the cache and the prefill chunk are chosen to fit. tokens: prompt and
-        answer that the memory is planned for, as a number or told from the vocabulary; the model's context if left out.
-        report: told of what is fetched: stage, done, total.
+        it (slower). draft_model: what the drafter `model` drafts with, named like a model. memory: what the process may
+        have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
+        cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the memory is planned for, as a
+        number or told from the vocabulary; the model's context if left out. report: told of what is fetched: stage,
+        done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -125,7 +130,8 @@ class Engine:
             if threads < 1:
                 raise UsageError(f"threads is {threads}; it must be 1 or more.")
             torch.set_num_threads(threads)
-        _check(drafter, cache, all_rows, num_speculative_tokens)  # what is wrong is said before a model is loaded
+        # What is wrong is said before a model is loaded.
+        _check(drafter, cache, all_rows, num_speculative_tokens, draft_model=draft_model is not None)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         if memory is not None:
@@ -139,8 +145,17 @@ class Engine:
                 strict=strict,
             )
         loaded = opened.load(strict=strict, report=report)
+        smaller = None
+        if draft_model is not None:
+            smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report).load(strict=strict)
         engine = cls(
-            loaded, drafter=drafter, cache=cache, all_rows=all_rows, draft_tokens=num_speculative_tokens, plan=plan
+            loaded,
+            drafter=drafter,
+            cache=cache,
+            all_rows=all_rows,
+            draft_tokens=num_speculative_tokens,
+            draft_model=smaller,
+            plan=plan,
         )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
         return engine
@@ -219,7 +234,7 @@ class Engine:
             end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1)
             with torch.inference_mode():
                 feed = Feed.of(session, lacking[: end - start])
-                self.model.decoder.forward(lay([feed], self.model.decoder.device))
+                run([feed], self.model.decoder)
                 feed.commit([])
                 if self.watch is not None:
                     self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
@@ -238,15 +253,14 @@ class Engine:
         limits = [min(self.draft_tokens, session.room - 1) for session in sessions]
         drafts = self.drafter.propose(sessions, limits)
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
-        rows = lay(feeds, self.model.decoder.device)
-        hidden = self.model.decoder.forward(rows)
+        rows, hidden = run(feeds, self.model.decoder)
         logits = self.model.decoder.logits(_choosing(hidden, rows, feeds))
         commits = []
         for feed, choices in zip(feeds, self._choices(feeds, logits), strict=True):
             verdict = verify(feed.draft, feed.parents, choices)
             commits.append(feed.session.take(verdict, feed.draft))
             feed.commit(verdict.kept)
-            self.drafter.observe(feed.session, commits[-1])
+            self.drafter.observe(feed.session, commits[-1], verdict)
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
             rest = ending.interrupt("length")
@@ -338,8 +352,15 @@ def _kind(cache: str, all_rows: bool) -> str:
     return f"{cache} --all-rows" if all_rows else cache
 
 
-def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int) -> None:
-    make_drafter("none" if drafter == "auto" else drafter)
+def _drafter(name: str, *, draft_model: bool) -> str:
+    """The drafter that `auto` stands for."""
+    if name != "auto":
+        return name
+    return "model+ngram" if draft_model else "ngram"
+
+
+def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int, *, draft_model: bool) -> None:
+    check_drafter(_drafter(drafter, draft_model=draft_model), draft_model=draft_model)
     if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
         raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
     if all_rows and f"{cache} --all-rows" not in CACHES:

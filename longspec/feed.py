@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from longspec.cache.stage import Stage
-from longspec.model.decoder import Rows, Span
+from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.session import Session
-from longspec.types import Draft
+from longspec.types import Begun, Draft
 
-__all__ = ["Feed", "lay"]
+__all__ = ["Feed", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +31,31 @@ class Feed:
     lacking: list[int]  # the text's tokens that the cache doesn't hold
     draft: list[int]
     parents: list[int]  # of the draft, as in `Draft`
+    begun: Begun | None = None
 
     @classmethod
     def of(cls, session: Session, lacking: list[int], draft: Draft | None = None) -> Feed:
         tokens, parents = (draft.tokens.tolist(), draft.parents.tolist()) if draft is not None else ([], [])
-        stage, last = session.cache.open(), len(lacking) - 1
-        staged = stage.add([*range(-1, last), *(last + 1 + parent for parent in parents)])
-        return cls(session, stage, staged, lacking, tokens, parents)
+        begun, last = (draft.begun if draft is not None else None), len(lacking) - 1
+        stage, done = (session.cache.open(), 0) if begun is None else (begun.stage, len(begun.layers))
+        staged = stage.add([*range(-1, last), *(last + 1 + parent for parent in parents)][done:])
+        return cls(session, stage, slice(0, staged.stop), lacking, tokens, parents, begun)
 
     @property
     def tokens(self) -> list[int]:
         return self.lacking + self.draft
+
+    @property
+    def layers(self) -> list[int]:
+        """How many layers each row has behind it."""
+        begun = self.begun.layers if self.begun is not None else ()
+        return [*begun, *[0] * (len(self.tokens) - len(begun))]
+
+    def chunk(self, first: int = 0) -> Chunk:
+        """The rows from the `first`-th on, as a pass takes them."""
+        session = self.session
+        staged = slice(first, self.staged.stop)
+        return Chunk(self.stage, staged, self.tokens[first:], session.cache.length, session.long)
 
     @property
     def choosing(self) -> int:
@@ -74,21 +90,24 @@ class Feed:
             cache.commit(self.stage, rows[:wanted])
 
 
-def lay(feeds: Sequence[Feed], device: torch.device) -> Rows:
-    """All feeds' rows behind each other: one pass."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    long: list[bool] = []
-    spans = []
-    for feed in feeds:
-        start = len(tokens)
-        tokens += feed.tokens
-        positions += [feed.session.cache.length + depth for depth in feed.stage.depths[feed.staged]]
-        long += [feed.session.long] * (len(tokens) - start)
-        spans.append(Span(feed.stage, feed.staged, slice(start, len(tokens))))
-    return Rows(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(long, device=device),
-        spans,
-    )
+def run(feeds: Sequence[Feed], decoder: Decoder) -> tuple[Rows, Tensor]:
+    """All feeds' rows in one pass through all layers, and their hidden states [r, width].
+
+    Rows that a drafter has begun join at the layer that they have reached. As the older rows of a feed are never behind
+    the younger ones, those that lack a layer are the last ones of their feeds.
+    """
+    rows = Rows.of([feed.chunk() for feed in feeds], decoder.device)
+    if all(feed.begun is None for feed in feeds):
+        return rows, decoder.forward(rows)
+    layers = [layer for feed in feeds for layer in feed.layers]
+    hidden = torch.empty(len(layers), decoder.config.width, dtype=decoder.dtype, device=decoder.device)
+    for feed, span in zip(feeds, rows.spans, strict=True):
+        if feed.begun is not None:
+            hidden[span.at][: len(feed.begun.layers)] = feed.begun.hidden
+    reached = sorted({*layers, decoder.config.layers})
+    for first, last in pairwise(reached):
+        chunks = [feed.chunk(sum(layer > first for layer in feed.layers)) for feed in feeds]
+        part = Rows.of([chunk for chunk in chunks if chunk.tokens], decoder.device)
+        lacking = torch.tensor([layer <= first for layer in layers], device=decoder.device)
+        hidden[lacking] = decoder.forward(part, hidden[lacking] if first else None, first, last)
+    return rows, hidden

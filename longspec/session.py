@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
+from torch import Tensor
+
 from longspec.cache.stage import Cache
-from longspec.sampling import Sampling, noise_key
+from longspec.sampling import Sampling, noise_key, rank
 from longspec.text import Transcript
 from longspec.types import Commit, FinishReason, Stats, Verdict
 
@@ -82,6 +84,12 @@ class Session:
     def noise_keys(self, depths: Sequence[int]) -> list[int]:
         """Keys of the noise for tokens that are chosen `depth` draft tokens behind the text."""
         return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
+
+    def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+        """As `longspec.types.Writing.rank` says."""
+        keys = [] if self.sampling.is_greedy else self.noise_keys([len(path) for path in paths])
+        contexts = [self.seen.union(path) for path in paths] if self.sampling.penalises else None
+        return rank(logits, self.sampling, keys, contexts, count)
 
     def take(self, verdict: Verdict, draft: Sequence[int]) -> Commit:
         """Add the kept tokens and the bonus to the text, up to where it ends."""

@@ -7,15 +7,27 @@ Nothing here computes more than a sum; nothing here knows a model, a cache or a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Commit", "Draft", "Drafter", "FinishReason", "Stats", "Verdict", "Writing"]
+__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Stats", "Verdict", "Writing"]
 
 FinishReason = Literal["stop", "length", "reasoning_budget", "loop", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Rows that a drafter has run through the target's first layers, and that the verification goes on with.
+
+    They are the tokens that the cache lacks and the first ones of a draft that is a chain, in this order.
+    """
+
+    stage: Any  # a `longspec.cache.stage.Stage` that holds their keys and values of those layers
+    hidden: Tensor  # [b, width], each after its own number of layers
+    layers: tuple[int, ...]  # [b], never rising
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,8 @@ class Draft:
 
     tokens: Tensor  # [n] int64
     parents: Tensor  # [n] int64, parents[i] < i
+    chances: Tensor | None = None  # [n] fp32: how probably each is kept, as its drafter sees it; falls along a path
+    begun: Begun | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -38,8 +52,12 @@ class Draft:
         return cls.tree(tokens, range(-1, len(tokens) - 1))
 
     @classmethod
-    def tree(cls, tokens: Sequence[int], parents: Sequence[int]) -> Draft:
-        return cls(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64))
+    def tree(cls, tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float] | None = None) -> Draft:
+        return cls(
+            torch.tensor(tokens, dtype=torch.int64),
+            torch.tensor(parents, dtype=torch.int64),
+            None if chances is None else torch.tensor(chances, dtype=torch.float32),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +66,7 @@ class Verdict:
 
     kept: tuple[int, ...]  # indices into the draft, root first
     bonus: int
+    choices: tuple[int, ...] = field(default=(), compare=False)  # [n + 1]: what follows the text, and each draft token
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +112,29 @@ class Stats:
 
 
 class Writing(Protocol):
-    """What a drafter may see of a session: the committed text, and a name to keep its own notes under."""
+    """What a drafter may see of a session, and a name to keep its own notes under."""
 
     @property
     def key(self) -> str: ...
 
     @property
     def tokens(self) -> Sequence[int]: ...  # prompt and answer so far
+
+    @property
+    def long(self) -> bool: ...  # planned beyond a longrope model's first context
+
+    @property
+    def cache(self) -> Any: ...  # the target's `longspec.cache.stage.Cache`; a drafter may open stages, and drops them
+
+    @property
+    def unfed(self) -> Sequence[int]: ...  # the text's tokens that the cache lacks, at least one
+
+    def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+        """What would be written, by these logits [r, V], after the text and each of r paths of guessed tokens.
+
+        The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
+        """
+        ...
 
     def __hash__(self) -> int: ...
 
@@ -111,10 +146,16 @@ class Drafter(Protocol):
         """A session starts; its prompt is in `session.tokens`."""
         ...
 
-    def propose(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[Draft]:
-        """One draft per session, of at most `limits[i]` tokens each; an empty draft is no bet."""
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        """One draft per session, of at most `limits[i]` tokens each; an empty draft is no bet.
+
+        ahead: tokens that are taken to follow the text, for a drafter that drafts for another's drafting; none, if
+        left out. The draft goes on from there.
+        """
         ...
 
-    def observe(self, session: Writing, commit: Commit) -> None:
-        """`commit` is in the text now."""
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        """`commit` is in the text now. The verdict is on the last draft that was verified, whoever made it."""
         ...

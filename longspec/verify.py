@@ -24,4 +24,4 @@ def verify(tokens: Sequence[int], parents: Sequence[int], choices: Sequence[int]
     while (child := children.get((at, choices[at + 1]))) is not None:  # type: ignore[assignment]
         kept.append(child)
         at = child
-    return Verdict(tuple(kept), choices[at + 1])
+    return Verdict(tuple(kept), choices[at + 1], tuple(choices))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from longspec.engine import Engine
 from longspec.model.load import Model
 from longspec.session import Session
 from longspec.text import Vocabulary
-from longspec.types import Commit, Draft, Drafter, Writing
+from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 
@@ -43,6 +44,8 @@ def engine(model: Model, drafter: str | Drafter = "none", **options: Any) -> Eng
     if "cache" in options:
         kind, _, rows = options["cache"].partition(" ")
         options |= {"cache": kind, "all_rows": bool(rows)}
+    if isinstance(drafter, str) and "model" in drafter:
+        options["draft_model"] = model
     made = Engine(model, drafter=drafter if isinstance(drafter, str) else "none", **options)
     if not isinstance(drafter, str):
         made.drafter = drafter
@@ -59,10 +62,12 @@ class RandomTrees:
     def begin(self, session: Writing) -> None:
         pass
 
-    def observe(self, session: Writing, commit: Commit) -> None:
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         pass
 
-    def propose(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[Draft]:
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
         return [self._tree(session, limit) for session, limit in zip(sessions, limits, strict=True)]
 
     def _tree(self, session: Writing, limit: int) -> Draft:
@@ -81,9 +86,10 @@ class RandomTrees:
         return Draft.tree(tokens, parents)
 
 
-def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], Drafter]]:
-    """All listed drafters but `none`, and three that need the answer to be known."""
-    listed = {name: make for name, make in DRAFTERS.items() if name != "none"}
+def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], str | Drafter]]:
+    """All listed drafters but `none`, some over others, and three that need the answer to be known."""
+    names = [*DRAFTERS, "skip+ngram", "model+skip+ngram"]
+    listed: dict[str, Callable[[], str | Drafter]] = {name: partial(str, name) for name in names if name != "none"}
     return {
         **listed,
         "random trees": lambda: RandomTrees(texts),

@@ -143,10 +143,10 @@ class Likely:
     def begin(self, session: Any) -> None:
         pass
 
-    def observe(self, session: Any, commit: Any) -> None:
+    def observe(self, session: Any, commit: Any, verdict: Any) -> None:
         pass
 
-    def propose(self, sessions: Any, limits: Any) -> list[Draft]:
+    def propose(self, sessions: Any, limits: Any, ahead: Any = None) -> list[Draft]:
         tree = Draft.tree([5, 7, 5, 9, 7], [-1, -1, 0, 0, 1])
         return [tree if limit >= 5 else Draft.tree([5, 7, 9][:limit], [-1] * min(limit, 3)) for limit in limits]
 

@@ -8,12 +8,12 @@ at any length of the text.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import islice
 from weakref import WeakKeyDictionary
 
-from longspec.types import Commit, Draft, Writing
+from longspec.types import Commit, Draft, Verdict, Writing
 
 __all__ = ["Automaton", "Ngram"]
 
@@ -81,8 +81,19 @@ class Automaton:
         self.followers.append(followers)
         return len(self.followers) - 1
 
-    def bet(self, limit: int, floor: float) -> tuple[list[int], list[int]]:
-        """The most probable continuations: at most `limit` tokens and their parents, the likeliest first.
+    def after(self, tokens: Iterable[int]) -> tuple[int, int]:
+        """The state of the longest suffix that was there before, if these tokens followed the text; and its length."""
+        state, matched = self.last, self.length[self.last]
+        for token in tokens:
+            while state != -1 and token not in self.followers[state]:
+                state = self.link[state]
+                matched = self.length[state] if state >= 0 else -1
+            state, matched = (self.followers[state][token], matched + 1) if state >= 0 else (0, 0)
+        return state, matched
+
+    def bet(self, limit: int, floor: float, ahead: Sequence[int] = ()) -> tuple[list[int], list[int], list[float]]:
+        """The most probable continuations of the text, and of the tokens `ahead` behind it: at most `limit` tokens,
+        their parents and the probabilities of their paths, the likeliest first.
 
         After a context of m tokens that was followed n times, by d different tokens, one that followed c times is
         taken to come with probability c / (n + 2d / m): measured on the default model's answers, a single earlier
@@ -91,9 +102,10 @@ class Automaton:
         """
         tokens: list[int] = []
         parents: list[int] = []
+        chances: list[float] = []
         paths: list[tuple[float, int, int, int, int, int]] = []  # the tree's possible next leaves, a heap
         pushed = 0
-        chance, node, state, matched = 1.0, -1, self.last, self.length[self.last]
+        chance, node, (state, matched) = 1.0, -1, self.after(ahead)
         while len(tokens) < limit:
             if state == self.last:  # nothing followed it yet
                 state = self.link[state]
@@ -113,7 +125,8 @@ class Automaton:
             chance, node = -chance, len(tokens)
             tokens.append(token)
             parents.append(parent)
-        return tokens, parents
+            chances.append(chance)
+        return tokens, parents, chances
 
 
 class Ngram:
@@ -132,13 +145,15 @@ class Ngram:
         for token in session.tokens:
             text.add(token)
 
-    def propose(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[Draft]:
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
         return [
-            Draft.tree(*self._texts[session].bet(limit, self.floor))
-            for session, limit in zip(sessions, limits, strict=True)
+            Draft.tree(*self._texts[session].bet(limit, self.floor, guess))
+            for session, limit, guess in zip(sessions, limits, ahead or [()] * len(sessions), strict=True)
         ]
 
-    def observe(self, session: Writing, commit: Commit) -> None:
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         text = self._texts[session]
         for token in commit.tokens:
             text.add(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspec.types import Commit, Draft, Writing
+from longspec.types import Commit, Draft, Verdict, Writing
 
 __all__ = ["Nothing"]
 
@@ -15,8 +15,10 @@ class Nothing:
     def begin(self, session: Writing) -> None:
         pass
 
-    def propose(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[Draft]:
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
         return [Draft.chain(()) for _ in sessions]
 
-    def observe(self, session: Writing, commit: Commit) -> None:
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         pass

@@ -25,7 +25,7 @@ from longspec.model.linear import Linear
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights import Weights
 
-__all__ = ["Decoder", "Rows", "Span"]
+__all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -47,6 +47,17 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one sequence brings to a pass."""
+
+    stage: Stage
+    staged: slice  # the rows' place in the stage
+    tokens: Sequence[int]
+    length: int  # committed rows before the stage
+    long: bool  # the text is planned beyond a longrope model's first context
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one forward pass, those of several sequences behind each other."""
 
@@ -54,6 +65,40 @@ class Rows:
     positions: Tensor  # [r] int64
     long: Tensor  # [r] bool: rows of a text that is planned beyond a longrope model's first context
     spans: Sequence[Span]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], device: torch.device) -> Rows:
+        """All chunks' rows behind each other."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        long: list[bool] = []
+        spans = []
+        for chunk in chunks:
+            start = len(tokens)
+            tokens += chunk.tokens
+            positions += [chunk.length + depth for depth in chunk.stage.depths[chunk.staged]]
+            long += [chunk.long] * len(chunk.tokens)
+            spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
+        return cls(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(long, device=device),
+            spans,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Sub-layers that a pass leaves out: the hidden state goes by them."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+
+NO_SKIP = Skip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +168,18 @@ class Decoder:
         yield self._norm.weight
         yield self._head.weight
 
-    def forward(self, rows: Rows, hidden: Tensor | None = None, first: int = 0, last: int | None = None) -> Tensor:
+    def forward(
+        self,
+        rows: Rows,
+        hidden: Tensor | None = None,
+        first: int = 0,
+        last: int | None = None,
+        skip: Skip = NO_SKIP,
+    ) -> Tensor:
         """Hidden states [r, width] after layers first..last, whose keys and values are then in the rows' stages.
 
-        Without `hidden` the rows begin at their tokens' embeddings. The final norm belongs to `logits`.
+        Without `hidden` the rows begin at their tokens' embeddings. The final norm belongs to `logits`. A layer whose
+        attention is skipped puts nothing into the stages.
         """
         if hidden is None:
             hidden = F.embedding(rows.tokens, self._embedding)
@@ -135,13 +188,15 @@ class Decoder:
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         for i in range(first, self.config.layers if last is None else last):
             layer, rope = self._layers[i], self.config.ropes[i]
-            x = layer.before_attention(hidden) if layer.before_attention else hidden
-            x = self._attention(i, layer, x, rows, turns[rope] if rope else None)
-            hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
-            x = layer.before_mlp(hidden) if layer.before_mlp else hidden
-            gate, up = layer.gate_up(x).chunk(2, -1)
-            x = layer.down(self._activation(gate) * up)
-            hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
+            if i not in skip.attention:
+                x = layer.before_attention(hidden) if layer.before_attention else hidden
+                x = self._attention(i, layer, x, rows, turns[rope] if rope else None)
+                hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
+            if i not in skip.mlp:
+                x = layer.before_mlp(hidden) if layer.before_mlp else hidden
+                gate, up = layer.gate_up(x).chunk(2, -1)
+                x = layer.down(self._activation(gate) * up)
+                hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

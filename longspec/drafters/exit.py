@@ -1,0 +1,157 @@
+"""The target's first layers and its own head, betting on the rest (LayerSkip, 2404.16710; AdaDecode, ICML 2025).
+
+A row runs to the first exit; if the head is sure of the next token there, that token is drafted and its row begins. If
+not, the row goes on to the next exit, and with it all rows before it that stopped earlier: so every row reads exact
+keys and values at the layers that it runs. The verification doesn't begin anew: it takes all rows on from where they
+stopped, in one pass (`Begun`). Nothing is computed twice, and what is written is what a full pass would write.
+
+How sure is sure enough adapts by exit, so that a wanted share of what is drafted is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspec.model.decoder import Chunk, Decoder, Rows
+from longspec.types import Begun, Commit, Draft, Verdict, Writing
+
+__all__ = ["Exit", "usual"]
+
+_WANTED = 0.8
+"""The share of drafted tokens that is to be kept: a wrong one costs the layers that its row and the rest still run."""
+
+_RATE = 0.05
+"""How far one token moves an exit's threshold; within 200 tokens it goes from one end to the other."""
+
+_LEAST, _MOST = 0.2, 0.98
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One session's rows on their way through the layers."""
+
+    session: Writing
+    ahead: Sequence[int]
+    limit: int
+    stage: Any
+    tokens: list[int]  # of the rows
+    hidden: Tensor  # [rows, width]
+    layers: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)  # at which each token was drafted, as a place in `Exit.exits`
+
+    def chunk(self, first: int) -> Chunk:
+        staged = slice(first, len(self.tokens))
+        return Chunk(self.stage, staged, self.tokens[first:], self.session.cache.length, self.session.long)
+
+
+class Exit:
+    """Drafts at exits.
+
+    exits: after how many layers, rising. A checkpoint that was trained with layer dropout can leave early.
+    """
+
+    def __init__(self, decoder: Decoder, exits: Sequence[int] | None = None) -> None:
+        self.decoder = decoder
+        self.exits = usual(decoder.config.layers) if exits is None else tuple(exits)
+        self.thresholds = [0.6] * len(self.exits)
+        self._made: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
+
+    def begin(self, session: Writing) -> None:
+        pass
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        drafts = [Draft.chain(()) for _ in sessions]
+        guesses = ahead or [()] * len(sessions)
+        empty = torch.empty(0, self.decoder.config.width, dtype=self.decoder.dtype, device=self.decoder.device)
+        pending = {}
+        for i, (session, limit, guess) in enumerate(zip(sessions, limits, guesses, strict=True)):
+            if limit > 0 and self.exits:
+                pending[i] = one = _Pending(session, guess, limit, session.cache.open(), [], empty)
+                self._add(one, [*session.unfed, *guess])
+        going = list(pending.values())
+        while going:
+            unsure = going
+            for place, layer in enumerate(self.exits):
+                self._advance(unsure, layer)
+                unsure = self._draft(unsure, place)
+                if not unsure:
+                    break
+            going = [one for one in going if one not in unsure and len(one.drafted) < one.limit]
+            for one in going:
+                self._add(one, one.drafted[-1:])
+        for i, one in pending.items():
+            self._made[one.session] = one.exits
+            begun = None if one.ahead else Begun(one.stage, one.hidden, tuple(one.layers))
+            drafts[i] = Draft(*_chain(one), begun)
+        return drafts
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        """Kept tokens lower the threshold of their exits, the first rejected one raises it."""
+        made = self._made.pop(session, None)
+        if made is None:
+            return
+        kept = len(verdict.kept)
+        for place in made[:kept]:
+            self._move(place, -_RATE * (1 - _WANTED))
+        if kept < len(made):
+            self._move(made[kept], _RATE * _WANTED)
+        if not made:  # nothing was sure enough to be tried
+            for place in range(len(self.exits)):
+                self._move(place, -_RATE * (1 - _WANTED) / 4)
+
+    def _move(self, place: int, by: float) -> None:
+        self.thresholds[place] = min(_MOST, max(_LEAST, self.thresholds[place] + by))
+
+    def _add(self, one: _Pending, tokens: Sequence[int]) -> None:
+        """Rows that have no layer behind them yet."""
+        first = len(one.tokens)
+        one.stage.add(range(first - 1, first + len(tokens) - 1))
+        one.tokens += tokens
+        one.layers += [0] * len(tokens)
+
+    def _advance(self, pending: Sequence[_Pending], layer: int) -> None:
+        """Bring all rows to the layer: those that lack some are the last ones, and have as many behind them."""
+        firsts = [sum(done >= layer for done in one.layers) for one in pending]
+        rows = Rows.of([one.chunk(first) for one, first in zip(pending, firsts, strict=True)], self.decoder.device)
+        done = pending[0].layers[-1]
+        hidden = torch.cat([one.hidden[first:] for one, first in zip(pending, firsts, strict=True)]) if done else None
+        hidden = self.decoder.forward(rows, hidden, done, layer)
+        for one, first, span in zip(pending, firsts, rows.spans, strict=True):
+            one.hidden = torch.cat((one.hidden[:first], hidden[span.at]))
+            one.layers[first:] = [layer] * (len(one.tokens) - first)
+
+    def _draft(self, pending: Sequence[_Pending], place: int) -> list[_Pending]:
+        """Draft from the last rows that are sure; the sessions whose row is not."""
+        logits = self.decoder.logits(torch.stack([one.hidden[-1] for one in pending]))
+        unsure = []
+        for one, row in zip(pending, logits, strict=True):
+            tokens, chances = one.session.rank(row[None], [[*one.ahead, *one.drafted]], 1)
+            if (chance := chances.item()) < self.thresholds[place]:
+                unsure.append(one)
+                continue
+            one.drafted.append(int(tokens.item()))
+            one.chances.append(chance * (one.chances[-1] if one.chances else 1.0))
+            one.exits.append(place)
+        return unsure
+
+
+def usual(layers: int) -> tuple[int, ...]:
+    """A third, a half and two thirds of the layers, as far as these differ."""
+    return tuple(sorted({layers // 3, layers // 2, layers * 2 // 3} - {0, layers}))
+
+
+def _chain(one: _Pending) -> tuple[Tensor, Tensor, Tensor]:
+    made = Draft.tree(one.drafted, range(-1, len(one.drafted) - 1), one.chances)
+    assert made.chances is not None
+    return made.tokens, made.parents, made.chances
