@@ -207,7 +207,7 @@ def test_another_vocabulary_is_mapped_or_refused(tmp_path: Path, model: Model) -
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
-    drafter = make(name, Means(model, model))
+    drafter = make(name, Means(model, model if name == "model" else None))
     session = started(engine(model, "ngram"))
     drafter.begin(session)
     for ahead in (None, [[5, 6, 7]]):

@@ -59,9 +59,7 @@ def check(name: str, *, draft_model: bool) -> None:
     if "model" in (first, *rest) and not draft_model:
         raise UsageError("The drafter model needs a draft model: name one (--draft-model).")
     if draft_model and "model" not in (first, *rest):
-        raise UsageError(
-            f"A draft model has no effect with the drafter {name}; use the drafter model, or leave it out."
-        )
+        raise UsageError(f"A draft model has no effect with the drafter {name}; use model, or leave it out.")
 
 
 def make(name: str, means: Means) -> Drafter:
