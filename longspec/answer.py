@@ -78,6 +78,8 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
     return {
         "prefill_s": prefilled - session.began,
         "decode_s": decode,
+        "draft_s": session.drafting,
+        "verify_s": session.verifying,
         "time_to_first_token_s": None if first is None else first - (session.began if began is None else began),
         "tokens_per_second": (tokens - 1) / decode if decode > 0 and tokens > 1 else None,
     }

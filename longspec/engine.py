@@ -250,13 +250,18 @@ class Engine:
     @torch.inference_mode()
     def step(self, sessions: Sequence[Session]) -> list[Commit]:
         """Draft, one target forward, verify, commit: what each session got."""
+        began = perf_counter()
         limits = [min(self.draft_tokens, session.room - 1) for session in sessions]
         drafts = self.drafter.propose(sessions, limits)
+        drafted = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         rows, hidden = run(feeds, self.model.decoder)
-        logits = self.model.decoder.logits(_choosing(hidden, rows, feeds))
+        chosen = self._choices(feeds, self.model.decoder.logits(_choosing(hidden, rows, feeds)))
+        verified = perf_counter()
         commits = []
-        for feed, choices in zip(feeds, self._choices(feeds, logits), strict=True):
+        for feed, choices in zip(feeds, chosen, strict=True):
+            feed.session.drafting += drafted - began
+            feed.session.verifying += verified - drafted
             verdict = verify(feed.draft, feed.parents, choices)
             commits.append(feed.session.take(verdict, feed.draft))
             feed.commit(verdict.kept)

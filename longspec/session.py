@@ -57,6 +57,8 @@ class Session:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self.drafting = 0.0  # seconds that the session's steps drafted; a step of several sessions counts for each
+        self.verifying = 0.0  # and ran the target
         self.notes: list[str] = []  # what happened to the text on its way, for people
         self.prompt_cache: Path | None = None  # where the prompt's rows go once they are whole
         self.began = perf_counter() if began is None else began

@@ -8,19 +8,15 @@ from typing import Any
 
 from longspec.errors import UsageError
 
-__all__ = ["draw_caches"]
+__all__ = ["draw_caches", "draw_drafters"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Perplexity, bytes and speed of each kind against dense, at each context, as three panels in one file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("A plot needs matplotlib: pip install 'longspec[bench]'.") from error
     contexts = sorted({row["context"] for row in rows})
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     by = {(row["kind"], row["context"]): row for row in rows}
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = _figure(11, 3.6)
     panels = (("bytes_per_token", "bytes per token"), ("perplexity", "perplexity"), ("tokens_per_second", "tokens/s"))
     for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for i, context in enumerate(contexts):
@@ -35,3 +31,29 @@ def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_title(f"{title}, dense = 1")
     axes.legend(title="context", fontsize=8)
     figure.savefig(path)
+
+
+def draw_drafters(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second of each drafter over those of `none`, by category, as groups of bars."""
+    categories = list(dict.fromkeys(row["category"] for row in rows))
+    names = [name for name in dict.fromkeys(row["drafter"] for row in rows) if name != "none"]
+    ratio = {(row["category"], row["drafter"]): row["ratio"] for row in rows}
+    figure = _figure(max(6.0, 0.9 * len(categories) + 1), 3.6)
+    axes = figure.subplots()
+    width = 0.8 / len(names) if names else 0.8
+    for i, name in enumerate(names):
+        places = [place + i * width for place in range(len(categories))]
+        axes.bar(places, [ratio[category, name] for category in categories], width, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories, rotation=35, ha="right")
+    axes.set_ylabel("tokens/s, none = 1")
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("A plot needs matplotlib: pip install 'longspec[bench]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
