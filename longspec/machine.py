@@ -1,4 +1,4 @@
-"""Memory, in bytes: how much a user names, what this process takes, what this machine has left.
+"""The machine: memory in bytes (what a user names, what the process takes, what is left), and where caches go.
 
 Knows no model. Everything is read from the system at the moment of the call; nothing heavy is imported, so that the
 command can read a size before it loads anything.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from longspec.errors import UsageError
 
-__all__ = ["available_bytes", "parse_bytes", "peak_bytes", "resident_bytes", "shown"]
+__all__ = ["available_bytes", "cache_folder", "parse_bytes", "peak_bytes", "resident_bytes", "shown"]
 
 _UNITS = {
     "B": 1,
@@ -93,3 +93,9 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def cache_folder() -> Path:
+    """The program's folder in the user's cache directory: XDG_CACHE_HOME, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "longspec"

@@ -19,7 +19,7 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 STAGES = [
     ["errors", "prompts", "types"],
     ["machine"],
-    ["sampling", "text", "tree", "verify"],
+    ["native", "sampling", "text", "tree", "verify"],
     ["cache"],
     ["attention"],
     ["model"],

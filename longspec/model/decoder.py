@@ -21,6 +21,7 @@ from longspec.attention import attend, attend_strictly
 from longspec.cache.stage import Shape, Stage
 from longspec.errors import ModelError
 from longspec.model.config import Config
+from longspec.model.fused import MOST_ROWS, Fused, missing
 from longspec.model.linear import Linear
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights import Weights
@@ -144,6 +145,8 @@ class Decoder:
         # Gemma rounds the factor to the model's dtype before it multiplies.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._attend = attend_strictly if strict else attend
+        self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
+        self._fused = Fused(config, self._layers, self._head.weight) if self.slow is None else None
         self.nbytes = reader.nbytes
 
     @property
@@ -186,11 +189,17 @@ class Decoder:
             if self._embedding_scale != 1.0:
                 hidden = hidden * self._embedding_scale
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
+        fused = self._kernel_for(len(hidden))
         for i in range(first, self.config.layers if last is None else last):
             layer, rope = self._layers[i], self.config.ropes[i]
+            turn = turns[rope] if rope else None
+            if fused is not None and i not in skip.attention and i not in skip.mlp:
+                x = self._read(i, fused.project(i, hidden, turn), rows)
+                hidden = fused.finish(i, x, hidden)
+                continue
             if i not in skip.attention:
                 x = layer.before_attention(hidden) if layer.before_attention else hidden
-                x = self._attention(i, layer, x, rows, turns[rope] if rope else None)
+                x = layer.output(self._read(i, self._project(layer, x, turn), rows))
                 hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
             if i not in skip.mlp:
                 x = layer.before_mlp(hidden) if layer.before_mlp else hidden
@@ -201,31 +210,42 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[r, width] to [r, V], in the model's dtype."""
-        logits = self._head(self._norm(hidden))
+        fused = self._kernel_for(len(hidden))
+        logits = (fused.head if fused is not None else self._head)(self._norm(hidden))
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _attention(
-        self, index: int, layer: _Layer, x: Tensor, rows: Rows, turn: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _kernel_for(self, rows: int) -> Fused | None:
+        """The fused kernel where it is faster; under --strict for any number of rows, as their bits are its own."""
+        return self._fused if rows <= MOST_ROWS or self.strict else None
+
+    def _project(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries, keys and values [r, (H + 2 K) * D] of normed rows, normed and turned."""
         c = self.config
-        queries, keys, values = layer.qkv(x).tensor_split(
-            (c.heads * c.head_dim, (c.heads + c.key_heads) * c.head_dim), -1
-        )
+        sizes = (c.heads * c.head_dim, c.key_heads * c.head_dim)
+        made = layer.qkv(x)
+        queries, keys, values = made.tensor_split((sizes[0], sum(sizes)), -1)
         if c.query_norm == "width":  # OLMo 2: over all heads at once
             queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
-        queries, keys, values = (t.view(len(x), -1, c.head_dim) for t in (queries, keys, values))  # [r, heads, D]
+        queries, keys = (t.view(len(x), -1, c.head_dim) for t in (queries, keys))  # [r, heads, D]
         if c.query_norm == "head":
             queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
         if turn is not None:
             queries, keys = rotate(queries, *turn), rotate(keys, *turn)
+        return torch.cat((queries.flatten(1), keys.flatten(1), values), -1)
+
+    def _read(self, index: int, made: Tensor, rows: Rows) -> Tensor:
+        """Attention's output [r, H * D]; keys and values are in the stages then."""
+        c = self.config
+        heads = made.view(len(made), -1, c.head_dim)
+        queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
         outputs = []
         for span in rows.spans:
             own = queries[span.at]
             span.stage.put(index, span.staged, keys[span.at], values[span.at])
             outputs.append(self._attend(own, span.stage.parts(index, span.staged, own), c.scale, c.attention_softcap))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return layer.output(output.flatten(1))
+        return output.flatten(1)
 
 
 class _Reader:

@@ -9,7 +9,6 @@ one process at a time: what exists is complete, and what a killed process left b
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longspec.errors import ModelError
+from longspec.machine import cache_folder
 
 __all__ = ["SOURCE", "Report", "models_folder", "need_room", "quiet", "workspace"]
 
@@ -32,9 +32,8 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 
 def models_folder() -> Path:
-    """In the user's cache directory: XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "longspec" / "models"
+    """In the user's cache directory."""
+    return cache_folder() / "models"
 
 
 @contextmanager

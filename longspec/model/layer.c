@@ -1,0 +1,379 @@
+/* A decoder layer but for its attention, for a few rows on a CPU: two calls where torch takes some twenty operators.
+ *
+ *     project   norm, then queries, keys and values, turned to their positions
+ *     finish    output and residual, norm, gate and up, activation, down and residual
+ *     linear    one product alone: the head
+ *
+ * Weights are read where they lie, once for all rows: bf16 as a checkpoint has them, or int8 codes with a scale for each
+ * output, against rows that are coded with a scale each. Sums are fp32 (of codes: exact integers), every result is
+ * rounded to bf16 where torch's operators round it. What a row sums up, and in which order, is the same whatever rows
+ * stand beside it: a row's bits don't depend on its companions.
+ *
+ * Products go by tiles (AMX): 16 outputs, whose weights are the left operand, by 16 rows, laid out once a product as
+ * words of two bf16 or four codes, [words, 16 rows]. A processor without tiles has none of this, and takes torch.
+ */
+#include <stdint.h>
+
+#if !defined(__AMX_BF16__) || !defined(__AMX_INT8__) || !defined(__AVX512BW__)
+int layer_missing(void) { return 1; }
+#else
+#include <immintrin.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { ROWS = 16, BLOCK = 32, MOST_ROWS = 64, LANES = 16 };
+enum { BF16 = 0, INT8 = 1 };
+enum { SILU = 0, GELU_TANH = 1 };
+
+typedef uint16_t bf16;
+
+typedef struct {
+    const void *weight; /* [size, width] bf16, or int8 codes */
+    const float *scale; /* [size], of codes */
+    const bf16 *bias;   /* [size] or null */
+    int64_t size, width, kind;
+} Matrix;
+
+typedef struct {
+    Matrix qkv, output, gate_up, down;
+    const bf16 *before_attention, *before_mlp; /* norms */
+    const bf16 *query_norm, *key_norm;         /* of each head, or null */
+    int64_t heads, key_heads, head_dim, activation;
+    float eps;
+} Layer;
+
+/* 16 values of bf16 as floats and back, rounded to nearest even; of fewer, by a mask. */
+static __m512 load(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
+}
+static __m512 load_some(const bf16 *x, __mmask16 some) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
+}
+static __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+static __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(x)), 16));
+}
+static void save(bf16 *y, __m512 x) { _mm256_storeu_si256((void *)y, narrow(x)); }
+static void save_some(bf16 *y, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(y, some, narrow(x)); }
+static __mmask16 those(int64_t left) { return left < LANES ? (__mmask16)((1 << left) - 1) : (__mmask16)-1; }
+
+/* e^x as 2^n times a polynomial on [-ln2/2, ln2/2]: Taylor to the sixth power, relative error 2e-7. */
+static __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
+    const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    __m512 p = r * 1.38888889e-3f + 8.33333333e-3f;
+    p = r * p + 4.16666667e-2f;
+    p = r * p + 1.66666667e-1f;
+    p = r * p + 0.5f;
+    p = r * p + 1.0f;
+    return _mm512_scalef_ps(r * p + 1.0f, n);
+}
+
+static __m512 activated(__m512 x, int64_t kind) {
+    __m512 u = x;
+    if (kind == GELU_TANH) u = 1.59576912f * (x + 0.044715f * x * x * x); /* tanh is a sigmoid of twice its argument */
+    return x / (1.0f + exponential(-u));
+}
+
+/* Root mean square norm of a row, of any width. */
+static void normed(const bf16 *x, const bf16 *weight, int64_t width, float eps, bf16 *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k += LANES) {
+        const __m512 part = load_some(x + k, those(width - k));
+        squares += part * part;
+    }
+    const float factor = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps);
+    for (int64_t k = 0; k < width; k += LANES) {
+        const __mmask16 some = those(width - k);
+        save_some(y + k, load_some(x + k, some) * factor * load_some(weight + k, some), some);
+    }
+}
+
+/* One row's codes, and their scale. The width is a multiple of 64. */
+static float coded(const bf16 *x, int64_t width, int8_t *codes) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
+    const float largest = _mm512_reduce_max_ps(most), factor = largest > 0 ? 127.0f / largest : 0.0f;
+    for (int64_t k = 0; k < width; k += LANES)
+        _mm_storeu_si128((void *)(codes + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(load(x + k) * factor)));
+    return largest / 127.0f;
+}
+
+static void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles;
+    memset(&tiles, 0, sizeof tiles);
+    tiles.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        tiles.bytes[i] = 64;
+        tiles.rows[i] = ROWS;
+    }
+    _tile_loadconfig(&tiles);
+}
+
+/* Columns become rows, in four rounds of exchanging halves, quarters, eighths and neighbours. */
+static void transpose(float m[ROWS][ROWS]) {
+    __m512 a[ROWS], b[ROWS];
+    for (int i = 0; i < ROWS; i++) a[i] = _mm512_load_ps(m[i]);
+    for (int i = 0; i < ROWS; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < ROWS; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + 2 + j]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < ROWS; i += 8)
+        for (int j = 0; j < 4; j++) {
+            b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + 4 + j], 0x88);
+            b[i + 4 + j] = _mm512_shuffle_f32x4(a[i + j], a[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_store_ps(m[j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0x88));
+        _mm512_store_ps(m[8 + j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0xdd));
+    }
+}
+
+/* Part `part` of all rows x, as the tiles' right operand: the 16 words from 16 * place on, of 16 rows. Two threads never
+ * write one line. */
+static void lay(const Matrix *m, const bf16 *x, const int8_t *codes, int64_t rows, int64_t part, void *laid) {
+    const int64_t size = m->kind == INT8 ? m->width : 2 * m->width, places = size / 64;
+    const int64_t first = part / places * ROWS, place = part % places;
+    const char *from = (m->kind == INT8 ? (const char *)codes : (const char *)x) + first * size + place * 64;
+    float words[ROWS][ROWS] __attribute__((aligned(64)));
+    float *to = (float *)((char *)laid + first * size) + place * ROWS * ROWS;
+    if (rows - first == 1) {
+        memcpy(words[0], from, 64);
+        for (int word = 0; word < ROWS; word++) to[word * ROWS] = words[0][word];
+        return;
+    }
+    for (int row = 0; row < ROWS; row++)
+        if (first + row < rows) memcpy(words[row], from + row * size, 64);
+    transpose(words);
+    memcpy(to, words, sizeof words);
+}
+
+/* How many parts `lay` has. */
+static int64_t parts(const Matrix *m, int64_t rows) {
+    return (rows + ROWS - 1) / ROWS * (m->kind == INT8 ? m->width : 2 * m->width) / 64;
+}
+
+/* Sums [rows, 32] of the outputs from `out` on. */
+static void product(const Matrix *m, int64_t out, const void *laid, const float *scales, int64_t rows, float (*sums)[BLOCK]) {
+    const int64_t size = m->kind == INT8 ? m->width : 2 * m->width, tile = ROWS * size; /* bytes of a row, of 16 */
+    const char *upper = (const char *)m->weight + out * size, *lower = upper + tile;
+    for (int64_t first = 0; first < rows; first += 2 * ROWS) {
+        const char *left = (const char *)laid + first / ROWS * tile, *right = left + tile;
+        float made[4][ROWS][ROWS] __attribute__((aligned(64)));
+        const int both = first + ROWS < rows;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+#define SUM_UP(multiply, both)                    \
+    for (int64_t k = 0; k < size; k += 64) {      \
+        _tile_loadd(4, left + ROWS * k, 64);      \
+        _tile_loadd(5, upper + k, size);          \
+        multiply(0, 5, 4);                        \
+        _tile_loadd(6, lower + k, size);          \
+        multiply(1, 6, 4);                        \
+        if (both) {                               \
+            _tile_loadd(7, right + ROWS * k, 64); \
+            multiply(2, 5, 7);                    \
+            multiply(3, 6, 7);                    \
+        }                                         \
+    }
+        if (m->kind == INT8) {
+            if (both) SUM_UP(_tile_dpbssd, 1) else SUM_UP(_tile_dpbssd, 0)
+        } else {
+            if (both) SUM_UP(_tile_dpbf16ps, 1) else SUM_UP(_tile_dpbf16ps, 0)
+        }
+        _tile_stored(0, made[0], 64);
+        _tile_stored(1, made[1], 64);
+        _tile_stored(2, made[2], 64);
+        _tile_stored(3, made[3], 64);
+        for (int64_t half = 0; half < 4; half++) {
+            const int64_t start = first + half / 2 * ROWS, here = rows - start < ROWS ? rows - start : ROWS;
+            if (here == 1)
+                for (int i = 1; i < ROWS; i++) made[half][0][i] = made[half][i][0];
+            else if (here > 1)
+                transpose(made[half]);
+            for (int64_t row = 0; row < here; row++) {
+                float *to = sums[start + row] + half % 2 * ROWS;
+                if (m->kind == INT8) {
+                    const float *scale = m->scale + out + half % 2 * ROWS;
+                    const __m512 sum = _mm512_cvtepi32_ps(_mm512_castps_si512(_mm512_load_ps(made[half][row])));
+                    _mm512_storeu_ps(to, sum * (_mm512_loadu_ps(scale) * _mm512_set1_ps(scales[start + row])));
+                } else
+                    memcpy(to, made[half][row], 4 * ROWS);
+            }
+        }
+    }
+    if (m->bias)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < BLOCK; i += LANES)
+                _mm512_storeu_ps(sums[row] + i, _mm512_loadu_ps(sums[row] + i) + load(m->bias + out + i));
+}
+
+/* The working room of one call: what is laid out, its scales, and rows of bf16. */
+typedef struct {
+    void *laid;
+    float *scales;
+    bf16 *hidden, *wide;
+    int8_t *codes; /* one row for each of the rows */
+} Room;
+
+static int64_t widest(const Layer *l) {
+    int64_t most = l->qkv.width;
+    most = l->output.width > most ? l->output.width : most;
+    return l->down.width > most ? l->down.width : most;
+}
+
+/* Bytes of room that a layer's calls, or with layer null a product of that width, need for so many rows. */
+int64_t layer_room(const Layer *l, int64_t width, int64_t rows) {
+    int64_t most = l && widest(l) > width ? widest(l) : width, tall = (rows + ROWS - 1) / ROWS * ROWS;
+    return 64 + tall * (4 * most + 4 + 2 * most + 2 * most + most);
+}
+
+static Room parted(char *room, int64_t most, int64_t rows) {
+    int64_t tall = (rows + ROWS - 1) / ROWS * ROWS;
+    Room r;
+    r.laid = room;
+    r.scales = (float *)(room + tall * 4 * most);
+    r.hidden = (bf16 *)(r.scales + tall);
+    r.wide = r.hidden + tall * most;
+    r.codes = (int8_t *)(r.wide + tall * most);
+    return r;
+}
+
+/* 0 where the system gives leave to use tiles. */
+int layer_missing(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+
+/* Within a parallel region: x as matrix m's right operand. */
+#define LAY(x)                                                                                                       \
+    if (m->kind == INT8) {                                                                                           \
+        _Pragma("omp for schedule(static)") for (int64_t row = 0; row < rows; row++) r.scales[row] =                 \
+            coded((x) + row * m->width, m->width, r.codes + row * m->width);                                         \
+    }                                                                                                                \
+    _Pragma("omp for schedule(static)") for (int64_t part = 0; part < parts(m, rows); part++)                        \
+        lay(m, x, r.codes, rows, part, r.laid);
+
+/* y [rows, size] = x [rows, width] weight^T + bias. */
+void linear(const Matrix *m, const bf16 *x, int64_t rows, bf16 *y, char *room) {
+    const Room r = parted(room, m->width, rows);
+#pragma omp parallel
+    {
+        float sums[MOST_ROWS][BLOCK];
+        configure();
+        LAY(x)
+#pragma omp for schedule(static)
+        for (int64_t out = 0; out < m->size; out += BLOCK) {
+            product(m, out, r.laid, r.scales, rows, sums);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < BLOCK; i += LANES)
+                    save(y + row * m->size + out + i, _mm512_loadu_ps(sums[row] + i));
+        }
+        _tile_release();
+    }
+}
+
+/* Halves (a, b) of a head become (a cos - b sin, b cos + a sin); cos and signed sin [dims]. */
+static void turned(bf16 *head, const bf16 *cos, const bf16 *sin, int64_t dims) {
+    const int64_t half = dims / 2;
+    for (int64_t i = 0; i < half; i += LANES) {
+        const __mmask16 some = those(half - i);
+        const __m512 a = load_some(head + i, some), b = load_some(head + half + i, some);
+        const __m512 left = rounded(a * load_some(cos + i, some)), right = rounded(b * load_some(cos + half + i, some));
+        save_some(head + i, left + b * load_some(sin + i, some), some);
+        save_some(head + half + i, right + a * load_some(sin + half + i, some), some);
+    }
+}
+
+/* qkv [rows, q + 2 kv] of hidden [rows, width]; cos, sin [rows, dims], dims 0 where the layer has no positions. */
+void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, const bf16 *sin, int64_t dims, bf16 *qkv,
+             char *room) {
+    const Matrix *m = &l->qkv;
+    const Room r = parted(room, widest(l), rows);
+#pragma omp parallel
+    {
+        float sums[MOST_ROWS][BLOCK];
+        configure();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            normed(hidden + row * m->width, l->before_attention, m->width, l->eps, r.hidden + row * m->width);
+        LAY(r.hidden)
+#pragma omp for schedule(static)
+        for (int64_t out = 0; out < m->size; out += BLOCK) {
+            product(m, out, r.laid, r.scales, rows, sums);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < BLOCK; i += LANES)
+                    save(qkv + row * m->size + out + i, _mm512_loadu_ps(sums[row] + i));
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * (l->heads + l->key_heads); i++) {
+            const int64_t row = i / (l->heads + l->key_heads), at = i % (l->heads + l->key_heads);
+            bf16 *head = qkv + row * m->size + at * l->head_dim;
+            const bf16 *weight = at < l->heads ? l->query_norm : l->key_norm;
+            if (weight) normed(head, weight, l->head_dim, l->eps, head);
+            if (dims) turned(head, cos + row * dims, sin + row * dims, dims);
+        }
+        _tile_release();
+    }
+}
+
+/* hidden [rows, width] after the layer, from before it, and its attention [rows, heads * head_dim]. */
+void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, bf16 *hidden, char *room) {
+    const Room r = parted(room, widest(l), rows);
+    const int64_t width = l->output.size, wide = l->down.width;
+#pragma omp parallel
+    {
+        float sums[MOST_ROWS][BLOCK], gates[MOST_ROWS][BLOCK];
+        configure();
+        const Matrix *m = &l->output;
+        LAY(attention)
+#pragma omp for schedule(static)
+        for (int64_t out = 0; out < width; out += BLOCK) {
+            product(m, out, r.laid, r.scales, rows, sums);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < BLOCK; i += LANES) {
+                    const int64_t at = row * width + out + i;
+                    save(hidden + at, load(before + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
+                }
+        }
+        m = &l->gate_up;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            normed(hidden + row * width, l->before_mlp, width, l->eps, r.hidden + row * width);
+        LAY(r.hidden)
+#pragma omp for schedule(static)
+        for (int64_t out = 0; out < wide; out += BLOCK) {
+            product(m, out, r.laid, r.scales, rows, gates);
+            product(m, wide + out, r.laid, r.scales, rows, sums);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < BLOCK; i += LANES) {
+                    const __m512 gate = activated(rounded(_mm512_loadu_ps(gates[row] + i)), l->activation);
+                    save(r.wide + row * wide + out + i, rounded(gate) * rounded(_mm512_loadu_ps(sums[row] + i)));
+                }
+        }
+        m = &l->down;
+        LAY(r.wide)
+#pragma omp for schedule(static)
+        for (int64_t out = 0; out < width; out += BLOCK) {
+            product(m, out, r.laid, r.scales, rows, sums);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < BLOCK; i += LANES) {
+                    const int64_t at = row * width + out + i;
+                    save(hidden + at, load(hidden + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
+                }
+        }
+        _tile_release();
+    }
+}
+#endif
