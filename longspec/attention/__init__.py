@@ -10,12 +10,13 @@ arXiv 2502.17421, without its restriction to two parts). A single part needs no 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longspec.attention import flash, reference, triton
+from longspec.attention import cpu, flash, reference, triton
 from longspec.attention.strict import attend_strictly
 from longspec.cache.stage import CodedPart, Part
 
@@ -51,6 +52,11 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
 
     Every row must be allowed at least one column of at least one part (its own staged row always is).
     """
+    parts = iter(parts)
+    head = next(parts)
+    parts = chain((head,), parts)
+    if cpu.refuses(queries, _key_heads(head)) is None:
+        return cpu.attend(queries, parts, scale, softcap)
     pieces = _readable(queries, parts, softcap)
     part, backend = next(pieces)
     following = next(pieces, None)
@@ -61,6 +67,10 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
         total = merge(total, _read(queries, *following, scale, softcap))
         following = next(pieces, None)
     return total[0].to(queries.dtype)
+
+
+def _key_heads(part: Part | CodedPart) -> int:
+    return len(part.keys if isinstance(part, Part) else part.codes[0])
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,7 +90,8 @@ def backends() -> list[tuple[str, bool, str]]:
     """All backends of this machine, for people: name, whether it can be used, and what for or why not."""
     missing = {name: backend.missing() for name, backend in BACKENDS.items()}
     found = [(name, missing[name] is None, missing[name] or backend.USE) for name, backend in BACKENDS.items()]
-    return [("reference", True, reference.USE), *found]
+    tiles = cpu.missing()
+    return [("reference", True, reference.USE), ("cpu", tiles is None, tiles or cpu.USE), *found]
 
 
 def _readable(

@@ -1,0 +1,123 @@
+"""The C kernel of the CPU's attention against the reference in fp32; skipped where the processor has no tiles.
+
+Weights are rounded to bf16 before they meet the values, and outputs are: both are off by 2^-9 at most, so that 1% of
+the largest output is never reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspec.attention import attend, cpu, merge, reference
+from longspec.cache.codes import Codec, DualCodec
+from longspec.cache.stage import Bounds, CodedPart, Part
+
+TOLERANCE = 0.01
+
+pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+
+
+def randn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def want(queries: Tensor, parts: Sequence[Part | CodedPart], scale: float, softcap: float | None) -> Tensor:
+    total = None
+    for part in parts:
+        for piece in part.pieces():
+            wide = Part(piece.keys.float(), piece.values.float(), piece.bounds, piece.start)
+            read = reference.read(queries.float(), wide, scale, softcap)
+            total = read if total is None else merge(total, read)
+    assert total is not None
+    return total[0]
+
+
+def check(queries: Tensor, parts: Sequence[Part | CodedPart], softcap: float | None = None) -> None:
+    scale = queries.shape[2] ** -0.5
+    expected = want(queries, parts, scale, softcap)
+    got = cpu.attend(queries, parts, scale, softcap).float()
+    assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 2, 7, 21])
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 511, 512, 513, 1300])
+def test_one_part(dim: int, rows: int, columns: int) -> None:
+    """In a buffer of larger capacity, as caches have it."""
+    kv = randn(2, 3, columns + 50, dim)
+    check(randn(rows, 9, dim, seed=1), [Part(kv[0, :, :columns], kv[1, :, :columns])])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 2), (16, 1)])
+def test_groups_of_heads(heads: tuple[int, int]) -> None:
+    kv = randn(2, heads[1], 600, 64)
+    check(randn(3, heads[0], 64, seed=1), [Part(kv[0], kv[1])])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_bounds_a_tree_and_several_parts(softcap: float | None) -> None:
+    """Rows read ranges of their own, of the last columns what a mask says; one row reads nothing of the first part."""
+    rows, columns = 9, 700
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randint(0, 600, (rows,), generator=generator)
+    last = torch.full((rows,), columns)
+    last[4] = first[4]
+    tail = torch.rand(rows, 20, generator=generator) > 0.5
+    kv, near = randn(2, 3, columns, 64), randn(2, 3, 70, 64, seed=2)
+    square = Bounds(torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 62)
+    parts = [Part(kv[0], kv[1], Bounds(first, last, tail)), Part(near[0], near[1], square)]
+    check(randn(rows, 9, 64, seed=1), parts, softcap)
+    check(randn(rows, 9, 64, seed=1), parts[::-1], softcap)
+
+
+@pytest.mark.parametrize("codec", [Codec(8, symmetric=True), Codec(8), Codec(4), Codec(2), DualCodec()], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_codes_are_read_as_they_decode(codec: Codec, dim: int) -> None:
+    """Blocks out of the middle of a longer run, in several chunks, with bounds, and the upper plane of two."""
+    blocks = randn(2, 3, 24, 64, dim)
+    codes = tuple(each[:, 2:22] for each in codec.encode(blocks[0], blocks[1]))
+    queries = randn(5, 9, dim, seed=1)
+    bounds = Bounds(torch.tensor([0, 70, 600, 3, 64]), torch.tensor([1280, 1280, 601, 64, 1000]))
+    for part in (CodedPart(codec, codes, torch.bfloat16), CodedPart(codec, codes, torch.bfloat16, bounds)):
+        check(queries, [part])
+        if isinstance(codec, DualCodec):
+            upper, kept = codec.upper(part.codes)
+            check(queries, [CodedPart(upper, kept, torch.bfloat16, part.bounds)])
+
+
+def test_rows_and_threads_change_no_bit() -> None:
+    kv, queries = randn(2, 3, 2000, 64), randn(16, 9, 64, seed=1)
+    last = torch.arange(16) + 1985
+    parts = [Part(kv[0], kv[1], Bounds(torch.zeros(16, dtype=torch.int64), last))]
+    whole, before = cpu.attend(queries, parts, 0.125), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu.attend(queries, parts, 0.125), whole)
+    finally:
+        torch.set_num_threads(before)
+    for row in (0, 7, 15):
+        alone = [Part(kv[0, :, : last[row]], kv[1, :, : last[row]])]
+        assert torch.equal(cpu.attend(queries[row : row + 1], alone, 0.125), whole[row : row + 1])
+
+
+def test_nothing_behind_a_part_is_read() -> None:
+    """What stands there may be no number at all."""
+    kv = randn(2, 3, 200, 64)
+    kv[:, :, 77:] = float("nan")
+    check(randn(2, 9, 64, seed=1), [Part(kv[0, :, :77], kv[1, :, :77])])
+
+
+def test_what_it_refuses() -> None:
+    for queries, why in (
+        (torch.zeros(1, 9, 64), "bf16 on the CPU"),
+        (randn(1, 9, 80), "64, 128, 192 or 256 channels"),
+        (randn(40, 9, 64), "not 120"),
+    ):
+        assert why in (cpu.refuses(queries, 3) or "")
+    kv = randn(2, 3, 100, 80)
+    assert attend(randn(1, 9, 80), [Part(kv[0], kv[1])], 0.1).isfinite().all()  # torch takes it
