@@ -84,6 +84,7 @@ def drafters(
         list[str] | None, typer.Option("--drafter", metavar="NAME", help="May be repeated. auto, if left out.")
     ] = None,
     num_speculative_tokens: options.NumSpeculativeTokens = None,
+    control: options.Control = "goodput",
     prompts: Annotated[
         int | None, typer.Option("--prompts", metavar="N", parser=options.whole(1), help="Of each category; else all.")
     ] = None,
@@ -112,6 +113,7 @@ def drafters(
             drafter=name,
             cache=cache,
             draft_tokens=num_speculative_tokens or DRAFT_TOKENS,
+            control=control,
             draft_model=smaller if name == "auto" or "model" in name.split("+") else None,
         )
         for name in dict.fromkeys(["none", *(drafter or ["auto"])])

@@ -131,6 +131,26 @@ DraftModel = Annotated[
         help="The smaller model that the drafter `model` drafts with, named as --model is.",
     ),
 ]
+SkipSet = Annotated[
+    str | None,
+    typer.Option(
+        "--skip-set",
+        metavar="FILE",
+        rich_help_panel=_MODEL,
+        help="What the drafter `skip` leaves out: a file that `longspec tune` wrote. Else what it saved for the model, "
+        "and a search on the text.",
+    ),
+]
+Control = Annotated[
+    str,
+    typer.Option(
+        "--control",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="How much is drafted: goodput (what brings most tokens per second, nothing included), fixed (always all), "
+        "confidence (likely paths) or entropy (nothing after a hard token).",
+    ),
+]
 NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(

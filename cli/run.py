@@ -52,6 +52,8 @@ def run(
     drafter: options.Drafter = "auto",
     draft_model: options.DraftModel = None,
     num_speculative_tokens: options.NumSpeculativeTokens = None,
+    control: options.Control = "goodput",
+    skip_set: options.SkipSet = None,
     cache: options.Cache = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -116,6 +118,8 @@ def run(
     loading: dict[str, Any] = {
         "drafter": drafter,
         "draft_model": draft_model,
+        "control": control,
+        "skip_set": skip_set,
         "cache": cache,
         "device": device,
         "dtype": dtype,
@@ -158,7 +162,7 @@ def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
     """How long prompt and answer may become; None where only the model's context ends them."""
-    from longspec.engine import encode
+    from longspec.text import encode
 
     asked = writing["max_new_tokens"]
     if asked is None:

@@ -8,12 +8,12 @@ It never prints and never draws: progress goes to a callback, text to whoever it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -21,31 +21,31 @@ from torch import Tensor
 from longspec.answer import Answer, memory, speculation, timing, usage
 from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
+from longspec.control import Bet, Outcome, Step
+from longspec.controls import make as make_control
 from longspec.drafters import Means
 from longspec.drafters import check as check_drafter
 from longspec.drafters import make as make_drafter
+from longspec.drafters.skip import load_skip
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
-from longspec.feed import Feed, run
-from longspec.model.decoder import Rows
+from longspec.feed import Feed, choosing, entropies_of, run
+from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 from longspec.resume import keep, resume
 from longspec.sampling import Sampling, choose
 from longspec.session import Session
-from longspec.text import Transcript, Vocabulary
-from longspec.types import Commit
+from longspec.text import Prompt, Transcript, Vocabulary, encode
+from longspec.types import Commit, Draft, Drafter
 from longspec.verify import verify
 from longspec.watch import Watch
 
-__all__ = ["DRAFT_TOKENS", "Engine", "Options", "Prompt", "encode"]
+__all__ = ["DRAFT_TOKENS", "Engine", "Options"]
 
 PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
 
 DRAFT_TOKENS = 8
 """Tokens drafted at most, if nobody says otherwise: nine rows cost a bf16 pass what one costs (16.9 and 16.4 ms)."""
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""A text, or the messages of a conversation: `{"role": ..., "content": ...}`."""
 
 
 class Options(TypedDict, total=False):
@@ -81,12 +81,16 @@ class Engine:
         all_rows: bool = False,
         draft_tokens: int = DRAFT_TOKENS,
         draft_model: Model | None = None,
+        skip: Skip | None = None,
+        control: str = "goodput",
         plan: Plan | None = None,
     ) -> None:
         _check(drafter, cache, all_rows, draft_tokens, draft_model=draft_model is not None)
         self.model = model
         self.drafter_name = _drafter(drafter, draft_model=draft_model is not None)
-        self.drafter = make_drafter(self.drafter_name, Means(model, draft_model))
+        means = Means(model, draft_model, skip)
+        self.drafters: dict[str, Drafter] = {self.drafter_name: make_drafter(self.drafter_name, means)}
+        self.control = make_control(control, self.drafter_name, draft_tokens)
         self.plan = plan
         self.cache_name = plan.choice.cache if plan else _kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
@@ -108,6 +112,8 @@ class Engine:
         strict: bool = False,
         num_speculative_tokens: int = DRAFT_TOKENS,
         draft_model: str | None = None,
+        skip_set: str | Path | None = None,
+        control: str = "goodput",
         memory: str | int | None = None,
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
         report: Callable[[str, int, int], None] | None = None,
@@ -115,8 +121,9 @@ class Engine:
         """Load a model by short name, path or Hugging Face id.
 
         all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
-        it (slower). draft_model: what the drafter `model` drafts with, named like a model. memory: what the process may
-        have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
+        it (slower). draft_model: what the drafter `model` drafts with, named like a model. skip_set: what `skip` leaves
+        out, a file of `longspec tune`. control: how much is bet, one of CONTROLS. memory: what the process may have,
+        such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
         cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the memory is planned for, as a
         number or told from the vocabulary; the model's context if left out. report: told of what is fetched: stage,
         done, total.
@@ -155,6 +162,8 @@ class Engine:
             all_rows=all_rows,
             draft_tokens=num_speculative_tokens,
             draft_model=smaller,
+            skip=None if skip_set is None else load_skip(skip_set, loaded.decoder.config.layers),
+            control=control,
             plan=plan,
         )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
@@ -216,7 +225,8 @@ class Engine:
         )
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)
-        self.drafter.begin(session)
+        for drafter in self.drafters.values():
+            drafter.begin(session)
         return session
 
     def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
@@ -250,27 +260,48 @@ class Engine:
     @torch.inference_mode()
     def step(self, sessions: Sequence[Session]) -> list[Commit]:
         """Draft, one target forward, verify, commit: what each session got."""
+        bets = self.control.bets(sessions, [min(self.draft_tokens, session.room - 1) for session in sessions])
+        drafts, draft_seconds = self._drafts(sessions, bets)
         began = perf_counter()
-        limits = [min(self.draft_tokens, session.room - 1) for session in sessions]
-        drafts = self.drafter.propose(sessions, limits)
-        drafted = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         rows, hidden = run(feeds, self.model.decoder)
-        chosen = self._choices(feeds, self.model.decoder.logits(_choosing(hidden, rows, feeds)))
-        verified = perf_counter()
-        commits = []
-        for feed, choices in zip(feeds, chosen, strict=True):
-            feed.session.drafting += drafted - began
-            feed.session.verifying += verified - drafted
+        logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
+        chosen = self._choices(feeds, logits)
+        entropies: Sequence[list[float] | None] = [None] * len(feeds)
+        if self.control.entropies:
+            entropies = entropies_of(feeds, logits)
+        pass_seconds = perf_counter() - began
+        commits, outcomes = [], []
+        for feed, bet, draft, choices, entropy in zip(feeds, bets, drafts, chosen, entropies, strict=True):
+            session = feed.session
             verdict = verify(feed.draft, feed.parents, choices)
-            commits.append(feed.session.take(verdict, feed.draft))
+            commits.append(session.take(verdict, feed.draft))
             feed.commit(verdict.kept)
-            self.drafter.observe(feed.session, commits[-1], verdict)
+            session.drafting += sum(draft_seconds.values())
+            session.verifying += pass_seconds
+            for drafter in self.drafters.values():
+                drafter.observe(session, commits[-1], verdict)
+            last = verdict.kept[-1] + 1 if verdict.kept else 0
+            outcomes.append(Outcome(session, bet, draft, verdict.kept, None if entropy is None else entropy[last]))
+        self.control.observe(Step(outcomes, draft_seconds, pass_seconds, len(rows.tokens)))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
             rest = ending.interrupt("length")
             commits[at] = replace(commits[at], text=commits[at].text + rest, finish_reason="length")
         return commits
+
+    def _drafts(self, sessions: Sequence[Session], bets: Sequence[Bet]) -> tuple[list[Draft], dict[str, float]]:
+        """Each session's draft by its bet, and the seconds of every drafter that was asked."""
+        drafts, seconds = [Draft.chain(()) for _ in sessions], {}
+        for name, drafter in self.drafters.items():
+            asked = [i for i, bet in enumerate(bets) if bet.drafter == name and bet.limit > 0]
+            if asked:
+                began = perf_counter()
+                made = drafter.propose([sessions[i] for i in asked], [bets[i].limit for i in asked])
+                seconds[name] = perf_counter() - began
+                for i, draft in zip(asked, made, strict=True):
+                    drafts[i] = draft
+        return self.control.trim(bets, drafts), seconds
 
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
@@ -332,26 +363,6 @@ class Engine:
         return Sampling.over(self.model.defaults, given)
 
 
-def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *, raw: bool = False) -> list[int]:
-    """The prompt's tokens, as `Engine.open` takes them.
-
-    Raises:
-        UsageError: there is none, or the prompt isn't one text although it is raw.
-    """
-    if raw:
-        if not isinstance(prompt, str) or system:
-            raise UsageError("A raw prompt is one text, without a system message or roles.")
-        tokens = vocabulary.encode(prompt, add_special=True)
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system:
-            messages = [{"role": "system", "content": system}, *messages]
-        tokens = vocabulary.encode(vocabulary.chat(messages), add_special=False)
-    if not tokens:
-        raise UsageError("The prompt is empty; give at least one token to go on from.")
-    return tokens
-
-
 def _kind(cache: str, all_rows: bool) -> str:
     """The name in CACHES."""
     return f"{cache} --all-rows" if all_rows else cache
@@ -377,10 +388,3 @@ def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int, *, draft
 
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def _choosing(hidden: Tensor, rows: Rows, feeds: Sequence[Feed]) -> Tensor:
-    """Hidden states of the rows that choose a token, feeds behind each other."""
-    if all(len(feed.lacking) == 1 for feed in feeds):
-        return hidden
-    return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(rows.spans, feeds, strict=True)])

@@ -18,7 +18,7 @@ from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.session import Session
 from longspec.types import Begun, Draft
 
-__all__ = ["Feed", "run"]
+__all__ = ["Feed", "choosing", "entropies_of", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +111,17 @@ def run(feeds: Sequence[Feed], decoder: Decoder) -> tuple[Rows, Tensor]:
         lacking = torch.tensor([layer <= first for layer in layers], device=decoder.device)
         hidden[lacking] = decoder.forward(part, hidden[lacking] if first else None, first, last)
     return rows, hidden
+
+
+def choosing(hidden: Tensor, rows: Rows, feeds: Sequence[Feed]) -> Tensor:
+    """Hidden states of the rows that choose a token, feeds behind each other."""
+    if all(len(feed.lacking) == 1 for feed in feeds):
+        return hidden
+    return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(rows.spans, feeds, strict=True)])
+
+
+def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:
+    """Nats of every choosing row's distribution, feed by feed."""
+    falling = torch.log_softmax(logits.float(), -1)
+    values = iter((-(falling.exp() * falling).sum(-1)).tolist())
+    return [[next(values) for _ in range(feed.choosing)] for feed in feeds]

@@ -27,7 +27,10 @@ from tokenizers import Tokenizer
 
 from longspec.errors import ModelError, UsageError
 
-__all__ = ["StopFinder", "TextStream", "Transcript", "Vocabulary"]
+__all__ = ["Prompt", "StopFinder", "TextStream", "Transcript", "Vocabulary", "encode"]
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation: `{"role": ..., "content": ...}`."""
 
 # GPT-2's spelling of bytes: a byte that prints stands for itself, the others are moved up from 256 in their order.
 _PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -280,3 +283,23 @@ def _content(role: str, token: object) -> str:
     if isinstance(content, str):
         return content
     raise ModelError(f"The tokenizer's {role} is {content!r}; it should be a string, or a table with its content.")
+
+
+def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *, raw: bool = False) -> list[int]:
+    """The prompt's tokens, as `Engine.open` takes them.
+
+    Raises:
+        UsageError: there is none, or the prompt isn't one text although it is raw.
+    """
+    if raw:
+        if not isinstance(prompt, str) or system:
+            raise UsageError("A raw prompt is one text, without a system message or roles.")
+        tokens = vocabulary.encode(prompt, add_special=True)
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        tokens = vocabulary.encode(vocabulary.chat(messages), add_special=False)
+    if not tokens:
+        raise UsageError("The prompt is empty; give at least one token to go on from.")
+    return tokens

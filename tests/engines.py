@@ -46,9 +46,10 @@ def engine(model: Model, drafter: str | Drafter = "none", **options: Any) -> Eng
         options |= {"cache": kind, "all_rows": bool(rows)}
     if isinstance(drafter, str) and "model" in drafter:
         options["draft_model"] = model
+    options.setdefault("control", "fixed")  # always as much as it may, whether it pays or not
     made = Engine(model, drafter=drafter if isinstance(drafter, str) else "none", **options)
     if not isinstance(drafter, str):
-        made.drafter = drafter
+        made.drafters = {"none": drafter}
     return made
 
 

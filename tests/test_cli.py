@@ -23,7 +23,8 @@ KEYS = {
     "": "model dtype text reasoning finish_reason exactness cache cache_lossless usage speculation timing memory",
     "usage": "prompt_tokens completion_tokens cached_tokens",
     "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet",
-    "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s time_to_first_token_s tokens_per_second",
+    "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s draft_s verify_s time_to_first_token_s "
+    "tokens_per_second",
     "memory": "weights_bytes drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
 }
 
@@ -517,7 +518,7 @@ def test_doctor(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert guarded(["doctor", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert set(report) == {"versions", "machine", "torch", "attention", "model", "settings"}
-    assert set(report["attention"]) == {"reference", "flash", "triton"}
+    assert set(report["attention"]) == {"reference", "cpu", "flash", "triton"}
 
 
 # --- the default model

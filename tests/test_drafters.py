@@ -77,7 +77,7 @@ def best_path(draft: Draft) -> list[int]:
 def test_a_skipping_draft_is_what_the_skipping_model_writes(model: Model, options: Any, inner: str | None) -> None:
     made = engine(model, "ngram")
     session = started(made, **options)
-    drafter = Skipping(model.decoder, inner=made.drafter if inner else None)
+    drafter = Skipping(model.decoder, inner=made.drafters["ngram"] if inner else None)
     length, held = session.cache.length, {name: rows.clone() for name, rows in session.cache.state()}
     for limit in (1, 2, 7, 20):
         (draft,) = drafter.propose([session], [limit])
@@ -104,7 +104,7 @@ def test_an_inner_drafter_saves_passes_and_changes_no_draft(model: Model, unsure
         return forward(self, *given, **options)
 
     drafts, passes = [], []
-    for inner in (None, made.drafter):
+    for inner in (None, made.drafters["ngram"]):
         count = 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(model.decoder), "forward", counted)

@@ -13,7 +13,7 @@ from typing import cast
 from longspec.drafters.exit import Exit
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
-from longspec.drafters.skip import Skipping
+from longspec.drafters.skip import Skipping, saved_skip
 from longspec.drafters.smaller import Smaller
 from longspec.drafters.sparse import Sparse
 from longspec.errors import UsageError
@@ -30,13 +30,13 @@ class Means:
 
     model: Model  # the target
     draft_model: Model | None = None
-    skip: Skip | None = None
+    skip: Skip | None = None  # what `skip` leaves out for good; else it is searched
 
 
 DRAFTERS: dict[str, Callable[[Means, Drafter | None], Drafter]] = {
     "none": lambda means, inner: Nothing(),
     "ngram": lambda means, inner: Ngram(),
-    "skip": lambda means, inner: Skipping(means.model.decoder, means.skip, inner),
+    "skip": lambda means, inner: Skipping(means.model.decoder, means.skip, inner, start=saved_skip(means.model)),
     "exit": lambda means, inner: Exit(means.model.decoder),
     "sparse": lambda means, inner: Sparse(means.model.decoder, inner=inner),
     "model": lambda means, inner: Smaller(means.model, cast(Model, means.draft_model), inner),

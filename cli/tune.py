@@ -1,0 +1,154 @@
+"""`longspec tune`: find what `--drafter skip` should leave out of a model on this machine, and keep it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspec.cli import options
+from longspec.cli.progress import Progress
+from longspec.errors import ContextError
+
+if TYPE_CHECKING:
+    from longspec.bench.tune import Tuning
+    from longspec.model.load import Model
+
+__all__ = ["EPILOG", "tune"]
+
+EPILOG = """\b
+Examples:
+  longspec tune --model smollm2
+  longspec tune -m Qwen/Qwen3-8B --budget 600 --context 8k --output qwen3.json
+
+\b
+The sub-layers that are left out best are searched on texts that the model
+writes, then measured against plain decoding. The set is kept in the user's
+config directory, where --drafter skip finds it. The table goes to stdout.
+"""
+
+_CONTEXT = 512
+
+
+def tune(
+    model: options.Model = "smollm2",
+    budget: Annotated[
+        float,
+        typer.Option(
+            "--budget",
+            metavar="SECONDS",
+            parser=options.number(0, open_below=True),
+            rich_help_panel="Search",
+            help="About how long it may take, without loading the model; 120 if left out.",
+        ),
+    ] = 120.0,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            "-c",
+            metavar="N",
+            parser=options.tokens,
+            rich_help_panel="Search",
+            help="Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            rich_help_panel="Output",
+            help="Keep the set in FILE, and not where --drafter skip finds it.",
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the sub-layers that a model drafts best without, and keep them for --drafter skip."""
+    with Progress(model, quiet=quiet) as progress:
+        progress.report(f"loading {model}")
+        import torch
+
+        from longspec.bench import tune as work
+        from longspec.drafters.skip import save_skip, saved_path
+        from longspec.model.load import load_model
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
+        most = loaded.decoder.config.context
+        if context is not None and context > most:
+            raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {most:,}.")
+        tokens = min(_CONTEXT, most) if context is None else context
+        tuning = work.tune(loaded, context=tokens, seconds=budget, report=progress.report)
+        report = _report(loaded, tuning, tokens)
+        path = saved_path(loaded) if output is None else output
+        measured = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
+        save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in measured})
+    if as_json:
+        typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
+    else:
+        _print(report, path)
+
+
+def _report(model: Model, tuning: Tuning, context: int) -> dict[str, Any]:
+    """As `--json` prints it: the best set first on its own, then all that were measured."""
+    import torch
+
+    from longspec import __version__
+
+    sets = [
+        {
+            "attention": sorted(one.skip.attention),
+            "mlp": sorted(one.skip.mlp),
+            "share": round(one.share, 4),
+            "agreement": round(one.agreement, 4),
+            "expected": round(one.expected, 4),
+            "measured": None if one.measured is None else round(one.measured, 4),
+        }
+        for one in tuning.sets
+    ]
+    return {
+        "model": model.name,
+        "dtype": model.dtype,
+        "device": str(model.decoder.device),
+        "context": context,
+        **sets[0],
+        "faster": (tuning.sets[0].measured or 0.0) > 1,
+        "tokens_per_second": round(tuning.tokens_per_second, 2),
+        "tried": tuning.tried,
+        "row": round(tuning.prices.row, 4),
+        "milliseconds": {
+            name: [round(1000 * seconds, 3) for seconds in getattr(tuning.prices, name)]
+            for name in ("whole", "attention", "mlp")
+        }
+        | {"rest": round(1000 * tuning.prices.rest, 3)},
+        "sets": sets,
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"longspec": __version__, "torch": torch.__version__},
+    }
+
+
+def _print(report: dict[str, Any], path: Path) -> None:
+    typer.echo(
+        f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
+        f"{report['tokens_per_second']:.1f} tokens/s without a bet, {report['tried']} sets tried"
+    )
+    typer.echo("ATTENTIONS  MLPS  PASS  AGREEMENT  EXPECTED  MEASURED")
+    for one in report["sets"]:
+        typer.echo(
+            f"{len(one['attention']):10}  {len(one['mlp']):4}  {one['share']:4.2f}  {one['agreement']:9.2f}"
+            f"  {one['expected']:8.2f}  {one['measured']:8.2f}"
+        )
+    if report["faster"]:
+        typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
+    else:
+        typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
+    typer.echo(f"Kept in {path}")

@@ -1,0 +1,132 @@
+"""The controller, by simulation: drafters of known acceptance on a machine of known cost. No clock is read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from longspec.control import Bet, Fixed, Outcome, Step
+from longspec.goodput import Goodput
+from longspec.types import Draft
+
+
+class Text:
+    """As much of a session as the controller sees."""
+
+    def __init__(self, length: int = 100) -> None:
+        self.tokens = list(range(length))
+
+    key, long, cache, unfed = "", False, None, (0,)
+
+    def rank(self, logits: Any, paths: Any, count: int) -> Any:
+        raise NotImplementedError
+
+
+@dataclass
+class Machine:
+    """Passes cost 1 + slope * (rows - 1), a drafted token `drafting`; times are off by a tenth, and seldom tenfold."""
+
+    acceptance: dict[str, Callable[[int], float]]  # by drafter, of the tokens so far
+    drafting: dict[str, float]
+    slope: float = 0.03
+    noise: float = 0.1
+    chaos: random.Random = field(default_factory=lambda: random.Random(5))
+
+    def run(self, control: Any, tokens: int, sessions: int = 1, room: int = 32) -> float:
+        """Seconds for so many tokens of each session."""
+        texts = [Text() for _ in range(sessions)]
+        starts = [len(text.tokens) for text in texts]
+        total = 0.0
+        while (done := min(len(t.tokens) - s for t, s in zip(texts, starts, strict=True))) < tokens:
+            bets = control.bets(texts, [room] * sessions)
+            drafts = control.trim(bets, [Draft.chain([1] * bet.limit) for bet in bets])
+            kept, rows, drafting = [], sessions, dict[str, float]()
+            for bet, draft in zip(bets, drafts, strict=True):
+                rate, count = self.acceptance.get(bet.drafter, steady(0.0))(done), 0
+                while count < len(draft) and self.chaos.random() < rate:
+                    count += 1
+                kept.append(range(count))
+                rows += len(draft)
+                if bet.limit:  # all sessions draft in one pass of the drafter
+                    seconds = self.drafting[bet.drafter] * bet.limit
+                    drafting[bet.drafter] = max(drafting.get(bet.drafter, 0.0), seconds)
+            true = 1 + self.slope * (rows - 1)
+            seen = true * self.chaos.uniform(1 - self.noise, 1 + self.noise) * (10 if self.chaos.random() < 0.01 else 1)
+            total += true + sum(drafting.values())
+            outcomes = [Outcome(*one) for one in zip(texts, bets, drafts, kept, strict=True)]
+            control.observe(Step(outcomes, drafting, seen, rows))
+            for text, path in zip(texts, kept, strict=True):
+                text.tokens += range(1 + len(path))
+        return total
+
+
+def steady(rate: float) -> Callable[[int], float]:
+    return lambda _: rate
+
+
+def plain(machine: Machine, tokens: int, sessions: int = 1) -> float:
+    return tokens * (1 + machine.slope * (sessions - 1))
+
+
+@pytest.mark.parametrize(("drafting", "slope"), [(0.0, 0.04), (0.0, 0.01), (0.5, 0.02)])
+def test_a_drafter_that_always_loses_costs_three_percent_at_most(drafting: float, slope: float) -> None:
+    machine = Machine({"bad": steady(0.0)}, {"bad": drafting}, slope)
+    assert machine.run(Goodput(["bad"], 32), 2000) < 1.03 * plain(machine, 2000)
+
+
+@pytest.mark.parametrize(("drafting", "slope"), [(0.0, 0.04), (0.0, 0.005), (0.1, 0.02)])
+def test_a_good_drafter_gets_nine_tenths_of_the_best_fixed_limit(drafting: float, slope: float) -> None:
+    def seconds(control: Any, room: int) -> float:
+        return Machine({"good": steady(0.9)}, {"good": drafting}, slope).run(control, 2000, room=room)
+
+    best = min(seconds(Fixed("good"), limit) for limit in (1, 2, 4, 8, 12, 16, 24, 32))
+    assert seconds(Goodput(["good"], 32), 32) < best / 0.9
+
+
+@pytest.mark.parametrize("drafting", [0.0, 0.3])
+def test_a_change_in_the_text_is_followed_within_two_hundred_tokens(drafting: float) -> None:
+    """Good, bad, good again, for 1,000 tokens each: at most what 200 tokens of the wrong bet would cost is lost."""
+    flips = Machine({"some": lambda done: 0.0 if 1000 <= done < 2000 else 0.9}, {"some": drafting}, 0.03)
+    good = Machine({"some": steady(0.9)}, {"some": drafting}, 0.03)
+    whole = flips.run(Goodput(["some"], 32), 3000)
+    best = good.run(Goodput(["some"], 32), 2000)
+    assert whole < best + 1000 + 2 * 200
+
+
+def test_the_best_of_three_drafters_is_used() -> None:
+    rates = {"bad": steady(0.2), "dear": steady(0.9), "good": steady(0.8)}
+    costs = {"bad": 0.0, "dear": 0.6, "good": 0.0}
+    alone = Machine({"good": rates["good"]}, costs).run(Goodput(["good"], 32), 2000)
+    assert Machine(rates, costs).run(Goodput(list(rates), 32), 2000) < 1.06 * alone
+
+
+def test_a_hundred_tokens_bet_well() -> None:
+    machine = Machine({"good": steady(0.9)}, {"good": 0.0}, 0.02)
+    assert machine.run(Goodput(["good"], 32), 100) < 0.4 * plain(machine, 100)
+    machine = Machine({"bad": steady(0.0)}, {"bad": 0.0}, 0.02)
+    assert machine.run(Goodput(["bad"], 32), 100) < 1.03 * plain(machine, 100)
+
+
+def test_a_batch_whose_rows_are_dear_bets_less() -> None:
+    """The batch-size law: eight sessions' rows fill the machine."""
+
+    def limit(sessions: int) -> float:
+        machine, control = Machine({"fair": steady(0.6)}, {"fair": 0.0}, 0.12, noise=0.0), Goodput(["fair"], 32)
+        machine.run(control, 400, sessions)
+        texts = [Text() for _ in range(sessions)]
+        return sum(bet.limit for bet in control.bets(texts, [32] * sessions)) / sessions
+
+    assert limit(8) < limit(1)
+
+
+def test_a_room_is_never_exceeded_and_no_drafter_is_no_bet() -> None:
+    control = Goodput(["some"], 32)
+    machine = Machine({"some": steady(0.95)}, {"some": 0.0}, 0.001)
+    machine.run(control, 500, room=3)
+    for room in (0, 1, 2, 5):
+        assert control.bets([Text()], [room])[0].limit <= room
+    assert Fixed("some").bets([Text()], [8]) == [Bet("some", 8)]
