@@ -31,6 +31,7 @@ config directory, where --drafter skip finds it. The table goes to stdout.
 """
 
 _CONTEXT = 512
+_KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
 def tune(
@@ -78,24 +79,26 @@ def tune(
 
         from longspec.bench import tune as work
         from longspec.drafters.skip import save_skip, saved_path
-        from longspec.model.load import load_model
+        from longspec.model.load import open_model
 
+        work.load_optuna()
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
-        most = loaded.decoder.config.context
+        opened = open_model(model, dtype=dtype, device=device, report=progress.report)
+        most = opened.config.context
         if context is not None and context > most:
             raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {most:,}.")
         tokens = min(_CONTEXT, most) if context is None else context
+        loaded = opened.load(report=progress.report)
         tuning = work.tune(loaded, context=tokens, seconds=budget, report=progress.report)
-        report = _report(loaded, tuning, tokens)
-        path = saved_path(loaded) if output is None else output
-        measured = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
-        save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in measured})
+    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if output is None else output
     if as_json:
         typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
     else:
-        _print(report, path)
+        _print(report)
+    save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
+    if not as_json:
+        typer.echo(f"Kept in {path}")
 
 
 def _report(model: Model, tuning: Tuning, context: int) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def _report(model: Model, tuning: Tuning, context: int) -> dict[str, Any]:
     }
 
 
-def _print(report: dict[str, Any], path: Path) -> None:
+def _print(report: dict[str, Any]) -> None:
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
         f"{report['tokens_per_second']:.1f} tokens/s without a bet, {report['tried']} sets tried"
@@ -151,4 +154,3 @@ def _print(report: dict[str, Any], path: Path) -> None:
         typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
     else:
         typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
-    typer.echo(f"Kept in {path}")

@@ -1,4 +1,4 @@
-"""The sub-layers to leave out: what a set is worth, its file, and the search on the fly where the answer is known."""
+"""The sub-layers to leave out: what a set is worth, its file, the search on the fly, on models where all is known."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from longspec.model.load import Model
 from longspec.session import Session
 from longspec.text import encode
 
-__all__ = ["Tuned", "Tuning", "prices", "search", "tune", "verify", "write"]
+__all__ = ["Tuned", "Tuning", "load_optuna", "prices", "search", "tune", "verify", "write"]
 
 Report = Callable[[str, int, int], None]
 
@@ -97,7 +97,7 @@ def tune(model: Model, *, context: int, seconds: float, report: Report) -> Tunin
         UsageError: such a context is too short for the prompts, or optuna is missing.
         LongspecError: the model ended every text at once.
     """
-    _optuna()
+    load_optuna()
     began, decoder = perf_counter(), model.decoder
     texts = list(write(model, context, began + _WRITING * seconds, report))
     report("measuring sub-layers", 0, 0)
@@ -179,7 +179,7 @@ def prices(decoder: Decoder, text: Session) -> Prices:
 
 def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: float, report: Report) -> list[Tuned]:
     """Sets that were tried on the texts, by expected speed-up; as many as `until` allows, a few at least."""
-    optuna = _optuna()
+    optuna = load_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     counts = [len(text.answer) for text in texts]
     moved = [
@@ -262,8 +262,10 @@ def _opened(engine: Engine, question: str, context: int) -> Session:
     if room < 0:
         raise UsageError(f"A context of {context} tokens is too short to tune for: a prompt has {alone} tokens and "
                          f"{NEW} follow it; ask for {alone + NEW} or more.")  # fmt: skip
-    notes = _NOTES * (room // max(1, length(_NOTES + question) - alone))
-    return engine.open(notes + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
+    count = room // max(1, length(_NOTES + question) - alone)
+    while count and length(_NOTES * count + question) > context - NEW:
+        count -= 1
+    return engine.open(_NOTES * count + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
 
 
 def _cache(text: Session) -> Dense:
@@ -271,7 +273,8 @@ def _cache(text: Session) -> Dense:
     return text.cache
 
 
-def _optuna() -> Any:
+def load_optuna() -> Any:
+    """The module. Raises UsageError where it isn't installed."""
     try:
         import optuna
     except ImportError as error:
