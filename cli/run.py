@@ -22,7 +22,8 @@ from longspec.errors import LongspecError, UsageError
 
 if TYPE_CHECKING:
     from longspec.answer import Answer
-    from longspec.engine import Engine, Options
+    from longspec.engine import Engine
+    from longspec.options import Options
     from longspec.session import Session
     from longspec.text import Vocabulary
 

@@ -43,8 +43,8 @@ class Step:
 
     outcomes: Sequence[Outcome]
     draft_seconds: Mapping[str, float]  # of each drafter that was asked
-    pass_seconds: float
-    rows: int  # of the pass
+    pass_seconds: float | None  # None where a chunk of a prompt shared the pass: it tells nothing of a step's cost
+    rows: int  # of the pass, such a chunk's not counted
 
 
 class Control(Protocol):

@@ -8,12 +8,12 @@ It never prints and never draws: progress goes to a callback, text to whoever it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from time import perf_counter
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -24,45 +24,26 @@ from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
 from longspec.drafters import Means
-from longspec.drafters import check as check_drafter
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.feed import Feed, choosing, entropies_of, run
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
+from longspec.options import DRAFT_TOKENS, Options, asked, check, drafters, kind
 from longspec.resume import keep, resume
 from longspec.sampling import Sampling, choose
+from longspec.schedule import WIDTH, Schedule
 from longspec.session import Session
 from longspec.text import Prompt, Transcript, Vocabulary, encode
 from longspec.types import Commit, Draft, Drafter
 from longspec.verify import verify
 from longspec.watch import Watch
 
-__all__ = ["DRAFT_TOKENS", "Engine", "Options"]
+__all__ = ["Engine"]
 
 PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
-
-DRAFT_TOKENS = 8
-"""Tokens drafted at most, if nobody says otherwise: nine rows cost a bf16 pass what one costs (16.9 and 16.4 ms)."""
-
-
-class Options(TypedDict, total=False):
-    """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
-
-    prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
-    system: str | None  # a system message before the prompt
-    raw: bool  # the prompt as it is, without the chat template
-    key: str  # names the text in the noise of its sampling
-    max_new_tokens: int | None  # None: up to the end of text, or of the model's context
-    stop: str | Sequence[str]
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
 
 
 class Engine:
@@ -85,14 +66,14 @@ class Engine:
         control: str = "goodput",
         plan: Plan | None = None,
     ) -> None:
-        _check(drafter, cache, all_rows, draft_tokens, draft_model=draft_model is not None)
+        check(drafter, cache, all_rows, draft_tokens, draft_model=draft_model is not None)
         self.model = model
-        self.drafter_name = _drafter(drafter, draft_model=draft_model is not None)
-        means = Means(model, draft_model, skip)
-        self.drafters: dict[str, Drafter] = {self.drafter_name: make_drafter(self.drafter_name, means)}
-        self.control = make_control(control, self.drafter_name, draft_tokens)
+        names, means = drafters(drafter, draft_model=draft_model is not None), Means(model, draft_model, skip)
+        self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
+        self.drafter_name = names[0] if len(names) == 1 else drafter
+        self.control = make_control(control, names, draft_tokens)
         self.plan = plan
-        self.cache_name = plan.choice.cache if plan else _kind("dense" if cache == "auto" else cache, all_rows)
+        self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
         self.watch = Watch(plan, moves=cache == "auto") if plan else None
         self.draft_tokens = draft_tokens
@@ -138,7 +119,7 @@ class Engine:
                 raise UsageError(f"threads is {threads}; it must be 1 or more.")
             torch.set_num_threads(threads)
         # What is wrong is said before a model is loaded.
-        _check(drafter, cache, all_rows, num_speculative_tokens, draft_model=draft_model is not None)
+        check(drafter, cache, all_rows, num_speculative_tokens, draft_model=draft_model is not None)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         if memory is not None:
@@ -146,7 +127,7 @@ class Engine:
                 opened,
                 memory,
                 tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
-                cache=_kind(cache, all_rows),
+                cache=kind(cache, all_rows),
                 draft_tokens=num_speculative_tokens,
                 drafter=drafter,
                 strict=strict,
@@ -195,6 +176,31 @@ class Engine:
             if commit.text:
                 yield commit.text
 
+    def generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        """Write many answers side by side, `width` at a time: each prompt's place and answer, as they finish.
+
+        A prompt may bring options of its own. One that can't be written gives the error in its answer's place. Prompts
+        are taken from the iterable as they are needed; the noise of a text is keyed by its place, unless it has a key.
+        """
+        schedule, places, coming = Schedule(self, width), {}, enumerate(prompts)
+        while True:
+            for place, prompt in islice(coming, schedule.wants):
+                text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
+                try:
+                    session = self.open(text, **{"key": str(place), **options, **own})
+                except LongspecError as error:
+                    yield place, error
+                else:
+                    places[session] = place
+                    schedule.add(session)
+            if not schedule:
+                return
+            for session, commit in schedule.step():
+                if commit.finish_reason is not None:
+                    yield places.pop(session), self.answer(session)
+
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """A session for this prompt; nothing is computed yet.
 
@@ -238,39 +244,38 @@ class Engine:
             yield from self.step([session])
 
     def prefill(self, session: Session) -> Iterator[int]:
-        """Feed all unfed tokens but the last, in chunks that end at blocks; after each, the cache's length."""
-        while (lacking := session.unfed)[1:]:
-            start = session.cache.length
-            end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1)
-            with torch.inference_mode():
-                feed = Feed.of(session, lacking[: end - start])
-                run([feed], self.model.decoder)
-                feed.commit([])
-                if self.watch is not None:
-                    self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
-            yield end
-        if session.prompt_cache is not None:
-            path, session.prompt_cache = session.prompt_cache, None
-            try:
-                self.save(session, path)
-            except LongspecError as error:  # the answer is what was asked for first
-                session.notes.append(str(error))
-        session.prefilled = perf_counter()
+        """Feed all unfed tokens but the last, chunk by chunk; after each, the cache's length."""
+        while session.unfed[1:]:
+            self.read(session)
+            yield session.cache.length
 
     @torch.inference_mode()
-    def step(self, sessions: Sequence[Session]) -> list[Commit]:
-        """Draft, one target forward, verify, commit: what each session got."""
+    def read(self, session: Session, stop: int | None = None) -> None:
+        """A pass for the next chunk of a prompt, up to row `stop`."""
+        feed = self._chunk(session, stop)
+        run([feed], self.model.decoder)
+        self._fed(feed)
+
+    @torch.inference_mode()
+    def step(
+        self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
+    ) -> list[Commit]:
+        """Draft, one target forward, verify, commit: what each session got.
+
+        reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
+        """
         bets = self.control.bets(sessions, [min(self.draft_tokens, session.room - 1) for session in sessions])
         drafts, draft_seconds = self._drafts(sessions, bets)
         began = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
-        rows, hidden = run(feeds, self.model.decoder)
+        chunk = [] if reading is None else [self._chunk(reading, stop)]
+        rows, hidden = run([*feeds, *chunk], self.model.decoder)
         logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
         chosen = self._choices(feeds, logits)
         entropies: Sequence[list[float] | None] = [None] * len(feeds)
         if self.control.entropies:
             entropies = entropies_of(feeds, logits)
-        pass_seconds = perf_counter() - began
+        pass_seconds, staged = perf_counter() - began, sum(len(feed.tokens) for feed in feeds)
         commits, outcomes = [], []
         for feed, bet, draft, choices, entropy in zip(feeds, bets, drafts, chosen, entropies, strict=True):
             session = feed.session
@@ -283,12 +288,36 @@ class Engine:
                 drafter.observe(session, commits[-1], verdict)
             last = verdict.kept[-1] + 1 if verdict.kept else 0
             outcomes.append(Outcome(session, bet, draft, verdict.kept, None if entropy is None else entropy[last]))
-        self.control.observe(Step(outcomes, draft_seconds, pass_seconds, len(rows.tokens)))
+        for feed in chunk:
+            self._fed(feed)
+        self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
             rest = ending.interrupt("length")
             commits[at] = replace(commits[at], text=commits[at].text + rest, finish_reason="length")
         return commits
+
+    def _chunk(self, session: Session, stop: int | None) -> Feed:
+        """The next rows of a prompt, up to the end of a block; its last token is the first step's."""
+        start = session.cache.length
+        end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
+        return Feed.of(session, session.tokens[start:end])
+
+    def _fed(self, feed: Feed) -> None:
+        """A chunk has been through the pass."""
+        session = feed.session
+        feed.commit([])
+        if self.watch is not None:
+            self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
+        if session.unfed[1:]:
+            return
+        if session.prompt_cache is not None:
+            path, session.prompt_cache = session.prompt_cache, None
+            try:
+                self.save(session, path)
+            except LongspecError as error:  # the answer is what was asked for first
+                session.notes.append(str(error))
+        session.prefilled = perf_counter()
 
     def _drafts(self, sessions: Sequence[Session], bets: Sequence[Bet]) -> tuple[list[Draft], dict[str, float]]:
         """Each session's draft by its bet, and the seconds of every drafter that was asked."""
@@ -359,32 +388,4 @@ class Engine:
         return prompt + asked
 
     def _sampling(self, options: Options) -> Sampling:
-        given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}  # type: ignore[literal-required]
-        return Sampling.over(self.model.defaults, given)
-
-
-def _kind(cache: str, all_rows: bool) -> str:
-    """The name in CACHES."""
-    return f"{cache} --all-rows" if all_rows else cache
-
-
-def _drafter(name: str, *, draft_model: bool) -> str:
-    """The drafter that `auto` stands for."""
-    if name != "auto":
-        return name
-    return "model+ngram" if draft_model else "ngram"
-
-
-def _check(drafter: str, cache: str, all_rows: bool, draft_tokens: int, *, draft_model: bool) -> None:
-    check_drafter(_drafter(drafter, draft_model=draft_model), draft_model=draft_model)
-    if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
-        raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
-    if all_rows and f"{cache} --all-rows" not in CACHES:
-        raise UsageError(f"--all-rows is for the caches offload and disk; the cache is {cache}.")
-    if not 1 <= draft_tokens <= BLOCK:
-        raise UsageError(
-            f"num_speculative_tokens is {draft_tokens}; it must be 1 to {BLOCK} (--drafter none bets on nothing)."
-        )
-
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        return Sampling.over(self.model.defaults, asked(options))

@@ -114,10 +114,11 @@ def run(feeds: Sequence[Feed], decoder: Decoder) -> tuple[Rows, Tensor]:
 
 
 def choosing(hidden: Tensor, rows: Rows, feeds: Sequence[Feed]) -> Tensor:
-    """Hidden states of the rows that choose a token, feeds behind each other."""
+    """Hidden states of the rows that choose a token, feeds behind each other; others may follow them in the pass."""
+    spans = rows.spans[: len(feeds)]
     if all(len(feed.lacking) == 1 for feed in feeds):
-        return hidden
-    return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(rows.spans, feeds, strict=True)])
+        return hidden[: spans[-1].at.stop]
+    return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(spans, feeds, strict=True)])
 
 
 def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:

@@ -210,7 +210,7 @@ class Goodput:
 
     def observe(self, step: Step) -> None:
         size, seconds = len(step.outcomes), self._curve.seconds
-        if not any(outcome.draft.begun is not None for outcome in step.outcomes):
+        if step.pass_seconds is not None and not any(outcome.draft.begun is not None for outcome in step.outcomes):
             self._curve.observe(step.rows, step.pass_seconds)
             if not any(len(outcome.draft) for outcome in step.outcomes):
                 self._plain, self._wait = self._steps, min(4 * self._wait, _SELDOM)
@@ -241,6 +241,8 @@ class Goodput:
             if not asked:
                 continue
             if any(outcome.draft.begun is not None for outcome, _ in asked):
+                if step.pass_seconds is None:
+                    continue
                 # The rows' first layers were run while drafting: what counts is the time beyond a whole pass.
                 seconds = max(0.0, seconds + step.pass_seconds - self._curve.seconds(step.rows))
             limit = max(outcome.bet.limit for outcome, _ in asked)

@@ -29,7 +29,7 @@ STAGES = [
     ["goodput"],
     ["controls"],
     ["session"],
-    ["answer", "feed", "resume", "watch"],
+    ["answer", "feed", "options", "resume", "schedule", "watch"],
     ["engine"],
     ["bench", "training"],
     ["cli"],
