@@ -292,12 +292,15 @@ def test_what_is_no_set_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.full
-def test_skip_with_its_search_beats_plain_decoding(tmp_path: Path) -> None:
-    """Twelve layers of width 512, of which eight do next to nothing: 1.3 times the tokens per second, in turns."""
-    layers = frozenset({2, 3, 4, 5, 7, 8, 9, 10})
+def test_skip_with_its_search_and_exit_beat_plain_decoding(tmp_path: Path) -> None:
+    """Twelve layers of width 512, of which the last eight do next to nothing: in turns, medians of ratios.
+
+    What `skip` leaves out at first is wrong here: one of its two layers is needed.
+    """
+    later = frozenset(range(4, 12))
     large = planted(
         tmp_path,
-        Skip(layers, layers),
+        Skip(later, later),
         heads=8,
         num_hidden_layers=12,
         hidden_size=512,
@@ -306,14 +309,15 @@ def test_skip_with_its_search_beats_plain_decoding(tmp_path: Path) -> None:
         max_position_embeddings=4096,
     )
     drafter = Skipping(large.decoder)
-    engines = {"none": engine(large), "skip": engine(large, drafter, draft_tokens=8)}
+    engines = {"none": engine(large), "skip": engine(large, drafter), "exit": engine(large, "exit")}
     assert drafter.search is not None
     while drafter.search.tries < 16:  # as the first texts are written
-        finish(engines["skip"], [engines["skip"].open(prompts(1)[0], raw=True, max_new_tokens=800)])
+        finish(engines["skip"], [engines["skip"].open(prompts(1)[0], raw=True, max_new_tokens=400)])
     rates: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(5):
         texts = {}
-        for name in sorted(engines, reverse=turn % 2 == 0):
+        for at in range(3):
+            name = list(engines)[(at + turn) % 3]
             session = engines[name].open(prompts(5)[turn], raw=True, max_new_tokens=128)
             for _ in engines[name].write(session):
                 pass
@@ -321,7 +325,7 @@ def test_skip_with_its_search_beats_plain_decoding(tmp_path: Path) -> None:
             assert session.prefilled is not None
             rates[name].append(len(session.answer) / (session.last_token - session.prefilled))
             texts[name] = session.answer
-            if name == "skip":
-                assert session.stats.acceptance >= 0.8
-        assert texts["skip"] == texts["none"]
-    assert median(a / b for a, b in zip(rates["skip"], rates["none"], strict=True)) >= 1.3
+            assert name == "none" or session.stats.acceptance >= 0.8
+        assert texts["skip"] == texts["exit"] == texts["none"]
+    for name in ("skip", "exit"):
+        assert median(a / b for a, b in zip(rates[name], rates["none"], strict=True)) >= 1.3, rates
