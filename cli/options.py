@@ -141,6 +141,23 @@ SkipSet = Annotated[
         "and a search on the text.",
     ),
 ]
+DraftFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draft-from",
+        metavar="FILE",
+        rich_help_panel=_MODEL,
+        help="A text that the answer may repeat in parts, to draft from. May be repeated.",
+    ),
+]
+Remember = Annotated[
+    bool,
+    typer.Option(
+        "--remember/--no-remember",
+        rich_help_panel=_MODEL,
+        help="Draft from earlier answers too, and keep this one in the cache folder; longspec forget deletes them.",
+    ),
+]
 Control = Annotated[
     str,
     typer.Option(

@@ -55,6 +55,8 @@ def run(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     control: options.Control = "goodput",
     skip_set: options.SkipSet = None,
+    draft_from: options.DraftFrom = None,
+    remember: options.Remember = False,
     cache: options.Cache = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -121,6 +123,8 @@ def run(
         "draft_model": draft_model,
         "control": control,
         "skip_set": skip_set,
+        "draft_from": draft_from or (),
+        "remember": remember,
         "cache": cache,
         "device": device,
         "dtype": dtype,
@@ -148,6 +152,7 @@ def run(
         for note in session.notes:
             progress.say(note)
         answer = engine.answer(session, began)
+        engine.keep_costs()
         if as_json:
             output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
         if stats:

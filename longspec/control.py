@@ -60,7 +60,7 @@ class Control(Protocol):
         ...
 
     def trim(self, bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        """The drafts without nodes that aren't worth their rows. A draft whose rows have begun stays whole."""
+        """The drafts without nodes that aren't worth their rows. One that says so stays whole."""
         ...
 
     def observe(self, step: Step) -> None: ...
@@ -130,8 +130,8 @@ def chances(draft: Draft) -> list[float] | None:
 
 
 def first(draft: Draft, nodes: int) -> Draft:
-    """Its first nodes, which are a draft too; the whole where its rows have begun, since they are paid for."""
-    if nodes >= len(draft) or draft.begun is not None:
+    """Its first nodes, which are a draft too, unless it is to stay whole."""
+    if nodes >= len(draft) or draft.whole:
         return draft
     kept = None if draft.chances is None else draft.chances[:nodes]
     return Draft(draft.tokens[:nodes], draft.parents[:nodes], kept)

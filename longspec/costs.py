@@ -26,20 +26,27 @@ _KNOTS = 11  # 1 to 1,024 rows, by powers of two; what is beyond goes on as from
 _ROW = 0.02  # passes that one more row costs, as long as nothing was measured: too little is found out, too much is not
 _TOKEN = 0.1  # passes that a drafted token costs, as long as nothing was measured
 _OLD = 8  # a stored or borrowed estimate counts as that many measurements
+_RELAX, _SURE = 0.2, 4.0  # by that share a knot comes back in a step, if it was measured less often than this
+_FADE = 0.99  # of a knot's measurements, in each step
 _LARGEST = 50.0  # of a stored logarithm of seconds
 _MOST_BYTES = 1 << 20  # a stored file is some kilobytes
+
+
+_PRIOR = [log(1 + _ROW * (2**knot - 1)) for knot in range(_KNOTS)]
 
 
 class Curve:
     """Seconds of a pass by its rows: linear between powers of two, where each has its own logarithm.
 
     A measurement moves the whole curve (the machine is slower now) and its nearest two knots (so many rows cost that
-    much), the latter more the less is known of them. Knots above, as long as they weren't measured, go along.
+    much), the latter more the less is known of them. Knots above, as long as they weren't measured, go along. Those
+    that were measured seldom or long ago come back towards what rows cost at first, until they are tried again: a
+    process's first passes take three times as long as the later ones, and what looks dear isn't measured any more.
     """
 
     def __init__(self, logs: list[float] | None = None, counts: list[float] | None = None) -> None:
         self.measured = _OLD if logs else 0
-        self._logs = logs or [log(1 + _ROW * (2**knot - 1)) for knot in range(_KNOTS)]
+        self._logs = logs or list(_PRIOR)
         self._counts = counts or [0.0] * _KNOTS
         self._lines = _lines(self._logs)
 
@@ -71,7 +78,11 @@ class Curve:
             high,
             *[max(high, logs[i] if counts[i] else logs[i] + near) for i in range(knot + 2, _KNOTS)],
         ]
+        for i in range(knot + (2 if above else 1), _KNOTS):
+            excess = self._logs[i] - self._logs[i - 1] - (_PRIOR[i] - _PRIOR[i - 1])
+            self._logs[i] -= max(0.0, excess) * _RELAX * max(0.0, 1 - counts[i] / _SURE)
         self._lines = _lines(self._logs)
+        self._counts = [count * _FADE for count in counts]
         self._counts[knot] += 1 - above
         self._counts[knot + 1] += above
         self.measured += 1

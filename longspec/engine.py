@@ -18,21 +18,24 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from longspec import costs
 from longspec.answer import Answer, memory, speculation, timing, usage
 from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
+from longspec.controls import place
 from longspec.drafters import Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
-from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+from longspec.errors import LongspecError, UsageError
 from longspec.feed import Feed, choosing, entropies_of, run
+from longspec.goodput import Goodput
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
-from longspec.options import DRAFT_TOKENS, Options, asked, check, drafters, kind
+from longspec.options import DRAFT_TOKENS, Options, asked, check, drafters, kind, most_tokens
 from longspec.resume import keep, resume
-from longspec.sampling import Sampling, choose
+from longspec.sampling import Sampling, choose, likeliest
 from longspec.schedule import WIDTH, Schedule
 from longspec.session import Session
 from longspec.text import Prompt, Transcript, Vocabulary, encode
@@ -63,15 +66,21 @@ class Engine:
         draft_tokens: int = DRAFT_TOKENS,
         draft_model: Model | None = None,
         skip: Skip | None = None,
+        draft_from: Sequence[str | Path] = (),
+        remember: bool = False,
         control: str = "goodput",
+        costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
-        check(drafter, cache, all_rows, draft_tokens, draft_model=draft_model is not None)
         self.model = model
-        names, means = drafters(drafter, draft_model=draft_model is not None), Means(model, draft_model, skip)
+        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
+        check(drafter, cache, all_rows, draft_tokens, **named)
+        names = drafters(drafter, nbytes=model.decoder.nbytes, **named)
+        means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
         self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
         self.drafter_name = names[0] if len(names) == 1 else drafter
-        self.control = make_control(control, names, draft_tokens)
+        self.costs_file, learned = costs_file, costs.read(costs_file) if costs_file else None
+        self.control = make_control(control, names, draft_tokens, learned)
         self.plan = plan
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
@@ -94,6 +103,8 @@ class Engine:
         num_speculative_tokens: int = DRAFT_TOKENS,
         draft_model: str | None = None,
         skip_set: str | Path | None = None,
+        draft_from: Sequence[str | Path] = (),
+        remember: bool = False,
         control: str = "goodput",
         memory: str | int | None = None,
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
@@ -103,8 +114,9 @@ class Engine:
 
         all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
         it (slower). draft_model: what the drafter `model` drafts with, named like a model. skip_set: what `skip` leaves
-        out, a file of `longspec tune`. control: how much is bet, one of CONTROLS. memory: what the process may have,
-        such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
+        out, a file of `longspec tune`. draft_from: text files that the answer may repeat. remember: draft from earlier
+        answers too, and keep the new ones. control: how much is bet, one of CONTROLS. memory: what the process may
+        have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
         cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the memory is planned for, as a
         number or told from the vocabulary; the model's context if left out. report: told of what is fetched: stage,
         done, total.
@@ -119,7 +131,8 @@ class Engine:
                 raise UsageError(f"threads is {threads}; it must be 1 or more.")
             torch.set_num_threads(threads)
         # What is wrong is said before a model is loaded.
-        check(drafter, cache, all_rows, num_speculative_tokens, draft_model=draft_model is not None)
+        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
+        check(drafter, cache, all_rows, num_speculative_tokens, **named)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         if memory is not None:
@@ -144,7 +157,10 @@ class Engine:
             draft_tokens=num_speculative_tokens,
             draft_model=smaller,
             skip=None if skip_set is None else load_skip(skip_set, loaded.decoder.config.layers),
+            draft_from=draft_from,
+            remember=remember,
             control=control,
+            costs_file=place(loaded),
             plan=plan,
         )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
@@ -154,6 +170,11 @@ class Engine:
     def context(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.model.decoder.config.context
+
+    def keep_costs(self) -> None:
+        """Keep what steps cost here, so that the next process bets well from its first step."""
+        if self.costs_file is not None and isinstance(self.control, Goodput):
+            costs.write(self.costs_file, self.control.report())
 
     def save(self, session: Session, path: str | Path) -> None:
         """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
@@ -184,22 +205,22 @@ class Engine:
         A prompt may bring options of its own. One that can't be written gives the error in its answer's place. Prompts
         are taken from the iterable as they are needed; the noise of a text is keyed by its place, unless it has a key.
         """
-        schedule, places, coming = Schedule(self, width), {}, enumerate(prompts)
+        schedule, numbers, coming = Schedule(self, width), {}, enumerate(prompts)
         while True:
-            for place, prompt in islice(coming, schedule.wants):
+            for number, prompt in islice(coming, schedule.wants):
                 text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
                 try:
-                    session = self.open(text, **{"key": str(place), **options, **own})
+                    session = self.open(text, **{"key": str(number), **options, **own})
                 except LongspecError as error:
-                    yield place, error
+                    yield number, error
                 else:
-                    places[session] = place
+                    numbers[session] = number
                     schedule.add(session)
             if not schedule:
                 return
             for session, commit in schedule.step():
                 if commit.finish_reason is not None:
-                    yield places.pop(session), self.answer(session)
+                    yield numbers.pop(session), self.answer(session)
 
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """A session for this prompt; nothing is computed yet.
@@ -211,7 +232,8 @@ class Engine:
         began = perf_counter()
         tokens = encode(self.model.vocabulary, prompt, options.get("system"), raw=options.get("raw", False))
         decoder, sampling = self.model.decoder, self._sampling(options)
-        limit = self._limit(len(tokens), options.get("max_new_tokens"))
+        planned = self.plan.request.tokens if self.plan else None
+        limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
         stop = options.get("stop", ())
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
@@ -272,6 +294,8 @@ class Engine:
         rows, hidden = run([*feeds, *chunk], self.model.decoder)
         logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
         chosen = self._choices(feeds, logits)
+        wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
+        successors = likeliest(logits, wanted).tolist() if wanted else []
         entropies: Sequence[list[float] | None] = [None] * len(feeds)
         if self.control.entropies:
             entropies = entropies_of(feeds, logits)
@@ -280,6 +304,9 @@ class Engine:
         for feed, bet, draft, choices, entropy in zip(feeds, bets, drafts, chosen, entropies, strict=True):
             session = feed.session
             verdict = verify(feed.draft, feed.parents, choices)
+            if successors:
+                after = [feed.lacking[-1], *feed.draft]
+                verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
             commits.append(session.take(verdict, feed.draft))
             feed.commit(verdict.kept)
             session.drafting += sum(draft_seconds.values())
@@ -362,30 +389,6 @@ class Engine:
             start = end
         flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
         return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-
-    def _limit(self, prompt: int, asked: int | None) -> int:
-        if prompt >= self.context:
-            raise ContextError(
-                f"The prompt has {prompt} tokens; the model's context for prompt and answer is {self.context}."
-            )
-        planned = self.plan.request.tokens if self.plan else self.context
-        if prompt >= planned:
-            raise BudgetError(f"The prompt has {prompt} tokens; the memory was planned for {planned} with the answer.")
-        if asked is None:
-            return min(planned, self.context)
-        if asked < 1:
-            raise UsageError(f"max_new_tokens is {asked}; it must be 1 or more.")
-        if prompt + asked > self.context:
-            raise ContextError(
-                f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
-                f"the model's context is {self.context}."
-            )
-        if prompt + asked > planned:
-            raise BudgetError(
-                f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
-                f"the memory was planned for {planned}."
-            )
-        return prompt + asked
 
     def _sampling(self, options: Options) -> Sampling:
         return Sampling.over(self.model.defaults, asked(options))

@@ -36,6 +36,7 @@ _PROBES, _CREDIT = 0.015, (1.0, 3.0)
 _LOSSES, _LOCK = 0.01, 8.0
 """What bets may lose that promised to win: a share of all time, and plain passes beyond it at once."""
 
+_FREE = 0.03  # of a pass: drafting that takes less of it for a whole limit
 _WAIT = 48  # steps between two probes at most
 _PROBE = 4  # tokens, where they cost less than a quarter of a pass; else one
 _CATCHING_UP = 16  # steps that a drafter is expected to stay in use: what it must catch up is spread over them
@@ -123,8 +124,11 @@ class Goodput:
         without = seconds(others)
         for name, hand in hands.items():
             behind = max(0, len(session.tokens) - hand.asked)
-            start = price * (without - self.costs.drafting(name, without).behind * behind / _CATCHING_UP)
+            drafting = self.costs.drafting(name, without)
+            start = price * (without - drafting.behind * behind / _CATCHING_UP)
             keeps, rows = hand.record.yields()
+            # What is drafted for next to nothing and says what it thinks of each node is asked for all, and trimmed.
+            whole = hand.record.ranked and drafting.token * room < _FREE * without
             best, at = 1e-9, 0
             hand.best = []
             for m in self._ladder:
@@ -132,7 +136,7 @@ class Goodput:
                     m = room
                 if (value := start + keeps[m] - price * seconds(others + rows[m])) > best:
                     best, at = value, m
-                hand.best.append((best, at) if at else (0.0, 0))
+                hand.best.append((best, room if whole else at) if at else (0.0, 0))
 
     def _choose(self, chosen: list[Bet], values: list[float]) -> None:
         """Give drafters to sessions, as long as that is worth drafting: its seconds are shared by those who bet."""
@@ -186,7 +190,7 @@ class Goodput:
         self._whole = [len(draft) for draft in drafts]
         worth, rows = [], len(drafts)  # of the nodes that may go: (-tokens, session)
         for i, (bet, draft) in enumerate(zip(bets, drafts, strict=True)):
-            if bet.probe or draft.begun is not None:
+            if bet.probe or draft.whole:
                 rows += len(draft)
             elif len(draft):
                 record, given = self._batch[i][bet.drafter].record, chances(draft)

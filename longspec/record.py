@@ -37,7 +37,7 @@ class Record:
         self._bets, self._nodes, self._kept = ([0.0] * most for _ in range(3))
         self._chances, self._came = [0.0] * _BINS, [0.0] * _BINS
         self._could, self._went = 0.0, 0.0  # nodes that were kept and had another behind them, and it was kept too
-        self._ranked = False  # drafts come with chances, and only nodes that are worth it are verified
+        self.ranked = False  # drafts come with chances, and only nodes that are worth it are verified
         self._yields: tuple[list[float], list[float]] | None = None
         self._trusts: list[float] = []  # of the first bins
 
@@ -49,7 +49,7 @@ class Record:
             self._fade()
         weight = self._weight
         if nodes:
-            self._ranked = chances is not None
+            self.ranked = chances is not None
         # Without chances a cut says nothing of the places behind it; with them it belongs to what the limit yields.
         for place in range(nodes if cut and chances is None else limit):
             self._bets[place] += weight
@@ -77,7 +77,7 @@ class Record:
             prior = _PRIOR * self._weight
             kept, nodes = (_FIRST, 1.0) if self.prior is None else self.prior.first()
             going = self._going()
-            further = going if self._ranked else 1.0
+            further = going if self.ranked else 1.0
             keeps, rows, all_kept, all_nodes = [0.0], [0.0], 0.0, 0.0
             for bets, verified, came in zip(self._bets, self._nodes, self._kept, strict=True):
                 kept = (came + prior * kept) / (bets + prior)
@@ -115,7 +115,7 @@ class Record:
 
     def _trust(self, place: int) -> float:
         """What a bin's chances are to be multiplied by: as the likelier bin's, unless more is known."""
-        prior = _PRIOR * self._weight
+        prior = 16 * _PRIOR * self._weight
         while len(self._trusts) <= place:
             at = len(self._trusts)
             before = self._trusts[-1] if at else None
@@ -139,7 +139,7 @@ class Record:
         """What a later run may begin with."""
         weight = max(self._weight, self._bets[0] / _STORED)
         counts = [[round(count / weight, 3) for count in column] for column in self._columns()]
-        return {"ranked": self._ranked, "counts": counts}
+        return {"ranked": self.ranked, "counts": counts}
 
     @classmethod
     def of(cls, most: int, stored: object) -> Record:
@@ -154,7 +154,7 @@ class Record:
         sizes = [most] * 3 + [_BINS] * 2 + [2]
         rows = zip(counts, sizes, strict=True)
         made._fill([[*map(float, row[:size]), *[0.0] * (size - len(row))] for row, size in rows])
-        made._ranked = bool(report.get("ranked"))
+        made.ranked = bool(report.get("ranked"))
         return made
 
 

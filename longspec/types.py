@@ -42,6 +42,7 @@ class Draft:
     parents: Tensor  # [n] int64, parents[i] < i
     chances: Tensor | None = None  # [n] fp32: how probably each is kept, as its drafter sees it; falls along a path
     begun: Begun | None = None
+    whole: bool = False  # verified as it is or not at all: its nodes are of use beyond being kept, or already paid for
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -52,11 +53,19 @@ class Draft:
         return cls.tree(tokens, range(-1, len(tokens) - 1))
 
     @classmethod
-    def tree(cls, tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float] | None = None) -> Draft:
+    def tree(
+        cls,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        chances: Sequence[float] | None = None,
+        *,
+        whole: bool = False,
+    ) -> Draft:
         return cls(
             torch.tensor(tokens, dtype=torch.int64),
             torch.tensor(parents, dtype=torch.int64),
             None if chances is None else torch.tensor(chances, dtype=torch.float32),
+            whole=whole,
         )
 
 
@@ -67,6 +76,8 @@ class Verdict:
     kept: tuple[int, ...]  # indices into the draft, root first
     bonus: int
     choices: tuple[int, ...] = field(default=(), compare=False)  # [n + 1]: what follows the text, and each draft token
+    # The text's last token and each draft token, with the target's most likely tokens after it; for drafters that ask.
+    successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +151,10 @@ class Writing(Protocol):
 
 
 class Drafter(Protocol):
-    """Bets on what comes next. It never sees a token that the target hasn't committed, and can't change one."""
+    """Bets on what comes next. It never sees a token that the target hasn't committed, and can't change one.
+
+    One with an attribute `successors`, a number, gets that many of them in every verdict.
+    """
 
     def begin(self, session: Writing) -> None:
         """A session starts; its prompt is in `session.tokens`."""

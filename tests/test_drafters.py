@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import engine, prompts, tiny, vocabulary
 
-from longspec.drafters import DRAFTERS, Means, make
+from longspec.drafters import DRAFTERS, Means, check, make
 from longspec.drafters.exit import Exit
 from longspec.drafters.skip import Skipping, usual
 from longspec.drafters.smaller import Smaller, match
@@ -19,6 +19,7 @@ from longspec.errors import UsageError
 from longspec.feed import Feed, run
 from longspec.model.decoder import Chunk, Rows, Skip
 from longspec.model.load import Model
+from longspec.options import LARGE, drafters
 from longspec.session import Session
 from longspec.types import Draft
 from longspec.verify import verify
@@ -219,7 +220,6 @@ def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
 
 
 def test_names_of_drafters(model: Model) -> None:
-    means = Means(model)
     for name, why in {
         "magic": r"no drafter named 'magic'; use auto or one of: none, ngram",
         "ngram+skip": r"The drafter ngram takes no other's bets",
@@ -227,8 +227,28 @@ def test_names_of_drafters(model: Model) -> None:
         "model": r"needs a draft model",
     }.items():
         with pytest.raises(UsageError, match=why):
-            make(name, means)
-    assert isinstance(make("skip+sparse+ngram", means), Skipping)
+            check(name, draft_model=False)
+    check("skip+sparse+ngram", draft_model=False)
+    assert isinstance(make("skip+sparse+ngram", Means(model)), Skipping)
+
+
+def test_auto_is_several_drafters() -> None:
+    assert drafters("skip", draft_model=False) == ("skip",)
+    assert drafters("auto", draft_model=False) == ("recycle+ngram",)
+    assert drafters("auto", draft_model=True, memory=True) == ("recycle+suffix", "model+ngram")
+    assert drafters("auto", draft_model=False, nbytes=LARGE) == ("recycle+ngram", "skip+ngram")
+
+
+def test_several_drafters_write_the_same_text(model: Model) -> None:
+    """Each step takes one of them; all of them follow the text."""
+    prompt = prompts(1, 200)[0]
+    plain = engine(model).generate(prompt, raw=True, max_new_tokens=90)
+    made = Engine(model, drafter="auto", draft_model=model)
+    assert [*made.drafters] == ["recycle+ngram", "model+ngram"]
+    answer = made.generate(prompt, raw=True, max_new_tokens=90)
+    assert answer.tokens == plain.tokens
+    assert answer.speculation["drafter"] == "auto"
+    assert answer.speculation["accepted"] > 0
 
 
 def test_the_usual_skip_leaves_the_ends_alone() -> None:

@@ -6,9 +6,11 @@ import gc
 import random
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine, prompts, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -255,3 +257,23 @@ def test_a_guess_behind_the_text_is_drafted_from_as_if_it_stood_there(text: list
 
 def _holds(text: list[int], part: list[int]) -> bool:
     return any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))
+
+
+@pytest.mark.usefixtures("exact_counts")
+def test_rows_and_kept_tokens_of_every_step_are_those_of_a_search(tmp_path: Path) -> None:
+    """On texts that tiny models wrote: each step's draft by looking through the text, kept as far as the text went."""
+    model = tiny(tmp_path)
+    for prompt, limit in zip(prompts(3, 90), (4, 8, 15), strict=True):
+        made = engine(model, Ngram(0.03), draft_tokens=limit)
+        session = made.open(prompt, raw=True, max_new_tokens=50)
+        commits = list(made.write(session))
+        text, at = session.tokens, session.prompt_length
+        for commit in commits:
+            tokens, parents = _bet(text[:at], min(limit, session.limit - at - 1), 0.03)
+            node, kept = -1, 0
+            while (node, text[at + kept]) in (places := [*zip(parents, tokens, strict=True)]):
+                node, kept = places.index((node, text[at + kept])), kept + 1
+                if at + kept == len(text):
+                    break
+            assert (commit.drafted, commit.accepted) == (len(tokens), kept)
+            at += kept + 1

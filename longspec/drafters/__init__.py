@@ -6,16 +6,20 @@ A new one is a file of its own and a line in `DRAFTERS`; the tests that hold eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from longspec.drafters.exit import Exit
+from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
+from longspec.drafters.recycle import Recycle
 from longspec.drafters.skip import Skipping, saved_skip
 from longspec.drafters.smaller import Smaller
 from longspec.drafters.sparse import Sparse
+from longspec.drafters.suffix import remembering
 from longspec.errors import UsageError
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
@@ -31,23 +35,28 @@ class Means:
     model: Model  # the target
     draft_model: Model | None = None
     skip: Skip | None = None  # what `skip` leaves out for good; else it is searched
+    texts: Sequence[Path] = ()  # files that `suffix` drafts from
+    remember: bool = False  # and earlier answers, to which new ones are added
 
 
 DRAFTERS: dict[str, Callable[[Means, Drafter | None], Drafter]] = {
     "none": lambda means, inner: Nothing(),
     "ngram": lambda means, inner: Ngram(),
+    "lookahead": lambda means, inner: Lookahead(),
+    "suffix": lambda means, inner: remembering(means.model, means.texts, remember=means.remember),
+    "recycle": lambda means, inner: Recycle(means.model.decoder.config.vocabulary, inner),
     "skip": lambda means, inner: Skipping(means.model.decoder, means.skip, inner, start=saved_skip(means.model)),
     "exit": lambda means, inner: Exit(means.model.decoder),
     "sparse": lambda means, inner: Sparse(means.model.decoder, inner=inner),
     "model": lambda means, inner: Smaller(means.model, cast(Model, means.draft_model), inner),
 }
 
-STAGED = ("skip", "sparse", "model")
+STAGED = ("recycle", "skip", "sparse", "model")
 """Those that take another drafter's bets."""
 
 
-def check(name: str, *, draft_model: bool) -> None:
-    """Raises UsageError: no drafter has this name, or a draft model is missing or of no use."""
+def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
+    """Raises UsageError: no drafter has this name, what it needs is missing, or what was given is of no use to it."""
     first, *rest = name.split("+")
     for part in (first, *rest):
         if part not in DRAFTERS:
@@ -58,17 +67,14 @@ def check(name: str, *, draft_model: bool) -> None:
                              f"{', '.join(STAGED)}.")  # fmt: skip
     if "model" in (first, *rest) and not draft_model:
         raise UsageError("The drafter model needs a draft model: name one (--draft-model).")
+    if memory and "suffix" not in (first, *rest):
+        raise UsageError(f"Texts to draft from have no effect with the drafter {name}; use suffix, or leave them out.")
     if draft_model and "model" not in (first, *rest):
         raise UsageError(f"A draft model has no effect with the drafter {name}; use model, or leave it out.")
 
 
 def make(name: str, means: Means) -> Drafter:
-    """A new drafter.
-
-    Raises:
-        UsageError: no drafter has this name, or something that it needs wasn't given.
-    """
-    check(name, draft_model=means.draft_model is not None)
+    """A new drafter, of a name that was checked."""
     made: Drafter | None = None
     for part in reversed(name.split("+")):
         made = DRAFTERS[part](means, made)

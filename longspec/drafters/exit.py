@@ -93,7 +93,7 @@ class Exit:
         for i, one in pending.items():
             self._made[one.session] = one.exits
             begun = None if one.ahead else Begun(one.stage, one.hidden, tuple(one.layers))
-            drafts[i] = Draft(*_chain(one), begun)
+            drafts[i] = Draft(*_chain(one), begun, whole=begun is not None)
         return drafts
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:

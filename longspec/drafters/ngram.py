@@ -136,7 +136,7 @@ class Ngram:
     tokens per step. Measured, a tenth is best at 4% of a pass for a row, and within 3% of the best from 1% to 10%.
     """
 
-    def __init__(self, floor: float = 0.1) -> None:
+    def __init__(self, floor: float = 0.03) -> None:
         self.floor = floor
         self._texts: WeakKeyDictionary[Writing, Automaton] = WeakKeyDictionary()
 

@@ -1,0 +1,119 @@
+"""Bets that the text goes on as it did before, here or in other texts: `ngram` with a memory.
+
+SuffixDecoding (2411.04975): beside the session's own text, given files (`--draft-from`) and, if the user asks for it,
+earlier answers (`--remember`). Both sources bet by how often what they hold was continued so, and their trees are laid
+over each other.
+
+Takes committed tokens and gives trees of tokens; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from longspec.drafters.corpus import MOST_TOKENS, Corpus
+from longspec.drafters.ngram import Ngram
+from longspec.drafters.outputs import Outputs
+from longspec.errors import UsageError
+from longspec.model.identity import identity
+from longspec.model.load import Model
+from longspec.types import Commit, Draft, Verdict, Writing
+
+__all__ = ["MOST_NBYTES", "Suffix", "laid_over", "remembering"]
+
+MOST_NBYTES = 16 << 20
+"""Of a file to draft from: some four million tokens, twice what a corpus holds."""
+
+Tree = tuple[Sequence[int], Sequence[int], Sequence[float]]
+
+
+class Suffix:
+    """corpus: what it remembers. outputs: where finished answers go, if they are to be remembered."""
+
+    def __init__(self, corpus: Corpus, outputs: Outputs | None = None, floor: float = 0.03) -> None:
+        self.corpus = corpus
+        self.outputs = outputs
+        self.floor = floor
+        self._own = Ngram(floor)
+        self._begun: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()
+
+    def begin(self, session: Writing) -> None:
+        self._own.begin(session)
+        self._begun[session] = len(session.tokens)
+
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        drafts = self._own.propose(sessions, limits, ahead)
+        if not len(self.corpus):
+            return drafts
+        guesses = ahead or [()] * len(sessions)
+        trees = []
+        for session, limit, guess, draft in zip(sessions, limits, guesses, drafts, strict=True):
+            end = [*session.tokens[-16:], *guess]
+            chances = [] if draft.chances is None else draft.chances.tolist()
+            own = (draft.tokens.tolist(), draft.parents.tolist(), chances)
+            trees.append(laid_over(own, self.corpus.bet(end, limit, self.floor), limit))
+        return [Draft.tree(*tree) for tree in trees]
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        self._own.observe(session, commit, verdict)
+        if commit.finish_reason is not None:
+            answer = session.tokens[self._begun.pop(session, 0) :]
+            if self.outputs is not None and answer:
+                self.corpus.add(answer)
+                self.outputs.add(answer)
+
+
+def remembering(model: Model, texts: Sequence[Path], *, remember: bool) -> Suffix:
+    """A drafter with these files, and with earlier answers if they are to be remembered.
+
+    Raises:
+        UsageError: a file can't be read, isn't text, or is too long.
+    """
+    outputs = None
+    if remember:
+        outputs = Outputs(identity(model)["tokenizer"], model.decoder.config.vocabulary)
+    tokens = [model.vocabulary.encode(_text(path), add_special=False) for path in texts]
+    if (total := sum(map(len, tokens))) > MOST_TOKENS:
+        raise UsageError(f"The files to draft from have {total:,} tokens together; {MOST_TOKENS:,} are held at most.")
+    return Suffix(Corpus([*(outputs or ()), *tokens]), outputs)
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_NBYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read to draft from: {error.strerror}; give a text file.") from error
+    if len(data) > MOST_NBYTES:
+        raise UsageError(f"{path} is longer than {MOST_NBYTES >> 20} MiB; give a part of it to draft from.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} isn't text in UTF-8 (byte {error.start}); give a text file to draft from.") from None
+
+
+def laid_over(one: Tree, other: Tree, limit: int) -> Tree:
+    """The likeliest `limit` nodes of two trees; what both have is as likely as the surer of them says."""
+    nodes: dict[tuple[int, int], int] = {}
+    tokens: list[int] = []
+    parents: list[int] = []
+    chances: list[float] = []
+    for tree in (one, other):
+        places = [-1]
+        for token, parent, chance in zip(*tree, strict=True):
+            at = places[parent + 1]
+            node = nodes.setdefault((at, token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(at)
+                chances.append(chance)
+            else:
+                chances[node] = max(chances[node], chance)
+            places.append(node)
+    kept = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
+    new = {-1: -1, **{node: i for i, node in enumerate(kept)}}
+    return [tokens[i] for i in kept], [new[parents[i]] for i in kept], [chances[i] for i in kept]
