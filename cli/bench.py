@@ -100,9 +100,9 @@ def drafters(
     """Compare drafters with plain decoding, prompt by prompt in turns, by category."""
     from longspec.bench.drafters import measure, prompt_lookup, read_suite, sample
     from longspec.bench.plot import draw_drafters
+    from longspec.drafters import DRAFT_TOKENS
     from longspec.engine import Engine
     from longspec.model.load import open_model
-    from longspec.options import DRAFT_TOKENS
 
     asked = read_suite(suite)
     asked = sample(asked, prompts) if prompts else asked

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Shape
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Room, Shape
+from longspec.drafters import DRAFT_TOKENS
+from longspec.drafters.recycle import SUCCESSORS
 from longspec.errors import BudgetError
 from longspec.machine import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
@@ -75,12 +77,13 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     footprint: Footprint
-    tokens: int  # prompt and answer
+    tokens: int  # prompt and answer, of each text
     process: int  # bytes that the process has now
-    draft_tokens: int = 8
+    draft_tokens: int = DRAFT_TOKENS
     drafter: str = "ngram"
     strict: bool = False
     threads: int = 1
+    texts: int = 1  # that are written side by side
 
     @property
     def shape(self) -> Shape:
@@ -142,7 +145,8 @@ class Plan:
     def __str__(self) -> str:
         c = self.choice
         said = (
-            f"{shown(c.need.total)} of {shown(self.budget)} planned for {self.request.tokens:,} tokens: cache {c.cache}"
+            f"{shown(c.need.total)} of {shown(self.budget)} planned for {self.request.tokens:,} tokens"
+            f"{f' in each of {self.request.texts} texts' if self.request.texts > 1 else ''}: cache {c.cache}"
         )
         said += "" if c.cache in LOSSLESS else " (the text may differ from dense's)"
         return said + ("" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows")
@@ -154,6 +158,7 @@ class Plan:
             "budget_bytes": self.budget,
             "planned_bytes": c.need.total,
             "planned_tokens": self.request.tokens,
+            "planned_texts": self.request.texts,
             "planned_cache": c.cache,
             "prefill_rows": c.prefill_rows,
             "parts": asdict(c.need),
@@ -166,9 +171,10 @@ def make_plan(
     *,
     tokens: int | None = None,
     cache: str = "auto",
-    draft_tokens: int = 8,
+    draft_tokens: int = DRAFT_TOKENS,
     drafter: str = "auto",
     strict: bool = False,
+    texts: int = 1,
 ) -> Plan:
     """The plan for a model that is opened and not loaded; `memory` and `tokens` as `Engine.load` takes them.
 
@@ -177,7 +183,7 @@ def make_plan(
         ModelError: the files of the weights are damaged.
         BudgetError: nothing fits.
     """
-    request = request_of(opened, tokens, draft_tokens=draft_tokens, drafter=drafter, strict=strict)
+    request = request_of(opened, tokens, draft_tokens=draft_tokens, drafter=drafter, strict=strict, texts=texts)
     return plan(request, budget_of(request, memory), cache)
 
 
@@ -191,7 +197,13 @@ def budget_of(request: Request, memory: str | int) -> int:
 
 
 def request_of(
-    opened: Opened, tokens: int | None, *, draft_tokens: int = 8, drafter: str = "auto", strict: bool = False
+    opened: Opened,
+    tokens: int | None,
+    *,
+    draft_tokens: int = DRAFT_TOKENS,
+    drafter: str = "auto",
+    strict: bool = False,
+    texts: int = 1,
 ) -> Request:
     dtype, on_cpu = DTYPES[opened.dtype], opened.device.type == "cpu"
     return Request(
@@ -205,6 +217,7 @@ def request_of(
         drafter=drafter,
         strict=strict,
         threads=torch.get_num_threads() if on_cpu else 1,
+        texts=texts,
     )
 
 
@@ -238,9 +251,12 @@ def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
 def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     """What the text needs with that cache and prefill chunk."""
     r, shape, on_cpu = request, request.shape, request.device.type == "cpu"
-    room = CACHES[cache](replace(shape, device=torch.device("meta"))).room(r.tokens)
-    rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens)
-    drafter = _PER_TOKEN.get(r.drafter, _PER_TOKEN["ngram"]) * r.tokens
+    one = CACHES[cache](replace(shape, device=torch.device("meta"))).room(r.tokens)
+    room = Room(*(part * r.texts for part in one))
+    rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens) + (r.texts - 1) * (r.draft_tokens + 1)
+    drafter = _PER_TOKEN.get(r.drafter, _PER_TOKEN["ngram"]) * r.tokens * r.texts
+    if r.drafter == "auto" or "recycle" in r.drafter:
+        drafter += 4 * SUCCESSORS * r.config.vocabulary
     own = r.process + _LATER
     held = drafter + room.host
     working = {
@@ -277,5 +293,5 @@ def _workspace(r: Request, cache: str, rows: int) -> int:
     # Without a kernel that gives the log-sum-exp: scores, their exponents and two copies, in fp32.
     scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0
     strict = 3 * r.tokens * layer if r.strict else 0
-    logits = (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their noise
+    logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their noise
     return activations + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD

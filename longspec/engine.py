@@ -25,7 +25,7 @@ from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
 from longspec.controls import place
-from longspec.drafters import Means
+from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
@@ -33,7 +33,7 @@ from longspec.feed import Feed, choosing, entropies_of, run
 from longspec.goodput import Goodput
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
-from longspec.options import DRAFT_TOKENS, Options, asked, check, drafters, kind, most_tokens
+from longspec.options import Options, asked, check, drafters, kind, most_tokens
 from longspec.resume import keep, resume
 from longspec.sampling import Sampling, choose, likeliest
 from longspec.schedule import WIDTH, Schedule
@@ -108,6 +108,7 @@ class Engine:
         control: str = "goodput",
         memory: str | int | None = None,
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
+        texts: int = 1,
         report: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
@@ -118,8 +119,8 @@ class Engine:
         answers too, and keep the new ones. control: how much is bet, one of CONTROLS. memory: what the process may
         have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
         cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the memory is planned for, as a
-        number or told from the vocabulary; the model's context if left out. report: told of what is fetched: stage,
-        done, total.
+        number or told from the vocabulary; the model's context if left out. texts: how many are written side by side.
+        report: told of what is fetched: stage, done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -144,6 +145,7 @@ class Engine:
                 draft_tokens=num_speculative_tokens,
                 drafter=drafter,
                 strict=strict,
+                texts=texts,
             )
         loaded = opened.load(strict=strict, report=report)
         smaller = None

@@ -30,7 +30,7 @@ from longspec.types import Draft, Writing
 
 __all__ = ["Goodput"]
 
-_PROBES, _CREDIT = 0.015, (1.0, 3.0)
+_PROBES, _CREDIT = 0.01, (1.0, 3.0)
 """What probes may lose: a share of all time. The account's plain passes at first, and at most."""
 
 _LOSSES, _LOCK = 0.01, 8.0

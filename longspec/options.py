@@ -13,10 +13,7 @@ from longspec.cache import BLOCK, CACHES
 from longspec.drafters import check as check_drafter
 from longspec.errors import BudgetError, ContextError, UsageError
 
-__all__ = ["DRAFT_TOKENS", "Options", "asked", "check", "drafters", "kind", "most_tokens"]
-
-DRAFT_TOKENS = 15
-"""Tokens drafted at most, if nobody says otherwise: sixteen rows fill a tile (17.2 ms for 15.9), one more costs 22."""
+__all__ = ["Options", "asked", "check", "drafters", "kind", "most_tokens"]
 
 LARGE = 2 << 30
 """Bytes of weights from which `auto` tries to leave layers out too: smaller models have none to spare."""

@@ -18,8 +18,11 @@ from engines import finish
 from passes import feed
 
 from longspec.cache import Dense
+from longspec.drafters import DRAFTERS
 from longspec.engine import Engine
 from longspec.model.hub import find
+from longspec.model.load import Model, open_model
+from longspec.options import Options
 
 pytestmark = pytest.mark.real
 
@@ -131,3 +134,41 @@ def test_full_bets_do_not_change_a_token(seed: int | None) -> None:
     options: dict[str, Any] = {} if seed is None else {"temperature": 0.8, "top_p": 0.95, "seed": seed}
     plain = by_us("none", prompts, 128, together=8, **options)
     assert by_us("ngram", prompts, 128, together=8, **options) == plain
+
+
+@cache
+def loaded() -> Model:
+    return open_model("smollm2", dtype="fp32").load()
+
+
+@cache
+def shortest(count: int) -> list[str]:
+    """First turns of Spec-Bench, the shortest one of each category."""
+    folder = Path(os.environ.get("LONGSPEC_TEST_DATA", "."))
+    if not (folder / "spec_bench.jsonl").exists():
+        pytest.skip("LONGSPEC_TEST_DATA names no folder with spec_bench.jsonl")
+    prompts: dict[str, str] = {}
+    for line in (folder / "spec_bench.jsonl").read_text().splitlines():
+        said = json.loads(line)
+        category, prompt = said["category"], said["turns"][0]
+        prompts[category] = min(prompts.get(category, prompt), prompt, key=len)
+    return [*prompts.values()][:count]
+
+
+WAYS: dict[str, Options] = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 7}}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["dense", "int8", "dual"])
+@pytest.mark.parametrize("way", WAYS)
+def test_full_every_drafter_writes_what_none_writes(kind: str, way: str) -> None:
+    """12 prompts, one at a time and three at a time."""
+    prompts = [(prompt, Options(key=str(i), max_new_tokens=20, **WAYS[way])) for i, prompt in enumerate(shortest(12))]
+    texts = {}
+    for name in [*DRAFTERS, "recycle+ngram", "skip+ngram", "model+ngram"]:
+        smaller = loaded() if "model" in name else None
+        made = Engine(loaded(), drafter=name, cache=kind, draft_model=smaller, draft_tokens=8, control="fixed")
+        for width in (1, 3):
+            answers = dict(made.generate_many(prompts, width=width))
+            texts[name, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]
+    assert [who for who, tokens in texts.items() if tokens != texts["none", 1]] == []

@@ -25,7 +25,11 @@ from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
 
-__all__ = ["DRAFTERS", "STAGED", "Means", "check", "make"]
+__all__ = ["DRAFTERS", "DRAFT_TOKENS", "STAGED", "Means", "check", "make"]
+
+
+DRAFT_TOKENS = 15
+"""Tokens drafted at most, if nobody says otherwise: sixteen rows fill a tile (17.2 ms for 15.9), one more costs 22."""
 
 
 @dataclass(frozen=True, slots=True)

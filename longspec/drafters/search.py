@@ -21,7 +21,7 @@ from longspec.types import Writing
 
 __all__ = ["Search"]
 
-SHARE = 0.03
+SHARE = 0.015
 """Of the time that texts take, as much goes into tries at most."""
 
 WINDOW = 32
