@@ -206,11 +206,12 @@ def request_of(
     texts: int = 1,
 ) -> Request:
     dtype, on_cpu = DTYPES[opened.dtype], opened.device.type == "cpu"
+    found = footprint(opened.checkpoint, opened.config, dtype)
     return Request(
         config=opened.config,
         dtype=dtype,
         device=opened.device,
-        footprint=footprint(opened.checkpoint, opened.config, dtype),
+        footprint=with_codes(found) if opened.dtype == "int8" else found,
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
@@ -219,6 +220,11 @@ def request_of(
         threads=torch.get_num_threads() if on_cpu else 1,
         texts=texts,
     )
+
+
+def with_codes(bf16: Footprint) -> Footprint:
+    """int8 codes are made of bf16 weights, whose pages stay while the embedding is read from the same file."""
+    return Footprint(bf16.weights, bf16.resident + bf16.weights // 2, bf16.loading + bf16.weights)
 
 
 def plan(request: Request, budget: int, cache: str = "auto") -> Plan:

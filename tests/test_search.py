@@ -309,7 +309,8 @@ def test_skip_with_its_search_and_exit_beat_plain_decoding(tmp_path: Path) -> No
         max_position_embeddings=4096,
     )
     drafter = Skipping(large.decoder)
-    engines = {"none": engine(large), "skip": engine(large, drafter), "exit": engine(large, "exit")}
+    engines = {"none": engine(large)}
+    engines |= {"skip": engine(large, drafter, draft_tokens=8), "exit": engine(large, "exit", draft_tokens=8)}
     assert drafter.search is not None
     while drafter.search.tries < 16:  # as the first texts are written
         finish(engines["skip"], [engines["skip"].open(prompts(1)[0], raw=True, max_new_tokens=400)])

@@ -11,17 +11,20 @@ weights per layer, in 4 products: q, k, v and gate, up are one matrix each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.attention import attend, attend_strictly
+from longspec.cache.dense import Dense
 from longspec.cache.stage import Shape, Stage
-from longspec.errors import ModelError
+from longspec.errors import ModelError, UsageError
 from longspec.model.config import Config
 from longspec.model.fused import MOST_ROWS, Fused, missing
+from longspec.model.int8 import Coded, Watched, coded_layer, divided, smoothing
 from longspec.model.linear import Linear
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights import Weights
@@ -137,17 +140,43 @@ class Decoder:
         self.strict = strict
         reader = _Reader(config, weights, device, STRICT_TILE if strict else None)
         self._embedding = reader.embedding()
-        self._layers = [reader.layer(i) for i in range(config.layers)]
+        self._layers: list[Any] = [reader.layer(i) for i in range(config.layers)]
         self._norm = reader.norm("norm", config.width)
-        self._head = reader.head(self._embedding)
+        self._head: Any = reader.head(self._embedding)
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
         self._activation = _ACTIVATIONS[config.activation]
         # Gemma rounds the factor to the model's dtype before it multiplies.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._attend = attend_strictly if strict else attend
         self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
-        self._fused = Fused(config, self._layers, self._head.weight) if self.slow is None else None
+        self._fused = Fused(config, self._layers, self._head) if self.slow is None else None
+        self.quantized = False
         self.nbytes = reader.nbytes
+
+    @torch.inference_mode()
+    def quantize(self, tokens: Sequence[int]) -> None:
+        """Turn weights into int8 codes, calibrated on a text of these tokens (`longspec.model.int8`).
+
+        Raises:
+            UsageError: the model has a shape that the codes' smoothing doesn't know.
+        """
+        c = self.config
+        if c.norms != "before" or c.norm_offset:
+            raise UsageError(f"int8 weights are for models that norm before each part; {c.family} isn't one: use bf16.")
+        plain, head, self._fused = self._layers, self._head, None
+        linears = ("qkv", "output", "gate_up", "down")
+        self._layers = [replace(layer, **{n: Watched(getattr(layer, n)) for n in linears}) for layer in plain]
+        self._head = seen = Watched(head)
+        stage = Dense(self.shape).open()
+        staged = stage.add(range(-1, len(tokens) - 1))
+        self.logits(self.forward(Rows.of([Chunk(stage, staged, tokens, 0, False)], self.device)))
+        self._layers = [coded_layer(layer, watched) for layer, watched in zip(plain, self._layers, strict=True)]
+        last = smoothing(head.weight, cast(Tensor, seen.largest))
+        self._head, self._norm = Coded(head.weight.float() * last, head.bias), divided(self._norm, last)
+        if self.slow is None:
+            self._fused = Fused(c, self._layers, self._head)
+        self.quantized = True
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def shape(self) -> Shape:
@@ -216,8 +245,8 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _kernel_for(self, rows: int) -> Fused | None:
-        """The fused kernel where it is faster; under --strict for any number of rows, as their bits are its own."""
-        return self._fused if rows <= MOST_ROWS or self.strict else None
+        """The fused kernel where it is faster; for all rows where their bits are its own: --strict, and codes."""
+        return self._fused if rows <= MOST_ROWS or self.strict or self.quantized else None
 
     def _project(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (H + 2 K) * D] of normed rows, normed and turned."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspec.model.config import Config
+from longspec.model.int8 import Coded
 from longspec.native import library
 
 __all__ = ["MOST_ROWS", "Fused", "missing"]
@@ -25,6 +26,7 @@ MOST_ROWS = 64
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 64
+_BF16, _CODES = 0, 1
 
 
 class _Matrix(ctypes.Structure):
@@ -63,16 +65,16 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
 
 
 class Fused:
-    """The layers and the head of one decoder. layers: its own, whose tensors it keeps; head: [V, width]."""
+    """The layers and the head of one decoder: its own, whose tensors it keeps; in bf16 or, all of them, as codes."""
 
-    def __init__(self, config: Config, layers: Sequence[Any], head: Tensor) -> None:
+    def __init__(self, config: Config, layers: Sequence[Any], head: Any) -> None:
         kernel = _kernel()
         assert not isinstance(kernel, str)
         self._kernel = kernel
         self._config = config
         self._layers = [_layer(config, layer) for layer in layers]
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
-        self._head = _matrix(head, None)
+        self._head = _matrix(head)
         self._held = (layers, head)
         room = kernel.layer_room(self._pointers[0], config.width, MOST_ROWS)
         self._room = torch.empty(room, dtype=torch.uint8)
@@ -126,7 +128,7 @@ class Fused:
 def _layer(config: Config, layer: Any) -> _Layer:
     c = config
     return _Layer(
-        *(_matrix(linear.weight, linear.bias) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+        *(_matrix(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
         layer.before_attention.weight.data_ptr(),
         layer.before_mlp.weight.data_ptr(),
         layer.query_norm.weight.data_ptr() if layer.query_norm else None,
@@ -139,9 +141,12 @@ def _layer(config: Config, layer: Any) -> _Layer:
     )
 
 
-def _matrix(weight: Tensor, bias: Tensor | None) -> _Matrix:
+def _matrix(linear: Any) -> _Matrix:
+    weight, bias = linear.weight, linear.bias
     assert weight.is_contiguous()
-    return _Matrix(weight.data_ptr(), None, bias.data_ptr() if bias is not None else None, *weight.shape, 0)
+    scale = linear.scale.data_ptr() if isinstance(linear, Coded) else None
+    at = bias.data_ptr() if bias is not None else None
+    return _Matrix(weight.data_ptr(), scale, at, *weight.shape, _CODES if scale else _BF16)
 
 
 def _kernel() -> ctypes.CDLL | str:

@@ -18,12 +18,14 @@ from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.hub import find
+from longspec.model.int8 import TEXT
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
 __all__ = ["DTYPES", "Model", "Opened", "choose_device", "choose_dtype", "load_model", "open_model"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+"""What rows and the cache are in; under int8 the weights are codes (`longspec.model.int8`)."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -57,6 +59,8 @@ class Opened:
         began = perf_counter()
         weights = self.checkpoint.weights(DTYPES[self.dtype], report or quiet)
         decoder = Decoder(self.config, weights, self.device, strict=strict)
+        if self.dtype == "int8":
+            decoder.quantize(self.vocabulary.encode(TEXT, add_special=True))
         defaults = self.checkpoint.generation_config()
         return Model(
             name=self.checkpoint.name,
