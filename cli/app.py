@@ -16,6 +16,7 @@ from longspec import __version__
 from longspec.cli import doctor, models, plan, pull, run, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
+from longspec.cli.prompts import prompts
 from longspec.errors import UsageError
 
 __all__ = ["app", "invoke"]
@@ -32,6 +33,7 @@ for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 
 app.add_typer(bench, name="bench")
+app.add_typer(prompts, name="prompts")
 
 
 def _version(wanted: bool) -> None:
