@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import doctor, models, plan, pull, run, tune
+from longspec.cli import completion, doctor, models, plan, pull, run, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.cli.prompts import prompts
@@ -28,7 +28,15 @@ _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro
 
 app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
 
-_MODULES = {"run": run, "tune": tune, "plan": plan, "models": models, "pull": pull, "doctor": doctor}
+_MODULES = {
+    "run": run,
+    "tune": tune,
+    "plan": plan,
+    "models": models,
+    "pull": pull,
+    "doctor": doctor,
+    "completion": completion,
+}
 for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 
@@ -69,6 +77,8 @@ def _root(
 def invoke(arguments: Sequence[str]) -> int:
     """Run the command that the arguments name."""
     command = get_command(app)
+    if (code := completion.respond(command)) is not None:
+        return code
     try:
         with command.make_context("longspec", list(arguments)) as context:
             command.invoke(context)

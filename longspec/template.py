@@ -18,6 +18,7 @@ bounds. Gives values; knows no engine, no option and no folder of the user's.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -233,7 +234,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     for name, (kind, fits, wanted) in _SAMPLING.items():
         if name in table:
             value = table[name]
-            number = isinstance(value, int | kind) and not isinstance(value, bool)
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not fits(value):
                 raise UsageError(f"sets {name!r} to {value!r}; it must be {wanted}.")
             defaults[name] = value
