@@ -36,13 +36,12 @@ def answer_lines(
     *,
     as_json: bool,
     stats: bool,
-) -> None:
-    """Answer the lines in their order. The model is loaded when the first one that can be used has come.
+) -> LongspecError | None:
+    """Answer the lines in their order. The error that is to end the command is given if some couldn't be answered.
 
-    prompt: what is asked about a line's text.
+    The model is loaded when the first line that isn't blank has come. prompt: what is asked about a line's text.
 
     Raises:
-        LongspecError: there was a line that couldn't be used; the others have been answered.
         Interrupted: a signal came; what there was of its line's answer has been written.
     """
     engine, failed, number = None, 0, 0
@@ -51,7 +50,7 @@ def answer_lines(
             output.write("\n")
             continue
         engine = engine or load()
-        session = _session(engine, line, number, prompt, writing)
+        session = _session(engine, line, prompt, writing)
         if isinstance(session, LongspecError):
             failed += 1
             _tell(f"line {number}: {session}", progress)
@@ -66,8 +65,7 @@ def answer_lines(
             progress.say(f"line {number}: {note}")
         if interrupted is not None:
             raise interrupted
-    if failed:
-        raise LongspecError(f"{failed:,} of {number:,} lines couldn't be answered; why is said above.")
+    return LongspecError(f"{failed:,} of {number:,} lines couldn't be answered; why is said above.") if failed else None
 
 
 def one_line(text: str) -> str:
@@ -75,12 +73,10 @@ def one_line(text: str) -> str:
     return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
 
-def _session(
-    engine: Engine, line: bytes, number: int, prompt: Callable[[str], str], writing: Options
-) -> Session | LongspecError:
+def _session(engine: Engine, line: bytes, prompt: Callable[[str], str], writing: Options) -> Session | LongspecError:
     """A session for this line, or what is wrong with it. What is wrong with all lines is raised."""
     try:
-        asked = prompt(text_of(line, f"line {number}"))
+        asked = prompt(text_of(line, "it"))
     except UsageError as error:
         return error
     try:

@@ -21,7 +21,7 @@ from longspec.cli.output import Output
 from longspec.cli.progress import Progress
 from longspec.cli.prompt import checked, joined, read_head, read_lines, read_prompt
 from longspec.cli.writing import load, statistics, write
-from longspec.errors import UsageError
+from longspec.errors import LongspecError, UsageError
 
 if TYPE_CHECKING:
     from longspec.engine import Options
@@ -122,10 +122,9 @@ def run(
     with Progress(model, quiet=quiet) as progress, _opened(output, progress) as out:
         streamed = not (no_stream or as_json)
         call = Call(model, loading, writing, out, progress, stream=streamed, as_json=as_json, stats=stats)
-        if each_line:
-            _answer_lines(source, form, call)
-        else:
-            _answer(source, form, call)
+        failed = (_answer_lines if each_line else _answer)(source, form, call)
+    if failed is not None:  # only now: the file has every line that could be answered
+        raise failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,7 @@ class Call:
     stats: bool
 
 
-def _answer(source: Source, form: Form, call: Call) -> None:
+def _answer(source: Source, form: Form, call: Call) -> LongspecError | None:
     asked = perf_counter()
     text = _read(source, form, call.progress)
     began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
@@ -191,15 +190,16 @@ def _answer(source: Source, form: Form, call: Call) -> None:
         progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":
         raise interrupted
+    return None
 
 
-def _answer_lines(source: Source, form: Form, call: Call) -> None:
+def _answer_lines(source: Source, form: Form, call: Call) -> LongspecError | None:
     if source.no_stdin:
         raise UsageError("--each-line answers the lines of standard input and --no-stdin forbids it; leave one out.")
     if not form.takes_input:
         raise UsageError(f"The template {_name(form)} takes no input, so no line could change it; drop --each-line.")
     head = read_head(source.argument, source.files)
-    answer_lines(
+    return answer_lines(
         read_lines(call.progress.say),
         lambda line: form.fill(joined([head, line])),
         lambda: load(call.model, call.loading, BEGAN, call.progress),

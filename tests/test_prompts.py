@@ -21,10 +21,8 @@ from longspec.template import find, names, parse, read
 
 SHIPPED = ROOT / "prompts"
 TINY = ["--threads", "1", "--dtype", "fp32"]
-NAMES = (
-    "classify commit-message demo explain extract keywords name-things reason regex review rewrite sql summarize title "
-    "translate"
-).split()
+NAMES = ["classify", "commit-message", "demo", "explain", "extract", "keywords", "name-things", "reason", "regex"]
+NAMES += ["review", "rewrite", "sql", "summarize", "title", "translate"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -149,7 +147,7 @@ def test_what_is_no_template(text: str, said: str) -> None:
     ],
 )
 def test_a_template_can_do_nothing_but_write(body: str) -> None:
-    with pytest.raises(UsageError, match="wrong (failed|makes more than 64 Mi letters)"):
+    with pytest.raises(UsageError, match=r"wrong (failed|makes more than 64 Mi letters)"):
         parse("wrong", body).render("x" * 1000)
 
 
@@ -289,7 +287,7 @@ def test_each_line(tiny: str, home: Path, capfd: Capture) -> None:
         alone.append(" ".join(capfd.readouterr().out.split("\n")).strip())
     assert found == [alone[0], "", "", alone[1], "", "", alone[0], ""]
     wrong = result.err.splitlines()
-    assert wrong[0].startswith("longspec: line 3: line 3 isn't text: byte 3")
+    assert wrong[0].startswith("longspec: line 3: it isn't text: byte 3")
     assert wrong[1].startswith("longspec: line 5: The prompt has 30")
     assert wrong[2].startswith("longspec: 2 of 7 lines couldn't be answered")
     assert len(wrong) == 3
@@ -411,7 +409,8 @@ def test_bash_completes(home: Path) -> None:
     program.chmod(0o755)
     script = (
         'eval "$(longspec completion bash)"\n'
-        "try() { COMP_WORDS=(longspec \"$@\"); COMP_CWORD=$#; _longspec_completion longspec; echo \"${COMPREPLY[*]}\"; }\n"
+        'try() { COMP_WORDS=(longspec "$@"); COMP_CWORD=$#; _longspec_completion longspec;'
+        ' echo "${COMPREPLY[*]}"; }\n'
         "try pro; try run --each; try run -t ha; try prompts s; try run -t nam"
     )
     path = f"{home}:{os.environ['PATH']}"
