@@ -6,6 +6,7 @@ typer writes the script, and answers when the shell calls longspec with the word
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -13,7 +14,6 @@ import typer
 
 __all__ = ["EPILOG", "completion", "respond"]
 
-_PROGRAM = "longspec"
 _VARIABLE = "_LONGSPEC_COMPLETE"
 
 EPILOG = """\b
@@ -30,22 +30,26 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-def completion(shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]) -> None:
+def completion(
+    ctx: typer.Context, shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]
+) -> None:
     """Print the script that completes longspec's words in a shell."""
-    from typer.completion import get_completion_script
+    from typer.completion import show_callback
 
-    typer.echo(get_completion_script(prog_name=_PROGRAM, complete_var=_VARIABLE, shell=shell.value))
+    nothing: Any = None
+    with suppress(SystemExit):  # how typer ends its own --show-completion, which this is
+        show_callback(ctx, nothing, shell.value)
 
 
 def respond(command: Any) -> int | None:
     """What a shell asks for goes to stdout; the exit code. None where no shell asks."""
     if not os.environ.get(_VARIABLE):
         return None
-    from typer.completion import completion_init
+    from typer.completion import get_completion_inspect_parameters
 
-    completion_init()
+    get_completion_inspect_parameters()  # registers what typer knows of shells
     try:
-        command.main([], prog_name=_PROGRAM, complete_var=_VARIABLE)
+        command.main([], prog_name="longspec", complete_var=_VARIABLE)
     except SystemExit as end:  # how typer ends it
         return int(end.code or 0)
     return 0

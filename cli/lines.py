@@ -8,60 +8,58 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
-from longspec.cli.prompt import text_of
-from longspec.cli.writing import statistics, write
+from longspec.cli import BEGAN
+from longspec.cli.prompt import joined, read_head, read_lines, text_of
+from longspec.cli.writing import load, statistics, write
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 
 if TYPE_CHECKING:
-    from longspec.cli.outfile import OutputFile
-    from longspec.cli.output import Output
+    from longspec.cli.call import Call
     from longspec.cli.progress import Progress
-    from longspec.engine import Engine, Options
+    from longspec.engine import Engine
     from longspec.session import Session
 
 __all__ = ["answer_lines", "one_line"]
 
 
-def answer_lines(
-    lines: Iterable[bytes],
-    prompt: Callable[[str], str],
-    load: Callable[[], Engine],
-    output: Output | OutputFile,
-    progress: Progress,
-    writing: Options,
-    *,
-    as_json: bool,
-    stats: bool,
-) -> LongspecError | None:
+def answer_lines(call: Call) -> LongspecError | None:
     """Answer the lines in their order. The error that is to end the command is given if some couldn't be answered.
 
-    The model is loaded when the first line that isn't blank has come. prompt: what is asked about a line's text.
+    The model is loaded when the first line that isn't blank has come.
 
     Raises:
+        UsageError: no line can be answered like this.
         Interrupted: a signal came; what there was of its line's answer has been written.
     """
-    engine, failed, number = None, 0, 0
-    for number, line in enumerate(lines, 1):
+    if call.no_stdin:
+        raise UsageError("--each-line answers the lines of standard input and --no-stdin forbids it; leave one out.")
+    if not call.form.takes_input:
+        raise UsageError(f"The template {call.form.name} takes no input, so its answers are all one; drop --each-line.")
+    head, output, progress = read_head(call.argument, call.files), call.output, call.progress
+    engine, failed, number, asked = None, 0, 0, perf_counter()
+    for number, line in enumerate(read_lines(progress.say), 1):
         if not line.strip():
             output.write("\n")
             continue
-        engine = engine or load()
-        session = _session(engine, line, prompt, writing)
+        if engine is None:  # waiting for the line isn't its time
+            engine = load(call.model, call.loading, BEGAN + perf_counter() - asked, progress)
+        session = _session(engine, head, line, call)
         if isinstance(session, LongspecError):
             failed += 1
             _tell(f"line {number}: {session}", progress)
-            output.write((json.dumps({"error": str(session)}, ensure_ascii=False) if as_json else "") + "\n")
+            output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
             continue
         interrupted = write(engine, session, output, progress, stream=False, text=False)
+        progress.stop()
         answer = engine.answer(session)
         if interrupted is None or (session.answer and output.is_ready):
-            said = json.dumps(answer.report(), ensure_ascii=False) if as_json else one_line(answer.text)
+            said = _object(answer.report()) if call.as_json else one_line(answer.text)
             output.write(said + "\n")
-        for note in [*session.notes, *([statistics(answer)] if stats else [])]:
+        for note in [*session.notes, *([statistics(answer)] if call.stats else [])]:
             progress.say(f"line {number}: {note}")
         if interrupted is not None:
             raise interrupted
@@ -73,16 +71,20 @@ def one_line(text: str) -> str:
     return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
 
-def _session(engine: Engine, line: bytes, prompt: Callable[[str], str], writing: Options) -> Session | LongspecError:
+def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session | LongspecError:
     """A session for this line, or what is wrong with it. What is wrong with all lines is raised."""
     try:
-        asked = prompt(text_of(line, "it"))
+        asked = call.form.fill(joined([head, text_of(line, "it")]))
     except UsageError as error:
         return error
     try:
-        return engine.open(asked, **writing)
+        return engine.open(asked, **call.writing)
     except (ContextError, BudgetError) as error:
         return error
+
+
+def _object(report: dict[str, Any]) -> str:
+    return json.dumps(report, ensure_ascii=False)
 
 
 def _tell(sentence: str, progress: Progress) -> None:

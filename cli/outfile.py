@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -28,42 +28,36 @@ class OutputFile:
 
     def __init__(self, name: str, say: Callable[[str], None]) -> None:
         self._path = Path(os.path.realpath(name))  # a link stays, and what it leads to is written
-        self._part = self._path.with_name(self._path.name + ".part")
+        self._part = Path(f"{self._path}.part")
         self._say = say
         self._ends_line = True
-        self._mode: int | None = None
 
     def __enter__(self) -> OutputFile:
-        try:
-            if self._path.exists():
-                self._mode = self._path.stat().st_mode
-                if not stat.S_ISREG(self._mode):
-                    raise UsageError(f"{self._path} isn't an ordinary file; leave --output out and use > instead.")
+        with self._told(UsageError), ExitStack() as undo:
+            mode = self._path.stat().st_mode if self._path.exists() else None
+            if mode is not None and not stat.S_ISREG(mode):
+                raise UsageError(f"{self._path} isn't an ordinary file; leave --output out and use > instead.")
             # Not through a link, and not waiting for a pipe's reader: anybody may have put one into a shared folder.
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._number = os.open(self._part, flags, 0o666)
-        except OSError as error:
-            raise UsageError(f"{self._part} can't be written: {error.strerror}; name another file.") from error
-        try:
+            undo.callback(os.close, self._number)
             if not stat.S_ISREG(os.fstat(self._number).st_mode):
                 raise UsageError(f"{self._part} isn't an ordinary file; remove it, or name another one.")
-            fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._own()
+            if mode is not None:
+                os.fchmod(self._number, stat.S_IMODE(mode))
             os.ftruncate(self._number, 0)
-        except BlockingIOError:
-            os.close(self._number)
-            raise UsageError(f"{self._part} is being written by another run; name another file.") from None
-        except UsageError:
-            os.close(self._number)
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._told(), deferred():
+            with self._told():
                 if kind is None:
-                    self._finish()
+                    with deferred():
+                        self._finish()
                 elif os.fstat(self._number).st_size == 0:
                     self._part.unlink()
                 else:
@@ -87,9 +81,15 @@ class OutputFile:
     def check(self) -> None:
         """A file has no reader who could go away."""
 
+    def _own(self) -> None:
+        """No other run writes this part, and it hasn't just become that run's answer."""
+        with suppress(BlockingIOError):
+            fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self._number), os.lstat(self._part)):
+                return
+        raise UsageError(f"{self._part} is being written by another run; name another file.")
+
     def _finish(self) -> None:
-        if self._mode is not None:
-            os.fchmod(self._number, stat.S_IMODE(self._mode))
         os.fsync(self._number)
         os.replace(self._part, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -99,8 +99,8 @@ class OutputFile:
             os.close(folder)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, kind: type[LongspecError] = LongspecError) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise LongspecError(f"{self._part} can't be written: {error.strerror}.") from error
+            raise kind(f"{self._part} can't be written: {error.strerror}; name another file.") from error

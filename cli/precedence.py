@@ -37,7 +37,7 @@ def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> N
         kept = chosen if "temperature" in chosen else {}
         for name in ("top_p", "top_k", "min_p"):
             if name not in kept and not given(ctx, name):
-                options[name] = None  # type: ignore[literal-required]
+                options[name] = None
 
 
 def betting(ctx: typer.Context, options: dict[str, Any]) -> None:

@@ -6,26 +6,24 @@ Reads the prompt before it loads anything, so that a wrong one costs no time. Ev
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from longspec.cli import BEGAN, options, precedence, prompts
+from longspec.cli import BEGAN, options, precedence
+from longspec.cli.call import Call, make_form
 from longspec.cli.lines import answer_lines
 from longspec.cli.outfile import OutputFile
 from longspec.cli.output import Output
 from longspec.cli.progress import Progress
-from longspec.cli.prompt import checked, joined, read_head, read_lines, read_prompt
+from longspec.cli.prompt import checked, read_prompt
 from longspec.cli.writing import load, statistics, write
-from longspec.errors import LongspecError, UsageError
+from longspec.errors import UsageError
 
 if TYPE_CHECKING:
     from longspec.engine import Options
-    from longspec.template import Template
     from longspec.text import Vocabulary
 
 __all__ = ["EPILOG", "run"]
@@ -114,129 +112,71 @@ def run(
         "strict": strict,
         "memory": memory,
     }
-    form = _form(template, param or [])
+    form = make_form(template, param or [])
     precedence.writing(ctx, writing, form.defaults)
     precedence.betting(ctx, loading)
     quiet, stats = precedence.reporting(ctx, quiet, stats)
-    source = Source(prompt, file or [], no_stdin)
+    unanswered = None
     with Progress(model, quiet=quiet) as progress, _opened(output, progress) as out:
-        streamed = not (no_stream or as_json)
-        call = Call(model, loading, writing, out, progress, stream=streamed, as_json=as_json, stats=stats)
-        failed = (_answer_lines if each_line else _answer)(source, form, call)
-    if failed is not None:  # only now: the file has every line that could be answered
-        raise failed
+        call = Call(
+            argument=prompt,
+            files=file or [],
+            no_stdin=no_stdin,
+            form=form,
+            model=model,
+            loading=loading,
+            writing=writing,
+            output=out,
+            progress=progress,
+            stream=not (no_stream or as_json),
+            as_json=as_json,
+            stats=stats,
+        )
+        if each_line:
+            unanswered = answer_lines(call)
+        else:
+            _answer(call)
+    if unanswered is not None:  # only now: the file has every line that could be answered
+        raise unanswered
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the prompt comes from."""
-
-    argument: str | None
-    files: Sequence[str]
-    no_stdin: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What is made of the prompt that was given: itself, or a template filled with it."""
-
-    template: Template | None
-    values: dict[str, str]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What the template would have the answer written with."""
-        return {} if self.template is None else dict(self.template.defaults)
-
-    @property
-    def takes_input(self) -> bool:
-        return self.template is None or self.template.takes_input
-
-    def fill(self, text: str | None) -> str:
-        return text or "" if self.template is None else self.template.render(text, self.values)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How it is answered, and where to."""
-
-    model: str
-    loading: dict[str, Any]
-    writing: Options
-    output: Output | OutputFile
-    progress: Progress
-    stream: bool
-    as_json: bool
-    stats: bool
-
-
-def _answer(source: Source, form: Form, call: Call) -> LongspecError | None:
+def _answer(call: Call) -> None:
     asked = perf_counter()
-    text = _read(source, form, call.progress)
+    text = _prompt(call)
     began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
-    loading, output, progress = call.loading, call.output, call.progress
+    loading, progress = call.loading, call.progress
     if loading["memory"] is not None:
         loading = {**loading, "tokens": lambda vocabulary: _length(vocabulary, text, call.writing)}
     engine = load(call.model, loading, began, progress)
     session = engine.open(text, **call.writing)
-    interrupted = write(engine, session, output, progress, stream=call.stream, text=not call.as_json)
+    interrupted = write(engine, session, call.output, progress, stream=call.stream, text=not call.as_json)
     progress.stop()
     for note in session.notes:
         progress.say(note)
     answer = engine.answer(session, began)
     if call.as_json:
-        output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
+        call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
     if call.stats:
         progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":
         raise interrupted
-    return None
 
 
-def _answer_lines(source: Source, form: Form, call: Call) -> LongspecError | None:
-    if source.no_stdin:
-        raise UsageError("--each-line answers the lines of standard input and --no-stdin forbids it; leave one out.")
-    if not form.takes_input:
-        raise UsageError(f"The template {_name(form)} takes no input, so no line could change it; drop --each-line.")
-    head = read_head(source.argument, source.files)
-    return answer_lines(
-        read_lines(call.progress.say),
-        lambda line: form.fill(joined([head, line])),
-        lambda: load(call.model, call.loading, BEGAN, call.progress),
-        call.output,
-        call.progress,
-        call.writing,
-        as_json=call.as_json,
-        stats=call.stats,
-    )
-
-
-def _read(source: Source, form: Form, progress: Progress) -> str:
-    """The prompt."""
-    if form.takes_input:
-        return form.fill(read_prompt(source.argument, source.files, no_stdin=source.no_stdin, say=progress.say))
-    if source.argument is not None or source.files:
-        raise UsageError(f"The template {_name(form)} takes no input, and one was given; leave it out.")
-    return form.fill(None)
-
-
-def _form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:
-    if name is None:
-        if parameters:
-            raise UsageError("--param gives a template a value, and there is no --template; add one, or leave it out.")
-        return Form(None, {})
-    template = prompts.load(name)
-    values = {name: checked(value, f"--param {name}") for name, value in parameters}
-    return Form(template, template.values(values))  # what is missing is said before anything is read
-
-
-def _name(form: Form) -> str:
-    return form.template.name if form.template else ""
+def _prompt(call: Call) -> str:
+    """What the model is asked."""
+    if call.form.takes_input:
+        text = read_prompt(call.argument, call.files, no_stdin=call.no_stdin, say=call.progress.say)
+        return call.form.fill(text)
+    if call.argument is not None or call.files:
+        raise UsageError(f"The template {call.form.name} takes no input, and one was given; leave it out.")
+    return call.form.fill("")
 
 
 def _opened(name: str | None, progress: Progress) -> AbstractContextManager[Output | OutputFile]:
     """Standard output, or the file in its place."""
-    return nullcontext(Output()) if name in (None, "-") else OutputFile(checked(name or "", "--output"), progress.say)
+    if name is None or name == "-":
+        return nullcontext(Output())
+    return OutputFile(checked(name, "--output"), progress.say)
 
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:

@@ -233,7 +233,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         defaults["stop"] = stop
     for name, (kind, fits, wanted) in _SAMPLING.items():
         if name in table:
-            value = table[name]
+            value: Any = table[name]
             number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not fits(value):
                 raise UsageError(f"sets {name!r} to {value!r}; it must be {wanted}.")

@@ -259,6 +259,7 @@ def test_flag_then_template_then_settings(tiny: str, home: Path, capfd: Capture)
         (["hi", "-o", "{home}"], "isn't an ordinary file"),
         (["hi", "-o", "{home}/no/such/folder"], "can't be written: No such file"),
         (["hi", "-o", "/dev/null"], "isn't an ordinary file"),
+        (["hi", "-o", "/"], "isn't an ordinary file"),
     ],
 )
 def test_wrong_requests(arguments: list[str], said: str, home: Path, capfd: Capture) -> None:
@@ -376,6 +377,18 @@ def test_nothing_is_left_where_nothing_was_written(tiny: str, home: Path, capfd:
     (home / "answer.part").symlink_to(home / "elsewhere")
     assert guarded(["run", "--no-stdin", "hi", "-m", tiny, "-o", str(path)]) == 2
     assert (home / "elsewhere").read_text() == "mine"
+
+
+def test_nothing_is_left_of_a_run_that_is_ended_before_it_wrote(home: Path) -> None:
+    arguments = ["run", "--each-line", "-o", str(home / "answer")]
+    with started(arguments, home, stdin=subprocess.PIPE) as process:
+        for _ in range(int(SECONDS * 100)):
+            if (home / "answer.part").exists():
+                break
+            threading.Event().wait(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 130
+    assert list(home.glob("answer*")) == []
 
 
 def test_lines_into_a_file(tiny: str, home: Path) -> None:
