@@ -66,22 +66,6 @@ def tokens(text: object) -> int:
     return whole(1)(number) * kilo
 
 
-def assignment(text: object) -> tuple[str, str]:
-    """Reads name=value; the value may be empty."""
-    name, equals, value = str(text).partition("=")
-    if not equals or not name.strip():
-        raise typer.BadParameter(f"{str(text)!r} is no assignment; write NAME=VALUE.")
-    return name.strip(), value
-
-
-def template_names(incomplete: str) -> list[str]:
-    """What a shell completes a template's name to."""
-    from longspec.cli.prompts import folders
-    from longspec.template import names
-
-    return [name for name in names(folders()) if name.startswith(incomplete)]
-
-
 _PROMPT, _MODEL, _SAMPLING, _OUTPUT = "Prompt", "Model and method", "Sampling", "Output"
 
 Prompt = Annotated[
@@ -117,28 +101,6 @@ Raw = Annotated[
     ),
 ]
 
-Template = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        "-t",
-        metavar="NAME",
-        autocompletion=template_names,
-        rich_help_panel=_PROMPT,
-        help="Put the prompt into a template (longspec prompts list), or into a file of your own (./NAME.md).",
-    ),
-]
-Param = Annotated[
-    list[Any] | None,
-    typer.Option(
-        "--param",
-        "-p",
-        metavar="NAME=VALUE",
-        parser=assignment,
-        rich_help_panel=_PROMPT,
-        help="A parameter of the template (longspec prompts show NAME); may be repeated.",
-    ),
-]
 EachLine = Annotated[
     bool,
     typer.Option(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from longspec.errors import LongspecError, UsageError
 if TYPE_CHECKING:
     from longspec.template import Template
 
-__all__ = ["folders", "load", "prompts"]
+__all__ = ["Option", "Param", "folders", "load", "prompts"]
 
 prompts = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, help="List, show and make templates.")
 
@@ -42,7 +42,45 @@ Say here what is to be done with this text:
 {{ input }}
 """
 
-Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=options.template_names, help="A template.")]
+def known(incomplete: str) -> list[str]:
+    """What a shell completes a template's name to."""
+    from longspec.template import names
+
+    return [name for name in names(folders()) if name.startswith(incomplete)]
+
+
+def assignment(text: object) -> tuple[str, str]:
+    """Reads name=value; the value may be empty."""
+    name, equals, value = str(text).partition("=")
+    if not equals or not name.strip():
+        raise typer.BadParameter(f"{str(text)!r} is no assignment; write NAME=VALUE.")
+    return name.strip(), value
+
+
+_PANEL = "Prompt"
+Option = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        "-t",
+        metavar="NAME",
+        autocompletion=known,
+        rich_help_panel=_PANEL,
+        help="Put the prompt into a template (longspec prompts list), or into a file of your own (./NAME.md).",
+    ),
+]
+Param = Annotated[
+    list[Any] | None,
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="NAME=VALUE",
+        parser=assignment,
+        rich_help_panel=_PANEL,
+        help="A parameter of the template (longspec prompts show NAME); may be repeated.",
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=known, help="A template.")]
 
 
 def folders() -> list[Path]:
@@ -115,7 +153,7 @@ def new(name: Annotated[str, typer.Argument(metavar="NAME", help="Of the templat
 @prompts.command("path", cls=Command)
 def path(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", autocompletion=options.template_names, help="A template.")
+        str | None, typer.Argument(metavar="NAME", autocompletion=known, help="A template.")
     ] = None,
 ) -> None:
     """Print where a template is; without NAME, the folder for your own."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from longspec.cli import BEGAN, options, precedence
+from longspec.cli import BEGAN, options, precedence, prompts
 from longspec.cli.call import Call, make_form
 from longspec.cli.lines import answer_lines
 from longspec.cli.outfile import OutputFile
@@ -48,8 +48,8 @@ def run(
     prompt: options.Prompt = None,
     file: options.File = None,
     no_stdin: options.NoStdin = False,
-    template: options.Template = None,
-    param: options.Param = None,
+    template: prompts.Option = None,
+    param: prompts.Param = None,
     each_line: options.EachLine = False,
     system: options.System = None,
     raw: options.Raw = False,

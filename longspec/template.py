@@ -232,9 +232,9 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"sets 'stop' to {stop!r}; it must be a text, or a list of texts, none of them empty.")
         defaults["stop"] = stop
     for name, (kind, fits, wanted) in _SAMPLING.items():
-        if name in table:
-            value: Any = table[name]
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+        value: Any = table.get(name)
+        if value is not None:
+            number = type(value) in (int, kind) and math.isfinite(value)
             if not number or not fits(value):
                 raise UsageError(f"sets {name!r} to {value!r}; it must be {wanted}.")
             defaults[name] = value
