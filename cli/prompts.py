@@ -42,6 +42,7 @@ Say here what is to be done with this text:
 {{ input }}
 """
 
+
 def known(incomplete: str) -> list[str]:
     """What a shell completes a template's name to."""
     from longspec.template import names
@@ -152,9 +153,7 @@ def new(name: Annotated[str, typer.Argument(metavar="NAME", help="Of the templat
 
 @prompts.command("path", cls=Command)
 def path(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", autocompletion=known, help="A template.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=known, help="A template.")] = None,
 ) -> None:
     """Print where a template is; without NAME, the folder for your own."""
     from longspec.template import find
