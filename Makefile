@@ -13,7 +13,7 @@ help: ## this list
 
 demo: $(VENV)/installed ## answer a reasoning prompt with the default model (downloads it once, 92 MB)
 	$(BIN)/longspec pull smollm2
-	$(BIN)/longspec run --no-stdin --stats --max-new-tokens 400 --file prompts/reason.md
+	$(BIN)/longspec run --no-stdin --stats --template demo
 
 test: $(VENV)/installed-dev ## the tests, without the long matrices
 	$(BIN)/python -m pytest

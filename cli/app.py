@@ -13,9 +13,10 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import doctor, forget, models, plan, pull, run, tune
+from longspec.cli import completion, doctor, forget, models, plan, pull, run, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
+from longspec.cli.prompts import prompts
 from longspec.errors import UsageError
 
 __all__ = ["app", "invoke"]
@@ -27,11 +28,21 @@ _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro
 
 app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
 
-_MODULES = {"run": run, "tune": tune, "plan": plan, "models": models, "pull": pull, "forget": forget, "doctor": doctor}
+_MODULES = {
+    "run": run,
+    "tune": tune,
+    "plan": plan,
+    "models": models,
+    "pull": pull,
+    "forget": forget,
+    "doctor": doctor,
+    "completion": completion,
+}
 for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 
 app.add_typer(bench, name="bench")
+app.add_typer(prompts, name="prompts")
 
 
 def _version(wanted: bool) -> None:
@@ -67,6 +78,8 @@ def _root(
 def invoke(arguments: Sequence[str]) -> int:
     """Run the command that the arguments name."""
     command = get_command(app)
+    if (code := completion.respond(command)) is not None:
+        return code
     try:
         with command.make_context("longspec", list(arguments)) as context:
             command.invoke(context)

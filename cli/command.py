@@ -16,7 +16,7 @@ from longspec.cli.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "origin"]
 
-_COMMAND_LINE_ONLY = {"context", "file", "prompt_cache", "wheel"}
+_COMMAND_LINE_ONLY = {"context", "each_line", "file", "output", "param", "prompt_cache", "template", "wheel"}
 """Belong to one call: neither the environment nor config.toml sets them."""
 
 _ORIGINS = "longspec.settings"
@@ -28,7 +28,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer does it, but what settings say stands in for what `args` leave open."""
         before_dashes = takewhile(lambda argument: argument != "--", args)
-        if not set(before_dashes) & set(ctx.help_option_names):  # help is given, whatever config.toml says
+        asks_help = set(before_dashes) & set(ctx.help_option_names)
+        if not (asks_help or ctx.resilient_parsing):  # help and completion are given, whatever config.toml says
             settings = read_settings(_known_settings(ctx.find_root().command))
             mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}

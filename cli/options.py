@@ -101,6 +101,15 @@ Raw = Annotated[
     ),
 ]
 
+EachLine = Annotated[
+    bool,
+    typer.Option(
+        "--each-line/--no-each-line",
+        rich_help_panel=_PROMPT,
+        help="Answer every line of standard input by itself, each answer on one line.",
+    ),
+]
+
 Model = Annotated[
     str,
     typer.Option(
@@ -335,6 +344,16 @@ PromptCache = Annotated[
         metavar="FILE",
         rich_help_panel=_OUTPUT,
         help="Keep what was read of the prompt in FILE, and begin with it the next time.",
+    ),
+]
+OutputFile = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        rich_help_panel=_OUTPUT,
+        help="Write the answer to FILE, which is there when it is whole; until then it is FILE.part.",
     ),
 ]
 NoStream = Annotated[

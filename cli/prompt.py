@@ -1,4 +1,4 @@
-"""The prompt: an argument, files and standard input as one text.
+"""The prompt: an argument, files and standard input as one text, or standard input line by line.
 
 Takes names and bytes from a user, who may have named a program or an endless device; gives text that isn't empty.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from longspec.errors import UsageError
 
-__all__ = ["checked", "read_prompt"]
+__all__ = ["checked", "joined", "read_head", "read_lines", "read_prompt", "text_of"]
 
 _STDIN = 0
 _PATIENCE_SECONDS = 2.0
@@ -35,11 +35,56 @@ def read_prompt(argument: str | None, files: Sequence[str], *, no_stdin: bool, s
     parts = [] if argument in (None, "-") else [checked(argument or "", "the prompt")]
     parts += [_text(_read_file(name), name) for name in files if name != "-"]
     if asked or not (no_stdin or sys.stdin is None or os.isatty(_STDIN)):
-        parts.append(_text(_read_stdin(say), "standard input"))
-    prompt = "\n\n".join(part for part in parts if part)
+        parts.append(_text(b"".join(_chunks(say)), "standard input"))
+    prompt = joined(parts)
     if not prompt.strip():
         raise UsageError("The prompt is empty; give it as an argument, with -f FILE, or on standard input.")
     return prompt
+
+
+def read_head(argument: str | None, files: Sequence[str]) -> str:
+    """What stands before each line where lines are answered one by one: the argument, then the files.
+
+    Raises:
+        UsageError: a part can't be read, or isn't text.
+    """
+    parts = [] if argument in (None, "-") else [checked(argument or "", "the prompt")]
+    return joined(parts + [_text(_read_file(name), name) for name in files if name != "-"])
+
+
+def read_lines(say: Callable[[str], None]) -> Iterator[bytes]:
+    """The lines of standard input as they come, without their ends; the last one may have none.
+
+    Raises:
+        UsageError: standard input can't be read, or a line is longer than any prompt.
+    """
+    held = bytearray()
+    for chunk in _chunks(say, endless=True):
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield bytes(held + line).removesuffix(b"\r")
+            held.clear()
+        held += rest
+        if len(held) > _MOST_NBYTES:
+            raise UsageError(
+                f"A line of standard input holds more than {_MOST_NBYTES >> 20} MiB; is it text, one prompt a line?"
+            )
+    if held:
+        yield bytes(held).removesuffix(b"\r")
+
+
+def text_of(line: bytes, name: str) -> str:
+    """A line's text.
+
+    Raises:
+        UsageError: it isn't UTF-8, or holds NUL.
+    """
+    return _text(line, name)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The parts that aren't empty, with a blank line between them."""
+    return "\n\n".join(part for part in parts if part)
 
 
 def checked(argument: str, name: str) -> str:
@@ -78,18 +123,21 @@ def _read_file(name: str) -> bytes:
         raise UsageError(f"{name} can't be read: {error.strerror}; give a file with -f.") from error
 
 
-def _read_stdin(say: Callable[[str], None]) -> bytes:
+def _chunks(say: Callable[[str], None], *, endless: bool = False) -> Iterator[bytes]:
+    """What standard input holds, as it comes; where it isn't endless, not much more than a prompt may have."""
     if sys.stdin is None:
-        raise UsageError("Standard input is closed, and - asks for it; give the prompt as an argument or with -f FILE.")
+        raise UsageError("Standard input is closed, and it was asked for; give an argument or -f FILE.")
     patience: float | None = _PATIENCE_SECONDS
     if os.isatty(_STDIN):
-        say("type the prompt; Ctrl-D on a line of its own ends it")
+        what = "one prompt a line; Ctrl-D ends them" if endless else "the prompt; Ctrl-D on a line of its own ends it"
+        say(f"type {what}")
         patience = None
-    data = bytearray()
-    while len(data) <= _MOST_NBYTES:
+    nbytes = 0
+    while endless or nbytes <= _MOST_NBYTES:
         try:
             if not select.select([_STDIN], [], [], patience)[0]:
-                say("waiting for standard input to end; --no-stdin does without it")
+                end = "" if endless else " to end; --no-stdin does without it"
+                say(f"waiting for standard input{end}")
                 patience = None
                 continue
             chunk = os.read(_STDIN, 1 << 20)
@@ -99,5 +147,6 @@ def _read_stdin(say: Callable[[str], None]) -> bytes:
             raise UsageError(f"Standard input can't be read: {error.strerror}; --no-stdin does without it.") from error
         if not chunk:
             break
-        data += chunk
-    return bytes(data)
+        nbytes += len(chunk)
+        patience = None if endless else patience
+        yield chunk

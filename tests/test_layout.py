@@ -19,7 +19,7 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 STAGES = [
     ["errors", "prompts", "types"],
     ["machine"],
-    ["native", "sampling", "text", "tree", "verify"],
+    ["native", "sampling", "template", "text", "tree", "verify"],
     ["cache"],
     ["attention"],
     ["model"],

@@ -1,0 +1,66 @@
+"""Which of two options counts where they contradict each other: the flag, then the template, then what is set.
+
+Takes options by name and where each came from; changes them so that none contradicts another. Two flags that do are
+refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from longspec.cli.command import given
+from longspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from longspec.options import Options
+
+__all__ = ["betting", "reporting", "writing"]
+
+
+def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> None:
+    """How the text is written; `template` holds what a template would have."""
+    chosen = {name: value for name, value in template.items() if not given(ctx, name)}
+    if "system" in chosen and not given(ctx, "raw"):
+        options["raw"] = False
+    options.update(chosen)  # type: ignore[typeddict-item]
+    if options["raw"] and options["system"] is not None:
+        if _yields(ctx, "system", to="raw"):
+            options["system"] = None
+        elif _yields(ctx, "raw", to="system"):
+            options["raw"] = False
+        else:
+            raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
+    if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
+        # Greedy: what settings say of sampling gives way, and what a template says to a flag.
+        kept = chosen if "temperature" in chosen else {}
+        for name in ("top_p", "top_k", "min_p"):
+            if name not in kept and not given(ctx, name):
+                options[name] = None
+
+
+def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
+    """What is bet, and how much."""
+    if options["num_speculative_tokens"] is not None and options["drafter"] == "none":
+        if not _yields(ctx, "num_speculative_tokens", to="drafter"):
+            raise UsageError("--num-speculative-tokens has no effect with --drafter none; leave one out.")
+        options["num_speculative_tokens"] = None
+    if options["num_speculative_tokens"] is None:  # the engine has its own default
+        del options["num_speculative_tokens"]
+
+
+def reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
+    """What goes to stderr."""
+    if quiet and stats:
+        if _yields(ctx, "stats", to="quiet"):
+            return True, False
+        if _yields(ctx, "quiet", to="stats"):
+            return False, True
+        raise UsageError("--quiet keeps stderr empty and --stats writes there; leave one out.")
+    return quiet, stats
+
+
+def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
+    """A setting gives way to what contradicts it on the command line; two flags there are refused."""
+    return given(ctx, to) and not given(ctx, name)

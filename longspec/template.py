@@ -1,0 +1,275 @@
+"""Prompt templates: a file with front matter and a Jinja body, and the prompt that it makes of an input.
+
+    +++
+    description = "Translate a text."
+    system = "You are a careful translator."
+    temperature = 0
+    [parameters.to]
+    help = "the language to translate into"
+    default = "English"
+    +++
+    Translate this text into {{ to }}:
+
+    {{ input }}
+
+Takes a file's bytes, which may be anybody's: nothing in it can call Python, and what it is and what it makes have
+bounds. Gives values; knows no engine, no option and no folder of the user's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from longspec.errors import UsageError
+
+__all__ = ["INPUT", "Parameter", "Template", "check_name", "find", "names", "parse", "read"]
+
+INPUT = "input"
+"""The variable that holds what the template is about."""
+
+_FENCE = "+++"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MOST_TEMPLATE_NBYTES = 64 << 10
+_MOST_PROMPT_LETTERS = 64 << 20
+"""As much as a prompt without a template may have."""
+
+_SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (int, lambda n: n >= 1, "a whole number, 1 or more"),
+    "temperature": (float, lambda x: x >= 0, "a number, 0 or more"),
+    "top_p": (float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "top_k": (int, lambda n: n >= 0, "a whole number, 0 or more"),
+    "min_p": (float, lambda x: 0 <= x < 1, "a number, 0 or more and below 1"),
+    "repetition_penalty": (float, lambda x: x > 0, "a number above 0"),
+    "seed": (int, lambda n: True, "a whole number"),
+}
+_KEYS = ("description", "system", "stop", "parameters", *_SAMPLING)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What a template may be told with `--param`; without a default it must be."""
+
+    help: str
+    default: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A prompt with places left open, and how its answer is best written.
+
+    defaults: options of the engine by name, `system` and `stop` among them.
+    """
+
+    name: str
+    description: str
+    body: str
+    parameters: Mapping[str, Parameter]
+    defaults: Mapping[str, Any]
+    takes_input: bool
+
+    def values(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Every parameter with its value.
+
+        Raises:
+            UsageError: one that was given is unknown, or one that is needed wasn't given.
+        """
+        for name in given:
+            if name not in self.parameters:
+                raise UsageError(
+                    f"The template {self.name} has no parameter {name!r}; "
+                    + _offer(name, list(self.parameters), "it has", none="it has none at all.")
+                )
+        defaults = {name: each.default for name, each in self.parameters.items() if each.default is not None}
+        values = {**defaults, **given}
+        for name, parameter in self.parameters.items():
+            if name not in values:
+                meaning = f" ({parameter.help})" if parameter.help else ""
+                raise UsageError(
+                    f"The template {self.name} needs the parameter {name!r}{meaning}; give it: --param {name}=TEXT."
+                )
+        return values
+
+    def render(self, text: str | None = None, given: Mapping[str, str] | None = None) -> str:
+        """The prompt for this input.
+
+        Raises:
+            UsageError: the input or a parameter is missing or unknown, or the template fails.
+        """
+        values = self.values(given or {})
+        if self.takes_input:
+            if text is None:
+                raise UsageError(f"The template {self.name} needs an {INPUT}, and none was given.")
+            values[INPUT] = text
+        pieces, letters = [], 0
+        try:
+            for piece in _environment().from_string(self.body).generate(values):
+                pieces.append(piece)
+                letters += len(piece)
+                if letters > _MOST_PROMPT_LETTERS:
+                    raise UsageError(
+                        f"The template {self.name} makes more than {_MOST_PROMPT_LETTERS >> 20} Mi letters, "
+                        "which is no prompt for any model."
+                    )
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"The template {self.name} failed: {_line(error)}; mend its body.") from error
+        return "".join(pieces).strip()
+
+
+def names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Every template in these folders, by name; an earlier folder's goes before a later one's."""
+    found: dict[str, Path] = {}
+    for folder in reversed(folders):
+        if folder.is_dir():
+            found |= {path.stem: path for path in folder.glob("*.md") if _NAME.fullmatch(path.stem)}
+    return dict(sorted(found.items()))
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError if no template can have this name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} can't be a template's name; use up to 64 letters, digits, - and _.")
+
+
+def find(name: str, folders: Sequence[Path]) -> Path:
+    """The file of a template by its name; a name with a slash in it is a path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if "/" in name:
+        return Path(name)
+    known = names(folders)
+    if name not in known:
+        raise UsageError(f"There is no template {name!r}; " + _offer(name, list(known), "there are"))
+    return known[name]
+
+
+def read(path: Path) -> Template:
+    """Read a template's file.
+
+    Raises:
+        UsageError: it can't be read, or isn't a template.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_TEMPLATE_NBYTES + 1)
+    except OSError as error:
+        raise UsageError(f"The template {path} can't be read: {error.strerror}.") from error
+    if len(data) > _MOST_TEMPLATE_NBYTES:
+        raise UsageError(f"The template {path} is larger than {_MOST_TEMPLATE_NBYTES >> 10} KiB; make it shorter.")
+    try:
+        return parse(path.stem, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The template {path} isn't text: byte {error.start} isn't UTF-8; save it as UTF-8.") from None
+    except UsageError as error:
+        raise UsageError(f"The template {path} {error}") from error
+
+
+def parse(name: str, text: str) -> Template:
+    """A template from its text. A text without front matter is a body alone.
+
+    Raises:
+        UsageError: it is none; the sentence begins after the template's name.
+    """
+    table, body = _split(text.replace("\r\n", "\n"))
+    if unknown := [key for key in table if key not in _KEYS]:
+        raise UsageError(f"sets {unknown[0]!r} at its top; " + _offer(unknown[0], list(_KEYS), "it may set"))
+    parameters = _parameters(table.get("parameters", {}))
+    used = _variables(body)
+    if wrong := sorted(used - {INPUT, *parameters}):
+        raise UsageError(f"uses {wrong[0]!r}, which is no parameter; add [parameters.{wrong[0]}] at its top.")
+    if idle := sorted(set(parameters) - used):
+        raise UsageError(f"has the parameter {idle[0]!r} and doesn't use it; write {{{{ {idle[0]} }}}} or remove it.")
+    description = _text(table, "description") or ""
+    return Template(name, description, body, parameters, _defaults(table), INPUT in used)
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter as a table, and the body behind it."""
+    if text.split("\n", 1)[0].rstrip() != _FENCE:
+        return {}, text
+    lines = text.split("\n")
+    end = next((at for at, line in enumerate(lines[1:], 1) if line.rstrip() == _FENCE), None)
+    if end is None:
+        raise UsageError(f"begins with {_FENCE} and has no second one; end its front matter with a line {_FENCE}.")
+    try:
+        return tomllib.loads("\n".join(lines[1:end])), "\n".join(lines[end + 1 :])
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"has front matter that isn't TOML: {error}.") from error
+
+
+def _parameters(table: object) -> dict[str, Parameter]:
+    if not isinstance(table, dict):
+        raise UsageError("sets 'parameters' to no table; write [parameters.NAME] for each.")
+    found = {}
+    for name, entry in table.items():
+        if not _VARIABLE.fullmatch(name) or name == INPUT:
+            raise UsageError(f"has a parameter {name!r}; a name is letters, digits and _, and not {INPUT!r}.")
+        if not isinstance(entry, dict) or not set(entry) <= {"help", "default"}:
+            raise UsageError(f"has a wrong parameter {name!r}; a parameter is a table with `help` and `default`.")
+        found[name] = Parameter(_text(entry, "help") or "", _text(entry, "default"))
+    return found
+
+
+def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    if system := _text(table, "system"):
+        defaults["system"] = system.strip()
+    if "stop" in table:
+        stop = [table["stop"]] if isinstance(table["stop"], str) else table["stop"]
+        if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
+            raise UsageError(f"sets 'stop' to {stop!r}; it must be a text, or a list of texts, none of them empty.")
+        defaults["stop"] = stop
+    for name, (kind, fits, wanted) in _SAMPLING.items():
+        value: Any = table.get(name)
+        if value is not None:
+            number = type(value) in (int, kind) and math.isfinite(value)
+            if not number or not fits(value):
+                raise UsageError(f"sets {name!r} to {value!r}; it must be {wanted}.")
+            defaults[name] = value
+    return defaults
+
+
+def _text(table: Mapping[str, Any], key: str) -> str | None:
+    value = table.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"sets {key!r} to {value!r}; it must be a text.")
+    return value
+
+
+def _variables(body: str) -> set[str]:
+    try:
+        return meta.find_undeclared_variables(_environment().parse(body))
+    except TemplateSyntaxError as error:
+        raise UsageError(f"has a body that isn't Jinja, at its line {error.lineno}: {_line(error)}.") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja without a loader and without globals: a body sees its variables and nothing else."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.clear()
+    return environment
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _offer(wrong: str, known: list[str], words: str, none: str = "there are none.") -> str:
+    """What there is instead, the closest ones where some are close."""
+    if not known:
+        return none
+    if close := get_close_matches(wrong, known, n=3, cutoff=0.6):
+        return f"did you mean {' or '.join(close)}?"
+    return f"{words}: {', '.join(known)}."
