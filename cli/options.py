@@ -310,6 +310,24 @@ Stop = Annotated[
     ),
 ]
 
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        "--json-schema",
+        metavar="FILE|JSON",
+        rich_help_panel=_OUTPUT,
+        help="Hold the answer to a JSON schema: a file of it, or the schema itself.",
+    ),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option(
+        "--regex",
+        metavar="PATTERN",
+        rich_help_panel=_OUTPUT,
+        help="Hold the whole answer to a regular expression.",
+    ),
+]
 PromptCache = Annotated[
     str | None,
     typer.Option(

@@ -69,6 +69,8 @@ def run(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
     prompt_cache: options.PromptCache = None,
     no_stream: options.NoStream = False,
     as_json: options.Json = False,
@@ -114,6 +116,7 @@ def run(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        **_held(json_schema, regex),
     }
     loading: dict[str, Any] = {
         "drafter": drafter,
@@ -158,6 +161,16 @@ def run(
 def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
     """A setting gives way to what contradicts it on the command line; two flags there are refused."""
     return given(ctx, to) and not given(ctx, name)
+
+
+def _held(json_schema: str | None, regex: str | None) -> Options:
+    """What the answer is held to, checked before a model is loaded."""
+    if json_schema is None and regex is None:
+        return {}
+    from longspec.grammar import grammar_of
+
+    grammar_of(json_schema, regex)
+    return {"json_schema": json_schema, "regex": regex}
 
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
