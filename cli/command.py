@@ -16,7 +16,7 @@ from longspec.cli.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "origin"]
 
-_COMMAND_LINE_ONLY = {"context", "file", "prompt_cache", "wheel"}
+_COMMAND_LINE_ONLY = {"context", "file", "json_schema", "prompt_cache", "regex", "wheel"}
 """Belong to one call: neither the environment nor config.toml sets them."""
 
 _ORIGINS = "longspec.settings"

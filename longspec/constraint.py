@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
 from torch import Tensor
 
-from longspec.errors import LongspecError
+from longspec.errors import LongspecError, UsageError
 from longspec.grammar import LIMITS
 from longspec.text import Vocabulary
 from longspec.types import Draft
@@ -33,14 +34,17 @@ class Constraint:
         tokenizer = _TOKENIZERS.get(vocabulary)
         if tokenizer is None:
             _TOKENIZERS[vocabulary] = tokenizer = _tokenizer(vocabulary, size, end_tokens)
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        self._fresh = lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        self._matcher = self._fresh()
+        self._taken: list[int] = []
         self._end_tokens = list(end_tokens)
-        self._check()
+        if self._matcher.is_error():
+            raise UsageError(f"The grammar can't be used with this model: {self._matcher.get_error().splitlines()[0]}")
 
     def take(self, token: int) -> bool:
         """The text has one more token: whether the grammar can't go on behind it."""
-        taken = self._matcher.try_consume_tokens([token])
-        return not taken or self._matcher.is_stopped()
+        self._taken.append(token)
+        return not self._matcher.try_consume_tokens([token]) or self._matcher.is_stopped()
 
     def mask(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         """Logits [r, V] with -inf for what can't follow the text and each of r paths.
@@ -48,13 +52,11 @@ class Constraint:
         A path that is forbidden itself stays open: nothing gets to its end.
         """
         allowed = np.ones((len(paths), logits.shape[1]), dtype=np.uint8)
-        for row, good in zip(allowed, self._along(paths), strict=True):
+        for row, path, good in zip(allowed, paths, self._along(paths), strict=True):
             if good:
-                bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-                row[:] = np.unpackbits(bits, count=len(row), bitorder="little")
-                if not row.any():  # the vocabulary has no way to go on: better an end than any token
+                row[:] = np.unpackbits(self._bits(path), count=len(row), bitorder="little")
+                if not row.any():  # no token leads on, though the grammar does: better an end than any token
                     row[self._end_tokens] = 1
-        self._check()
         return logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), float("-inf"))
 
     def forced(self, limit: int) -> list[int]:
@@ -112,10 +114,19 @@ class Constraint:
         if at:
             self._matcher.rollback(len(at))
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = self._matcher.get_error().splitlines()[0].rstrip(".")
+    def _bits(self, path: Sequence[int]) -> NDArray[np.uint8]:
+        """One for each token that may follow the path, at whose end the matcher stands."""
+        matcher = self._matcher
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        if not matcher.is_error():
+            return bits
+        # An error stays with a matcher, and this one may be only in a draft: another one goes on.
+        self._matcher = self._fresh()
+        self._matcher.try_consume_tokens([*self._taken, *path])
+        reason = matcher.get_error().splitlines()[0].rstrip(".")
+        if not reason.startswith("NoExtension"):
             raise LongspecError(f"The answer can't be held to its grammar any longer ({reason}); make it simpler.")
+        return np.zeros_like(bits)
 
 
 class _Pieces:

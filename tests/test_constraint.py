@@ -1,4 +1,4 @@
-"""Answers held to a JSON schema or a regular expression: what is written, how it ends, and that bets don't change it."""
+"""Answers held to a JSON schema or a regular expression: what is written, how it ends, and that bets change nothing."""
 
 from __future__ import annotations
 
@@ -115,6 +115,17 @@ def test_a_vocabulary_without_a_way_on_ends_the_answer(llama: Model) -> None:
         finish(made, [session])
         assert session.text == "ab"
         assert session.finish_reason == "stop"
+
+
+def test_a_dead_end_in_a_draft_is_not_the_texts() -> None:
+    rule = constraint("[ab]+ é!|x")
+    for _ in range(2):
+        logits = rule.mask(torch.zeros(3, 99), [[], ids("a"), ids("x")])
+        assert [[i for i in range(99) if row[i] == 0] for row in logits] == [ids("abx"), ids("ab"), [2]]
+    rule = constraint("ab é!|x")
+    for _ in range(2):
+        logits = rule.mask(torch.zeros(3, 99), [[], ids("ab"), ids("x")])
+        assert [[i for i in range(99) if row[i] == 0] for row in logits] == [ids("ax"), [2], [2]]
 
 
 def test_a_draft_loses_what_is_forbidden() -> None:
