@@ -138,12 +138,12 @@ class _Pieces:
         self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None] + [size]
         self.eos_token_id = end_tokens[0] if end_tokens else size
         self.bos_token_id = None
-        self._vocabulary = vocabulary
+        self._cut = vocabulary.tokenizer  # not the vocabulary, which the cache of tries is to let go
         self._by_piece = {piece: token for token, piece in enumerate(self.tokens) if piece}
         self._longest = max(map(len, self._by_piece), default=0)
 
     def __call__(self, data: bytes) -> list[int]:
-        tokens = self._vocabulary.encode(data.decode(errors="replace"), add_special=False)
+        tokens: list[int] = self._cut.encode(data.decode(errors="replace"), add_special_tokens=False).ids
         if b"".join(self.tokens[token] for token in tokens) == data:
             return tokens
         # A tokenizer that puts a space before every text: the longest pieces instead, as far as there are any.
