@@ -7,7 +7,8 @@ text is the same whatever is drafted: pruning a draft and adding to it changes h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,7 +35,7 @@ class Constraint:
         tokenizer = _TOKENIZERS.get(vocabulary)
         if tokenizer is None:
             _TOKENIZERS[vocabulary] = tokenizer = _tokenizer(vocabulary, size, end_tokens)
-        self._fresh = lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        self._fresh: Callable[[], LLMatcher] = partial(LLMatcher, tokenizer, grammar, log_level=0, limits=LIMITS)
         self._matcher = self._fresh()
         self._taken: list[int] = []
         self._end_tokens = list(end_tokens)

@@ -110,8 +110,8 @@ def test_what_is_forced_is_drafted_and_kept(llama: Model) -> None:
 
 def test_a_vocabulary_without_a_way_on_ends_the_answer(llama: Model) -> None:
     for drafter in ("none", "ngram"):
-        session = engine(llama, drafter).open("What?", raw=True, regex="ab é!")  # it has neither space nor é
         made = engine(llama, drafter)
+        session = made.open("What?", raw=True, regex="ab é!")  # it has neither space nor é
         finish(made, [session])
         assert session.text == "ab"
         assert session.finish_reason == "stop"
