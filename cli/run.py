@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from longspec.cli import BEGAN, options, precedence, prompts
+from longspec.cli import BEGAN, held, options, precedence, prompts
 from longspec.cli.call import Call, make_form
 from longspec.cli.lines import answer_lines
 from longspec.cli.outfile import OutputFile
@@ -76,6 +76,8 @@ def run(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: held.JsonSchema = None,
+    regex: held.Regex = None,
     prompt_cache: options.PromptCache = None,
     output: options.OutputFile = None,
     no_stream: options.NoStream = False,
@@ -99,6 +101,7 @@ def run(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        **held.checked(json_schema, regex),
     }
     loading = {
         "drafter": drafter,

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Unpack
 
 import torch
-from torch import Tensor
 
 from longspec import costs
 from longspec.answer import Answer, memory, speculation, timing, usage
 from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
+from longspec.constraint import Constraint
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
 from longspec.controls import place
@@ -29,13 +29,14 @@ from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed, choosing, entropies_of, run
+from longspec.feed import Feed, choices_of, choosing, entropies_of, run
 from longspec.goodput import Goodput
+from longspec.grammar import grammar_of
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 from longspec.options import Options, asked, check, drafters, kind, most_tokens
 from longspec.resume import keep, resume
-from longspec.sampling import Sampling, choose, likeliest
+from longspec.sampling import Sampling, likeliest
 from longspec.schedule import WIDTH, Schedule
 from longspec.session import Session
 from longspec.text import Prompt, Transcript, Vocabulary, encode
@@ -236,6 +237,9 @@ class Engine:
         decoder, sampling = self.model.decoder, self._sampling(options)
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
+        grammar, constraint = grammar_of(options.get("json_schema"), options.get("regex")), None
+        if grammar is not None:
+            constraint = Constraint(grammar, self.model.vocabulary, decoder.config.vocabulary, self.model.end_tokens)
         stop = options.get("stop", ())
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
@@ -248,6 +252,7 @@ class Engine:
             key=options.get("key", ""),
             sampling=sampling,
             end_tokens=self.model.end_tokens,
+            constraint=constraint,
             limit=limit,
             long=long,
             cache_name=self.cache_name,
@@ -288,14 +293,19 @@ class Engine:
 
         reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
         """
-        bets = self.control.bets(sessions, [min(self.draft_tokens, session.room - 1) for session in sessions])
-        drafts, draft_seconds = self._drafts(sessions, bets)
+        rooms = [min(self.draft_tokens, session.room - 1) for session in sessions]
+        guides = [session.constraint if self.drafter_name != "none" else None for session in sessions]
+        forced = [guide.forced(room) if guide else [] for guide, room in zip(guides, rooms, strict=True)]
+        bets = self.control.bets(sessions, [room - len(ahead) for room, ahead in zip(rooms, forced, strict=True)])
+        own, draft_seconds = self._drafts(sessions, bets, forced)
+        parts = zip(guides, own, forced, rooms, strict=True)
+        drafts = [guide.extend(draft, ahead, room) if guide else draft for guide, draft, ahead, room in parts]
         began = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunk = [] if reading is None else [self._chunk(reading, stop)]
         rows, hidden = run([*feeds, *chunk], self.model.decoder)
         logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
-        chosen = self._choices(feeds, logits)
+        chosen = choices_of(feeds, logits)
         wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
         successors = likeliest(logits, wanted).tolist() if wanted else []
         entropies: Sequence[list[float] | None] = [None] * len(feeds)
@@ -303,7 +313,8 @@ class Engine:
             entropies = entropies_of(feeds, logits)
         pass_seconds, staged = perf_counter() - began, sum(len(feed.tokens) for feed in feeds)
         commits, outcomes = [], []
-        for feed, bet, draft, choices, entropy in zip(feeds, bets, drafts, chosen, entropies, strict=True):
+        each = zip(feeds, bets, own, forced, chosen, entropies, strict=True)
+        for feed, bet, draft, ahead, choices, entropy in each:
             session = feed.session
             verdict = verify(feed.draft, feed.parents, choices)
             if successors:
@@ -316,7 +327,8 @@ class Engine:
             for drafter in self.drafters.values():
                 drafter.observe(session, commits[-1], verdict)
             last = verdict.kept[-1] + 1 if verdict.kept else 0
-            outcomes.append(Outcome(session, bet, draft, verdict.kept, None if entropy is None else entropy[last]))
+            kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
+            outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
         for feed in chunk:
             self._fed(feed)
         self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
@@ -348,17 +360,21 @@ class Engine:
                 session.notes.append(str(error))
         session.prefilled = perf_counter()
 
-    def _drafts(self, sessions: Sequence[Session], bets: Sequence[Bet]) -> tuple[list[Draft], dict[str, float]]:
-        """Each session's draft by its bet, and the seconds of every drafter that was asked."""
+    def _drafts(
+        self, sessions: Sequence[Session], bets: Sequence[Bet], forced: Sequence[Sequence[int]]
+    ) -> tuple[list[Draft], dict[str, float]]:
+        """Each session's draft by its bet, behind what is forced, and the seconds of every drafter that was asked."""
         drafts, seconds = [Draft.chain(()) for _ in sessions], {}
         for name, drafter in self.drafters.items():
             asked = [i for i, bet in enumerate(bets) if bet.drafter == name and bet.limit > 0]
             if asked:
                 began = perf_counter()
-                made = drafter.propose([sessions[i] for i in asked], [bets[i].limit for i in asked])
+                ahead = [forced[i] for i in asked]
+                made = drafter.propose([sessions[i] for i in asked], [bets[i].limit for i in asked], ahead)
                 seconds[name] = perf_counter() - began
                 for i, draft in zip(asked, made, strict=True):
-                    drafts[i] = draft
+                    constraint = sessions[i].constraint
+                    drafts[i] = constraint.prune(draft, forced[i]) if constraint else draft
         return self.control.trim(bets, drafts), seconds
 
     def answer(self, session: Session, began: float | None = None) -> Answer:
@@ -378,19 +394,6 @@ class Engine:
             timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder.nbytes, self.plan),
         )
-
-    def _choices(self, feeds: Sequence[Feed], logits: Tensor) -> list[list[int]]:
-        """The target's choice after every choosing row, feed by feed: one copy to the host."""
-        chosen, start = [], 0
-        for feed in feeds:
-            session, end = feed.session, start + feed.choosing
-            sampling = session.sampling
-            keys = [] if sampling.is_greedy else session.noise_keys(feed.depths)
-            contexts = [session.seen.union(path) for path in feed.paths()] if sampling.penalises else None
-            chosen.append(choose(logits[start:end], sampling, keys, contexts))
-            start = end
-        flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
-        return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _sampling(self, options: Options) -> Sampling:
         return Sampling.over(self.model.defaults, asked(options))

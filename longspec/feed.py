@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from longspec.cache.stage import Stage
 from longspec.model.decoder import Chunk, Decoder, Rows
+from longspec.sampling import choose
 from longspec.session import Session
 from longspec.types import Begun, Draft
 
-__all__ = ["Feed", "choosing", "entropies_of", "run"]
+__all__ = ["Feed", "choices_of", "choosing", "entropies_of", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,22 @@ def choosing(hidden: Tensor, rows: Rows, feeds: Sequence[Feed]) -> Tensor:
     if all(len(feed.lacking) == 1 for feed in feeds):
         return hidden[: spans[-1].at.stop]
     return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(spans, feeds, strict=True)])
+
+
+def choices_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[int]]:
+    """The target's choice after every choosing row, feed by feed: one copy to the host."""
+    chosen, start = [], 0
+    for feed in feeds:
+        session, end = feed.session, start + feed.choosing
+        rows, sampling = logits[start:end], session.sampling
+        if session.constraint is not None:
+            rows = session.constraint.mask(rows, feed.paths())
+        keys = [] if sampling.is_greedy else session.noise_keys(feed.depths)
+        contexts = [session.seen.union(path) for path in feed.paths()] if sampling.penalises else None
+        chosen.append(choose(rows, sampling, keys, contexts))
+        start = end
+    flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
+    return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:

@@ -5,7 +5,7 @@ Takes options as they were given; loads nothing, so that what is wrong is said b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int | None
+    json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
+    regex: str | None  # or a regular expression, for the whole of it
 
 
 def kind(cache: str, all_rows: bool) -> str:

@@ -13,6 +13,7 @@ from time import perf_counter
 from torch import Tensor
 
 from longspec.cache.stage import Cache
+from longspec.constraint import Constraint
 from longspec.sampling import Sampling, noise_key, rank
 from longspec.text import Transcript
 from longspec.types import Commit, FinishReason, Stats, Verdict
@@ -25,6 +26,7 @@ class Session:
 
     key: names the session in the noise of its sampling: the same seed and key give the same text.
     limit: the most tokens that prompt and answer may have together.
+    constraint: the grammar that the answer is held to.
     long: the text is planned beyond a longrope model's first context.
     cache_name: what kind the cache is; another one from where a memory budget made it smaller.
     began: when the work on it began, on `perf_counter`'s clock.
@@ -39,6 +41,7 @@ class Session:
         key: str,
         sampling: Sampling,
         end_tokens: Sequence[int],
+        constraint: Constraint | None = None,
         limit: int,
         long: bool = False,
         cache_name: str = "dense",
@@ -65,6 +68,7 @@ class Session:
         self.prefilled: float | None = None  # when the prompt was in the cache
         self.first_token: float | None = None  # when the first token was committed
         self.last_token: float | None = None
+        self.constraint = constraint
         self._transcript = transcript
         self._end_tokens = frozenset(end_tokens)
 
@@ -89,6 +93,8 @@ class Session:
 
     def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
         """As `longspec.types.Writing.rank` says."""
+        if self.constraint is not None:
+            logits = self.constraint.mask(logits, paths)
         keys = [] if self.sampling.is_greedy else self.noise_keys([len(path) for path in paths])
         contexts = [self.seen.union(path) for path in paths] if self.sampling.penalises else None
         return rank(logits, self.sampling, keys, contexts, count)
@@ -107,6 +113,9 @@ class Session:
             if self._transcript.stopped:
                 self.finish_reason = "stop"
                 del self.tokens[self.prompt_length + self._transcript.kept :]
+                break
+            if self.constraint is not None and self.constraint.take(token):
+                self.finish_reason = "stop"
                 break
             if self.room == 0:
                 self.finish_reason = "length"

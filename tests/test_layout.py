@@ -18,9 +18,9 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 # A module imports from stages above its own and, within a package, from its own package. Every module has a place here.
 STAGES = [
     ["errors", "prompts", "types"],
-    ["machine"],
+    ["grammar", "machine"],
     ["native", "sampling", "template", "text", "tree", "verify"],
-    ["cache"],
+    ["cache", "constraint"],
     ["attention"],
     ["model"],
     ["drafters"],

@@ -1,0 +1,89 @@
+"""What an answer is held to: a JSON schema or a regular expression, as a grammar that has been checked.
+
+Takes what a user gave and gives llguidance's text of it; knows no model and no tokens, so that what is wrong is said
+before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from longspec.errors import UsageError
+
+__all__ = ["LIMITS", "MOST_BYTES", "grammar_of"]
+
+MOST_BYTES = 1 << 20
+"""Of a schema or an expression: a stranger's file is not read further."""
+
+LIMITS = LLParserLimits(verbose_errors=False)
+"""The library's own bounds on grammar, lexer and parser; the text that was written is kept out of its errors."""
+
+# One spelling, json.dumps's own. Free white space would let a small model write blanks for ever, and leave nothing
+# between two values to be forced.
+_SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex: str | None = None) -> str | None:
+    """The grammar of a schema (a table, its JSON, or a file that holds it) or of an expression; None for neither.
+
+    A text that begins with a brace is JSON, another one names a file.
+
+    Raises:
+        UsageError: both are given, one is too large, or it can't be read or compiled.
+    """
+    if json_schema is None and regex is None:
+        return None
+    if json_schema is not None and regex is not None:
+        raise UsageError("A JSON schema and a regular expression are both given; an answer is held to one of them.")
+    if regex is not None:
+        if len(regex) > MOST_BYTES:
+            raise UsageError(f"The regular expression has {len(regex):,} characters; at most {MOST_BYTES:,} are read.")
+        return _checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
+    assert json_schema is not None
+    text = json_schema if isinstance(json_schema, str | Path) else json.dumps(dict(json_schema))
+    if isinstance(text, Path) or not text.lstrip().startswith("{"):
+        text = _read(Path(text))
+    if len(text.encode(errors="replace")) > MOST_BYTES:
+        raise UsageError(f"The JSON schema is larger than the {MOST_BYTES:,} bytes that are read; make it smaller.")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"The JSON schema is not JSON ({_reason(str(error))}).") from None
+    if not isinstance(schema, dict):
+        raise UsageError("The JSON schema is not a JSON object; write it in braces.")
+    schema.pop("x-guidance", None)  # the library's switches, which a schema from elsewhere must not move
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPELLING)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"The JSON schema can't be used: {_reason(str(error))}.") from None
+    return _checked(grammar, "The JSON schema")
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"The JSON schema {path} can't be read: {error.strerror or error}.") from None
+    except ValueError:
+        raise UsageError(f"The JSON schema {path} isn't UTF-8 text; give a file of JSON, or JSON itself.") from None
+
+
+def _checked(grammar: str, what: str) -> str:
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    if wrong:
+        raise UsageError(f"{what} can't be used: {_reason(messages[0])}.")
+    return grammar
+
+
+def _reason(message: str) -> str:
+    """One line of the library's words: that of a regular expression's error says what, the others show where."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason is given"]
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return reason.rstrip(".")
