@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from longspec import __version__
 from longspec.batch.about import About, write_json
-from longspec.batch.inputs import FORMATS, Input, open_input
+from longspec.batch.inputs import Input, open_input
 from longspec.batch.marks import fresh
 from longspec.batch.output import Output
-from longspec.batch.records import line
 from longspec.batch.requests import Fault, Item
 from longspec.cli import BEGAN, options, signals
+from longspec.cli import batch_options as own
 from longspec.cli.command import given
+from longspec.cli.loop import Loop
 from longspec.cli.progress import Progress
 from longspec.cli.prompt import checked
-from longspec.errors import LongspecError, UsageError
+from longspec.errors import UsageError
 
 if TYPE_CHECKING:
-    from longspec.batch.job import Job, Result
-    from longspec.batch.tally import Tally
     from longspec.engine import Engine
     from longspec.options import Options
 
@@ -48,141 +47,24 @@ The same command again goes on where it ended. A line that can't be answered bec
 Exit code 1 says that there are such lines, 130 that it was interrupted.
 """
 
-_FILES = "Input and output"
-_DRAIN_SECONDS = 5.0
-_DRAW_SECONDS = 0.2
-_NOTE_SECONDS = 60.0
 _UNKNOWN_NOTES = 8
-
-Inputs = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="IN...",
-        rich_help_panel=_FILES,
-        help="A file of prompts (.jsonl, .csv, .tsv, .txt), - for standard input, or many files of one prompt each.",
-    ),
-]
-OutputFile = Annotated[
-    str,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="OUT",
-        rich_help_panel=_FILES,
-        help="Where the answers go, one line of JSON each. What is there is gone on with.",
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        rich_help_panel=_FILES,
-        help=f"What IN is, if its name and first line don't tell: {', '.join(FORMATS)}.",
-    ),
-]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        metavar="TEXT",
-        rich_help_panel=_FILES,
-        help="The prompt of each record, with its fields in braces: a column, a key, {text} of a line or a file, {path}.",
-    ),
-]
-FilesFrom = Annotated[
-    str | None,
-    typer.Option(
-        "--files-from",
-        metavar="LIST",
-        rich_help_panel=_FILES,
-        help="Read the names of files of one prompt each from LIST, or from standard input (-).",
-    ),
-]
-Null = Annotated[
-    bool,
-    typer.Option("--null/--no-null", "-0", rich_help_panel=_FILES, help="The names in LIST end with NUL."),
-]
-InOrder = Annotated[
-    bool,
-    typer.Option(
-        "--in-order/--no-in-order",
-        rich_help_panel=_FILES,
-        help="Write answers in the order of the input, not as they finish.",
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        metavar="N",
-        parser=options.whole(1),
-        rich_help_panel=_FILES,
-        help="Take the first N records of the input only.",
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        metavar="N",
-        parser=options.whole(1),
-        rich_help_panel=_FILES,
-        help="Write N texts side by side; 16 if left out. The answers don't depend on it.",
-    ),
-]
-MaxErrors = Annotated[
-    int | None,
-    typer.Option(
-        "--max-errors",
-        metavar="N",
-        parser=options.whole(0),
-        rich_help_panel=_FILES,
-        help="Give up when more than N lines have failed.",
-    ),
-]
-RetryErrors = Annotated[
-    bool,
-    typer.Option(
-        "--retry-errors/--no-retry-errors",
-        rich_help_panel=_FILES,
-        help="Take the errors out of OUT and try those lines again.",
-    ),
-]
-ContinueAnyway = Annotated[
-    bool,
-    typer.Option(
-        "--continue-anyway/--no-continue-anyway",
-        rich_help_panel=_FILES,
-        help="Go on in OUT although it was begun with another input, model or setting.",
-    ),
-]
-Summary = Annotated[
-    str | None,
-    typer.Option(
-        "--summary",
-        metavar="FILE",
-        rich_help_panel=_FILES,
-        help="Write what the run did, in numbers, to FILE as JSON.",
-    ),
-]
 
 
 def batch(
     ctx: typer.Context,
-    output: OutputFile,
-    inputs: Inputs = None,
-    files_from: FilesFrom = None,
-    null: Null = False,
-    form: Format = None,
-    template: Template = None,
-    in_order: InOrder = False,
-    limit: Limit = None,
-    batch_size: BatchSize = None,
-    max_errors: MaxErrors = None,
-    retry_errors: RetryErrors = False,
-    continue_anyway: ContinueAnyway = False,
-    summary: Summary = None,
+    output: own.OutputFile,
+    inputs: own.Inputs = None,
+    files_from: own.FilesFrom = None,
+    null: own.Null = False,
+    form: own.Format = None,
+    template: own.Template = None,
+    in_order: own.InOrder = False,
+    limit: own.Limit = None,
+    batch_size: own.BatchSize = None,
+    max_errors: own.MaxErrors = None,
+    retry_errors: own.RetryErrors = False,
+    continue_anyway: own.ContinueAnyway = False,
+    summary: own.Summary = None,
     system: options.System = None,
     raw: options.Raw = False,
     model: options.Model = "smollm2",
@@ -213,7 +95,16 @@ def batch(
     A line of the input is an object with `prompt` or `messages`, and with `id` and options of its own if it likes.
     """
     if raw and system:
-        raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
+        if not given(ctx, "raw"):  # a setting gives way to what contradicts it on the command line
+            raw = False
+        elif not given(ctx, "system"):
+            system = None
+        else:
+            raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
+    if num_speculative_tokens is not None and drafter == "none":
+        if given(ctx, "drafter") == given(ctx, "num_speculative_tokens"):
+            raise UsageError("--num-speculative-tokens has no effect with --drafter none; leave one out.")
+        num_speculative_tokens = None
     if retry_errors and in_order:
         raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
     if temperature == 0 and given(ctx, "temperature"):  # greedy: what settings say of sampling gives way
@@ -248,8 +139,11 @@ def batch(
     if num_speculative_tokens is not None:
         loading["num_speculative_tokens"] = num_speculative_tokens
     width = _width(batch_size, memory)
-    source = open_input(inputs or [], form=form, template=template, files_from=files_from, null=null)
-    with Progress(model, quiet=quiet) as progress, Output(Path(output)) as out:
+    with (
+        open_input(inputs or [], form=form, template=template, files_from=files_from, null=null) as source,
+        Progress(model, quiet=quiet) as progress,
+        Output(Path(output)) as out,
+    ):
         for name in [*(inputs or []), *filter(None, [files_from, summary])]:
             if out.is_same(name):
                 raise UsageError(f"{name} is the output too; name another one with -o.")
@@ -265,6 +159,12 @@ def batch(
         about.check(settings)
         progress.report("reading what is there")
         finished, failed = out.finished(retry_errors=retry_errors)
+        records = _noted(fresh(islice(source.records, limit), finished), progress)
+        first = next(records, None)
+        if first is None:
+            progress.say(f"nothing is left to do: {len(finished):,} lines are in {out.path}")
+            _summarise(summary, len(finished), failed)
+            raise typer.Exit(1 if failed else 0)
         engine = _load(model, loading, progress)
         if engine.plan is not None:
             progress.say(str(engine.plan))
@@ -274,13 +174,13 @@ def batch(
         from longspec.batch.job import Job
         from longspec.batch.tally import Tally
 
-        records = _noted(fresh(islice(source.records, limit), finished), progress)
-        job = Job(engine, records, writing, width, in_order=in_order)
+        job = Job(engine, chain((first,), records), writing, width, in_order=in_order)
         tally = Tally(len(finished), failed)
-        run = _Run(job, out, tally, progress, max_errors, _left(source, limit, len(finished)), source.format == "openai")
+        left = _left(source, limit, len(finished))
+        loop = Loop(job, out, tally, progress, max_errors, left, openai=source.format == "openai")
         complete = False
         try:
-            run.go()
+            loop.go()
             complete = True
         finally:
             progress.stop()
@@ -292,17 +192,26 @@ def batch(
         raise typer.Exit(1)
 
 
-def _width(batch_size: int | None, memory: object) -> int:
-    """Texts at a time. A memory plan is made for one text: the one place to change when it can be made for several."""
-    from longspec.schedule import WIDTH
+def _width(batch_size: int | None, memory: object) -> int | None:
+    """Texts at a time; None is the job's default.
 
+    A memory plan is made for one text: the one place to change once it can be made for several.
+    """
     if memory is None:
-        return batch_size or WIDTH
+        return batch_size
     if batch_size not in (None, 1):
         raise UsageError(
             f"--memory is planned for one text at a time, and --batch-size is {batch_size}; leave one of them out."
         )
     return 1
+
+
+def _summarise(summary: str | None, finished: int, failed: int) -> None:
+    """The summary of a run that had nothing to do."""
+    if summary is not None:
+        from longspec.batch.tally import Tally
+
+        write_json(Path(summary), {"complete": True, **Tally(finished, failed).report("none")})
 
 
 def _left(source: Input, limit: int | None, finished: int) -> int:
@@ -332,12 +241,12 @@ def _identity(engine: Engine) -> dict[str, str]:
     """What else makes an answer what it is, in the words of an error."""
     from longspec.model.identity import identity
 
-    own = identity(engine.model)
+    made = identity(engine.model)
     return {
-        "weights": own["model"],
-        "tokenizer": own["tokenizer"],
-        "dtype": own["dtype"],
-        "strictness": own["strictness"],
+        "weights": made["model"],
+        "tokenizer": made["tokenizer"],
+        "dtype": made["dtype"],
+        "strictness": made["strictness"],
         "cache": engine.cache_name,
     }
 
@@ -351,74 +260,3 @@ def _noted(records: Iterator[Item | Fault], progress: Progress) -> Iterator[Item
                 named.add(field)
                 progress.say(f"the field {field[:100]!r} is left aside, first in record {record.index + 1}")
         yield record
-
-
-class _Run:
-    """The loop around a job: results to the file, figures to the eye, signals to an orderly end."""
-
-    def __init__(
-        self, job: Job, out: Output, tally: Tally, progress: Progress, max_errors: int | None, left: int, openai: bool
-    ) -> None:
-        self.job = job
-        self.out = out
-        self.tally = tally
-        self.progress = progress
-        self.max_errors = max_errors
-        self.left = left
-        self.openai = openai
-        self._drawn = self._noted = perf_counter()
-
-    def go(self) -> None:
-        """Raises Interrupted once what could be finished is finished."""
-        whole = True  # no pass was left half done
-        try:
-            while self.job.admitting or self.job.running:
-                for result in self.job.admit():
-                    self._write(result)
-                with signals.deferred():
-                    whole = False
-                    results = self.job.step()
-                    whole = True
-                    for result in results:
-                        self._keep(result)
-                self._check_errors()
-                self._show()
-        except signals.Interrupted:
-            if whole:
-                signals.answer()
-                self._drain()
-            raise
-
-    def _drain(self) -> None:
-        """Finish what is running, for a few seconds; another signal ends that at once."""
-        end = perf_counter() + _DRAIN_SECONDS
-        self.job.close()
-        if self.job.running:
-            self.progress.say(f"finishing {self.job.running} texts, for at most {_DRAIN_SECONDS:.0f} s; again to stop now")
-        while self.job.running and perf_counter() < end:
-            for result in self.job.step():
-                self._write(result)
-
-    def _write(self, result: Result) -> None:
-        with signals.deferred():
-            self._keep(result)
-
-    def _keep(self, result: Result) -> None:
-        self.out.write(line(result, openai=self.openai))
-        self.tally.add(result)
-
-    def _check_errors(self) -> None:
-        if self.max_errors is not None and self.tally.failed > self.max_errors:
-            raise LongspecError(
-                f"{self.tally.failed:,} lines failed, and --max-errors is {self.max_errors:,}; {self.out.path} says why "
-                "of each, and the same command goes on from there."
-            )
-
-    def _show(self) -> None:
-        now = perf_counter()
-        if self.progress.drawn and now - self._drawn > _DRAW_SECONDS:
-            self._drawn = now
-            self.progress.report(self.tally.stage(self.job.tokens), self.tally.done, self.left)
-        elif not self.progress.drawn and now - self._noted > _NOTE_SECONDS:
-            self._noted = now
-            self.progress.say(self.tally.stage(self.job.tokens))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ class Input:
     count: int | None = None  # about how many records there are
 
 
+@contextmanager
 def open_input(
     given: Sequence[str],
     *,
@@ -48,7 +49,7 @@ def open_input(
     template: str | None = None,
     files_from: str | None = None,
     null: bool = False,
-) -> Input:
+) -> Iterator[Input]:
     """One file of records, `-` for standard input, or many files of one prompt each. form: one of FORMATS, if named.
 
     Raises:
@@ -62,9 +63,10 @@ def open_input(
     if files_from is not None:
         if given or form not in (None, "files"):
             raise UsageError("--files-from names the inputs; leave IN and --format out.")
-        file = _opened(files_from)
-        digest, _ = _digest(file)
-        return Input("files", _files(_listed(file, files_from, b"\0" if null else b"\n"), filled), digest)
+        with _opened(files_from) as file:
+            digest, _ = _digest(file)
+            yield Input("files", _files(_listed(file, files_from, b"\0" if null else b"\n"), filled), digest)
+        return
     if not given:
         raise UsageError("There is no input; name a file, - for standard input, or --files-from LIST.")
     if len(given) > 1 and form is None:
@@ -75,14 +77,15 @@ def open_input(
                 "longspec batch -), or give --format files."
             )
     if form == "files" or (form is None and len(given) > 1):
-        return _many(given, filled)
+        yield _many(given, filled)
+        return
     if len(given) > 1:
         raise UsageError(f"--format {form} is for one input, and there are {len(given)}; join them with cat.")
-    return _one(given[0], form, filled)
+    with _opened(given[0]) as file:
+        yield _one(file, given[0], form, filled)
 
 
-def _one(name: str, form: str | None, template: Template | None) -> Input:
-    file = _opened(name)
+def _one(file: BinaryIO, name: str, form: str | None, template: Template | None) -> Input:
     digest, count = _digest(file)
     lines = read_lines(file)
     first = next((line for line in lines if not line.is_blank), None)
@@ -119,11 +122,9 @@ def _told(name: str, first: Line | None) -> str:
 
 def _opened(name: str) -> BinaryIO:
     try:
-        file = open(0 if name == "-" else name, "rb", closefd=name != "-")  # noqa: SIM115  read as long as we live
-        file.peek(1)
+        return open(0 if name == "-" else name, "rb", closefd=name != "-")
     except OSError as error:
         raise UsageError(f"{name} can't be read: {error.strerror}; name a file, or - for standard input.") from error
-    return file
 
 
 def _digest(file: BinaryIO) -> tuple[str | None, int | None]:
@@ -249,7 +250,9 @@ def _listed(file: BinaryIO, name: str, end: bytes) -> Iterator[str]:
         for data in names(file, end):
             yield os.fsdecode(data.removesuffix(b"\r") if end == b"\n" else data)
     except ValueError as wrong:
-        raise UsageError(f"{name} is no list of files: {wrong}; separate them by newlines, or by NUL with -0.") from None
+        raise UsageError(
+            f"{name} is no list of files: {wrong}; separate them by newlines, or by NUL with -0."
+        ) from None
 
 
 def _files(given: Iterator[str], template: Template | None) -> Iterator[Item | Fault]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from longspec.batch.records import Written
 from longspec.batch.requests import Fault, Item, over
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
-from longspec.schedule import Schedule
+from longspec.schedule import WIDTH, Schedule
 
 if TYPE_CHECKING:
     from longspec.engine import Engine
@@ -34,15 +34,16 @@ class Job:
     """defaults: the options of all texts, under their own. in_order: results come as the records did."""
 
     def __init__(
-        self, engine: Engine, records: Iterator[Item | Fault], defaults: Options, width: int, *, in_order: bool = False
+        self, engine: Engine, records: Iterator[Item | Fault], defaults: Options, width: int | None = None, *,
+        in_order: bool = False
     ) -> None:
         self.engine = engine
         self.defaults = defaults
-        self.width = width
+        self.width = width or WIDTH
         self.admitting = True
         self.tokens = 0  # committed so far
         self._records = records
-        self._schedule = Schedule(engine, width)
+        self._schedule = Schedule(engine, self.width)
         self._running: dict[Session, Item] = {}
         self._again: deque[Item] = deque()
         self._order = _Order() if in_order else None
@@ -138,7 +139,12 @@ class _Order:
 
 
 def _fault(item: Item, error: Exception) -> Fault:
-    codes = {ContextError: "context_length", UsageError: "invalid_request", BudgetError: "memory", MemoryError: "memory"}
+    codes = {
+        ContextError: "context_length",
+        UsageError: "invalid_request",
+        BudgetError: "memory",
+        MemoryError: "memory",
+    }
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), "failed")
     said = " ".join(str(error).split()) or type(error).__name__
     return Fault(item.index, item.id, said if len(said) <= 1000 else f"{said[:997]}...", code)

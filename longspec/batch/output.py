@@ -149,14 +149,16 @@ class Output:
             os.close(fd)
             with suppress(OSError):
                 beside.unlink()
-            raise LongspecError(f"{beside} can't be written: {error.strerror}; make room, or leave the errors.") from error
+            raise LongspecError(
+                f"{beside} can't be written: {error.strerror}; make room, or leave the errors."
+            ) from error
         old, self._fd = self._fd, fd
         os.close(old)
         self._size = os.fstat(fd).st_size
 
 
 def _locked(path: Path) -> int:
-    """Its number, open to append. The file may be replaced while it is opened: what counts is what the name leads to."""
+    """Its number, open to append. It may be replaced while it is opened: what counts is what the name leads to."""
     while True:
         try:
             if path.exists() and not path.is_file():

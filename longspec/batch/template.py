@@ -28,7 +28,9 @@ class Template:
         self._parts: list[tuple[str, str | None]] = []
         for literal, name, form, conversion in parts:
             # "{a:b}" and "{a!r}" are Python's business: here the name is all that stands between the braces.
-            whole = name if name is None else name + (f"!{conversion}" if conversion else "") + (f":{form}" * bool(form))
+            whole = (
+                name if name is None else name + (f"!{conversion}" if conversion else "") + (f":{form}" * bool(form))
+            )
             if whole is not None and not whole.strip():
                 raise UsageError(f"The template {text!r} has empty braces; name a field in them, as in {{text}}.")
             self._parts.append((literal, whole))
