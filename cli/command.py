@@ -16,7 +16,10 @@ from longspec.cli.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "origin"]
 
-_COMMAND_LINE_ONLY = {"context", "file", "prompt_cache", "wheel"}
+_COMMAND_LINE_ONLY = {
+    *("context", "file", "prompt_cache", "wheel"),
+    *("continue_anyway", "files_from", "limit", "null", "output", "retry_errors", "summary"),
+}
 """Belong to one call: neither the environment nor config.toml sets them."""
 
 _ORIGINS = "longspec.settings"

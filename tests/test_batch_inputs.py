@@ -313,7 +313,7 @@ def test_marks_are_a_set() -> None:
         numbers.add(number)
     assert len(marks) == len(numbers)
     assert all(number in marks for number in numbers)
-    assert sys.getsizeof(marks._slots) < 16 * len(marks) + 200
+    assert sys.getsizeof(marks._slots) < 22 * len(marks) + 200
 
 
 def test_what_is_finished_is_left_out_and_ids_count_once() -> None:

@@ -1,4 +1,4 @@
-"""Which records are there already, in 8 to 16 bytes each: a set of 64-bit hashes.
+"""Which records are there already, in 11 to 21 bytes each: a set of 64-bit hashes.
 
 Of 20 million ids two fall together with a chance of 1 in 90,000 (n^2 / 2^65); a record whose hash is taken counts as a
 duplicate. A Python set of the ids takes a gigabyte or two.
