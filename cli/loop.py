@@ -23,7 +23,7 @@ _NOTE_SECONDS = 60.0
 
 
 class Loop:
-    """max_errors: with more failed lines it gives up. left: about how many records are to be written, 0 if nobody knows.
+    """max_errors: with more failed lines it gives up. left: about how many records are to come, 0 if nobody knows.
     openai: lines are written in OpenAI's format.
     """
 

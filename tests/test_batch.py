@@ -122,7 +122,8 @@ def test_openai_in_openai_out(tiny: str, home: Path) -> None:
     a, b, c = sorted(lines(out), key=lambda line: str(line["custom_id"]))
     assert a["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     assert a["response"]["body"]["usage"]["completion_tokens"] == 4
-    assert len(b["response"]["body"]["choices"][0]["text"]) == 3
+    assert b["response"]["body"]["object"] == "text_completion"
+    assert b["response"]["body"]["usage"]["completion_tokens"] == 3
     assert (c["response"], c["error"]["code"]) == (None, "invalid_line")
     before = out.read_bytes()
     assert batch(tiny, source, out) == 1
@@ -183,6 +184,12 @@ def test_too_many_errors(tiny: str, home: Path, capfd: pytest.CaptureFixture[str
     assert "--max-errors is 2" in capfd.readouterr().err
 
 
+def test_memory_is_planned_for_one_text(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = prompts(home / "in.jsonl", 3)
+    assert batch(tiny, source, home / "out", "--memory", "4GiB", "--batch-size", "2") == 2
+    assert "planned for one text at a time" in capfd.readouterr().err
+
+
 # --- ends that nobody asked for
 
 
@@ -222,7 +229,7 @@ def limited(arguments: Sequence[str], home: Path, nbytes: int) -> subprocess.Com
         [*COMMAND, *arguments],
         capture_output=True,
         cwd=ROOT,
-        env=environment(home),
+        env=environment(home, {"LONGSPEC_COMPILER": "none", "PYTHONDONTWRITEBYTECODE": "1"}),
         timeout=SECONDS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes)),
     )
@@ -291,7 +298,12 @@ def test_the_examples_of_the_page(tmp_path: Path) -> None:
     program += page.split("```sh\n")[1].split("```")[0]
     extra = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        ["bash", "-c", program], cwd=tmp_path, env={**os.environ, **extra}, capture_output=True, timeout=300, check=False
+        ["bash", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, **extra},
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     counts = {name: len(lines(tmp_path / f"{name}.jsonl")) for name in ("out", "labels", "files")}

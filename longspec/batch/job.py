@@ -34,8 +34,13 @@ class Job:
     """defaults: the options of all texts, under their own. in_order: results come as the records did."""
 
     def __init__(
-        self, engine: Engine, records: Iterator[Item | Fault], defaults: Options, width: int | None = None, *,
-        in_order: bool = False
+        self,
+        engine: Engine,
+        records: Iterator[Item | Fault],
+        defaults: Options,
+        width: int | None = None,
+        *,
+        in_order: bool = False,
     ) -> None:
         self.engine = engine
         self.defaults = defaults
