@@ -54,6 +54,7 @@ class Loop:
             while self.job.admitting or self.job.running:
                 for result in self.job.admit():
                     self._write(result)
+                    self._check_errors()
                 with signals.deferred():
                     whole = False
                     for result in self.job.step():

@@ -181,7 +181,31 @@ def test_one_process_at_a_time(tiny: str, home: Path, capfd: pytest.CaptureFixtu
 def test_too_many_errors(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (home / "in.jsonl").write_text("broken\n" * 9)
     assert batch(tiny, home / "in.jsonl", home / "out", "--max-errors", "2") == 1
-    assert "--max-errors is 2" in capfd.readouterr().err
+    assert "3 lines failed, and --max-errors is 2" in capfd.readouterr().err
+    assert len(lines(home / "out")) == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--in-order"]])
+def test_a_text_that_breaks_its_pass_breaks_no_other(
+    tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    from longspec.engine import Engine
+
+    source = prompts(home / "in.jsonl", 12)
+    assert batch(tiny, source, home / "whole", *more) == 0
+    step = Engine.step
+
+    def failing(self: Engine, sessions: Sequence[Any], *rest: Any) -> Any:
+        if any(session.key == "n3" and len(session.answer) > 4 for session in sessions):
+            raise RuntimeError("the third is heavy")
+        return step(self, sessions, *rest)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    assert batch(tiny, source, home / "out", *more) == 1
+    read = {line["id"]: line.get("text", line.get("error")) for line in lines(home / "out")}
+    assert read.pop("n3") == {"code": "failed", "message": "the third is heavy"}
+    whole = answers(home / "whole")
+    assert read == {name: text for name, text in whole.items() if name != "n3"}
 
 
 def test_memory_is_planned_for_one_text(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:

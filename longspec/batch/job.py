@@ -73,7 +73,6 @@ class Job:
 
     def step(self) -> list[Result]:
         """One pass; the texts that ended with it."""
-        results: list[Result] = []
         try:
             for _, commit in self._schedule.step():
                 self.tokens += len(commit.tokens)
@@ -86,8 +85,7 @@ class Job:
                 return [*ended, *self._done(_fault(going[0], error))]
             self._again.extend(going)
             return ended
-        results += self._ended()
-        return results
+        return self._ended()
 
     def close(self) -> None:
         """Nothing more is begun: what is running may be finished, by further steps."""
