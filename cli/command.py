@@ -16,8 +16,10 @@ from longspec.cli.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "origin"]
 
-_COMMAND_LINE_ONLY = {"context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex"}
-_COMMAND_LINE_ONLY |= {"template", "wheel"}
+_COMMAND_LINE_ONLY = {
+    *("context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex", "template"),
+    *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
+}
 """Belong to one call: neither the environment nor config.toml sets them."""
 
 _ORIGINS = "longspec.settings"

@@ -1,0 +1,97 @@
+"""What an output was made from, kept beside it as OUT.meta.json: a batch goes on only with what it began with.
+
+What can't change an answer isn't in it: the drafter, how many texts share a pass, threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from longspec.errors import LongspecError, UsageError
+
+__all__ = ["About", "meta_path", "write_json"]
+
+_MOST_NBYTES = 1 << 20
+
+
+def meta_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.meta.json")
+
+
+class About:
+    """What is recorded beside an output, and the check against it.
+
+    anyway: go on although something differs.
+    """
+
+    def __init__(self, output: Path, *, empty: bool, anyway: bool) -> None:
+        self.path = meta_path(output)
+        self.output = output
+        self.anyway = anyway
+        self.mixed = False  # lines of other settings are in the output
+        self.recorded: Mapping[str, Any] | None = None if empty else self._read()
+
+    def check(self, now: Mapping[str, Any]) -> None:
+        """Raises UsageError where what is recorded differs from this, in what both name."""
+        if self.recorded is None:
+            return
+        for name, value in now.items():
+            before = self.recorded.get(name)
+            if before == value or (name == "input" and None in (before, value)):
+                continue
+            if not self.anyway:
+                shown = "" if name in ("input", "weights", "tokenizer") else f" ({_shown(before)}, now {_shown(value)})"
+                raise UsageError(
+                    f"{self.output} was begun with another {name.replace('_', ' ')}{shown}; name another output, or "
+                    "go on in it with --continue-anyway."
+                )
+            self.mixed = True
+
+    def write(self, now: Mapping[str, Any]) -> None:
+        """Record it, unless that is what is recorded."""
+        mixed = self.mixed or bool((self.recorded or {}).get("mixed"))
+        whole = {**now, "mixed": mixed}
+        if whole != self.recorded:
+            write_json(self.path, whole)
+
+    def _read(self) -> Mapping[str, Any] | None:
+        try:
+            with open(self.path, "rb") as file:
+                value = json.loads(file.read(_MOST_NBYTES))
+            if isinstance(value, dict):
+                return value
+        except (OSError, ValueError, RecursionError):
+            pass
+        if self.anyway:
+            self.mixed = True
+            return None
+        raise UsageError(
+            f"{self.output} is there, and {self.path.name} doesn't say what it was made from; name another output, or "
+            "go on in it with --continue-anyway."
+        )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The object is in the file whole, or the file is as it was. LongspecError where it can't be written."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=True, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise LongspecError(f"{path} can't be written: {error.strerror}; make room, or name another output.") from error
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

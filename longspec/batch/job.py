@@ -1,0 +1,153 @@
+"""The texts of a batch on their way: records in, results out, as many texts at a time as one pass shall hold.
+
+Takes an engine and a stream of records; knows no file, no line and no signal. `admit` reads and opens, `step` runs one
+pass. A record that can't be written is a result too. Where a pass itself fails, nobody can say whose fault it was: the
+texts of that pass are written again one at a time (their noise is keyed by their ids, so they are the same texts), and
+the one that fails alone is the fault.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from longspec.batch.records import Written
+from longspec.batch.requests import Fault, Item, over
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+from longspec.schedule import WIDTH, Schedule
+
+if TYPE_CHECKING:
+    from longspec.engine import Engine
+    from longspec.options import Options
+    from longspec.session import Session
+
+__all__ = ["Job", "Result"]
+
+Result = Written | Fault
+
+AHEAD = 4
+"""In order, so many times the texts of a pass may be finished, and wait in memory, behind one that is not."""
+
+
+class Job:
+    """defaults: the options of all texts, under their own. in_order: results come as the records did."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        records: Iterator[Item | Fault],
+        defaults: Options,
+        width: int | None = None,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.defaults = defaults
+        self.width = width or WIDTH
+        self.admitting = True
+        self.tokens = 0  # committed so far
+        self._records = records
+        self._schedule = Schedule(engine, self.width)
+        self._running: dict[Session, Item] = {}
+        self._again: deque[Item] = deque()
+        self._order = _Order() if in_order else None
+
+    @property
+    def running(self) -> int:
+        """How many texts are under way."""
+        return len(self._running) + len(self._again)
+
+    def admit(self) -> Iterator[Result]:
+        """Open as many texts as may begin; what came of those that can't."""
+        while self._again and not self._running:
+            yield from self._open(self._again.popleft())
+        while self.admitting and not self._again and self._schedule.wants and self._has_room:
+            record = next(self._records, None)
+            if record is None:
+                self.admitting = False
+                return
+            if self._order is not None:
+                self._order.expect(record.index)
+            yield from self._done(record) if isinstance(record, Fault) else self._open(record)
+
+    def step(self) -> list[Result]:
+        """One pass; the texts that ended with it."""
+        try:
+            for _, commit in self._schedule.step():
+                self.tokens += len(commit.tokens)
+        except (LongspecError, MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+            ended = self._ended()
+            going = list(self._running.values())
+            self._running.clear()
+            self._schedule = Schedule(self.engine, self.width)
+            if len(going) == 1:
+                return [*ended, *self._done(_fault(going[0], error))]
+            self._again.extend(going)
+            return ended
+        return self._ended()
+
+    def close(self) -> None:
+        """Nothing more is begun: what is running may be finished, by further steps."""
+        self.admitting = False
+        self._again.clear()
+        for session in [session for session in self._running if not session.cache.length and not session.answer]:
+            self._schedule.drop(session)
+            del self._running[session]
+
+    @property
+    def _has_room(self) -> bool:
+        return self._order is None or len(self._order) < AHEAD * self.width
+
+    def _open(self, item: Item) -> list[Result]:
+        try:
+            session = self.engine.open(item.prompt, **over(self.defaults, item))
+        except LongspecError as error:
+            return self._done(_fault(item, error))
+        self._running[session] = item
+        self._schedule.add(session)
+        return []
+
+    def _ended(self) -> list[Result]:
+        results: list[Result] = []
+        for session in [session for session in self._running if session.finish_reason is not None]:
+            item = self._running.pop(session)
+            results += self._done(Written(item, self.engine.answer(session), session.stats))
+        return results
+
+    def _done(self, result: Result) -> list[Result]:
+        return [result] if self._order is None else self._order.put(result)
+
+
+class _Order:
+    """Results on hold until those before them are there."""
+
+    def __init__(self) -> None:
+        self._expected: deque[int] = deque()
+        self._held: dict[int, Result] = {}
+
+    def __len__(self) -> int:
+        return len(self._expected)
+
+    def expect(self, index: int) -> None:
+        self._expected.append(index)
+
+    def put(self, result: Result) -> list[Result]:
+        """What may leave now."""
+        self._held[result.index] = result
+        leaving = []
+        while self._expected and self._expected[0] in self._held:
+            leaving.append(self._held.pop(self._expected.popleft()))
+        return leaving
+
+
+def _fault(item: Item, error: Exception) -> Fault:
+    codes = {
+        ContextError: "context_length",
+        UsageError: "invalid_request",
+        BudgetError: "memory",
+        MemoryError: "memory",
+    }
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), "failed")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return Fault(item.index, item.id, said if len(said) <= 1000 else f"{said[:997]}...", code)

@@ -1,0 +1,181 @@
+"""The output of a batch: lines that are there whole or not at all, in a file that one process at a time may write.
+
+Every line is one write to the end of the file. After a kill the file holds whole lines and at most a part of one behind
+them, which is cut off when the batch goes on. Nothing else of a job's state is kept: what is finished is what stands
+here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from longspec.batch.marks import Marks
+from longspec.batch.records import Past, past
+from longspec.batch.requests import as_object
+from longspec.errors import LongspecError, UsageError
+
+__all__ = ["Output"]
+
+_LINE_NBYTES = 256 << 20
+"""More than the answer of any context; a longer line isn't ours."""
+
+
+class Output:
+    """The file, locked from here on.
+
+    Raises:
+        UsageError: it can't be written, is no file, or another process writes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = _locked(path)
+        self._size = os.fstat(self._fd).st_size
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def is_empty(self) -> bool:
+        return self._size == 0
+
+    def is_same(self, name: str) -> bool:
+        """Whether that name leads here."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), os.stat(name))
+        return False
+
+    def finished(self, *, retry_errors: bool = False) -> tuple[Marks, int]:
+        """What is there already, and how many lines of it are errors; a torn last line is cut off.
+
+        retry_errors: errors are taken out, so that they are tried again.
+
+        Raises:
+            UsageError: a line isn't ours.
+            LongspecError: the disk is full.
+        """
+        marks, failed, whole = Marks(), 0, 0
+        for data, said in self._lines():
+            whole += len(data)
+            if said.failed:
+                failed += 1
+                if retry_errors:
+                    continue
+            marks.add(said.mark)
+        if whole < self._size:
+            os.ftruncate(self._fd, whole)
+            self._size = whole
+        if retry_errors and failed:
+            self._without_errors()
+            failed = 0
+        return marks, failed
+
+    def write(self, line: bytes) -> None:
+        """The line is in the file when this returns, or nothing of it is.
+
+        Raises:
+            LongspecError: it can't be written, or the file was deleted; the batch can go on from what is there.
+        """
+        if os.fstat(self._fd).st_nlink == 0:
+            raise LongspecError(f"{self.path} was deleted while it was being written; run the command again.")
+        error: OSError | None = None
+        try:
+            written = os.write(self._fd, line)
+        except OSError as failed:
+            written, error = 0, failed
+        if written == len(line):
+            self._size += written
+            return
+        with suppress(OSError):
+            os.ftruncate(self._fd, self._size)
+        reason = "no space is left" if error is None else error.strerror
+        raise LongspecError(
+            f"{self.path} can't be written: {reason}; what is in it is whole, and the same command goes on from there."
+        ) from error
+
+    def close(self) -> None:
+        """What was written is on the disk."""
+        with suppress(OSError):
+            os.fsync(self._fd)
+        os.close(self._fd)
+
+    def _lines(self) -> Iterator[tuple[bytes, Past]]:
+        """The whole lines and what they say; a rest without a newline is left out."""
+        with open(self.path, "rb") as file:
+            number = 0
+            while data := file.readline(_LINE_NBYTES):
+                number += 1
+                if not data.endswith(b"\n"):
+                    if len(data) == _LINE_NBYTES:
+                        raise self._foreign(number, f"it has more than {_LINE_NBYTES:,} bytes")
+                    return
+                try:
+                    said = past(as_object(data.decode()))
+                except ValueError as wrong:
+                    raise self._foreign(number, str(wrong)) from None
+                yield data, said
+
+    def _foreign(self, number: int, reason: str) -> UsageError:
+        return UsageError(
+            f"Line {number} of {self.path} wasn't written by longspec batch ({' '.join(reason.split())}); name another "
+            "output, or mend that line."
+        )
+
+    def _without_errors(self) -> None:
+        """A copy that lacks them takes the file's place, locked before it does."""
+        beside = self.path.with_name(f"{self.path.name}.tmp")
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            with open(fd, "ab", closefd=False) as file:
+                for data, said in self._lines():
+                    if not said.failed:
+                        file.write(data)
+            os.fsync(fd)
+            os.replace(beside, self.path)
+        except OSError as error:
+            os.close(fd)
+            with suppress(OSError):
+                beside.unlink()
+            raise LongspecError(
+                f"{beside} can't be written: {error.strerror}; make room, or leave the errors."
+            ) from error
+        old, self._fd = self._fd, fd
+        os.close(old)
+        self._size = os.fstat(fd).st_size
+
+
+def _locked(path: Path) -> int:
+    """Its number, open to append. It may be replaced while it is opened: what counts is what the name leads to."""
+    while True:
+        try:
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} isn't a file; -o names one, since a batch is resumed from what is in it.")
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UsageError(f"{path} can't be written: {error.strerror}; name another output with -o.") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(f"Another process is writing {path}; wait for it, or name another output.") from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(fd)
+            raise UsageError(f"{path} can't be locked: {error.strerror}; name an output on another disk.") from error
+        os.close(fd)

@@ -1,0 +1,80 @@
+"""One line of the output: an answer or an error as an object, and what such an object says when it is read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longspec.batch.marks import DUPLICATE, mark_id, mark_index
+from longspec.batch.openai import response
+from longspec.batch.requests import Fault, Item, checked_id
+
+if TYPE_CHECKING:
+    from longspec.answer import Answer
+    from longspec.types import Stats
+
+__all__ = ["Past", "Written", "line", "past"]
+
+_REQUEST = "batch_req_"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A record and its answer."""
+
+    item: Item
+    answer: Answer
+    stats: Stats
+
+    @property
+    def index(self) -> int:
+        return self.item.index
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a line of an output says of itself."""
+
+    mark: int
+    failed: bool
+
+
+def line(result: Written | Fault, *, openai: bool) -> bytes:
+    """The whole line, in UTF-8."""
+    made = _openai(result) if openai else _plain(result)
+    return json.dumps(made, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def past(record: Mapping[str, Any]) -> Past:
+    """Raises ValueError where it is no line of ours."""
+    error, index = record.get("error"), record.get("index")
+    if "custom_id" in record:
+        name, own = record["custom_id"], str(record.get("id"))
+        index = int(own.removeprefix(_REQUEST)) if own.removeprefix(_REQUEST).isdecimal() else None
+        whole = record.get("response") is not None or error is not None
+    else:
+        name = record.get("id")
+        whole = "text" in record or error is not None
+    if not isinstance(index, int) or not whole or not isinstance(error, dict | None):
+        raise ValueError("it isn't a line of a batch's output")
+    alone = name is None or (error or {}).get("code") == DUPLICATE
+    return Past(mark_index(index) if alone else mark_id(checked_id(name, None, "id")), error is not None)
+
+
+def _plain(result: Written | Fault) -> dict[str, Any]:
+    if isinstance(result, Fault):
+        return {"id": result.id, "index": result.index, "error": _error(result)}
+    return {"id": result.item.id, "index": result.index, **result.answer.report()}
+
+
+def _openai(result: Written | Fault) -> dict[str, Any]:
+    own = {"id": f"{_REQUEST}{result.index}"}
+    if isinstance(result, Fault):
+        return {**own, "custom_id": result.id, "response": None, "error": _error(result)}
+    return {**own, "custom_id": result.item.id, "response": response(result.item, result.answer), "error": None}
+
+
+def _error(fault: Fault) -> dict[str, str]:
+    return {"code": fault.code, "message": fault.reason}
