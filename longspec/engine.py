@@ -31,7 +31,7 @@ from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.feed import Feed, choosing, entropies_of, run
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
-from longspec.resume import keep, resume
+from longspec.resume import keep, resume, take_over
 from longspec.sampling import Sampling, choose
 from longspec.session import Session
 from longspec.text import Prompt, Transcript, Vocabulary, encode
@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
     """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
 
     prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
+    after: Session | None  # a text that is over, whose cache this one takes as far as both begin alike
     system: str | None  # a system message before the prompt
     raw: bool  # the prompt as it is, without the chat template
     key: str  # names the text in the noise of its sampling
@@ -209,7 +210,9 @@ class Engine:
         stop = options.get("stop", ())
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
-        if path is not None:
+        if (after := options.get("after")) is not None:
+            cache = take_over(after, cache, tokens, long=long)
+        if path is not None and not cache.length:
             resume(cache, self.cache_name, self.model, Path(path), tokens, limit=limit, long=long)
         session = Session(
             tokens,
@@ -220,7 +223,7 @@ class Engine:
             end_tokens=self.model.end_tokens,
             limit=limit,
             long=long,
-            cache_name=self.cache_name,
+            cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
             began=began,
         )
         if path is not None and session.unfed[1:]:

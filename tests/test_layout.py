@@ -31,6 +31,7 @@ STAGES = [
     ["session"],
     ["answer", "feed", "resume", "watch"],
     ["engine"],
+    ["conversation"],
     ["bench", "training"],
     ["cli"],
 ]
