@@ -319,6 +319,14 @@ PromptCache = Annotated[
         help="Keep what was read of the prompt in FILE, and begin with it the next time.",
     ),
 ]
+ShowDrafts = Annotated[
+    bool,
+    typer.Option(
+        "--show-drafts/--no-show-drafts",
+        rich_help_panel=_OUTPUT,
+        help="Colour what came from a draft, where stdout is a terminal.",
+    ),
+]
 NoStream = Annotated[
     bool,
     typer.Option(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longspec.session import Session
     from longspec.text import Vocabulary
 
-__all__ = ["EPILOG", "run"]
+__all__ = ["EPILOG", "load", "run", "statistics", "yields"]
 
 EPILOG = """\b
 Examples:
@@ -81,21 +81,21 @@ def run(
     """
     system = system or None
     if raw and system is not None:
-        if _yields(ctx, "system", to="raw"):
+        if yields(ctx, "system", to="raw"):
             system = None
-        elif _yields(ctx, "raw", to="system"):
+        elif yields(ctx, "raw", to="system"):
             raw = False
         else:
             raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
     if quiet and stats:
-        if _yields(ctx, "stats", to="quiet"):
+        if yields(ctx, "stats", to="quiet"):
             stats = False
-        elif _yields(ctx, "quiet", to="stats"):
+        elif yields(ctx, "quiet", to="stats"):
             quiet = False
         else:
             raise UsageError("--quiet keeps stderr empty and --stats writes there; leave one out.")
     if num_speculative_tokens is not None and drafter == "none":
-        if not _yields(ctx, "num_speculative_tokens", to="drafter"):
+        if not yields(ctx, "num_speculative_tokens", to="drafter"):
             raise UsageError("--num-speculative-tokens has no effect with --drafter none; leave one out.")
         num_speculative_tokens = None
     if temperature == 0 and given(ctx, "temperature"):  # greedy: what settings say of sampling gives way
@@ -138,7 +138,7 @@ def run(
         began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
         if memory is not None:
             loading["tokens"] = lambda vocabulary: _length(vocabulary, text, writing)
-        engine = _load(model, loading, began, progress)
+        engine = load(model, loading, began, progress)
         if engine.plan is not None:
             progress.say(str(engine.plan))
         session = engine.open(text, **writing)
@@ -150,12 +150,12 @@ def run(
         if as_json:
             output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
         if stats:
-            progress.say(_statistics(answer))
+            progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":
         raise interrupted
 
 
-def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
+def yields(ctx: typer.Context, name: str, *, to: str) -> bool:
     """A setting gives way to what contradicts it on the command line; two flags there are refused."""
     return given(ctx, to) and not given(ctx, name)
 
@@ -170,7 +170,7 @@ def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None
     return len(encode(vocabulary, prompt, writing["system"], raw=writing["raw"])) + asked
 
 
-def _load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
+def load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
     """The engine, with its seconds counted from `began`: imports are most of a small model's load."""
     progress.report(f"loading {model}")
     from longspec.engine import Engine
@@ -224,7 +224,7 @@ def _write(
     return interrupted
 
 
-def _statistics(answer: Answer) -> str:
+def statistics(answer: Answer) -> str:
     """The closing line."""
     count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
     parts = [f"{count:,} tokens in {timing['decode_s']:.1f} s"]

@@ -137,8 +137,8 @@ class Conversation:
             "settings": settings,
             "messages": self.messages,
         }
-        if place.exists() and not place.is_file():
-            raise UsageError(f"{path} isn't a regular file; name a file to save the conversation in.")
+        _check_ours(place, b'{\n "longspec_conversation":')
+        _check_ours(cache_path(place), b"longspec")
         if self.session is not None and self.session.cache.length:
             self.engine.save(self.session, cache_path(place))
         else:
@@ -174,7 +174,10 @@ class Conversation:
 
     def _open(self, messages: list[Message]) -> Session:
         key = f"retry {self._attempt}" if self._attempt else ""
-        session = self.engine.open(messages, after=self.session, key=key, **self.settings)
+        after = self.session
+        if after is not None and after.finish_reason is None:  # an error ended it, and nobody knows where
+            after = None
+        session = self.engine.open(messages, after=after, key=key, **self.settings)
         self.session, self._asked = session, messages
         return session
 
@@ -188,6 +191,19 @@ def _sampling(engine: Engine, settings: Options) -> None:
     """Raises UsageError where these can't be this model's settings."""
     given: dict[str, Any] = {name: settings.get(name) for name in _SAMPLING if settings.get(name) is not None}
     Sampling.over(engine.model.defaults, given)
+
+
+def _check_ours(place: Path, beginning: bytes) -> None:
+    """Raises UsageError where a file would be lost that wasn't saved by us."""
+    try:
+        with place.open("rb") as file:
+            ours = place.is_file() and file.read(len(beginning)) == beginning
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{place} can't be replaced: {error.strerror or error}; name another file.") from error
+    if not ours:
+        raise UsageError(f"{place} is there, and isn't a saved conversation; name another file.")
 
 
 def _write(place: Path, text: str) -> None:
