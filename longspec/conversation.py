@@ -284,5 +284,7 @@ def _is_whole(value: object) -> bool:
 _KNOWN: dict[str, Any] = {
     **{name: _is_whole if name in _WHOLE else _is_number for name in _SAMPLING},
     "max_new_tokens": lambda value: _is_whole(value) and value > 0,
-    "stop": lambda value: isinstance(value, list) and len(value) < 100 and all(_is_text(text) and text for text in value),
+    "stop": lambda value: (
+        isinstance(value, list) and len(value) < 100 and all(_is_text(text) and text for text in value)
+    ),
 }

@@ -117,7 +117,10 @@ def test_an_answer_keeps_its_own_tokens() -> None:
         {"role": "assistant", "content": "aab", "tokens": [3, 3, 4]},
         {"role": "user", "content": "b"},
     ]
-    ending, answer = vocabulary.encode("</s>ub</s>A", add_special=False), vocabulary.encode("uaa</s>A", add_special=False)
+    ending, answer = (
+        vocabulary.encode("</s>ub</s>A", add_special=False),
+        vocabulary.encode("uaa</s>A", add_special=False),
+    )
     assert encode(vocabulary, messages) == [*answer, 3, 3, 4, *ending]
     assert encode(vocabulary, [{**message, "tokens": None} for message in messages]) == [*answer, 5, 4, *ending]
 
@@ -412,11 +415,10 @@ def test_a_conversation_at_a_terminal(tiny_folder: str, home: Path) -> None:
 
 
 def test_interrupts_at_a_terminal(tiny_folder: str, home: Path) -> None:
-    """Ctrl-C stops an answer and clears a line; SIGTERM ends with what was written."""
+    """Ctrl-C stops an answer; SIGTERM ends with what was written."""
     talk = Talk(["-m", tiny_folder, "--dtype", "fp32", "--temperature", "0"], home)
     seen = (talk.begin("hello") + talk.type("\x03")).replace("\r\n", "\n")
     assert "stays in the conversation" in seen
-    assert "never said" in talk.type("never said\x03")
     talk.say(f"/save {home}/talk")
     messages = json.loads((home / "talk").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
