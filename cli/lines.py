@@ -47,7 +47,7 @@ class PipedLines:
             except UnicodeDecodeError as error:
                 raise UsageError(f"Standard input isn't text: {error.reason}; give text in UTF-8.") from None
             if "\0" in text:
-                raise UsageError("Standard input isn't text: it holds a NUL, as binary files do; give text in UTF-8.")
+                raise UsageError("Standard input isn't text: it holds a NUL; give text in UTF-8.")
             if text.strip():
                 return text
         return None

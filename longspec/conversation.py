@@ -88,7 +88,7 @@ class Conversation:
         return self._open(self.messages[:-1])
 
     def keep(self) -> bool:
-        """Take what the session has written; a session that isn't over ends here. Where it has nothing, nothing is kept."""
+        """Take what the session wrote; one that isn't over ends here. Where it wrote nothing, nothing is kept."""
         session = self.session
         assert session is not None, "there is no answer to keep"
         if session.finish_reason is None:

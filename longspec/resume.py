@@ -48,7 +48,7 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
 
 
 def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bool) -> Cache:
-    """The cache of a text that is over, cut back to the rows that a new one begins with: all but the last one's at most.
+    """The cache of a text that is over, cut back to the rows that a new one begins with, its last one's never.
 
     The earlier session gets the fresh one, so that no third text takes rows that have changed meanwhile. A cache that
     can't be cut there begins anew; where none of its rows is of use, the new text has the fresh one.

@@ -1,4 +1,4 @@
-"""A conversation: what turns share of the cache, what is kept of answers, and the command at a terminal and in a pipe."""
+"""A conversation: what turns share of the cache, what is kept of answers, and the command at terminals and in pipes."""
 
 from __future__ import annotations
 
