@@ -39,8 +39,8 @@ COMMANDS = {
     "/stats": "how the last answer was written, and what the cache holds",
     "/quit": "end, as Ctrl-D does",
 }
-_HELP = """A line is a message. Alt-Enter begins a new line in it, \"\"\" begins and ends a message of several lines, and
-what is pasted stays one message. A message that begins with / is written with a space before it.
+_HELP = """A line is a message. Alt-Enter begins another line in it, \"\"\" begins and ends a message of several
+lines, and what is pasted stays one message. A message that begins with / is written with a space before it.
 Ctrl-C stops an answer, whose beginning stays in the conversation, or clears the line."""
 
 

@@ -67,7 +67,7 @@ class TypedLines:
             self._prepare(self._readline)
 
     def read(self) -> str | None:
-        """The next message, of several lines where it was pasted so or stands between triple quotes; None at the end."""
+        """The next message, of several lines where pasted so or stands between triple quotes; None at the end."""
         line = self._line(self._prompt)
         if line is None or not line.startswith(_QUOTES):
             return line
