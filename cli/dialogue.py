@@ -41,7 +41,7 @@ COMMANDS = {
 }
 _HELP = """A line is a message. Alt-Enter begins another line in it, \"\"\" begins and ends a message of several
 lines, and what is pasted stays one message. A message that begins with / is written with a space before it.
-Ctrl-C stops an answer, whose beginning stays in the conversation, or clears the line."""
+Ctrl-C stops an answer, whose beginning stays in the conversation."""
 
 
 class Dialogue:
