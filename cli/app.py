@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import batch, completion, doctor, forget, models, plan, pull, run, tune
+from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.cli.prompts import prompts
@@ -30,6 +30,7 @@ app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, contex
 
 _MODULES = {
     "run": run,
+    "chat": chat,
     "batch": batch,
     "tune": tune,
     "plan": plan,

@@ -35,7 +35,7 @@ from longspec.grammar import grammar_of
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 from longspec.options import Options, asked, check, drafters, kind, most_tokens
-from longspec.resume import keep, resume
+from longspec.resume import keep, resume, take_over
 from longspec.sampling import Sampling, likeliest
 from longspec.schedule import WIDTH, Schedule
 from longspec.session import Session
@@ -234,7 +234,7 @@ class Engine:
         """
         began = perf_counter()
         tokens = encode(self.model.vocabulary, prompt, options.get("system"), raw=options.get("raw", False))
-        decoder, sampling = self.model.decoder, self._sampling(options)
+        decoder, sampling = self.model.decoder, Sampling.over(self.model.defaults, asked(options))
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
         grammar, constraint = grammar_of(options.get("json_schema"), options.get("regex")), None
@@ -243,7 +243,9 @@ class Engine:
         stop = options.get("stop", ())
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
-        if path is not None:
+        if (after := options.get("after")) is not None:
+            cache = take_over(after, cache, tokens, long=long)
+        if path is not None and not cache.length:
             resume(cache, self.cache_name, self.model, Path(path), tokens, limit=limit, long=long)
         session = Session(
             tokens,
@@ -255,7 +257,7 @@ class Engine:
             constraint=constraint,
             limit=limit,
             long=long,
-            cache_name=self.cache_name,
+            cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
             began=began,
         )
         if path is not None and session.unfed[1:]:
@@ -394,6 +396,3 @@ class Engine:
             timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder.nbytes, self.plan),
         )
-
-    def _sampling(self, options: Options) -> Sampling:
-        return Sampling.over(self.model.defaults, asked(options))

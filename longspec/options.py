@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from longspec.cache import BLOCK, CACHES
 from longspec.drafters import check as check_drafter
 from longspec.errors import BudgetError, ContextError, UsageError
+from longspec.session import Session
 
 __all__ = ["Options", "asked", "check", "drafters", "kind", "most_tokens"]
 
@@ -23,6 +24,7 @@ class Options(TypedDict, total=False):
     """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
 
     prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
+    after: Session | None  # a text that is over, whose cache this one takes as far as both begin alike
     system: str | None  # a system message before the prompt
     raw: bool  # the prompt as it is, without the chat template
     key: str  # names the text in the noise of its sampling

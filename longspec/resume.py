@@ -1,4 +1,4 @@
-"""A session's rows in a file, and a text that begins with them: what `--prompt-cache` does.
+"""A session's rows for a text that begins like its own: from a file, as `--prompt-cache` keeps it, or from the session.
 
 Takes sessions and empty caches; the file itself is `longspec.cache.snapshot`'s matter.
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from longspec.cache.snapshot import Snapshot, check_place, save
 from longspec.cache.stage import BLOCK, Cache
+from longspec.errors import UsageError
 from longspec.model.identity import identity
 from longspec.model.load import Model
 from longspec.session import Session
 
-__all__ = ["keep", "resume"]
+__all__ = ["keep", "resume", "take_over"]
 
 
 def keep(session: Session, model: Model, path: Path) -> None:
@@ -44,6 +45,27 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
     snapshot.load(cache)
     if common < cache.length:
         cache.truncate(common)
+
+
+def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bool) -> Cache:
+    """The cache of a text that is over, cut back to the rows that a new one begins with, its last one's never.
+
+    The earlier session gets the fresh one, so that no third text takes rows that have changed meanwhile. A cache that
+    can't be cut there begins anew; where none of its rows is of use, the new text has the fresh one.
+
+    Raises:
+        UsageError: the earlier text is still being written.
+    """
+    if earlier.finish_reason is None:
+        raise UsageError("The earlier text is still being written; end it before another takes its cache.")
+    rows = zip(earlier.tokens[: earlier.cache.length], tokens[:-1], strict=False)
+    common = next((i for i, (old, new) in enumerate(rows) if old != new), min(earlier.cache.length, len(tokens) - 1))
+    if not common or earlier.long != long:
+        return fresh
+    cache, earlier.cache = earlier.cache, fresh
+    if common < cache.length:
+        cache.truncate(common)
+    return cache
 
 
 def _words(model: Model, cache_name: str) -> dict[str, str]:

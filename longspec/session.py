@@ -83,6 +83,11 @@ class Session:
         return self.tokens[self.cache.length :]
 
     @property
+    def begins(self) -> Sequence[int]:
+        """For each token of the answer but its end of text, the offset in `text` at which it begins."""
+        return self._transcript.begins
+
+    @property
     def room(self) -> int:
         """How many tokens the answer may still get."""
         return self.limit - len(self.tokens)

@@ -30,7 +30,10 @@ from longspec.errors import ModelError, UsageError
 __all__ = ["Prompt", "StopFinder", "TextStream", "Transcript", "Vocabulary", "encode"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
-"""A text, or the messages of a conversation: `{"role": ..., "content": ...}`."""
+"""A text, or the messages of a conversation: `{"role": ..., "content": ...}`.
+
+An answer's message may have the `tokens` that the model itself wrote: they stand for its content where they spell it.
+"""
 
 # GPT-2's spelling of bytes: a byte that prints stands for itself, the others are moved up from 256 in their order.
 _PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -85,6 +88,15 @@ class Vocabulary:
                 f"Character {error.start} of the text is a lone surrogate, which no tokenizer reads; give valid UTF-8."
             ) from None
         return self.tokenizer.encode(text, add_special_tokens=add_special).ids
+
+    def spells(self, tokens: Iterable[int], text: str) -> bool:
+        """Whether an answer of these tokens is this text, byte for byte and without an incomplete character."""
+        spelled = b""
+        for token in tokens:
+            if self.tokenizer.id_to_token(token) is None:
+                return False
+            spelled += self.piece(token, first=not spelled) or b""
+        return spelled == text.encode(errors="replace")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of an answer's tokens, without special tokens and without an incomplete last character."""
@@ -242,6 +254,11 @@ class Transcript:
         return self._finder.found is not None
 
     @property
+    def begins(self) -> Sequence[int]:
+        """For each pushed token, the offset in the text at which it begins."""
+        return self._stream.begins
+
+    @property
     def kept(self) -> int:
         """How many of the pushed tokens belong to the text: all, or those that begin before the stop string.
 
@@ -285,6 +302,35 @@ def _content(role: str, token: object) -> str:
     raise ModelError(f"The tokenizer's {role} is {content!r}; it should be a string, or a table with its content.")
 
 
+def _encode_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The template's rendering of the messages, with the answers' own tokens where they are the same text.
+
+    They are that where the rendering holds the answer right behind what was rendered for it. A template that trims
+    answers, or leaves out what was thought, gives another text: it is tokenised, from the last answer before it on.
+    """
+    bare = [{name: value for name, value in message.items() if name != "tokens"} for message in messages]
+    text, tokens, done = vocabulary.chat(bare), list[int](), 0
+    seams: list[tuple[int, int]] = []  # where an answer ends: in tokens, and in the text
+    for i, message in enumerate(messages):
+        own, content = message.get("tokens"), message.get("content")
+        if not own or not isinstance(content, str) or not vocabulary.spells(own, content):
+            continue
+        try:
+            before = vocabulary.chat(bare[:i])
+        except UsageError:  # these messages alone aren't to its taste
+            continue
+        if len(before) > done and text.startswith(before + content):
+            tokens += [*vocabulary.encode(text[done : len(before)], add_special=False), *own]
+            seams.append((len(tokens), len(before) + len(content)))
+            done = seams[-1][1]
+    tokens += vocabulary.encode(text[done:], add_special=False)
+    for at, offset in seams:
+        piece = vocabulary.piece(tokens[at], first=False) if at < len(tokens) else None
+        if piece is not None and not text[offset:].encode().startswith(piece):
+            return vocabulary.encode(text, add_special=False)  # a tokenizer that puts a space before what it is given
+    return tokens
+
+
 def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *, raw: bool = False) -> list[int]:
     """The prompt's tokens, as `Engine.open` takes them.
 
@@ -299,7 +345,7 @@ def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *,
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system:
             messages = [{"role": "system", "content": system}, *messages]
-        tokens = vocabulary.encode(vocabulary.chat(messages), add_special=False)
+        tokens = _encode_chat(vocabulary, messages)
     if not tokens:
         raise UsageError("The prompt is empty; give at least one token to go on from.")
     return tokens

@@ -31,6 +31,7 @@ STAGES = [
     ["session"],
     ["answer", "feed", "options", "resume", "schedule", "watch"],
     ["engine"],
+    ["conversation"],
     ["batch", "bench", "training"],
     ["cli"],
 ]
