@@ -319,6 +319,14 @@ PromptCache = Annotated[
         help="Keep what was read of the prompt in FILE, and begin with it the next time.",
     ),
 ]
+NoServer = Annotated[
+    bool,
+    typer.Option(
+        "--no-server/--server",
+        rich_help_panel=_MODEL,
+        help="Load the model here, also where a `longspec serve` with these settings is up.",
+    ),
+]
 NoStream = Annotated[
     bool,
     typer.Option(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from longspec.cli import BEGAN, options, signals
+from longspec.cli import BEGAN, options, remote, signals
 from longspec.cli.command import given
 from longspec.cli.output import Output
 from longspec.cli.progress import Progress
@@ -71,6 +71,7 @@ def run(
     seed: options.Seed = None,
     stop: options.Stop = None,
     prompt_cache: options.PromptCache = None,
+    no_server: options.NoServer = False,
     no_stream: options.NoStream = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -137,17 +138,23 @@ def run(
         asked = perf_counter()
         text = read_prompt(prompt, file or [], no_stdin=no_stdin, say=progress.say)
         began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
-        if memory is not None:
-            loading["tokens"] = lambda vocabulary: _length(vocabulary, text, writing)
-        engine = _load(model, loading, began, progress)
-        if engine.plan is not None:
-            progress.say(str(engine.plan))
-        session = engine.open(text, **writing)
-        interrupted = _write(engine, session, output, progress, stream=not (no_stream or as_json), text=not as_json)
-        progress.stop()
-        for note in session.notes:
-            progress.say(note)
-        answer = engine.answer(session, began)
+        how = {"stream": not (no_stream or as_json), "text": not as_json}
+        answer: Answer | remote.Reported
+        served = None if no_server else remote.write(model, loading, text, writing, output, progress, began=began, **how)
+        if served is not None:
+            answer, interrupted = served
+        else:
+            if memory is not None:
+                loading["tokens"] = lambda vocabulary: _length(vocabulary, text, writing)
+            engine = _load(model, loading, began, progress)
+            if engine.plan is not None:
+                progress.say(str(engine.plan))
+            session = engine.open(text, **writing)
+            interrupted = _write(engine, session, output, progress, **how)
+            progress.stop()
+            for note in session.notes:
+                progress.say(note)
+            answer = engine.answer(session, began)
         if as_json:
             output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
         if stats:
@@ -225,7 +232,7 @@ def _write(
     return interrupted
 
 
-def _statistics(answer: Answer) -> str:
+def _statistics(answer: Answer | remote.Reported) -> str:
     """The closing line."""
     count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
     parts = [f"{count:,} tokens in {timing['decode_s']:.1f} s"]

@@ -31,7 +31,7 @@ STAGES = [
     ["session"],
     ["answer", "feed", "options", "resume", "schedule", "watch"],
     ["engine"],
-    ["bench", "training"],
+    ["bench", "server", "training"],
     ["cli"],
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
