@@ -12,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import select
 import socket
 import stat
 import struct
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -76,7 +74,9 @@ def folder(*, make: bool = False) -> Path | None:
     if os.path.isabs(base):
         path = Path(base) / "longspec"
     else:
-        path = Path(tempfile.gettempdir()) / f"longspec-{os.getuid()}"
+        from tempfile import gettempdir
+
+        path = Path(gettempdir()) / f"longspec-{os.getuid()}"
     try:
         if make:
             path.mkdir(mode=0o700, exist_ok=True)
@@ -125,7 +125,7 @@ def write(
     place = folder()
     if place is None:
         return None
-    name = secrets.token_hex(8)
+    name = os.urandom(8).hex()
     body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
     path = address(place, model, loading)
     remote = _Remote.reached(path, body) if len(body) <= _MOST_NBYTES else None
@@ -161,7 +161,8 @@ def write(
     for note in remote.notes:
         progress.say(note)
     # What loading took is what coming here took: this process has loaded nothing else.
-    remote.report["timing"] |= {"load_s": seconds, "import_s": seconds, "tokenizer_s": 0.0, "weights_s": 0.0}
+    loaded = {"load_s": seconds, "tokenizer_s": 0.0, "weights_s": 0.0, "import_s": seconds}
+    remote.report["timing"] = loaded | {k: v for k, v in remote.report["timing"].items() if k not in loaded}
     return Reported(remote.report), interrupted
 
 
