@@ -257,7 +257,8 @@ def _is_mine(connection: socket.socket) -> bool:
     """Linux knows who listens; elsewhere the folder's mode has to do."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", told)
     return bool(user == os.getuid())
 
 

@@ -140,7 +140,9 @@ def run(
         began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
         how = {"stream": not (no_stream or as_json), "text": not as_json}
         answer: Answer | remote.Reported
-        served = None if no_server else remote.write(model, loading, text, writing, output, progress, began=began, **how)
+        served = None
+        if not no_server:
+            served = remote.write(model, loading, text, writing, output, progress, began=began, **how)
         if served is not None:
             answer, interrupted = served
         else:

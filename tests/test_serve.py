@@ -51,7 +51,8 @@ class Served:
     def ask(self, body: object, path: str = "/v1/completions", **headers: str) -> tuple[int, Any, http.client.HTTPResponse]:
         """Status, body and all of a request that OpenAI's client wouldn't send."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        sent = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"content-type": "application/json", **given}
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             connection.request("POST", path, data, {name: value for name, value in sent.items() if value})
             answer = connection.getresponse()
@@ -152,8 +153,8 @@ def test_the_same_seed_gives_the_same_text(served: Served, client: openai.OpenAI
     first, second = (client.completions.create(**asked, n=3) for _ in range(2))
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices]
-    own = {"raw": True, "max_new_tokens": 30, "temperature": 0.8, "seed": 7}
-    assert texts == [served.engine.generate("ABCABC", key=key, **own).text for key in ("", "1", "2")]  # type: ignore[arg-type]
+    own: Any = {"raw": True, "max_new_tokens": 30, "temperature": 0.8, "seed": 7}
+    assert texts == [served.engine.generate("ABCABC", key=key, **own).text for key in ("", "1", "2")]
     assert len(set(texts)) == 3
     del asked["seed"]
     one, other = (client.completions.create(**asked).choices[0] for _ in range(2))

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -20,12 +20,13 @@ from commands import COMMAND, ROOT, SECONDS, call, environment, started, write_t
 
 from longspec.cli import remote
 from longspec.engine import Engine
+from longspec.machine import cache_folder
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
 
 
 @contextmanager
-def server(arguments: list[str], home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its address once it listens."""
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", *arguments],
@@ -33,7 +34,7 @@ def server(arguments: list[str], home: Path) -> Iterator[tuple[subprocess.Popen[
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=environment(home),
+        env=environment(home, extra),
     )
     try:
         assert process.stderr is not None
@@ -77,16 +78,17 @@ def health(url: str) -> dict[str, Any]:
         return found
 
 
-def loads(arguments: list[str], home: Path) -> tuple[int, bytes, str, bool]:
+def loads(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> tuple[int, bytes, str, bool]:
     """Exit code, stdout, stderr, and whether `longspec run` imported torch."""
-    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1"})
+    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1", **(extra or {})})
     lines = [line for line in done.err.splitlines(keepends=True) if not line.startswith("import time:")]
     imported = re.search(r"\| +torch$", done.err, re.MULTILINE) is not None
     return done.code, done.out, "".join(lines), imported
 
 
 def test_run_gets_the_same_answer_without_loading(up: str, tiny: str, home: Path) -> None:
-    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "40", "--temperature", "0.9", "--seed", "3", "hi"]
+    sampling = ["--max-new-tokens", "40", "--temperature", "0.9", "--seed", "3"]
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, *sampling, "hi"]
     code, out, err, imported = loads(asked, home)
     assert (code, err, imported) == (0, "", False)
     alone = call([*asked, "--no-server"], home)
@@ -195,11 +197,12 @@ def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -
 @pytest.mark.real
 def test_the_default_model(home: Path) -> None:
     alone = Engine.load("smollm2", dtype="fp32").generate("Why is the sky blue?", max_new_tokens=24)
-    with server(["--dtype", "fp32"], home) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
+    pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
+    with server(["--dtype", "fp32"], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
         asked = client.chat.completions.create(
             model="smollm2", messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=24
         )
         assert asked.choices[0].message.content == alone.text
         run = ["run", "--no-stdin", "--dtype", "fp32", "--max-new-tokens", "24", "Why is the sky blue?"]
-        code, out, _, imported = loads(run, home)
+        code, out, _, imported = loads(run, home, pulled)
         assert (code, out.decode(), imported) == (0, alone.text + "\n", False)

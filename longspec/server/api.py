@@ -36,7 +36,9 @@ _BODY_SECONDS = 30.0
 _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-def open_to_clients(desk: Desk, model: str, hosts: frozenset[str] | None, key: str | None, say: Callable[[str], None]) -> ASGIApp:
+def open_to_clients(
+    desk: Desk, model: str, hosts: frozenset[str] | None, key: str | None, say: Callable[[str], None]
+) -> ASGIApp:
     """OpenAI's API, for requests that name one of these hosts (any, if None) and bring the key, if there is one."""
     created = int(time())
 
@@ -55,7 +57,8 @@ def open_to_clients(desk: Desk, model: str, hosts: frozenset[str] | None, key: s
         texts = desk.take(wanted.texts, request.receive)
         await texts.opened()
         if wanted.stream:
-            return StreamingResponse(_events(wanted, reply, texts, say), media_type="text/event-stream", headers=_EVENTS)
+            events = _events(wanted, reply, texts, say)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)
         answers: dict[int, Answer] = {}
         async for place, event in texts.told():
             if isinstance(event, Ended):

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from longspec.options import Options
 from longspec.server.replies import Refusal
@@ -92,7 +92,8 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
         asked = f"{len(prompts)} prompts with {choices} choices" if len(prompts) > 1 else f"{choices} choices"
         raise Refusal(400, f"{asked} are more texts than this server takes; it takes {most} together.", param="n")
     # The first text's key is that of `longspec run`; each other text has noise of its own.
-    texts = [(prompt, options | {"key": str(i) if i else ""}) for i, prompt in enumerate(_each(prompts, choices))]
+    repeated = (prompt for prompt in prompts for _ in range(choices))
+    texts = [(prompt, cast(Options, {**options, "key": str(i) if i else ""})) for i, prompt in enumerate(repeated)]
     return Ask(chat, tuple(texts), choices, stream, _typed(after, "include_usage", bool, False))
 
 
@@ -103,7 +104,7 @@ def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:
         raise Refusal(400, f"{unknown[0]} isn't known to this server.", param=unknown[0])
     options: dict[str, Any] = {name: _typed(given, name, kind) for name, kind in _LOCAL.items() if name in given}
     options["stop"] = _stops(given)
-    return _typed(body, "prompt", str), Options(**options), _typed(body, "began", float, None)  # type: ignore[typeddict-item]
+    return _typed(body, "prompt", str), cast(Options, options), _typed(body, "began", float, None)
 
 
 def _options(body: Mapping[str, Any], chat: bool) -> Options:
@@ -120,7 +121,7 @@ def _options(body: Mapping[str, Any], chat: bool) -> Options:
     # Another request is to get another text, unless it names the seed; longspec.seed tells which it was.
     seed = _typed(body, "seed", int, None)
     seed = secrets.randbits(32) if seed is None else seed
-    return Options(max_new_tokens=most, stop=_stops(body), seed=seed, raw=not chat, **options)
+    return cast(Options, options | {"max_new_tokens": most, "stop": _stops(body), "seed": seed, "raw": not chat})
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -171,7 +172,14 @@ def _only_known(body: Mapping[str, Any], more: set[str]) -> None:
 
 
 _MISSING = object()
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_KINDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any = _MISSING, *, place: str = "") -> Any:
@@ -192,7 +200,3 @@ def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any = _MISSI
 def _shown(value: object) -> str:
     said = json.dumps(value)
     return said if len(said) <= 60 else f"{said[:60]}..."
-
-
-def _each(prompts: list[Prompt], choices: int) -> list[Prompt]:
-    return [prompt for prompt in prompts for _ in range(choices)]

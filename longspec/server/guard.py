@@ -41,7 +41,8 @@ class Guard:
         headers = Headers(scope=scope)
         host = _name(headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
-            return Refusal(421, f"The request is for the host {host!r}, and this server is localhost.", code="wrong_host")
+            said = f"The request is for the host {host!r}; this server is localhost, ask it under that name."
+            return Refusal(421, said, code="wrong_host")
         if self.key is not None and scope["path"] != _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), self.key.encode()):
