@@ -48,15 +48,15 @@ class Served:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=SECONDS)
 
-    def ask(self, body: object, path: str = "/v1/completions", **headers: str) -> tuple[int, Any, http.client.HTTPResponse]:
-        """Status, body and all of a request that OpenAI's client wouldn't send."""
+    def ask(self, body: object, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
+        """Status and body of the answer to a request that OpenAI's client wouldn't send."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         sent = {"content-type": "application/json", **given}
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
             connection.request("POST", path, data, {name: value for name, value in sent.items() if value})
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read()), answer
+            return answer.status, json.loads(answer.read())
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.listener.stop)
@@ -325,7 +325,7 @@ def test_a_pass_that_fails_ends_its_answers_and_no_others(made: Engine, monkeypa
     ],
 )
 def test_a_completion_that_is_malformed(served: Served, body: object, said: str) -> None:
-    status, answer, _ = served.ask(body)
+    status, answer = served.ask(body)
     assert status == 400
     assert said in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
@@ -348,7 +348,7 @@ def test_a_completion_that_is_malformed(served: Served, body: object, said: str)
     ],
 )
 def test_a_chat_that_is_malformed(served: Served, body: object, said: str) -> None:
-    status, answer, _ = served.ask(body, "/v1/chat/completions")
+    status, answer = served.ask(body, "/v1/chat/completions")
     assert status == 400
     assert said in answer["error"]["message"]
 
@@ -366,7 +366,7 @@ def test_statuses_of_refusals(served: Served) -> None:
     assert served.ask(body, "/v1/models")[0] == 405
     assert served.ask(body, content_type="text/plain")[0] == 415
     assert served.ask(body, content_type="application/json; charset=utf-8")[0] == 200
-    status, answer, _ = served.ask(b" " * (MOST_NBYTES + 1))
+    status, answer = served.ask(b" " * (MOST_NBYTES + 1))
     assert (status, answer["error"]["message"]) == (413, "The body has more than 8 MiB; send a shorter prompt.")
     assert served.ask({**body, "max_tokens": 1 << 20})[1]["error"]["code"] == "context_length_exceeded"
 
@@ -383,7 +383,7 @@ def test_a_key_is_asked_for(made: Engine) -> None:
     with serving(made, key="sésame") as served:
         body = {"prompt": "A", "max_tokens": 1}
         for given in ("", "Bearer", "Bearer wrong", "Basic s\xe9same", "Bearer sesame"):
-            status, answer, _ = served.ask(body, authorization=given)
+            status, answer = served.ask(body, authorization=given)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         with served.client("wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()

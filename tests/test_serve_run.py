@@ -26,7 +26,9 @@ TINY = ["--threads", "1", "--dtype", "fp32"]
 
 
 @contextmanager
-def server(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(
+    arguments: list[str], home: Path, extra: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its address once it listens."""
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", *arguments],

@@ -44,7 +44,12 @@ class Desk:
         return sum(len(texts) for texts in self._open)
 
     def take(
-        self, texts: Sequence[tuple[Prompt, Options]], receive: Receive, *, began: float | None = None, local: bool = False
+        self,
+        texts: Sequence[tuple[Prompt, Options]],
+        receive: Receive,
+        *,
+        began: float | None = None,
+        local: bool = False,
     ) -> Texts:
         """Have them written. receive: tells, once the body is read, that the client went away.
 
