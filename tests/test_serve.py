@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -212,7 +211,7 @@ def test_thirty_two_clients_get_what_each_would_get_alone(served: Served, client
     def one(i: int) -> str:
         body: Any = {"model": "tiny", "prompt": asked[i], "max_tokens": 24, "temperature": 0.7, "seed": i}
         if i % 2:
-            return client.completions.create(**body).choices[0].text
+            return str(client.completions.create(**body).choices[0].text)
         return "".join(chunk.choices[0].text for chunk in client.completions.create(**body, stream=True))
 
     with ThreadPoolExecutor(32) as pool:

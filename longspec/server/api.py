@@ -20,9 +20,9 @@ from starlette.types import ASGIApp
 from longspec.answer import Answer
 from longspec.errors import ContextError, LongspecError, UsageError
 from longspec.server.asks import Ask, ask, local, parsed
-from longspec.server.desk import Desk, Gone, Texts
+from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.guard import Guard
-from longspec.server.replies import Refusal, Reply, encoded
+from longspec.server.replies import RefusedError, Reply, encoded
 from longspec.server.worker import Ended
 
 __all__ = ["MOST_NBYTES", "at_home", "open_to_clients"]
@@ -96,7 +96,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
                     yield _line({"text": event.text, "tokens": len(event.tokens)})
         except LongspecError as error:
             yield _line({"error": str(error), "exit_code": error.exit_code})
-        except Gone:
+        except GoneError:
             pass
         except Exception as error:  # noqa: BLE001  told to whoever asked, and to whoever looks after the server
             say(_failure(error))
@@ -129,7 +129,7 @@ async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], 
                 yield _event(reply.piece(place, event.text) | more)
         if wanted.include_usage:
             yield _event(reply.closing([answers[i] for i in range(len(answers))], wanted.choices))
-    except Gone:
+    except GoneError:
         return
     except Exception as error:  # noqa: BLE001  the status is sent: what went wrong can only be told here
         say(_failure(error))
@@ -146,27 +146,27 @@ def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
             say(_failure(error))
         return _json(refusal.body(), refusal.status, refusal.headers)
 
-    kinds = (Refusal, LongspecError, HTTPException, ClientDisconnect, Gone, Exception)
+    kinds = (RefusedError, LongspecError, HTTPException, ClientDisconnect, GoneError, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, refused))
 
 
-def _refusal(error: Exception) -> Refusal:
+def _refusal(error: Exception) -> RefusedError:
     """As a client is told it; what is our own fault isn't shown to strangers."""
     match error:
-        case Refusal():
+        case RefusedError():
             return error
         case HTTPException(status_code=405):
-            return Refusal(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
+            return RefusedError(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
         case HTTPException():
             said = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
-            return Refusal(error.status_code, said, headers=error.headers)
+            return RefusedError(error.status_code, said, headers=error.headers)
         case ContextError():
-            return Refusal(400, str(error), code="context_length_exceeded")
+            return RefusedError(400, str(error), code="context_length_exceeded")
         case UsageError():
-            return Refusal(400, str(error))
-        case Gone() | ClientDisconnect():
-            return Refusal(499, "The client went away.")
-    return Refusal(500, "The server failed at this; what happened is on its standard error.")
+            return RefusedError(400, str(error))
+        case GoneError() | ClientDisconnect():
+            return RefusedError(499, "The client went away.")
+    return RefusedError(500, "The server failed at this; what happened is on its standard error.")
 
 
 def _failure(error: Exception) -> str:
@@ -177,16 +177,16 @@ async def _body(request: Request) -> bytes:
     """All of it: JSON, not too much, and in time."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page elsewhere may send other kinds through a browser without being asked
-        raise Refusal(415, f"The content type is {kind!r}; send application/json.")
+        raise RefusedError(415, f"The content type is {kind!r}; send application/json.")
     data = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for piece in request.stream():
                 data += piece
                 if len(data) > MOST_NBYTES:
-                    raise Refusal(413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt.")
+                    raise RefusedError(413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt.")
     except TimeoutError:
-        raise Refusal(408, f"The body didn't arrive within {_BODY_SECONDS:g} seconds.") from None
+        raise RefusedError(408, f"The body didn't arrive within {_BODY_SECONDS:g} seconds.") from None
     return bytes(data)
 
 

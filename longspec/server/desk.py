@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 from longspec.options import Options
-from longspec.server.replies import Refusal
+from longspec.server.replies import RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
 from longspec.text import Prompt
 from longspec.types import Commit
 
-__all__ = ["Desk", "Gone", "Texts"]
+__all__ = ["Desk", "GoneError", "Texts"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -25,7 +25,7 @@ _RETRY_SECONDS = 5
 """When one who was sent away may ask again: about what a short answer takes on a processor."""
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The client went away; nobody reads an answer."""
 
 
@@ -55,13 +55,13 @@ class Desk:
 
         local: for a person at this machine, who ends it when it takes too long.
 
-        Raises Refusal: the server is full, or closes.
+        Raises RefusedError: the server is full, or closes.
         """
         if self.closing:
-            raise Refusal(503, "This server is closing; ask another, or later.", code="closing")
+            raise RefusedError(503, "This server is closing; ask another, or later.", code="closing")
         if len(self) + len(texts) > self.most:
             said = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
-            raise Refusal(429, said, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
+            raise RefusedError(429, said, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
         made = Texts(self, texts, receive, began, None if local else self.seconds)
         self._open.add(made)
         return made
@@ -155,7 +155,7 @@ class Texts:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        _bring(asyncio.get_running_loop(), self._events, 0, Gone())
+        _bring(asyncio.get_running_loop(), self._events, 0, GoneError())
         self.close()
 
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from longspec.server.replies import Refusal, encoded
+from longspec.server.replies import RefusedError, encoded
 
 __all__ = ["Guard", "is_loopback", "names"]
 
@@ -37,17 +37,17 @@ class Guard:
             answer = Response(encoded(refusal.body()), refusal.status, refusal.headers, "application/json")
             await answer(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _refusal(self, scope: Scope) -> RefusedError | None:
         headers = Headers(scope=scope)
         host = _name(headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             said = f"The request is for the host {host!r}; this server is localhost, ask it under that name."
-            return Refusal(421, said, code="wrong_host")
+            return RefusedError(421, said, code="wrong_host")
         if self.key is not None and scope["path"] != _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), self.key.encode()):
                 said = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
-                return Refusal(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+                return RefusedError(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return None
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from longspec.answer import Answer
 
-__all__ = ["Refusal", "Reply", "encoded"]
+__all__ = ["RefusedError", "Reply", "encoded"]
 
 _REASONS = {"stop": "stop", "length": "length"}
 """The others have no name there; a text that was ended early is told as one that was cut: `length`."""
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that isn't carried out: the status, and a sentence for a person."""
 
     def __init__(
