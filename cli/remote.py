@@ -24,7 +24,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import longspec
+from longspec import __version__
 from longspec.cli import signals
 from longspec.cli.output import Output
 from longspec.cli.progress import Progress
@@ -94,7 +94,7 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
     """
     names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "OMP_NUM_THREADS")
     told = {
-        "longspec": [longspec.__version__, longspec.__file__, sys.executable],
+        "longspec": [__version__, __file__, sys.executable],
         "cache": str(cache_folder()),
         "environment": {name: os.environ.get(name) for name in names},
         "model": _placed(model),

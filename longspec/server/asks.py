@@ -80,7 +80,9 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
     _only_known(body, {"messages", "max_completion_tokens"} if chat else {"prompt"})
     wanted = _typed(body, "model", str, model)
     if wanted != model:
-        raise RefusedError(404, f"There is no model {wanted!r} here; this server has {model!r}.", code="model_not_found")
+        raise RefusedError(
+            404, f"There is no model {wanted!r} here; this server has {model!r}.", code="model_not_found"
+        )
     stream, after = _typed(body, "stream", bool, False), _typed(body, "stream_options", dict, {})
     if after and not stream:
         raise RefusedError(400, "stream_options is for streams; set stream to true too.", param="stream_options")
@@ -134,7 +136,9 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _message(message: object, place: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise RefusedError(400, f"{place} is {_shown(message)}; it must be an object with role and content.", param=place)
+        raise RefusedError(
+            400, f"{place} is {_shown(message)}; it must be an object with role and content.", param=place
+        )
     role = _typed(message, "role", str, place=place)
     if role not in ("system", "developer", "user", "assistant"):
         said = f"{place}.role is {role!r}; it must be system, developer, user or assistant (tools aren't supported)."
@@ -169,7 +173,9 @@ def _stops(body: Mapping[str, Any]) -> list[str]:
 def _only_known(body: Mapping[str, Any], more: set[str]) -> None:
     for name in body.keys() - _READ - _SAMPLED.keys() - _NOTES - more:
         if body[name] not in _IDLE.get(name, ()):
-            raise RefusedError(400, f"{name} isn't supported by this server; leave it out.", param=name, code="unsupported")
+            raise RefusedError(
+                400, f"{name} isn't supported by this server; leave it out.", param=name, code="unsupported"
+            )
 
 
 _MISSING = object()
