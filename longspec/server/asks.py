@@ -197,9 +197,10 @@ def _typed(body: Mapping[str, Any], name: str, kind: type, default: Any = _MISSI
         if default is _MISSING:
             raise RefusedError(400, f"{named} is missing; it must be {_KINDS[kind]}.", param=named)
         return default
-    if kind is float and type(value) is int and abs(value) < 1 << 63:
+    large = isinstance(value, int) and abs(value) >= 1 << 63
+    if kind is float and type(value) is int and not large:
         return float(value)
-    if type(value) is not kind or (kind is int and abs(value) >= 1 << 63):
+    if type(value) is not kind or large:
         raise RefusedError(400, f"{named} is {_shown(value)}; it must be {_KINDS[kind]}.", param=named)
     return value
 
