@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, tune
+from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.cli.prompts import prompts
@@ -32,6 +32,7 @@ _MODULES = {
     "run": run,
     "chat": chat,
     "batch": batch,
+    "serve": serve,
     "tune": tune,
     "plan": plan,
     "models": models,

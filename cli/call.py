@@ -60,6 +60,7 @@ class Call:
     stream: bool
     as_json: bool
     stats: bool
+    no_server: bool
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:

@@ -356,6 +356,14 @@ OutputFile = Annotated[
         help="Write the answer to FILE, which is there when it is whole; until then it is FILE.part.",
     ),
 ]
+NoServer = Annotated[
+    bool,
+    typer.Option(
+        "--no-server/--server",
+        rich_help_panel=_MODEL,
+        help="Load the model here, also where a `longspec serve` with these settings is up.",
+    ),
+]
 NoStream = Annotated[
     bool,
     typer.Option(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from longspec.cli import BEGAN, held, options, precedence, prompts
+from longspec.cli import BEGAN, held, options, precedence, prompts, remote, signals
 from longspec.cli.call import Call, make_form
 from longspec.cli.lines import answer_lines
 from longspec.cli.outfile import OutputFile
@@ -23,6 +23,7 @@ from longspec.cli.writing import load, statistics, write
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
+    from longspec.answer import Answer
     from longspec.options import Options
     from longspec.text import Vocabulary
 
@@ -80,6 +81,7 @@ def run(
     regex: held.Regex = None,
     prompt_cache: options.PromptCache = None,
     output: options.OutputFile = None,
+    no_server: options.NoServer = False,
     no_stream: options.NoStream = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -138,6 +140,7 @@ def run(
             stream=not (no_stream or as_json),
             as_json=as_json,
             stats=stats,
+            no_server=no_server,
         )
         if each_line:
             unanswered = answer_lines(call)
@@ -151,6 +154,34 @@ def _answer(call: Call) -> None:
     asked = perf_counter()
     text = _prompt(call)
     began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
+    answer: Answer | remote.Reported
+    served = None if call.no_server else _served(call, text, began)
+    answer, interrupted = served or _written(call, text, began)
+    if call.as_json:
+        call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
+    if call.stats:
+        call.progress.say(statistics(answer))
+    if interrupted is not None and answer.finish_reason == "interrupted":
+        raise interrupted
+
+
+def _served(call: Call, text: str, began: float) -> tuple[remote.Reported, signals.Interrupted | None] | None:
+    """By a server that is up with the same model and settings; None where there is none."""
+    return remote.write(
+        call.model,
+        call.loading,
+        text,
+        call.writing,
+        call.output,
+        call.progress,
+        began=began,
+        stream=call.stream,
+        text=not call.as_json,
+    )
+
+
+def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Interrupted | None]:
+    """By a model that is loaded here."""
     loading, progress = call.loading, call.progress
     if loading["memory"] is not None:
         loading = {**loading, "tokens": lambda vocabulary: _length(vocabulary, text, call.writing)}
@@ -160,14 +191,8 @@ def _answer(call: Call) -> None:
     progress.stop()
     for note in session.notes:
         progress.say(note)
-    answer = engine.answer(session, began)
     engine.keep_costs()
-    if call.as_json:
-        call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
-    if call.stats:
-        progress.say(statistics(answer))
-    if interrupted is not None and answer.finish_reason == "interrupted":
-        raise interrupted
+    return engine.answer(session, began), interrupted
 
 
 def _prompt(call: Call) -> str:

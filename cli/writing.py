@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longspec.cli.outfile import OutputFile
     from longspec.cli.output import Output
     from longspec.cli.progress import Progress
+    from longspec.cli.remote import Reported
     from longspec.engine import Engine
     from longspec.session import Session
 
@@ -78,7 +79,7 @@ def write(
     return interrupted
 
 
-def statistics(answer: Answer) -> str:
+def statistics(answer: Answer | Reported) -> str:
     """The closing line."""
     count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
     parts = [f"{count:,} tokens in {timing['decode_s']:.1f} s"]

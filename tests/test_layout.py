@@ -32,7 +32,7 @@ STAGES = [
     ["answer", "feed", "options", "resume", "schedule", "watch"],
     ["engine"],
     ["conversation"],
-    ["batch", "bench", "training"],
+    ["batch", "bench", "server", "training"],
     ["cli"],
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}

@@ -1,0 +1,202 @@
+"""The two faces of a desk: OpenAI's API for the network, and lines of JSON for `longspec run` on this machine.
+
+Takes HTTP from strangers; gives answers, streams and refusals. Whatever goes wrong is told in OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from time import perf_counter, time
+from uuid import uuid4
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from longspec.answer import Answer
+from longspec.errors import ContextError, LongspecError, UsageError
+from longspec.server.asks import Ask, ask, local, parsed
+from longspec.server.desk import Desk, GoneError, Texts
+from longspec.server.guard import Guard
+from longspec.server.replies import RefusedError, Reply, encoded
+from longspec.server.worker import Ended
+
+__all__ = ["MOST_NBYTES", "at_home", "open_to_clients"]
+
+MOST_NBYTES = 8 << 20
+"""Of a body: ten times what a context of 128k tokens holds."""
+
+_BODY_SECONDS = 30.0
+"""In which a body has to arrive: a client that sends a byte now and then must not keep a place for good."""
+
+_EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def open_to_clients(
+    desk: Desk, model: str, hosts: frozenset[str] | None, key: str | None, say: Callable[[str], None]
+) -> ASGIApp:
+    """OpenAI's API, for requests that name one of these hosts (any, if None) and bring the key, if there is one."""
+    created = int(time())
+
+    async def models(request: Request) -> Response:
+        listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
+        return _json({"object": "list", "data": [listed]})
+
+    async def health(request: Request) -> Response:
+        status = {"status": "closing" if desk.closing else "ok", "model": model, "texts": len(desk), "most": desk.most}
+        return _json(status, 503 if desk.closing else 200)
+
+    async def answer(request: Request) -> Response:
+        chat = request.url.path == "/v1/chat/completions"
+        wanted = ask(parsed(await _body(request)), model, desk.most, chat=chat)
+        reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", int(time()), model)
+        texts = desk.take(wanted.texts, request.receive)
+        await texts.opened()
+        if wanted.stream:
+            events = _events(wanted, reply, texts, say)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)
+        answers: dict[int, Answer] = {}
+        async for place, event in texts.told():
+            if isinstance(event, Ended):
+                answers[place] = event.answer
+        return _json(reply.whole([answers[i] for i in range(len(answers))], wanted.seeds, wanted.choices))
+
+    routes = [
+        Route("/v1/chat/completions", answer, methods=["POST"]),
+        Route("/v1/completions", answer, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+    ]
+    return Guard(_application(routes, say), hosts, key)
+
+
+def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
+    """What `longspec run` asks for, over a socket that only this user opens."""
+    running: dict[str, Texts] = {}
+
+    async def run(request: Request) -> Response:
+        body = parsed(await _body(request))
+        prompt, options, began = local(body)
+        began = None if began is None else min(began, perf_counter())
+        texts = desk.take([(prompt, options)], request.receive, began=began, local=True)
+        return StreamingResponse(lines(str(body.get("id")), texts), media_type="application/x-ndjson")
+
+    async def lines(name: str, texts: Texts) -> AsyncIterator[bytes]:
+        running[name] = texts
+        try:
+            yield _line({})  # taken: the client needn't look for another way
+            async for _, event in texts.told():
+                if isinstance(event, Ended):
+                    yield _line({"answer": event.answer.report(), "notes": event.notes})
+                else:
+                    yield _line({"text": event.text, "tokens": len(event.tokens)})
+        except LongspecError as error:
+            yield _line({"error": str(error), "exit_code": error.exit_code})
+        except GoneError:
+            pass
+        except Exception as error:  # noqa: BLE001  told to whoever asked, and to whoever looks after the server
+            say(_failure(error))
+            yield _line({"error": _failure(error), "exit_code": 1})
+        finally:
+            del running[name]
+
+    async def end(request: Request) -> Response:
+        texts = running.get(str(parsed(await _body(request)).get("id")))
+        if texts is not None:
+            texts.end()
+        return _json({})
+
+    return _application([Route("/run", run, methods=["POST"]), Route("/end", end, methods=["POST"])], say)
+
+
+async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], None]) -> AsyncIterator[bytes]:
+    """Server-sent events: pieces of all texts as they come, and at last [DONE]."""
+    answers: dict[int, Answer] = {}
+    more = {"usage": None} if wanted.include_usage else {}
+    try:
+        for place in range(len(wanted.texts)):
+            if (first := reply.first(place)) is not None:
+                yield _event(first | more)
+        async for place, event in texts.told():
+            if isinstance(event, Ended):
+                answers[place] = event.answer
+                yield _event(reply.last(place, event.answer, wanted.seeds[place]) | more)
+            elif event.text:
+                yield _event(reply.piece(place, event.text) | more)
+        if wanted.include_usage:
+            yield _event(reply.closing([answers[i] for i in range(len(answers))], wanted.choices))
+    except GoneError:
+        return
+    except Exception as error:  # noqa: BLE001  the status is sent: what went wrong can only be told here
+        say(_failure(error))
+        yield _event(_refusal(error).body())
+    yield b"data: [DONE]\n\n"
+
+
+def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
+    """The routes, with everything that is raised in them told in one shape."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        refusal = _refusal(error)
+        if refusal.status == 500:
+            say(_failure(error))
+        return _json(refusal.body(), refusal.status, refusal.headers)
+
+    kinds = (RefusedError, LongspecError, HTTPException, ClientDisconnect, GoneError, Exception)
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, refused))
+
+
+def _refusal(error: Exception) -> RefusedError:
+    """As a client is told it; what is our own fault isn't shown to strangers."""
+    match error:
+        case RefusedError():
+            return error
+        case HTTPException(status_code=405):
+            return RefusedError(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
+        case HTTPException():
+            said = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
+            return RefusedError(error.status_code, said, headers=error.headers)
+        case ContextError():
+            return RefusedError(400, str(error), code="context_length_exceeded")
+        case UsageError():
+            return RefusedError(400, str(error))
+        case GoneError() | ClientDisconnect():
+            return RefusedError(499, "The client went away.")
+    return RefusedError(500, "The server failed at this; what happened is on its standard error.")
+
+
+def _failure(error: Exception) -> str:
+    return str(error) if isinstance(error, LongspecError) else f"a request failed: {type(error).__name__}: {error}"
+
+
+async def _body(request: Request) -> bytes:
+    """All of it: JSON, not too much, and in time."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page elsewhere may send other kinds through a browser without being asked
+        raise RefusedError(415, f"The content type is {kind!r}; send application/json.")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > MOST_NBYTES:
+                    raise RefusedError(413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt.")
+    except TimeoutError:
+        raise RefusedError(408, f"The body didn't arrive within {_BODY_SECONDS:g} seconds.") from None
+    return bytes(data)
+
+
+def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encoded(value), status, headers, "application/json")
+
+
+def _event(value: object) -> bytes:
+    return b"data: " + encoded(value) + b"\n\n"
+
+
+def _line(value: object) -> bytes:
+    return encoded(value) + b"\n"

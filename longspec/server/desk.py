@@ -1,0 +1,165 @@
+"""Between the event loop and the worker's thread: one request's texts go in, what comes of them comes back.
+
+Refuses what is too much, ends what takes too long, and drops what nobody waits for any longer. Knows no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from longspec.options import Options
+from longspec.server.replies import RefusedError
+from longspec.server.worker import Ended, Event, Opened, Order, Worker
+from longspec.text import Prompt
+from longspec.types import Commit
+
+__all__ = ["Desk", "GoneError", "Texts"]
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+_RETRY_SECONDS = 5
+"""When one who was sent away may ask again: about what a short answer takes on a processor."""
+
+
+class GoneError(Exception):
+    """The client went away; nobody reads an answer."""
+
+
+class Desk:
+    """Takes requests for one worker while there are fewer than `most` texts open, each for at most so many seconds."""
+
+    def __init__(self, worker: Worker, most: int, seconds: float) -> None:
+        self.worker = worker
+        self.most = most
+        self.seconds = seconds
+        self.closing = False
+        self._open: set[Texts] = set()
+
+    def __len__(self) -> int:
+        """How many texts are open."""
+        return sum(len(texts) for texts in self._open)
+
+    def take(
+        self,
+        texts: Sequence[tuple[Prompt, Options]],
+        receive: Receive,
+        *,
+        began: float | None = None,
+        local: bool = False,
+    ) -> Texts:
+        """Have them written. receive: tells, once the body is read, that the client went away.
+
+        local: for a person at this machine, who ends it when it takes too long.
+
+        Raises RefusedError: the server is full, or closes.
+        """
+        if self.closing:
+            raise RefusedError(503, "This server is closing; ask another, or later.", code="closing")
+        if len(self) + len(texts) > self.most:
+            said = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
+            raise RefusedError(429, said, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
+        made = Texts(self, texts, receive, began, None if local else self.seconds)
+        self._open.add(made)
+        return made
+
+    def leave(self, texts: Texts) -> None:
+        self._open.discard(texts)
+
+    def close(self, seconds: float) -> None:
+        """Takes no more; what is open ends by itself, or after so many seconds with what it has."""
+        self.closing = True
+        asyncio.get_running_loop().call_later(seconds, self.end)
+
+    def end(self) -> None:
+        """Ends all that is open, with what it has."""
+        for texts in list(self._open):
+            texts.end()
+
+
+class Texts:
+    """The texts of one request. Closed, whatever happens, when they are told or the client is gone."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        texts: Sequence[tuple[Prompt, Options]],
+        receive: Receive,
+        began: float | None,
+        seconds: float | None,
+    ) -> None:
+        self._desk = desk
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        tell = [partial(_bring, loop, self._events, place) for place in range(len(texts))]
+        self._orders = [Order(*text, told, began) for text, told in zip(texts, tell, strict=True)]
+        self._going = len(texts)
+        for order in self._orders:
+            desk.worker.write(order)
+        self._limit = None if seconds is None else loop.call_later(seconds, self.end)
+        self._watcher = asyncio.create_task(self._watch(receive))
+
+    def __len__(self) -> int:
+        return self._going
+
+    async def opened(self) -> None:
+        """Every prompt is understood. Raises what is wrong with one."""
+        early: list[tuple[int, Event]] = []
+        missing = len(self._orders)
+        while missing:
+            place, event = await self._next()
+            if isinstance(event, Opened):
+                missing -= 1
+            else:
+                early.append((place, event))
+        for each in early:  # a text may be written while another's prompt is still read
+            self._events.put_nowait(each)
+
+    async def told(self) -> AsyncIterator[tuple[int, Commit | Ended]]:
+        """What comes of them, each with its place, until all have ended."""
+        try:
+            while self._going:
+                place, event = await self._next()
+                if isinstance(event, Ended):
+                    self._going -= 1
+                if isinstance(event, Ended | Commit):
+                    yield place, event
+        finally:
+            self.close()
+
+    def end(self) -> None:
+        """They end here, with what they have."""
+        for order in self._orders:
+            self._desk.worker.end(order)
+
+    def close(self) -> None:
+        """What isn't written is dropped."""
+        for order in self._orders:
+            self._desk.worker.drop(order)
+        self._going = 0
+        self._desk.leave(self)
+        self._watcher.cancel()
+        if self._limit is not None:
+            self._limit.cancel()
+
+    async def _next(self) -> tuple[int, Event]:
+        place, event = await self._events.get()
+        if isinstance(event, Exception):
+            self.close()
+            raise event
+        return place, event
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        _bring(asyncio.get_running_loop(), self._events, 0, GoneError())
+        self.close()
+
+
+def _bring(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], place: int, event: Event) -> None:
+    """From any thread. A loop that is closed has nobody left to tell."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(events.put_nowait, (place, event))

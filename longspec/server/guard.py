@@ -1,0 +1,71 @@
+"""Who may ask: requests that name this server, and bring its key if it has one.
+
+A page in the user's browser can make its own name mean 127.0.0.1 (DNS rebinding) and then ask this server as if it were
+its own: what names another host is refused before anything is read.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from hmac import compare_digest
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from longspec.server.replies import RefusedError, encoded
+
+__all__ = ["Guard", "is_loopback", "names"]
+
+_OPEN = "/health"
+"""Needs no key: what starts servers asks it."""
+
+
+class Guard:
+    """Around an application: hosts are those that a request may name (None: any), key what it must bring."""
+
+    def __init__(self, inner: ASGIApp, hosts: frozenset[str] | None, key: str | None) -> None:
+        self.inner = inner
+        self.hosts = hosts
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is None:
+            await self.inner(scope, receive, send)
+        else:
+            answer = Response(encoded(refusal.body()), refusal.status, refusal.headers, "application/json")
+            await answer(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> RefusedError | None:
+        headers = Headers(scope=scope)
+        host = _name(headers.get("host", ""))
+        if self.hosts is not None and host not in self.hosts:
+            said = f"The request is for the host {host!r}; this server is localhost, ask it under that name."
+            return RefusedError(421, said, code="wrong_host")
+        if self.key is not None and scope["path"] != _OPEN:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), self.key.encode()):
+                said = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
+                return RefusedError(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches a server that listens there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def names(host: str) -> frozenset[str] | None:
+    """What requests may call a server that listens there; None where others have names for it, and it has a key."""
+    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port: localhost:8000, 127.0.0.1, [::1]:8000."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()

@@ -1,0 +1,123 @@
+"""Listens: on an address, and on a Unix socket that only this user opens, until the process is asked to end.
+
+Takes applications and sockets; uvicorn does the HTTP. The first signal lets running answers go on for some seconds, the
+second ends them with what they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from longspec.errors import UsageError
+from longspec.server.desk import Desk
+
+__all__ = ["Listener", "bind", "bound_unix", "listen"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_SECONDS = 5.0
+"""After the answers were told to end: a pass may be running, and a slow reader has to get the rest."""
+
+
+class _Server(uvicorn.Server):
+    """Signals are handled once for all servers of the process, not by each."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Listener:
+    """Applications at their sockets. `stop` ends them once their answers have ended: `grace` seconds later at most."""
+
+    def __init__(self, desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float) -> None:
+        self._desk = desk
+        self._grace = grace
+        self._servers = [(_Server(_config(app, grace)), door) for app, door in doors]
+
+    async def run(self) -> None:
+        await asyncio.gather(*(server.serve([door]) for server, door in self._servers))
+
+    def stop(self) -> None:
+        """A second call ends the answers at once, with what they have."""
+        if self._desk.closing:
+            self._desk.end()
+        else:
+            self._desk.close(self._grace)
+        for server, _ in self._servers:
+            server.should_exit = True
+
+
+async def listen(desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float) -> None:
+    """Answer until a signal asks for the end."""
+    listener, loop = Listener(desk, doors, grace), asyncio.get_running_loop()
+    for signum in _SIGNALS:
+        loop.add_signal_handler(signum, listener.stop)
+    await listener.run()
+
+
+def _config(app: ASGIApp, grace: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=100,  # nothing: what goes wrong is said by the application
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace + _LAST_SECONDS),
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises UsageError: the address can't be had."""
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen()
+    except OSError as error:
+        raise UsageError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from error
+    return made
+
+
+@contextmanager
+def bound_unix(path: Path) -> Iterator[socket.socket | None]:
+    """A socket at this path while the block runs; None where another server listens there.
+
+    It appears under its name when it listens, so that whoever finds it is answered; the folder is the user's own.
+    """
+    if _answers(path):
+        yield None
+        return
+    made, beside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_name(f".{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    made.bind(str(beside))
+    beside.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    made.listen()
+    mine = beside.stat().st_ino
+    beside.rename(path)
+    try:
+        yield made
+    finally:
+        with suppress(OSError):
+            if path.stat().st_ino == mine:  # not another server's by now
+                path.unlink()
+
+
+def _answers(path: Path) -> bool:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.connect(str(path))
+        return True
+    return False
