@@ -372,7 +372,8 @@ class Engine:
             if asked:
                 began = perf_counter()
                 ahead = [forced[i] for i in asked]
-                made = drafter.propose([sessions[i] for i in asked], [bets[i].limit for i in asked], ahead)
+                limits = [bets[i].limit for i in asked]
+                made = drafter.propose([sessions[i] for i in asked], limits, ahead if any(ahead) else None)
                 seconds[name] = perf_counter() - began
                 for i, draft in zip(asked, made, strict=True):
                     constraint = sessions[i].constraint

@@ -140,8 +140,8 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
-    report = planned(["-m", tiny, "--memory", "2GiB", *TINY], capfd)
-    assert (report["context"], report["budget_bytes"], report["dtype"]) == (4096, 2 << 30, "fp32")
+    report = planned(["-m", tiny, "--memory", "16GiB", *TINY], capfd)
+    assert (report["context"], report["budget_bytes"], report["dtype"]) == (4096, 16 << 30, "fp32")
     assert report["picked"] == {"cache": "dense", "prefill_rows": 512}
     caches = {one["cache"]: one for one in report["caches"]}
     row = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes

@@ -38,7 +38,7 @@ def opened(made: Engine, texts: list[str], **options: Any) -> list[Session]:
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3}])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "skip"])
+@pytest.mark.parametrize("drafter", ["none", "recycle+ngram"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_companions_change_nothing(model: Model, cache: str, drafter: str, sampling: dict[str, Any]) -> None:
     texts = prompts(7)

@@ -63,7 +63,7 @@ def theirs(model: Any, tokens: list[int], new: int) -> tuple[list[int], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--text", type=Path, help="a text whose first --context tokens are the one prompt")
