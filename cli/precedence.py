@@ -42,6 +42,15 @@ def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> N
 
 def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
     """What is bet, and how much."""
+    drafter = options["drafter"]
+    for name, user in (("remember", "suffix"), ("draft_from", "suffix"), ("draft_model", "model")):
+        if options.get(name) and drafter != "auto" and user not in drafter.split("+"):
+            if _yields(ctx, name, to="drafter"):
+                options[name] = () if name == "draft_from" else None if name == "draft_model" else False
+            elif _yields(ctx, "drafter", to=name):
+                options["drafter"] = "auto"
+    if options["all_rows"] and options["cache"] not in ("offload", "disk") and _yields(ctx, "all_rows", to="cache"):
+        options["all_rows"] = False
     if options["num_speculative_tokens"] is not None and options["drafter"] == "none":
         if not _yields(ctx, "num_speculative_tokens", to="drafter"):
             raise UsageError("--num-speculative-tokens has no effect with --drafter none; leave one out.")

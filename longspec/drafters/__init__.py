@@ -63,6 +63,8 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
     """Raises UsageError: no drafter has this name, what it needs is missing, or what was given is of no use to it."""
     first, *rest = name.split("+")
     for part in (first, *rest):
+        if part == "auto":
+            raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
         if part not in DRAFTERS:
             raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}.")
     for part in (first, *rest)[:-1]:
