@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import BLOCK, Bounds, Part, Room, Shape, Take
+from longspec.cache.stage import BLOCK, Bounds, Part, Room, Run, Shape, Take
 from longspec.tree import Tree
 
 __all__ = ["Dense", "DenseStage", "near_start"]
@@ -186,7 +186,7 @@ class DenseStage:
     def __init__(self, cache: Dense, behind: bool) -> None:
         self.behind = behind
         self._cache = cache
-        self._length = cache.length
+        self.length = cache.length  # of the text before it
         self._opened = cache._changes
         self._tree = Tree()
         self._held = [0] * cache.shape.layers  # rows put so far, per layer
@@ -208,13 +208,13 @@ class DenseStage:
     @property
     def offset(self) -> int:
         """Where row 0 stands in `buffers`."""
-        return self._length - self._cache._start if self.behind else 0
+        return self.length - self._cache._start if self.behind else 0
 
     def add(self, parents: Sequence[int]) -> slice:
         self._check_fresh()
         rows = self._tree.add(parents)
         if self.behind:
-            self._cache.reserve(self._length + rows.stop)
+            self._cache.reserve(self.length + rows.stop)
         else:
             empty = self._cache._empty(len(parents))
             self._own = [torch.cat((old, empty), 2) for old in self._own]
@@ -225,20 +225,30 @@ class DenseStage:
         at = slice(self.offset + rows.start, self.offset + rows.stop)
         buffer[0, :, at] = keys.transpose(0, 1)
         buffer[1, :, at] = values.transpose(0, 1)
+        self.filled(layer, rows)
+
+    def filled(self, layer: int, rows: slice) -> None:
+        """Keys and values of `rows` stand in `buffers`, at `offset`, put there by someone else."""
         self._held[layer] = max(self._held[layer], rows.stop)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part]:
+        return (run.part(layer) for run in self.runs(rows, self._cache.shape.windows[layer]))
+
+    def runs(self, rows: slice, window: int | None) -> list[Run]:
+        """All that `rows` may read in the layers of one window; the last run is of `buffers`."""
         self._check_fresh()
-        cache, length = self._cache, self._length
-        run = 0  # the text's row that a buffer begins with
+        cache, length = self._cache, self.length
+        runs = []
+        start = 0  # the text's row that a buffer begins with
         for buffers, count in cache._shared:
-            yield from self._part(layer, rows, buffers[layer], run, run + count, staged=False)
-            run += count
+            runs.append(self._run(buffers, rows, start, start + count, window))
+            start += count
         if self.behind and rows.stop - rows.start < _SPLIT_ROWS:
-            yield from self._part(layer, rows, self.buffers[layer], cache.start, length, staged=True)
-            return
-        yield from self._part(layer, rows, cache._buffers[layer], cache.start, length, staged=False)
-        yield from self._part(layer, rows, self.buffers[layer][:, :, self.offset :], length, length, staged=True)
+            runs.append(self._run(self.buffers, rows, cache.start, length, window, staged=True))
+        else:
+            runs.append(self._run(cache._buffers, rows, cache.start, length, window))
+            runs.append(self._run(self.buffers, rows, length, length, window, offset=self.offset, staged=True))
+        return [run for run in runs if run.columns]
 
     def check_complete(self, rows: Sequence[int]) -> None:
         """Raise ValueError unless the stage is fresh and these rows hold keys and values in all layers."""
@@ -250,12 +260,21 @@ class DenseStage:
         if self._opened != self._cache._changes:
             raise ValueError("this stage is stale: its cache has gone on since it was opened")
 
-    def _part(self, layer: int, rows: slice, buffer: Tensor, start: int, end: int, *, staged: bool) -> Iterator[Part]:
-        """The text's rows start..end in `buffer`, and where `staged`, the stage's rows behind them."""
+    def _run(
+        self,
+        buffers: list[Tensor],
+        rows: slice,
+        start: int,
+        end: int,
+        window: int | None,
+        *,
+        offset: int = 0,
+        staged: bool = False,
+    ) -> Run:
+        """The text's rows start..end, from `offset` of the buffers on, and where `staged` the stage's rows behind."""
         columns = end - start + (rows.stop if staged else 0)
-        low, bounds = self._reach(rows, start, end, self._cache.shape.windows[layer], staged)
-        if low < columns:
-            yield Part(buffer[0, :, low:columns], buffer[1, :, low:columns], bounds, start + low)
+        low, bounds = self._reach(rows, start, end, window, staged)
+        return Run(buffers, offset + low, columns - low, bounds, start + low)
 
     def _reach(self, rows: slice, start: int, end: int, window: int | None, staged: bool) -> tuple[int, Bounds | None]:
         """The first column that any of `rows` reads, and each row's bounds from there; kept for the other layers."""
@@ -269,7 +288,7 @@ class DenseStage:
     ) -> tuple[int, Bounds | None]:
         chain = self._tree.is_chain
         columns = end - start + (rows.stop if staged else 0)
-        positions = torch.tensor([self._length + depth for depth in self.depths[rows]])
+        positions = torch.tensor([self.length + depth for depth in self.depths[rows]])
         first = torch.zeros_like(positions) if window is None else positions - window + 1
         if self._cache.near:
             first = torch.maximum(first, (positions // BLOCK - 1) * BLOCK)

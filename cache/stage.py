@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Room", "Shape", "Stage", "Take"]
+__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Room", "Run", "Shape", "Stage", "Take"]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
@@ -134,6 +134,21 @@ class Part:
 
     def pieces(self) -> Iterator[Part]:
         yield self
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Dense rows of a text that stand in the same place in every layer: a `Part` of each."""
+
+    buffers: Sequence[Tensor]  # of each layer [2, K, capacity, D]: keys, then values
+    column: int  # a head's rows from here on
+    columns: int
+    bounds: Bounds | None
+    start: int
+
+    def part(self, layer: int) -> Part:
+        keys, values = self.buffers[layer][:, :, self.column : self.column + self.columns]
+        return Part(keys, values, self.bounds, self.start)
 
 
 @dataclass(frozen=True, slots=True)

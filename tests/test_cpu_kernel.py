@@ -7,14 +7,17 @@ the largest output is never reached.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from longspec.attention import attend, cpu, merge, reference
+from longspec.attention.texts import Texts, reads
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import Bounds, CodedPart, Part
+from longspec.cache.dense import Dense, DenseStage
+from longspec.cache.stage import Bounds, CodedPart, Part, Shape
 
 TOLERANCE = 0.01
 
@@ -116,8 +119,60 @@ def test_what_it_refuses() -> None:
     for queries, why in (
         (torch.zeros(1, 9, 64), "bf16 on the CPU"),
         (randn(1, 9, 80), "64, 128, 192 or 256 channels"),
-        (randn(40, 9, 64), "not 120"),
+        (randn(300, 9, 64), "900 rows are too many"),
     ):
-        assert why in (cpu.refuses(queries, 3) or "")
+        kv = randn(2, 3, 100, queries.shape[2])
+        assert why in (cpu.refuses(queries, Part(kv[0], kv[1])) or "")
     kv = randn(2, 3, 100, 80)
     assert attend(randn(1, 9, 80), [Part(kv[0], kv[1])], 0.1).isfinite().all()  # torch takes it
+
+
+class Rows(NamedTuple):
+    stage: DenseStage
+    staged: slice
+    at: slice
+
+
+def grown(shape: Shape, length: int, seed: int) -> Dense:
+    """A cache of so many rows."""
+    cache = Dense(shape)
+    stage = cache.open()
+    rows = stage.add(range(-1, length - 1))
+    for layer in range(shape.layers):
+        stage.put(layer, rows, *randn(2, length, shape.key_heads, shape.head_dim, seed=seed + layer))
+    cache.commit(stage, range(length))
+    return cache
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4)])
+@pytest.mark.parametrize("windows", [(None, None), (40, None)])
+def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ...]) -> None:
+    """Bit for bit what each text's parts give one by one: forks, chains, trees, stages apart, of any length."""
+    queries, key_heads = heads
+    shape = Shape(key_heads, 64, windows, torch.bfloat16, torch.device("cpu"))
+    trunk = grown(shape, 130, 5)
+    caches = [grown(shape, 1, 1), grown(shape, 700, 2), trunk.fork(130), trunk.fork(64), grown(shape, 90, 3), trunk]
+    parents = [[-1], [-1, 0, 1], [-1, 0, 0, 1, -1], [-1], list(range(-1, 39)), [-1, 0]]
+    beside = [cache.open() for cache in caches[:3]]  # their later stages stand apart
+    spans, count = [], 0
+    for cache, each in zip(caches, parents, strict=True):
+        stage = cache.open()
+        spans.append(Rows(stage, stage.add(each), slice(count, count + len(each))))
+        count += len(each)
+    assert all(reads(queries // key_heads, span) for span in spans)
+    texts = Texts(spans, shape, queries, 0.125, None)
+    for layer in range(shape.layers):
+        made = randn(count, (queries + 2 * key_heads) * 64, seed=layer + 50)
+        q, k, v = made.view(count, -1, 64).tensor_split((queries, queries + key_heads), 1)
+        expected = []
+        for span in spans:
+            span.stage.put(layer, span.staged, k[span.at], v[span.at])
+            expected.append(cpu.attend(q[span.at], span.stage.parts(layer, span.staged, q[span.at]), 0.125))
+            span.stage.put(layer, span.staged, torch.zeros_like(k[span.at]), torch.zeros_like(v[span.at]))
+        output = torch.empty(count, queries * 64, dtype=torch.bfloat16)
+        texts.read(layer, made, output)
+        for span, want in zip(spans, expected, strict=True):
+            assert torch.equal(output[span.at], want.flatten(1))
+    for cache, span in zip(caches, spans, strict=True):  # what was put can be kept
+        cache.commit(span.stage, [0])
+    del beside

@@ -55,7 +55,7 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
     parts = iter(parts)
     head = next(parts)
     parts = chain((head,), parts)
-    if cpu.refuses(queries, _key_heads(head)) is None:
+    if cpu.refuses(queries, head) is None:
         return cpu.attend(queries, parts, scale, softcap)
     pieces = _readable(queries, parts, softcap)
     part, backend = next(pieces)
@@ -67,10 +67,6 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
         total = merge(total, _read(queries, *following, scale, softcap))
         following = next(pieces, None)
     return total[0].to(queries.dtype)
-
-
-def _key_heads(part: Part | CodedPart) -> int:
-    return len(part.keys if isinstance(part, Part) else part.codes[0])
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

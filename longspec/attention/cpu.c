@@ -46,6 +46,21 @@ typedef struct {
     float scale, softcap; /* 0: no softcap */
 } Reading;
 
+/* Dense rows of one text that stand in the same place in every layer. */
+typedef struct {
+    const int64_t *buffers; /* of each layer: where [2, key_heads, capacity, dim] lies, keys and then values */
+    int64_t capacity, column, columns; /* of a head's rows, those from `column` on */
+    const int64_t *first, *last;       /* as a part's */
+    const uint8_t *tail;
+    int64_t tail_columns;
+} Run;
+
+/* What one text has in a pass: rows of its own, which are put into its last run's buffers, and the runs they read. */
+typedef struct {
+    const Run *runs;
+    int64_t count, at, rows, put; /* from row `at` of the pass on; into column `put` */
+} Text;
+
 /* 0 where the system gives leave to use tiles. */
 int attention_missing(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
 
@@ -315,6 +330,17 @@ static void join(float *a, const float *b, int64_t live, int64_t dim) {
     }
 }
 
+/* A tile of joined results as attention's output [rows, key_heads * groups, dim]. */
+static void written(const Reading *r, int64_t head, int64_t tile, const float *from, bf16 *output) {
+    const int64_t all = r->rows * r->groups, end = all < (tile + 1) * ROWS ? all : (tile + 1) * ROWS;
+    for (int64_t j = tile * ROWS; j < end; j++) {
+        const float sum = from[ROWS + j % ROWS];
+        bf16 *out = output + ((j % r->rows * r->key_heads + head) * r->groups + j / r->rows) * r->dim;
+        for (int64_t d = 0; d < r->dim; d += LANES)
+            _mm256_storeu_si256((void *)(out + d), narrow(_mm512_loadu_ps(from + 2 * ROWS + j % ROWS * r->dim + d) / sum));
+    }
+}
+
 /* Reads one part into the state, which is new with `begin`; with `output` the state is what is written there. */
 void attention_read(const Reading *r, const Part *p, int64_t begin, char *room, int64_t threads, float *state, bf16 *output) {
     const int64_t chunks = (p->columns + CHUNK - 1) / CHUNK, tasks = chunks * r->key_heads, size = task_floats(r);
@@ -346,11 +372,119 @@ void attention_read(const Reading *r, const Part *p, int64_t begin, char *room, 
                 else
                     join(to, from, live, r->dim);
             }
-            for (int64_t j = tile * ROWS; output && j < tile * ROWS + live; j++) {
-                const float sum = to[ROWS + j % ROWS];
-                bf16 *out = output + ((j % r->rows * r->key_heads + head) * r->groups + j / r->rows) * r->dim;
-                for (int64_t d = 0; d < r->dim; d += LANES)
-                    _mm256_storeu_si256((void *)(out + d), narrow(_mm512_loadu_ps(to + 2 * ROWS + j % ROWS * r->dim + d) / sum));
+            if (output) written(r, head, tile, to, output);
+        }
+    }
+}
+
+/* One key head of one text, and some columns of one of its runs. */
+typedef struct {
+    int64_t text, head, start;
+    Part part;
+    float *result;
+} Task;
+
+static Reading of_text(const Reading *all, const Text *text) {
+    Reading r = *all;
+    r.queries = all->queries + text->at * all->query_row;
+    r.rows = text->rows;
+    return r;
+}
+
+static Part of_run(const Reading *r, const Run *run, int64_t layer) {
+    const int64_t size = run->capacity * r->dim * (int64_t)sizeof(bf16);
+    const char *keys = (const char *)run->buffers[layer] + run->column * r->dim * (int64_t)sizeof(bf16);
+    const Side sides[2] = {{.codes = keys, .head = size}, {.codes = keys + r->key_heads * size, .head = size}};
+    return (Part){sides[0], sides[1], DENSE, 16, run->columns, run->first, run->last, run->tail, run->tail_columns};
+}
+
+static int64_t tasks_of(const Reading *r, const Text *text) {
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < text->count; i++) tasks += (text->runs[i].columns + CHUNK - 1) / CHUNK * r->key_heads;
+    return tasks;
+}
+
+/* Bytes of room for reading these texts with so many threads. */
+int64_t texts_room(const Reading *all, const Text *texts, int64_t count, int64_t threads) {
+    int64_t bytes = threads * own_room(all->dim) + 4096;
+    for (int64_t i = 0; i < count; i++) {
+        const Reading r = of_text(all, texts + i);
+        bytes += tasks_of(&r, texts + i) * (4 * task_floats(&r) + (int64_t)sizeof(Task));
+        bytes += tall(&r) * r.key_heads * r.dim * 2 * ROWS + 2 * (int64_t)sizeof(int64_t);
+    }
+    return bytes;
+}
+
+/* All texts of a pass at one layer: their keys and values are put, and read. `all` has the pass' queries; keys and
+ * values stand behind them in each row, as in a product's result. */
+void texts_read(const Reading *all, const Text *texts, int64_t count, int64_t layer, char *room, int64_t threads,
+                bf16 *output) {
+    const int64_t heads = all->key_heads, dim = all->dim, wide = heads * all->groups * dim;
+    char *next = room + threads * own_room(dim);
+    bf16 **laid = (bf16 **)next;
+    int64_t *firsts = (int64_t *)(laid + count), made = 0;
+    Task *tasks = (Task *)(firsts + count);
+    next = (char *)tasks;
+    for (int64_t i = 0; i < count; i++) next += tasks_of(all, texts + i) * (int64_t)sizeof(Task);
+    next += -(intptr_t)next & 63;
+    for (int64_t i = 0; i < count; i++) {
+        const Reading r = of_text(all, texts + i);
+        laid[i] = (bf16 *)next;
+        next += tall(&r) * heads * dim * 2 * ROWS;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const Reading r = of_text(all, texts + i);
+        firsts[i] = made;
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t run = 0; run < texts[i].count; run++) {
+                const Part part = of_run(&r, texts[i].runs + run, layer);
+                for (int64_t start = 0; start < part.columns; start += CHUNK, made++) {
+                    tasks[made] = (Task){i, head, start, part, (float *)next};
+                    next += 4 * task_floats(&r);
+                }
+            }
+    }
+#pragma omp parallel num_threads((int)threads)
+    {
+        int64_t thread = 0;
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void);
+        thread = omp_get_thread_num();
+#endif
+        configure();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count * heads; i++) {
+            const Text *text = texts + i / heads;
+            const Reading r = of_text(all, text);
+            const Run *own = text->runs + text->count - 1;
+            const int64_t head = i % heads, size = own->capacity * dim;
+            lay_queries(&r, head, laid[i / heads] + head * tall(&r) * dim * ROWS);
+            bf16 *keys = (bf16 *)own->buffers[layer] + head * size + text->put * dim;
+            for (int64_t row = 0; row < r.rows; row++) {
+                const bf16 *from = r.queries + row * r.query_row + wide + head * dim;
+                memcpy(keys + row * dim, from, (size_t)dim * sizeof *from);
+                memcpy(keys + heads * size + row * dim, from + heads * dim, (size_t)dim * sizeof *from);
+            }
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < made; i++) {
+            const Task *t = tasks + i;
+            const Reading r = of_text(all, texts + t->text);
+            const bf16 *queries = laid[t->text] + t->head * tall(&r) * dim * ROWS;
+            task(&r, &t->part, t->head, t->start, queries, room + thread * own_room(dim), t->result);
+        }
+        _tile_release();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count * heads; i++) {
+            const Text *text = texts + i / heads;
+            const Reading r = of_text(all, text);
+            const int64_t head = i % heads, each = tasks_of(all, text) / heads;
+            const Task *own = tasks + firsts[i / heads] + head * each;
+            for (int64_t tile = 0; tile < tall(&r); tile++) {
+                const int64_t live = r.rows * r.groups - tile * ROWS, at = tile * ROWS * (2 + dim);
+                for (int64_t chunk = 1; chunk < each; chunk++)
+                    join(own->result + at, own[chunk].result + at, live < ROWS ? live : ROWS, dim);
+                written(&r, head, tile, own->result + at, output + text->at * wide);
             }
         }
     }

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import CodedPart, Part
+from longspec.cache.stage import Bounds, CodedPart, Part
 from longspec.native import library
 
-__all__ = ["USE", "attend", "missing", "refuses"]
+__all__ = ["USE", "Reading", "attend", "kernel", "limits", "missing", "refuses", "room_for", "takes", "unfit"]
 
 USE = "a few rows in bf16 on the CPU"
 
-_MOST_ROWS = 64
-"""Rows times query heads of a key head. More of them (prefill chunks) are as fast by torch."""
+_MOST_ROWS, _ALWAYS, _FEW_COLUMNS = 768, 64, 4096
 
 
 class _Side(ctypes.Structure):
@@ -45,7 +44,9 @@ class _Part(ctypes.Structure):
     )
 
 
-class _Reading(ctypes.Structure):
+class Reading(ctypes.Structure):
+    """The queries of a pass as the kernel takes them."""
+
     _fields_ = (
         ("queries", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("query_row", "rows", "key_heads", "groups", "dim")),
@@ -61,37 +62,53 @@ _room = torch.empty(0, dtype=torch.uint8)
 @cache
 def missing() -> str | None:
     """Why this machine can't run it; None where it can."""
-    found = _kernel()
+    found = kernel()
     return found if isinstance(found, str) else None
 
 
-def refuses(queries: Tensor, key_heads: int) -> str | None:
-    """Why it doesn't take a pass with these queries [q, H, D]; None where it does."""
-    rows, heads, dim = queries.shape
-    if queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
-        return f"it reads bf16 on the CPU, not {queries.dtype} on {queries.device.type}"
-    if rows * heads > _MOST_ROWS * key_heads:
-        return f"it takes {_MOST_ROWS} rows times query heads of a key head, not {rows * heads // key_heads}"
+def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
+    """Why it doesn't read heads of `dim` channels; None where it does."""
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return f"it reads bf16 on the CPU, not {dtype} on {device.type}"
     if dim % 64 or dim > 256:
         return f"it reads heads of 64, 128, 192 or 256 channels, not {dim}"
     return missing()
 
 
+def takes(rows: int, columns: int) -> bool:
+    """Whether it reads so many rows, times query heads of a key head, over so many columns.
+
+    Passes of the default model by it and by torch, in ms: 32 rows 12 and 25, 256 rows 62 and 77, 512 rows 140 and 157;
+    at 5,000 columns 128 rows 103 and 112, 512 rows 448 and 406. What it needs to work in grows with both.
+    """
+    return rows <= max(_ALWAYS, _MOST_ROWS // (1 + columns // _FEW_COLUMNS))
+
+
+def refuses(queries: Tensor, part: Part | CodedPart) -> str | None:
+    """Why it doesn't take a pass with these queries [q, H, D], the first part of which is this; None where it does."""
+    rows, heads, dim = queries.shape
+    groups = heads // _key_heads(part)
+    if not takes(rows * groups, part.columns):
+        return f"{rows * groups} rows are too many for it"
+    return unfit(queries.dtype, queries.device, dim)
+
+
 def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all parts, one of which has columns; [q, H, D]."""
-    kernel, threads = _kernel(), torch.get_num_threads()
-    assert not isinstance(kernel, str)
+    library, threads = kernel(), torch.get_num_threads()
+    assert not isinstance(library, str)
     output = torch.empty(queries.shape, dtype=queries.dtype)
     reading = state = None
     for part, is_last in _marked(parts):
         begin = reading is None
         if reading is None or state is None:
             reading = _reading(queries, part, scale, softcap)
-            state = torch.empty(kernel.attention_state(reading), dtype=torch.uint8)
-        made, held = _part(part)
-        room = _room_for(kernel.attention_room(reading, part.columns, threads))
+            state = torch.empty(library.attention_state(reading), dtype=torch.uint8)
+        held: list[Tensor] = []
+        made = _part(part, held)
+        room = room_for(library.attention_room(reading, part.columns, threads))
         target = output.data_ptr() if is_last else None
-        kernel.attention_read(reading, made, begin, room.data_ptr(), threads, state.data_ptr(), target)
+        library.attention_read(reading, made, begin, room.data_ptr(), threads, state.data_ptr(), target)
         del held
     return output
 
@@ -108,7 +125,7 @@ def _marked(parts: Iterable[Part | CodedPart]) -> Iterator[tuple[Part | CodedPar
         yield before, True
 
 
-def _room_for(nbytes: int) -> Tensor:
+def room_for(nbytes: int) -> Tensor:
     """The working room of one call, kept for the next."""
     global _room
     if len(_room) < nbytes:
@@ -116,36 +133,45 @@ def _room_for(nbytes: int) -> Tensor:
     return _room
 
 
-def _reading(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None) -> _Reading:
+def _reading(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None) -> Reading:
     rows, heads, dim = queries.shape
-    key_heads = len(part.keys if isinstance(part, Part) else part.codes[0])
+    key_heads = _key_heads(part)
     if queries.stride()[1:] != (dim, 1):
         queries = queries.contiguous()
-    made = _Reading(
+    made = Reading(
         queries.data_ptr(), queries.stride(0), rows, key_heads, heads // key_heads, dim, scale, softcap or 0.0
     )
     made.held = queries  # for as long as it is pointed to
     return made
 
 
-def _part(part: Part | CodedPart) -> tuple[_Part, list[Tensor]]:
-    """The part as the kernel takes it, and the tensors that it points to."""
-    bounds, held = part.bounds, list[Tensor]()
-    limits: tuple[int | None, int | None, int | None, int] = (None, None, None, 0)
-    if bounds is not None:
-        held += (bounds.first, bounds.last)
-        limits = (bounds.first.data_ptr(), bounds.last.data_ptr(), None, 0)
-        if bounds.tail is not None and bounds.tail.shape[1]:
-            held.append(bounds.tail.contiguous())
-            limits = (*limits[:2], held[-1].data_ptr(), bounds.tail.shape[1])
+def _key_heads(part: Part | CodedPart) -> int:
+    return len(part.keys if isinstance(part, Part) else part.codes[0])
+
+
+def limits(bounds: Bounds | None, held: list[Tensor]) -> tuple[int | None, int | None, int | None, int]:
+    """Bounds as the kernel takes them; `held` is given the tensors that are pointed to."""
+    if bounds is None:
+        return None, None, None, 0
+    held += (bounds.first, bounds.last)
+    first, last = bounds.first.data_ptr(), bounds.last.data_ptr()
+    if bounds.tail is None or not bounds.tail.shape[1]:
+        return first, last, None, 0
+    held.append(bounds.tail.contiguous())
+    return first, last, held[-1].data_ptr(), bounds.tail.shape[1]
+
+
+def _part(part: Part | CodedPart, held: list[Tensor]) -> _Part:
+    """The part as the kernel takes it; `held` is given the tensors that it points to."""
+    bounds = limits(part.bounds, held)
     if isinstance(part, Part):
         keys, values = _rows(part.keys, held), _rows(part.values, held)
-        return _Part(keys, values, _DENSE, 16, part.columns, *limits), held
+        return _Part(keys, values, _DENSE, 16, part.columns, *bounds)
     codec, half = part.codec, len(part.codes) // 2
     assert isinstance(codec, Codec)
     kind = _DUAL if isinstance(codec, DualCodec) else _SYMMETRIC if codec.symmetric else _ASYMMETRIC
     keys, values = (_codes(side, kind, held) for side in (part.codes[:half], part.codes[half:]))
-    return _Part(keys, values, kind, codec.bits, part.columns, *limits), held
+    return _Part(keys, values, kind, codec.bits, part.columns, *bounds)
 
 
 def _rows(rows: Tensor, held: list[Tensor]) -> _Side:
@@ -171,15 +197,18 @@ def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
 
 
 @cache
-def _kernel() -> ctypes.CDLL | str:
+def kernel() -> ctypes.CDLL | str:
+    """The kernel's library; a sentence where it can't be had."""
     found = library(Path(__file__).with_name("cpu.c"))
     if isinstance(found, str):
         return found
     if found.attention_missing():
         return "this processor has no tiles (AMX), or the system doesn't give them"
-    reading, part = ctypes.POINTER(_Reading), ctypes.POINTER(_Part)
+    reading, part = ctypes.POINTER(Reading), ctypes.POINTER(_Part)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.attention_state.argtypes, found.attention_state.restype = (reading,), number
     found.attention_room.argtypes, found.attention_room.restype = (reading, number, number), number
     found.attention_read.argtypes = (reading, part, number, pointer, number, pointer, pointer)
+    found.texts_room.argtypes, found.texts_room.restype = (reading, pointer, number, number), number
+    found.texts_read.argtypes = (reading, pointer, number, number, pointer, number, pointer)
     return found

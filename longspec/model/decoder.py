@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.attention import attend, attend_strictly
+from longspec.attention import attend, attend_strictly, cpu
+from longspec.attention.texts import Texts, reads
 from longspec.cache.dense import Dense
 from longspec.cache.stage import Shape, Stage
 from longspec.errors import ModelError, UsageError
@@ -218,17 +219,17 @@ class Decoder:
             if self._embedding_scale != 1.0:
                 hidden = hidden * self._embedding_scale
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        fused = self._kernel_for(len(hidden))
+        fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
         for i in range(first, self.config.layers if last is None else last):
             layer, rope = self._layers[i], self.config.ropes[i]
             turn = turns[rope] if rope else None
             if fused is not None and i not in skip.attention and i not in skip.mlp:
-                x = self._read(i, fused.project(i, hidden, turn), rows)
+                x = self._read(i, fused.project(i, hidden, turn), rows, texts)
                 hidden = fused.finish(i, x, hidden)
                 continue
             if i not in skip.attention:
                 x = layer.before_attention(hidden) if layer.before_attention else hidden
-                x = layer.output(self._read(i, self._project(layer, x, turn), rows))
+                x = layer.output(self._read(i, self._project(layer, x, turn), rows, texts))
                 hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
             if i not in skip.mlp:
                 x = layer.before_mlp(hidden) if layer.before_mlp else hidden
@@ -263,18 +264,32 @@ class Decoder:
             queries, keys = rotate(queries, *turn), rotate(keys, *turn)
         return torch.cat((queries.flatten(1), keys.flatten(1), values), -1)
 
-    def _read(self, index: int, made: Tensor, rows: Rows) -> Tensor:
+    def _texts(self, rows: Rows) -> Texts | None:
+        """All spans that one call a layer can read."""
+        c = self.config
+        if self.strict or cpu.unfit(self.dtype, self.device, c.head_dim):
+            return None
+        spans = [span for span in rows.spans if reads(c.heads // c.key_heads, span)]
+        return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None
+
+    def _read(self, index: int, made: Tensor, rows: Rows, texts: Texts | None) -> Tensor:
         """Attention's output [r, H * D]; keys and values are in the stages then."""
         c = self.config
+        output = made.new_empty(len(made), c.heads * c.head_dim)
+        if texts is not None:
+            texts.read(index, made, output)
+            if len(texts) == len(rows.spans):
+                return output
         heads = made.view(len(made), -1, c.head_dim)
         queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
-        outputs = []
         for span in rows.spans:
+            if texts is not None and reads(c.heads // c.key_heads, span):
+                continue
             own = queries[span.at]
             span.stage.put(index, span.staged, keys[span.at], values[span.at])
-            outputs.append(self._attend(own, span.stage.parts(index, span.staged, own), c.scale, c.attention_softcap))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return output.flatten(1)
+            parts = span.stage.parts(index, span.staged, own)
+            output[span.at] = self._attend(own, parts, c.scale, c.attention_softcap).flatten(1)
+        return output
 
 
 class _Reader:
