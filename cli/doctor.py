@@ -110,13 +110,13 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
 
-        from longspec.model.load import choose_device, choose_dtype
+        from longspec.model.load import choose_device, native_dtype
     except (ImportError, OSError) as error:
         return {"problem": f"torch can't be imported: {error}"}
     device = choose_device("auto")
     return {
         "device": str(device),
-        "dtype": choose_dtype("auto", device),
+        "dtype": native_dtype(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

@@ -71,13 +71,13 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
     import longspec.engine  # noqa: F401 - what a run has in memory when it plans
     from longspec.budget import Request, request_of
     from longspec.machine import resident_bytes
+    from longspec.model.checkpoint import Checkpoint
     from longspec.model.config import Config
     from longspec.model.footprint import Footprint, parameters
     from longspec.model.hub import fetch_config
     from longspec.model.load import DTYPES, choose_device, choose_dtype, open_model
 
     place = choose_device(device)
-    kind = DTYPES[choose_dtype(dtype, place)]
     try:
         opened = open_model(model, dtype=dtype, device=device, offline=True)
         request = request_of(opened, context)
@@ -86,8 +86,9 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
         if raw is None:
             raise
         config = Config.read(raw)
+        kind = choose_dtype(dtype, place, Checkpoint(model), config)
         tied = bool(raw.get("tie_word_embeddings", config.family.startswith("gemma")))
-        weights = parameters(config, tied=tied) * kind.itemsize
+        weights = parameters(config, tied=tied) * DTYPES[kind].itemsize
         process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
         footprint = Footprint(weights, weights, weights)
         request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
@@ -126,7 +127,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
         )
     picked = next((one for one in choices(request) if one.lacks(budget) is None), None)
     return {
-        "dtype": {"float32": "fp32", "bfloat16": "bf16"}[str(request.dtype).removeprefix("torch.")],
+        "dtype": request.dtype,
         "device": str(request.device),
         "context": request.tokens,
         "budget_bytes": budget,

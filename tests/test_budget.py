@@ -28,7 +28,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.footprint import Footprint, footprint, parameters
 from longspec.model.hub import find
-from longspec.model.load import Model
+from longspec.model.load import DTYPES, Model
 from longspec.watch import STEPS, Watch
 
 MIB = 1 << 20
@@ -38,9 +38,9 @@ SMOLLM2 = {
 }  # fmt: skip
 
 
-def request(tokens: int = 7000, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Request:
+def request(tokens: int = 7000, dtype: str = "bf16", **changes: Any) -> Request:
     config = Config.read(SMOLLM2)
-    weights = parameters(config, tied=True) * dtype.itemsize
+    weights = parameters(config, tied=True) * DTYPES[dtype].itemsize
     given = {"footprint": Footprint(weights, weights, weights), "process": 256 * MIB, **changes}
     return Request(config, dtype, torch.device("cpu"), tokens=tokens, **given)
 
@@ -176,7 +176,7 @@ def test_a_cache_by_name_is_kept_or_refused() -> None:
 def test_a_plan_grows_with_all_that_it_counts() -> None:
     base = choice(request(), "dense", 512).need
     assert choice(request(4000), "dense", 512).need.cache < base.cache
-    assert choice(request(dtype=torch.float32), "dense", 512).need.workspace > base.workspace
+    assert choice(request(dtype="fp32"), "dense", 512).need.workspace > base.workspace
     assert choice(request(drafter="none"), "dense", 512).need.drafter < base.drafter
     assert choice(request(threads=64), "dense", 512).need.workspace > base.workspace
     assert choice(request(strict=True), "int4", 64).need.workspace > choice(request(), "int4", 64).need.workspace
@@ -268,7 +268,7 @@ def watched(model: Model, monkeypatch: pytest.MonkeyPatch, *, moves: bool) -> tu
     monkeypatch.setattr("longspec.watch.peak_bytes", lambda: 0)
     made = engine(model, "ngram")
     c = model.decoder.config
-    asked = Request(c, torch.float32, torch.device("cpu"), Footprint(MIB, MIB, MIB), 512, process=100 * MIB)
+    asked = Request(c, "fp32", torch.device("cpu"), Footprint(MIB, MIB, MIB), 512, process=100 * MIB)
     made.plan = Plan(asked, 300 * MIB, choice(asked, "dense", 512))
     made.watch = watch = Watched(made.plan, moves=moves)
     watch.seen = 200 * MIB

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspec.errors import ModelError
-from longspec.model.store import Report, quiet
+from longspec.model.store import Report, place_of_codes, quiet
 
 if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
     import torch
@@ -65,6 +65,13 @@ class Checkpoint:
         tokenizer.no_padding()
         return tokenizer
 
+    @property
+    def coded(self) -> bool:
+        """Whether its file holds codes that are taken as they are (`longspec.model.groups`)."""
+        if self.gguf is None:
+            return False
+        return (self.folder is not None and place_of_codes(self.folder).is_dir()) or self._file.coded
+
     def weights(self, dtype: torch.dtype, report: Report = quiet) -> Weights:
         """The weights in `dtype`. A pulled model is converted to it the first time; `report` says how far that is."""
         from longspec.model.weights import Weights
@@ -74,9 +81,11 @@ class Checkpoint:
             return Weights.of_gguf(self.gguf, dtype)
         if self.gguf is None:
             return Weights.of_folder(self.folder, dtype)
+        from longspec.model.coded import CodedFile
         from longspec.model.convert import converted
 
-        return Weights.of_folder(converted(self.folder, dtype, report), dtype)
+        folder = converted(self.folder, dtype, report)
+        return Weights.of_folder(folder, dtype, CodedFile(self.gguf, self.folder))
 
     @cached_property
     def _file(self) -> GgufFile:

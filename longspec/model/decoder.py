@@ -11,8 +11,8 @@ weights per layer, in 4 products: q, k, v and gate, up are one matrix each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,10 @@ from torch import Tensor
 
 from longspec.attention import attend, attend_strictly, cpu
 from longspec.attention.texts import Texts, reads
-from longspec.cache.dense import Dense
 from longspec.cache.stage import Shape, Stage
-from longspec.errors import ModelError, UsageError
+from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.fused import MOST_ROWS, Fused, missing
-from longspec.model.int8 import Coded, Watched, coded_layer, divided, smoothing
 from longspec.model.linear import Linear
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights import Weights
@@ -120,26 +118,29 @@ class _Norm:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     before_attention: _Norm | None
-    qkv: Linear
+    qkv: Any  # Linear or Groups, as the other matrices
     query_norm: _Norm | None
     key_norm: _Norm | None
-    output: Linear
+    output: Any
     after_attention: _Norm | None
     before_mlp: _Norm | None
-    gate_up: Linear
-    down: Linear
+    gate_up: Any
+    down: Any
     after_mlp: _Norm | None
 
 
 class Decoder:
     """A model's weights and its forward pass. Everything runs without gradients, under `torch.inference_mode`."""
 
-    def __init__(self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False) -> None:
+    def __init__(
+        self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False, coded: bool = False
+    ) -> None:
+        """Coded: matrices as codes (`longspec.model.groups`)."""
         self.config = config
         self.device = device
         self.dtype = weights.dtype
         self.strict = strict
-        reader = _Reader(config, weights, device, STRICT_TILE if strict else None)
+        reader = _Reader(config, weights, device, STRICT_TILE if strict else None, coded)
         self._embedding = reader.embedding()
         self._layers: list[Any] = [reader.layer(i) for i in range(config.layers)]
         self._norm = reader.norm("norm", config.width)
@@ -151,33 +152,8 @@ class Decoder:
         self._attend = attend_strictly if strict else attend
         self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
         self._fused = Fused(config, self._layers, self._head) if self.slow is None else None
-        self.quantized = False
+        self._coded = coded
         self.nbytes = reader.nbytes
-
-    @torch.inference_mode()
-    def quantize(self, tokens: Sequence[int]) -> None:
-        """Turn weights into int8 codes, calibrated on a text of these tokens (`longspec.model.int8`).
-
-        Raises:
-            UsageError: the model has a shape that the codes' smoothing doesn't know.
-        """
-        c = self.config
-        if c.norms != "before" or c.norm_offset:
-            raise UsageError(f"int8 weights are for models that norm before each part; {c.family} isn't one: use bf16.")
-        plain, head, self._fused = self._layers, self._head, None
-        linears = ("qkv", "output", "gate_up", "down")
-        self._layers = [replace(layer, **{n: Watched(getattr(layer, n)) for n in linears}) for layer in plain]
-        self._head = seen = Watched(head)
-        stage = Dense(self.shape).open()
-        staged = stage.add(range(-1, len(tokens) - 1))
-        self.logits(self.forward(Rows.of([Chunk(stage, staged, tokens, 0, False)], self.device)))
-        self._layers = [coded_layer(layer, watched) for layer, watched in zip(plain, self._layers, strict=True)]
-        last = smoothing(head.weight, cast(Tensor, seen.largest))
-        self._head, self._norm = Coded(head.weight.float() * last, head.bias), divided(self._norm, last)
-        if self.slow is None:
-            self._fused = Fused(c, self._layers, self._head)
-        self.quantized = True
-        self.nbytes = sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def shape(self) -> Shape:
@@ -197,7 +173,9 @@ class Decoder:
         for layer in self._layers:
             for part in fields(layer):
                 held = getattr(layer, part.name)
-                yield from (t for t in (getattr(held, "weight", None), getattr(held, "bias", None)) if t is not None)
+                for name in ("weight", "bias", "scale", "low"):
+                    if (tensor := getattr(held, name, None)) is not None:
+                        yield tensor
         yield self._norm.weight
         yield self._head.weight
 
@@ -223,9 +201,10 @@ class Decoder:
         for i in range(first, self.config.layers if last is None else last):
             layer, rope = self._layers[i], self.config.ropes[i]
             turn = turns[rope] if rope else None
-            if fused is not None and i not in skip.attention and i not in skip.mlp:
-                x = self._read(i, fused.project(i, hidden, turn), rows, texts)
-                hidden = fused.finish(i, x, hidden)
+            if fused is not None:
+                skipped = i in skip.attention
+                read = None if skipped else self._read(i, fused.project(i, hidden, turn), rows, texts)
+                hidden = fused.finish(i, read, hidden, mlp=i not in skip.mlp)
                 continue
             if i not in skip.attention:
                 x = layer.before_attention(hidden) if layer.before_attention else hidden
@@ -247,7 +226,7 @@ class Decoder:
 
     def _kernel_for(self, rows: int) -> Fused | None:
         """The fused kernel where it is faster; for all rows where their bits are its own: --strict, and codes."""
-        return self._fused if rows <= MOST_ROWS or self.strict or self.quantized else None
+        return self._fused if rows <= MOST_ROWS or self.strict or self._coded else None
 
     def _project(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (H + 2 K) * D] of normed rows, normed and turned."""
@@ -295,8 +274,8 @@ class Decoder:
 class _Reader:
     """Takes weights by their checkpoint names, checks each shape against the config, and puts it on the device."""
 
-    def __init__(self, config: Config, weights: Weights, device: torch.device, tile: int | None) -> None:
-        self._config, self._weights, self._device, self._tile = config, weights, device, tile
+    def __init__(self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: bool) -> None:
+        self._config, self._weights, self._device, self._tile, self._coded = config, weights, device, tile, coded
         self.nbytes = 0
         prefixes = ("model.", "", "language_model.model.", "model.language_model.")
         found = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in weights]
@@ -313,11 +292,14 @@ class _Reader:
             weight = weight.float() + self._config.norm_offset
         return _Norm(weight, self._config.eps)
 
-    def head(self, embedding: Tensor) -> Linear:
+    def head(self, embedding: Tensor) -> Any:
+        shape = (self._config.vocabulary, self._config.width)
         for name in ("lm_head.weight", "language_model.lm_head.weight"):
             if name in self._weights:
-                return Linear(self._take([name], tuple(embedding.shape)), tile=self._tile)
-        return Linear(embedding, tile=self._tile)  # tied
+                return self._matrix([name], shape)
+        if self._coded:  # tied
+            return self._matrix([f"{self._prefix}embed_tokens.weight"], shape)
+        return Linear(embedding, tile=self._tile)
 
     def layer(self, i: int) -> _Layer:
         c = self._config
@@ -342,17 +324,25 @@ class _Reader:
             after_mlp=self.norm(f"{at}.post_feedforward_layernorm", c.width) if after else None,
         )
 
-    def _linear(self, names: Sequence[str], rows: int, columns: int) -> Linear:
-        weight = self._take([f"{self._prefix}{name}.weight" for name in names], (rows, columns))
+    def _linear(self, names: Sequence[str], rows: int, columns: int) -> Any:
         biases = [f"{self._prefix}{name}.bias" for name in names]
         bias = self._take(biases, (rows,)) if biases[0] in self._weights else None
-        return Linear(weight, bias, self._tile)
+        return self._matrix([f"{self._prefix}{name}.weight" for name in names], (rows, columns), bias)
+
+    def _matrix(self, names: Sequence[str], shape: tuple[int, int], bias: Tensor | None = None) -> Any:
+        if not self._coded:
+            return Linear(self._take(names, shape), bias, self._tile)
+        made = self._weights.groups(names, bias)
+        self._check(names, made.shape, shape)
+        self.nbytes += sum(tensor.nbytes for tensor in made.tensors)
+        return made
 
     def _take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
         tensor = self._weights.joined(names)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{', '.join(names)}: the checkpoint has {list(tensor.shape)}, its config.json {list(shape)}."
-            )
+        self._check(names, tuple(tensor.shape), shape)
         self.nbytes += tensor.nbytes
         return tensor.to(self._device)
+
+    def _check(self, names: Sequence[str], seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if seen != wanted:
+            raise ModelError(f"{', '.join(names)}: the checkpoint has {list(seen)}, its config.json {list(wanted)}.")

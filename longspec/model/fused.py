@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspec.model.config import Config
-from longspec.model.int8 import Coded
+from longspec.model.groups import Groups
 from longspec.native import library
 
 __all__ = ["MOST_ROWS", "Fused", "missing"]
@@ -33,10 +33,12 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("kind", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
     )
 
 
@@ -97,15 +99,18 @@ class Fused:
             )
         return made
 
-    def finish(self, index: int, attention: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden [r, width] after the layer, of its attention's output [r, heads * D] and of hidden before it."""
+    def finish(self, index: int, attention: Tensor | None, hidden: Tensor, *, mlp: bool = True) -> Tensor:
+        """Hidden [r, width] after the layer, of its attention's output [r, heads * D] and of hidden before it. Without
+        attention that goes by the layer's, without `mlp` by its MLP.
+        """
         made = torch.empty_like(hidden)
         for at in range(0, len(hidden), MOST_ROWS):
             self._kernel.finish(
                 self._pointers[index],
-                attention[at:].data_ptr(),
+                None if attention is None else attention[at:].data_ptr(),
                 hidden[at:].data_ptr(),
                 min(MOST_ROWS, len(hidden) - at),
+                mlp,
                 made[at:].data_ptr(),
                 self._room.data_ptr(),
             )
@@ -144,13 +149,16 @@ def _layer(config: Config, layer: Any) -> _Layer:
 def _matrix(linear: Any) -> _Matrix:
     weight, bias = linear.weight, linear.bias
     assert weight.is_contiguous()
-    scale = linear.scale.data_ptr() if isinstance(linear, Coded) else None
     at = bias.data_ptr() if bias is not None else None
-    return _Matrix(weight.data_ptr(), scale, at, *weight.shape, _CODES if scale else _BF16)
+    if not isinstance(linear, Groups):
+        return _Matrix(weight.data_ptr(), None, None, at, *weight.shape, _BF16)
+    low = linear.low.data_ptr() if linear.low is not None else None
+    scale = linear.scale.data_ptr()
+    return _Matrix(weight.data_ptr(), scale, low, at, linear.size, linear.width, _CODES, linear.bits)
 
 
 def _kernel() -> ctypes.CDLL | str:
-    found = library(Path(__file__).with_name("layer.c"))
+    found = library(Path(__file__).with_name("layer.c"), Path(__file__).with_name("groups.h"))
     if isinstance(found, str):
         return found
     if found.layer_missing():
@@ -159,5 +167,5 @@ def _kernel() -> ctypes.CDLL | str:
     found.layer_room.argtypes, found.layer_room.restype = (pointer, number, number), number
     found.linear.argtypes = (pointer, pointer, number, pointer, pointer)
     found.project.argtypes = (pointer, pointer, number, pointer, pointer, number, pointer, pointer)
-    found.finish.argtypes = (pointer, pointer, pointer, number, pointer, pointer)
+    found.finish.argtypes = (pointer, pointer, pointer, number, number, pointer, pointer)
     return found

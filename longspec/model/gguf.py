@@ -20,6 +20,7 @@ from longspec.errors import ModelError
 from longspec.model.gguf_config import architecture_of, config_of, generation_config_of
 from longspec.model.gguf_header import GgufHeader, read_header
 from longspec.model.gguf_tokenizer import build_tokenizer, tokenizer_config_of
+from longspec.model.groups import BLOCKS, Codes, of_blocks
 
 __all__ = ["GgufFile", "read_gguf"]
 
@@ -106,6 +107,22 @@ class GgufFile:
         if self._architecture.permuted and (heads := self._rotated_heads(name)):
             return _in_halves(tensor, heads)
         return tensor
+
+    @property
+    def coded(self) -> bool:
+        """Whether most of its weights are codes in groups of 32."""
+        total = sum(place.nbytes for place in self._header.tensors.values())
+        return 2 * sum(p.nbytes for p in self._header.tensors.values() if p.kind.name in BLOCKS) > total
+
+    def codes(self, name: str) -> Codes | None:
+        """A matrix as the codes that the file holds; None where they aren't in groups of 32."""
+        place = self._header.tensors[self._stored[name]]
+        if len(place.shape) != 2:
+            return None
+        rows = torch.from_numpy(self._header.bytes[place.begin : place.begin + place.nbytes]).view(place.shape[0], -1)
+        if self._architecture.permuted and (heads := self._rotated_heads(name)):
+            rows = _in_halves(rows, heads)
+        return of_blocks(place.kind.name, rows)
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
         """None: dequantized tensors have no neighbours."""

@@ -4,13 +4,12 @@
  *     finish    output and residual, norm, gate and up, activation, down and residual
  *     linear    one product alone: the head
  *
- * Weights are read where they lie, once for all rows: bf16 as a checkpoint has them, or int8 codes with a scale for each
- * output, against rows that are coded with a scale each. Sums are fp32 (of codes: exact integers), every result is
- * rounded to bf16 where torch's operators round it. What a row sums up, and in which order, is the same whatever rows
- * stand beside it: a row's bits don't depend on its companions.
+ * Weights are read where they lie, once for all rows: bf16 as a checkpoint has them, or codes (groups.h). Sums are fp32,
+ * every result is rounded to bf16 where torch's operators round it. What a row sums up, and in which order, is the same
+ * whatever rows stand beside it: a row's bits don't depend on its companions.
  *
- * Products go by tiles (AMX): 16 outputs, whose weights are the left operand, by 16 rows, laid out once a product as
- * words of two bf16 or four codes, [words, 16 rows]. A processor without tiles has none of this, and takes torch.
+ * Products in bf16 go by tiles (AMX): 16 outputs, whose weights are the left operand, by 16 rows, laid out once a product
+ * as words of two, [words, 16 rows]. A processor without tiles has none of this, and takes torch.
  */
 #include <stdint.h>
 
@@ -23,16 +22,16 @@ int layer_missing(void) { return 1; }
 #include <unistd.h>
 
 enum { ROWS = 16, BLOCK = 32, MOST_ROWS = 64, LANES = 16 };
-enum { BF16 = 0, INT8 = 1 };
+enum { BF16 = 0, CODES = 1 };
 enum { SILU = 0, GELU_TANH = 1 };
 
 typedef uint16_t bf16;
 
 typedef struct {
-    const void *weight; /* [size, width] bf16, or int8 codes */
-    const float *scale; /* [size], of codes */
-    const bf16 *bias;   /* [size] or null */
-    int64_t size, width, kind;
+    const void *weight;          /* [size, width] bf16, or codes */
+    const uint16_t *scale, *low; /* of codes, in fp16; low or null */
+    const bf16 *bias;            /* [size] or null */
+    int64_t size, width, kind, bits;
 } Matrix;
 
 typedef struct {
@@ -91,24 +90,16 @@ static void normed(const bf16 *x, const bf16 *weight, int64_t width, float eps, 
     }
 }
 
-/* One row's codes, and their scale. The width is a multiple of 64. */
-static float coded(const bf16 *x, int64_t width, int8_t *codes) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
-    const float largest = _mm512_reduce_max_ps(most), factor = largest > 0 ? 127.0f / largest : 0.0f;
-    for (int64_t k = 0; k < width; k += LANES)
-        _mm_storeu_si128((void *)(codes + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(load(x + k) * factor)));
-    return largest / 127.0f;
-}
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Tiles;
+
+#include "groups.h"
 
 static void configure(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } tiles;
-    memset(&tiles, 0, sizeof tiles);
-    tiles.palette = 1;
+    Tiles tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         tiles.bytes[i] = 64;
         tiles.rows[i] = ROWS;
@@ -143,10 +134,9 @@ static void transpose(float m[ROWS][ROWS]) {
 
 /* Part `part` of all rows x, as the tiles' right operand: the 16 words from 16 * place on, of 16 rows. Two threads never
  * write one line. */
-static void lay(const Matrix *m, const bf16 *x, const int8_t *codes, int64_t rows, int64_t part, void *laid) {
-    const int64_t size = m->kind == INT8 ? m->width : 2 * m->width, places = size / 64;
-    const int64_t first = part / places * ROWS, place = part % places;
-    const char *from = (m->kind == INT8 ? (const char *)codes : (const char *)x) + first * size + place * 64;
+static void lay(const Matrix *m, const bf16 *x, int64_t rows, int64_t part, void *laid) {
+    const int64_t size = 2 * m->width, places = size / 64, first = part / places * ROWS, place = part % places;
+    const char *from = (const char *)x + first * size + place * 64;
     float words[ROWS][ROWS] __attribute__((aligned(64)));
     float *to = (float *)((char *)laid + first * size) + place * ROWS * ROWS;
     if (rows - first == 1) {
@@ -161,13 +151,11 @@ static void lay(const Matrix *m, const bf16 *x, const int8_t *codes, int64_t row
 }
 
 /* How many parts `lay` has. */
-static int64_t parts(const Matrix *m, int64_t rows) {
-    return (rows + ROWS - 1) / ROWS * (m->kind == INT8 ? m->width : 2 * m->width) / 64;
-}
+static int64_t parts(const Matrix *m, int64_t rows) { return (rows + ROWS - 1) / ROWS * 2 * m->width / 64; }
 
-/* Sums [rows, 32] of the outputs from `out` on. */
-static void product(const Matrix *m, int64_t out, const void *laid, const float *scales, int64_t rows, float (*sums)[BLOCK]) {
-    const int64_t size = m->kind == INT8 ? m->width : 2 * m->width, tile = ROWS * size; /* bytes of a row, of 16 */
+/* Sums [rows, 32] of the outputs from `out` on, in bf16. */
+static void tile_product(const Matrix *m, int64_t out, const void *laid, int64_t rows, float (*sums)[BLOCK]) {
+    const int64_t size = 2 * m->width, tile = ROWS * size; /* bytes of a row, of 16 */
     const char *upper = (const char *)m->weight + out * size, *lower = upper + tile;
     for (int64_t first = 0; first < rows; first += 2 * ROWS) {
         const char *left = (const char *)laid + first / ROWS * tile, *right = left + tile;
@@ -177,23 +165,17 @@ static void product(const Matrix *m, int64_t out, const void *laid, const float 
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-#define SUM_UP(multiply, both)                    \
-    for (int64_t k = 0; k < size; k += 64) {      \
-        _tile_loadd(4, left + ROWS * k, 64);      \
-        _tile_loadd(5, upper + k, size);          \
-        multiply(0, 5, 4);                        \
-        _tile_loadd(6, lower + k, size);          \
-        multiply(1, 6, 4);                        \
-        if (both) {                               \
-            _tile_loadd(7, right + ROWS * k, 64); \
-            multiply(2, 5, 7);                    \
-            multiply(3, 6, 7);                    \
-        }                                         \
-    }
-        if (m->kind == INT8) {
-            if (both) SUM_UP(_tile_dpbssd, 1) else SUM_UP(_tile_dpbssd, 0)
-        } else {
-            if (both) SUM_UP(_tile_dpbf16ps, 1) else SUM_UP(_tile_dpbf16ps, 0)
+        for (int64_t k = 0; k < size; k += 64) {
+            _tile_loadd(4, left + ROWS * k, 64);
+            _tile_loadd(5, upper + k, size);
+            _tile_dpbf16ps(0, 5, 4);
+            _tile_loadd(6, lower + k, size);
+            _tile_dpbf16ps(1, 6, 4);
+            if (both) {
+                _tile_loadd(7, right + ROWS * k, 64);
+                _tile_dpbf16ps(2, 5, 7);
+                _tile_dpbf16ps(3, 6, 7);
+            }
         }
         _tile_stored(0, made[0], 64);
         _tile_stored(1, made[1], 64);
@@ -205,29 +187,28 @@ static void product(const Matrix *m, int64_t out, const void *laid, const float 
                 for (int i = 1; i < ROWS; i++) made[half][0][i] = made[half][i][0];
             else if (here > 1)
                 transpose(made[half]);
-            for (int64_t row = 0; row < here; row++) {
-                float *to = sums[start + row] + half % 2 * ROWS;
-                if (m->kind == INT8) {
-                    const float *scale = m->scale + out + half % 2 * ROWS;
-                    const __m512 sum = _mm512_cvtepi32_ps(_mm512_castps_si512(_mm512_load_ps(made[half][row])));
-                    _mm512_storeu_ps(to, sum * (_mm512_loadu_ps(scale) * _mm512_set1_ps(scales[start + row])));
-                } else
-                    memcpy(to, made[half][row], 4 * ROWS);
-            }
+            for (int64_t row = 0; row < here; row++) memcpy(sums[start + row] + half % 2 * ROWS, made[half][row], 4 * ROWS);
         }
     }
+}
+
+/* The same of either kind, with the bias. */
+static void product(const Matrix *m, int64_t out, void *laid, int64_t rows, float (*sums)[BLOCK]) {
+    if (m->kind == CODES) {
+        const Coded x = coded_in(laid, rows, m->width);
+        for (int64_t i = 0; i < BLOCK; i += LANES) strip_product(m, (out + i) / LANES, &x, rows, sums[0] + i, BLOCK);
+    } else
+        tile_product(m, out, laid, rows, sums);
     if (m->bias)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < BLOCK; i += LANES)
                 _mm512_storeu_ps(sums[row] + i, _mm512_loadu_ps(sums[row] + i) + load(m->bias + out + i));
 }
 
-/* The working room of one call: what is laid out, its scales, and rows of bf16. */
+/* The working room of one call: what is laid out or coded, and rows of bf16. */
 typedef struct {
     void *laid;
-    float *scales;
     bf16 *hidden, *wide;
-    int8_t *codes; /* one row for each of the rows */
 } Room;
 
 static int64_t widest(const Layer *l) {
@@ -236,20 +217,18 @@ static int64_t widest(const Layer *l) {
     return l->down.width > most ? l->down.width : most;
 }
 
-/* Bytes of room that a layer's calls, or with layer null a product of that width, need for so many rows. */
+/* Bytes of room that a layer's calls, or with layer null a product of that width, need for so many rows. Tiles read on to
+ * sixteen rows. */
 int64_t layer_room(const Layer *l, int64_t width, int64_t rows) {
-    int64_t most = l && widest(l) > width ? widest(l) : width, tall = (rows + ROWS - 1) / ROWS * ROWS;
-    return 64 + tall * (4 * most + 4 + 2 * most + 2 * most + most);
+    const int64_t most = l && widest(l) > width ? widest(l) : width;
+    return (rows + ROWS) * 8 * most;
 }
 
 static Room parted(char *room, int64_t most, int64_t rows) {
-    int64_t tall = (rows + ROWS - 1) / ROWS * ROWS;
     Room r;
     r.laid = room;
-    r.scales = (float *)(room + tall * 4 * most);
-    r.hidden = (bf16 *)(r.scales + tall);
-    r.wide = r.hidden + tall * most;
-    r.codes = (int8_t *)(r.wide + tall * most);
+    r.hidden = (bf16 *)(room + (rows + ROWS) * 4 * most);
+    r.wide = r.hidden + (rows + ROWS) * most;
     return r;
 }
 
@@ -257,25 +236,30 @@ static Room parted(char *room, int64_t most, int64_t rows) {
 int layer_missing(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
 
 /* Within a parallel region: x as matrix m's right operand. */
-#define LAY(x)                                                                                                       \
-    if (m->kind == INT8) {                                                                                           \
-        _Pragma("omp for schedule(static)") for (int64_t row = 0; row < rows; row++) r.scales[row] =                 \
-            coded((x) + row * m->width, m->width, r.codes + row * m->width);                                         \
-    }                                                                                                                \
-    _Pragma("omp for schedule(static)") for (int64_t part = 0; part < parts(m, rows); part++)                        \
-        lay(m, x, r.codes, rows, part, r.laid);
+#define LAY(x)                                                                                                  \
+    if (m->kind == CODES) {                                                                                     \
+        configure_groups();                                                                                     \
+        const Coded all = coded_in(r.laid, rows, m->width);                                                     \
+        _Pragma("omp for schedule(static)") for (int64_t row = 0; row < rows; row++) {                          \
+            const Coded own = from_row(&all, row, m->width);                                                    \
+            code((x) + row * m->width, m->width, m->bits, &own);                                                \
+        }                                                                                                       \
+    } else {                                                                                                    \
+        configure();                                                                                            \
+        _Pragma("omp for schedule(static)") for (int64_t part = 0; part < parts(m, rows); part++)               \
+            lay(m, x, rows, part, r.laid);                                                                      \
+    }
 
 /* y [rows, size] = x [rows, width] weight^T + bias. */
 void linear(const Matrix *m, const bf16 *x, int64_t rows, bf16 *y, char *room) {
     const Room r = parted(room, m->width, rows);
 #pragma omp parallel
     {
-        float sums[MOST_ROWS][BLOCK];
-        configure();
+        float sums[MOST_ROWS + ROWS][BLOCK];
         LAY(x)
 #pragma omp for schedule(static)
         for (int64_t out = 0; out < m->size; out += BLOCK) {
-            product(m, out, r.laid, r.scales, rows, sums);
+            product(m, out, r.laid, rows, sums);
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t i = 0; i < BLOCK; i += LANES)
                     save(y + row * m->size + out + i, _mm512_loadu_ps(sums[row] + i));
@@ -303,15 +287,14 @@ void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, 
     const Room r = parted(room, widest(l), rows);
 #pragma omp parallel
     {
-        float sums[MOST_ROWS][BLOCK];
-        configure();
+        float sums[MOST_ROWS + ROWS][BLOCK];
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             normed(hidden + row * m->width, l->before_attention, m->width, l->eps, r.hidden + row * m->width);
         LAY(r.hidden)
 #pragma omp for schedule(static)
         for (int64_t out = 0; out < m->size; out += BLOCK) {
-            product(m, out, r.laid, r.scales, rows, sums);
+            product(m, out, r.laid, rows, sums);
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t i = 0; i < BLOCK; i += LANES)
                     save(qkv + row * m->size + out + i, _mm512_loadu_ps(sums[row] + i));
@@ -328,50 +311,55 @@ void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, 
     }
 }
 
-/* hidden [rows, width] after the layer, from before it, and its attention [rows, heads * head_dim]. */
-void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, bf16 *hidden, char *room) {
+/* hidden [rows, width] after the layer, from before it, and its attention [rows, heads * head_dim]. Null attention: the
+ * layer's is left out; mlp 0: its MLP is. */
+void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden, char *room) {
     const Room r = parted(room, widest(l), rows);
     const int64_t width = l->output.size, wide = l->down.width;
+    if (!attention) memcpy(hidden, before, (size_t)(rows * width) * sizeof *hidden);
 #pragma omp parallel
     {
-        float sums[MOST_ROWS][BLOCK], gates[MOST_ROWS][BLOCK];
-        configure();
+        float sums[MOST_ROWS + ROWS][BLOCK], gates[MOST_ROWS + ROWS][BLOCK];
         const Matrix *m = &l->output;
-        LAY(attention)
+        if (attention) {
+            LAY(attention)
 #pragma omp for schedule(static)
-        for (int64_t out = 0; out < width; out += BLOCK) {
-            product(m, out, r.laid, r.scales, rows, sums);
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < BLOCK; i += LANES) {
-                    const int64_t at = row * width + out + i;
-                    save(hidden + at, load(before + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
-                }
+            for (int64_t out = 0; out < width; out += BLOCK) {
+                product(m, out, r.laid, rows, sums);
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < BLOCK; i += LANES) {
+                        const int64_t at = row * width + out + i;
+                        save(hidden + at, load(before + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
+                    }
+            }
         }
-        m = &l->gate_up;
+        if (mlp) {
+            m = &l->gate_up;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++)
-            normed(hidden + row * width, l->before_mlp, width, l->eps, r.hidden + row * width);
-        LAY(r.hidden)
-#pragma omp for schedule(static)
-        for (int64_t out = 0; out < wide; out += BLOCK) {
-            product(m, out, r.laid, r.scales, rows, gates);
-            product(m, wide + out, r.laid, r.scales, rows, sums);
             for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < BLOCK; i += LANES) {
-                    const __m512 gate = activated(rounded(_mm512_loadu_ps(gates[row] + i)), l->activation);
-                    save(r.wide + row * wide + out + i, rounded(gate) * rounded(_mm512_loadu_ps(sums[row] + i)));
-                }
-        }
-        m = &l->down;
-        LAY(r.wide)
+                normed(hidden + row * width, l->before_mlp, width, l->eps, r.hidden + row * width);
+            LAY(r.hidden)
 #pragma omp for schedule(static)
-        for (int64_t out = 0; out < width; out += BLOCK) {
-            product(m, out, r.laid, r.scales, rows, sums);
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < BLOCK; i += LANES) {
-                    const int64_t at = row * width + out + i;
-                    save(hidden + at, load(hidden + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
-                }
+            for (int64_t out = 0; out < wide; out += BLOCK) {
+                product(m, out, r.laid, rows, gates);
+                product(m, wide + out, r.laid, rows, sums);
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < BLOCK; i += LANES) {
+                        const __m512 gate = activated(rounded(_mm512_loadu_ps(gates[row] + i)), l->activation);
+                        save(r.wide + row * wide + out + i, rounded(gate) * rounded(_mm512_loadu_ps(sums[row] + i)));
+                    }
+            }
+            m = &l->down;
+            LAY(r.wide)
+#pragma omp for schedule(static)
+            for (int64_t out = 0; out < width; out += BLOCK) {
+                product(m, out, r.laid, rows, sums);
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < BLOCK; i += LANES) {
+                        const int64_t at = row * width + out + i;
+                        save(hidden + at, load(hidden + at) + rounded(_mm512_loadu_ps(sums[row] + i)));
+                    }
+            }
         }
         _tile_release();
     }

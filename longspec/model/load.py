@@ -17,15 +17,15 @@ from longspec.errors import UsageError
 from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
+from longspec.model.fused import missing
 from longspec.model.hub import find
-from longspec.model.int8 import TEXT
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
-__all__ = ["DTYPES", "Model", "Opened", "choose_device", "choose_dtype", "load_model", "open_model"]
+__all__ = ["DTYPES", "Model", "Opened", "choose_device", "choose_dtype", "load_model", "native_dtype", "open_model"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
-"""What rows and the cache are in; under int8 the weights are codes (`longspec.model.int8`)."""
+"""What rows and the cache are in; under int8 matrices are codes (`longspec.model.groups`)."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -57,10 +57,11 @@ class Opened:
     def load(self, *, strict: bool = False, report: Report | None = None) -> Model:
         """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
         began = perf_counter()
-        weights = self.checkpoint.weights(DTYPES[self.dtype], report or quiet)
-        decoder = Decoder(self.config, weights, self.device, strict=strict)
-        if self.dtype == "int8":
-            decoder.quantize(self.vocabulary.encode(TEXT, add_special=True))
+        dtype, coded = DTYPES[self.dtype], self.dtype == "int8"
+        weights = self.checkpoint.weights(dtype, report or quiet)
+        decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
+        if coded:
+            weights.keep()
         defaults = self.checkpoint.generation_config()
         return Model(
             name=self.checkpoint.name,
@@ -89,13 +90,14 @@ def open_model(
         UsageError: the dtype or the device is unknown, or not there.
     """
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
     checkpoint = find(name, offline=offline, report=report)
+    config = Config.read(checkpoint.config())
+    kind = choose_dtype(dtype, place, checkpoint, config)
     began = perf_counter()
     special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
     vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
     seconds = perf_counter() - began
-    return Opened(checkpoint, Config.read(checkpoint.config()), vocabulary, kind, place, seconds)
+    return Opened(checkpoint, config, vocabulary, kind, place, seconds)
 
 
 def load_model(
@@ -125,12 +127,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
-    if name in DTYPES:
-        return name
-    if name != "auto":
-        raise UsageError(f"The dtype {name!r} is not known; use auto, {' or '.join(DTYPES)}.")
+def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, config: Config) -> str:
+    """`auto` is int8 where the checkpoint holds codes and their kernel can be had, else `native_dtype`."""
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"The dtype {name!r} is not known; use one of: auto, {', '.join(DTYPES)}.")
+    if name in ("auto", "int8"):
+        why = missing(config, DTYPES["int8"], device)
+        if name == "int8" and why is not None:
+            raise UsageError(f"The dtype int8 can't be had here: {why}. Use auto, bf16 or fp32.")
+        if name == "int8" or (why is None and checkpoint.coded):
+            return "int8"
+    return native_dtype(device) if name == "auto" else name
+
+
+def native_dtype(device: torch.device) -> str:
+    """bf16 where the device multiplies it natively, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     capabilities = torch.cpu.get_capabilities()

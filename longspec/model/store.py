@@ -5,6 +5,7 @@ one process at a time: what exists is complete, and what a killed process left b
 
     ~/.cache/longspec/models/NAME/              config.json, tokenizer.json, ..., source.gguf
     ~/.cache/longspec/models/NAME/{fp32,bf16}/  the same texts and model.safetensors, made when first used
+    ~/.cache/longspec/models/NAME/codes-1/      matrices as codes, made when first used
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from pathlib import Path
 from longspec.errors import ModelError
 from longspec.machine import cache_folder
 
-__all__ = ["SOURCE", "Report", "models_folder", "need_room", "quiet", "workspace"]
+__all__ = ["SOURCE", "Report", "models_folder", "need_room", "place_of_codes", "quiet", "workspace"]
 
 SOURCE = "source.gguf"
 """What a pulled model's weights are made of."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0 where that isn't known)."""
+
+
+def place_of_codes(folder: Path) -> Path:
+    """Where a pulled model's layers of codes are, or will be; 1 is their order in `longspec.model.groups`."""
+    return folder / "codes-1"
 
 
 def quiet(stage: str, done: int, total: int) -> None:

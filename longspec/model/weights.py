@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.model.groups import Groups, of_values
 from longspec.model.shard import Shard
+
+if TYPE_CHECKING:
+    from longspec.model.coded import CodedFile
 
 __all__ = ["Weights"]
 
@@ -41,12 +45,14 @@ class Weights(Mapping[str, Tensor]):
     tensor changes this process' pages only, never the file.
     """
 
-    def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype) -> None:
-        self._sources = sources
+    def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype, coded: CodedFile | None = None) -> None:
+        """Coded: where layers of codes come from, if not from these values."""
         self.dtype = dtype
+        self._sources = sources
+        self._coded = coded
 
     @classmethod
-    def of_folder(cls, folder: Path, dtype: torch.dtype) -> Weights:
+    def of_folder(cls, folder: Path, dtype: torch.dtype, coded: CodedFile | None = None) -> Weights:
         """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
         Raises ModelError where there are none, or one is missing, damaged or outside the folder.
@@ -54,9 +60,9 @@ class Weights(Mapping[str, Tensor]):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if single.is_file():
             shard = Shard(single)
-            return cls(dict.fromkeys(shard.names, shard), dtype)
+            return cls(dict.fromkeys(shard.names, shard), dtype, coded)
         if index.is_file():
-            return cls(_shards(folder, index), dtype)
+            return cls(_shards(folder, index), dtype, coded)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
 
     @classmethod
@@ -65,10 +71,11 @@ class Weights(Mapping[str, Tensor]):
 
         Raises ModelError where the file is damaged or its architecture isn't supported.
         """
+        from longspec.model.coded import CodedFile
         from longspec.model.gguf import read_gguf
 
         file = read_gguf(path)
-        return cls(dict.fromkeys(file.names, file), dtype)
+        return cls(dict.fromkeys(file.names, file), dtype, CodedFile(path))
 
     def joined(self, names: Sequence[str]) -> Tensor:
         """The tensors one below the other (dimension 0): a view where they lie so in one file, else a copy."""
@@ -82,6 +89,17 @@ class Weights(Mapping[str, Tensor]):
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(names, tensors, strict=True))
             raise ModelError(f"These weights should have rows of one length, and don't: {shapes}.")
         return torch.cat(tensors)
+
+    def groups(self, names: Sequence[str], bias: Tensor | None = None) -> Groups:
+        """The matrices one below the other as a layer of 4 or 8 bits: as a GGUF file has them, or of their values."""
+        if self._coded is not None:
+            return self._coded.groups(names, bias)
+        return Groups.of(of_values(self.joined(names)), bias)
+
+    def keep(self) -> None:
+        """All layers of codes were asked for: a pulled model's are kept for the next time."""
+        if self._coded is not None:
+            self._coded.keep()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._converted(self._source(name).take(name))
