@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from longspec.cli.settings import Kind, Setting, read_settings
 
-__all__ = ["Command", "Group", "given", "origin"]
+__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
 
 _COMMAND_LINE_ONLY = {
     *("context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex", "template"),
@@ -32,8 +32,10 @@ class Command(TyperCommand):
         """As typer does it, but what settings say stands in for what `args` leave open."""
         before_dashes = takewhile(lambda argument: argument != "--", args)
         asks_help = set(before_dashes) & set(ctx.help_option_names)
-        if not (asks_help or ctx.resilient_parsing):  # help and completion are given, whatever config.toml says
-            settings = read_settings(_known_settings(ctx.find_root().command))
+        # Help and completion are given whatever config.toml says, and so is what mends it.
+        if _settable(self) and not (asks_help or ctx.resilient_parsing):
+            known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
+            settings = read_settings(known)
             mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
             ctx.default_map = {name: setting.value for name, setting in found.items()}
@@ -87,13 +89,26 @@ def setting_name(parameter: Any) -> str:
     return str(long.removeprefix("--").replace("-", "_"))
 
 
-def _known_settings(group: Any) -> dict[str, Kind]:
-    """Every option of every subcommand that may be set, with the kind of its value."""
-    return {
-        setting_name(parameter): "flag" if parameter.is_flag else "list" if parameter.multiple else "value"
-        for command in group.commands.values()
-        for parameter in _settable(command)
-    }
+def settable(group: Any) -> dict[str, tuple[Any, Any]]:
+    """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for command in group.commands.values():
+        for parameter in _settable(command):
+            found.setdefault(setting_name(parameter), (command, parameter))
+    return found
+
+
+def kind_of(parameter: Any) -> Kind:
+    return "flag" if parameter.is_flag else "list" if parameter.multiple else "value"
+
+
+def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) -> Any:
+    """What the subcommand makes of a setting, or of its default; raises what it would, with the setting's origin."""
+    inner = command.context_class(command, info_name=command.name, parent=ctx.find_root())
+    inner.meta[_ORIGINS] = {} if setting is None else {parameter.name: setting}
+    inner.default_map = {} if setting is None else {parameter.name: setting.value}
+    value, _ = parameter.handle_parse_result(inner, {}, [])
+    return value
 
 
 def _settable(command: Any) -> list[Any]:
