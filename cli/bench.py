@@ -79,7 +79,12 @@ def drafters(
     model: options.Model = "smollm2",
     draft_model: options.DraftModel = None,
     dtype: options.Dtype = "auto",
-    cache: options.Cache = "auto",
+    cache: Annotated[
+        str,
+        typer.Option(
+            "--cache", metavar="NAME", rich_help_panel="Model and method", help="A kind of cache; dense, if left out."
+        ),
+    ] = "dense",
     drafter: Annotated[
         list[str] | None, typer.Option("--drafter", metavar="NAME", help="May be repeated. auto, if left out.")
     ] = None,

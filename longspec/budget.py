@@ -38,6 +38,7 @@ __all__ = [
     "Need",
     "Plan",
     "Request",
+    "alone",
     "budget_of",
     "choice",
     "choices",
@@ -184,7 +185,20 @@ def make_plan(
         BudgetError: nothing fits.
     """
     request = request_of(opened, tokens, draft_tokens=draft_tokens, drafter=drafter, strict=strict, texts=texts)
-    return plan(request, budget_of(request, memory), cache)
+    budget = budget_of(request, memory)
+    smaller = None
+    if opened.dtype != "bf16" and alone(request) > budget:
+        halved = alone(replace(request, footprint=footprint(opened.checkpoint, opened.config, DTYPES["bf16"])))
+        smaller = ("bf16", halved) if halved < alone(request) else None
+    return plan(request, budget, cache, smaller)
+
+
+def alone(request: Request) -> int:
+    """What is needed whatever the text and the cache: the process, and the weights as they are loaded."""
+    found = request.footprint
+    if request.device.type != "cpu":
+        return found.weights
+    return request.process + _LATER + max(found.resident, found.loading)
 
 
 def budget_of(request: Request, memory: str | int) -> int:
@@ -227,8 +241,10 @@ def with_codes(bf16: Footprint) -> Footprint:
     return Footprint(bf16.weights, bf16.resident + bf16.weights // 2, bf16.loading + bf16.weights)
 
 
-def plan(request: Request, budget: int, cache: str = "auto") -> Plan:
+def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str, int] | None = None) -> Plan:
     """The first choice that fits; with a cache by name, the first of its own.
+
+    smaller: a dtype whose weights take less, and what they need alone.
 
     Raises:
         BudgetError: there is none. It says what the least would be, by parts.
@@ -238,6 +254,14 @@ def plan(request: Request, budget: int, cache: str = "auto") -> Plan:
         if candidate.lacks(budget) is None:
             return Plan(request, budget, candidate)
     least = min(tried, key=lambda candidate: candidate.need.total)
+    if (needed := alone(request)) > budget:
+        weights = "the weights alone need" if request.device.type != "cpu" else "process and weights alone need"
+        less = f", or take --dtype {smaller[0]}, with which it is {shown(smaller[1])}" if smaller else ""
+        raise BudgetError(
+            f"The memory budget is {shown(budget)}, and {request.tokens:,} tokens need at least "
+            f"{shown(least.need.total)}: {weights} {shown(needed)}, which no cache and no shorter text makes less "
+            f"({least.need}); give more memory or a smaller model{less}."
+        )
     advice = "give more memory, or ask for fewer tokens" + ("" if cache == "auto" else ", or leave the cache to auto")
     if least.need.total <= budget:
         raise BudgetError(f"The cache {least.cache} for {request.tokens:,} tokens {least.lacks(budget)}; {advice}.")
