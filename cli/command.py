@@ -22,6 +22,9 @@ _COMMAND_LINE_ONLY = {
 }
 """Belong to one call: neither the environment nor config.toml sets them."""
 
+_NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
+"""The metavars of what is a file, or may be one."""
+
 _ORIGINS = "longspec.settings"
 
 
@@ -39,7 +42,11 @@ class Command(TyperCommand):
             mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
             ctx.default_map = {name: setting.value for name, setting in found.items()}
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            for parameter in self.params:
+                _refuse_empty(ctx, parameter, ctx.params.get(parameter.name))
+        return list(rest)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments and options under the heading that each names."""
@@ -108,7 +115,15 @@ def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) ->
     inner.meta[_ORIGINS] = {} if setting is None else {parameter.name: setting}
     inner.default_map = {} if setting is None else {parameter.name: setting.value}
     value, _ = parameter.handle_parse_result(inner, {}, [])
+    _refuse_empty(inner, parameter, value)
     return value
+
+
+def _refuse_empty(ctx: Any, parameter: Any, value: Any) -> None:
+    """An unset variable of a script: as a path it would be the folder that one stands in."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if parameter.metavar in _NAMES and "" in values:
+        raise typer.BadParameter("the name is empty; give one, or leave it out.", ctx=ctx, param=parameter)
 
 
 def _settable(command: Any) -> list[Any]:

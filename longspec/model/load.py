@@ -130,7 +130,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
     if name in DTYPES:
         return name
     if name != "auto":
-        raise UsageError(f"The dtype {name!r} is not known; use auto, {' or '.join(DTYPES)}.")
+        raise UsageError(f"The dtype {name!r} is not known; use one of: auto, {', '.join(DTYPES)}.")
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     capabilities = torch.cpu.get_capabilities()
