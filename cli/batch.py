@@ -96,6 +96,10 @@ def batch(
         raise UsageError(
             f"The answers need a file: longspec batch {(inputs or ['prompts.jsonl'])[0]} -o answers.jsonl."
         )
+    if output == "-":
+        raise UsageError(
+            "-o - is no file that can be gone on with; name a file for the answers, or ./- for one so named."
+        )
     if retry_errors and in_order:
         raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
     writing: Options = {
@@ -173,7 +177,8 @@ def batch(
         finally:
             progress.stop()
             with signals.deferred():
-                progress.say(tally.sentence(engine.drafter_name))
+                said = tally.sentence(engine.drafter_name)
+                progress.say(f"{said}; why they failed stands in {out.path}" if tally.failed else said)
                 if summary is not None:
                     write_json(Path(summary), {"complete": complete, **tally.report(engine.drafter_name)})
     if tally.failed + tally.failed_before:

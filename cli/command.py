@@ -41,7 +41,11 @@ class Command(TyperCommand):
             settings = read_settings(known)
             mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
-            ctx.default_map = {name: setting.value for name, setting in found.items()}
+            several = {parameter.name for parameter in self.params if parameter.multiple}
+            ctx.default_map = {
+                name: [setting.value] if name in several and not isinstance(setting.value, list) else setting.value
+                for name, setting in found.items()
+            }
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             for parameter in self.params:

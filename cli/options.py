@@ -221,7 +221,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N",
-        parser=whole(1),
+        parser=whole(1, 1024),
         rich_help_panel=_MODEL,
         help="Threads on a CPU; torch chooses if this is left out.",
     ),

@@ -53,7 +53,11 @@ def serve(
     port: Annotated[
         int,
         typer.Option(
-            "--port", metavar="N", parser=whole(0), rich_help_panel=_SERVER, help="Its port: 8000; 0 takes a free one."
+            "--port",
+            metavar="N",
+            parser=whole(0, 65535),
+            rich_help_panel=_SERVER,
+            help="Its port: 8000; 0 takes a free one.",
         ),
     ] = 8000,
     api_key: Annotated[

@@ -123,6 +123,24 @@ def test_a_batch_needs_a_file_for_its_answers(home: Path) -> None:
     assert "longspec batch in.jsonl -o answers.jsonl" in one_sentence(result.err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["batch", "in.jsonl", "-o", "-"], "-o - is no file that can be gone on with"),
+        (["serve", "--port", "99999"], "--port: 99999 is out of range; it must be 0 to 65535"),
+        (["run", "hi", "--threads", "10000000"], "--threads: 10000000 is out of range"),
+        (["bench", "cache", "--text", "x", "--context", "0"], "--context: 0 is out of range; it must be 256 or more"),
+        (["bench", "cache", "--text", "no"], "no can't be read as text: No such file or directory."),
+        (["bench", "drafters", "--suite", "no"], "no can't be read as a suite: No such file or directory."),
+    ],
+)
+def test_odd_requests_are_one_sentence(
+    arguments: list[str], said: str, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(arguments) == 2
+    assert said in one_sentence(capfd.readouterr().err)
+
+
 def test_wrong_commands(home: Path) -> None:
     result = call(["rnu"], home)
     assert (result.code, result.out) == (2, b"")
@@ -512,6 +530,14 @@ def test_a_wrong_config_file(text: str, said: str, home: Path, capfd: pytest.Cap
     assert guarded(["run", "hi"]) == 2
     assert said.format(path=path) in one_sentence(capfd.readouterr().err)
     assert guarded(["run", "--help"]) == 0
+
+
+def test_one_value_is_set_for_a_flag_that_may_be_repeated(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGSPEC_DRAFTER", "ngram")
+    assert guarded(["bench", "drafters", "--suite", "no"]) == 2
+    assert "no can't be read as a suite" in one_sentence(capfd.readouterr().err)
 
 
 def test_a_wrong_variable(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
