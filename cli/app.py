@@ -16,6 +16,7 @@ from longspec import __version__
 from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
+from longspec.cli.config import config
 from longspec.cli.prompts import prompts
 from longspec.errors import UsageError
 
@@ -45,6 +46,7 @@ for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 
 app.add_typer(bench, name="bench")
+app.add_typer(config, name="config")
 app.add_typer(prompts, name="prompts")
 
 
@@ -59,7 +61,7 @@ def _version(wanted: bool) -> None:
     epilog="""\b
 Every option can also be set in the environment (LONGSPEC_MAX_NEW_TOKENS=400)
 or in ~/.config/longspec/config.toml (max_new_tokens = 400). A flag goes before
-the environment, the environment before the file.
+the environment, the environment before the file; longspec config shows them.
 
 \b
 Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad input,

@@ -50,8 +50,8 @@ _UNKNOWN_NOTES = 8
 
 def batch(
     ctx: typer.Context,
-    output: own.OutputFile,
     inputs: own.Inputs = None,
+    output: own.OutputFile = None,
     files_from: own.FilesFrom = None,
     null: own.Null = False,
     form: own.Format = None,
@@ -92,6 +92,14 @@ def batch(
 
     A line of the input is an object with `prompt` or `messages`, and with `id` and options of its own if it likes.
     """
+    if output is None:
+        raise UsageError(
+            f"The answers need a file: longspec batch {(inputs or ['prompts.jsonl'])[0]} -o answers.jsonl."
+        )
+    if output == "-":
+        raise UsageError(
+            "-o - is no file that can be gone on with; name a file for the answers, or ./- for one so named."
+        )
     if retry_errors and in_order:
         raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
     writing: Options = {
@@ -169,7 +177,8 @@ def batch(
         finally:
             progress.stop()
             with signals.deferred():
-                progress.say(tally.sentence(engine.drafter_name))
+                said = tally.sentence(engine.drafter_name)
+                progress.say(f"{said}; why they failed stands in {out.path}" if tally.failed else said)
                 if summary is not None:
                     write_json(Path(summary), {"complete": complete, **tally.report(engine.drafter_name)})
     if tally.failed + tally.failed_before:

@@ -20,13 +20,13 @@ Inputs = Annotated[
     ),
 ]
 OutputFile = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--output",
         "-o",
         metavar="OUT",
         rich_help_panel=_FILES,
-        help="Where the answers go, one line of JSON each. What is there is gone on with.",
+        help="Where the answers go, one line of JSON each; must be given. What is there is gone on with.",
     ),
 ]
 Format = Annotated[

@@ -32,7 +32,10 @@ def cache(
     model: options.Model = "smollm2",
     dtype: options.Dtype = "auto",
     context: Annotated[
-        list[int] | None, typer.Option("--context", metavar="N", help="Tokens of context; may be repeated.")
+        list[Any] | None,
+        typer.Option(
+            "--context", metavar="N", parser=options.whole(256), help="Tokens of context, 256 or more; may be repeated."
+        ),
     ] = None,
     kind: Annotated[
         list[str] | None, typer.Option("--kind", metavar="NAME", help="A cache; may be repeated. All, if left out.")
@@ -49,7 +52,8 @@ def cache(
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{text} can't be read as text: {error}.") from error
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise UsageError(f"{text} can't be read as text: {why}.") from error
     engine = Engine.load(model, drafter="none", dtype=dtype)
     typer.echo("cache    context  bytes/token  perplexity  needles  tokens/s")
     rows: list[dict[str, Any]] = []
@@ -79,7 +83,12 @@ def drafters(
     model: options.Model = "smollm2",
     draft_model: options.DraftModel = None,
     dtype: options.Dtype = "auto",
-    cache: options.Cache = "auto",
+    cache: Annotated[
+        str,
+        typer.Option(
+            "--cache", metavar="NAME", rich_help_panel="Model and method", help="A kind of cache; dense, if left out."
+        ),
+    ] = "dense",
     drafter: Annotated[
         list[str] | None, typer.Option("--drafter", metavar="NAME", help="May be repeated. auto, if left out.")
     ] = None,

@@ -14,13 +14,16 @@ from typer.core import TyperCommand, TyperGroup
 
 from longspec.cli.settings import Kind, Setting, read_settings
 
-__all__ = ["Command", "Group", "given", "origin"]
+__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
 
 _COMMAND_LINE_ONLY = {
     *("context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex", "template"),
     *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
 }
 """Belong to one call: neither the environment nor config.toml sets them."""
+
+_NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
+"""The metavars of what is a file, or may be one."""
 
 _ORIGINS = "longspec.settings"
 
@@ -32,12 +35,22 @@ class Command(TyperCommand):
         """As typer does it, but what settings say stands in for what `args` leave open."""
         before_dashes = takewhile(lambda argument: argument != "--", args)
         asks_help = set(before_dashes) & set(ctx.help_option_names)
-        if not (asks_help or ctx.resilient_parsing):  # help and completion are given, whatever config.toml says
-            settings = read_settings(_known_settings(ctx.find_root().command))
+        # Help and completion are given whatever config.toml says, and so is what mends it.
+        if _settable(self) and not (asks_help or ctx.resilient_parsing):
+            known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
+            settings = read_settings(known)
             mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
-            ctx.default_map = {name: setting.value for name, setting in found.items()}
-        return super().parse_args(ctx, args)
+            several = {parameter.name for parameter in self.params if parameter.multiple}
+            ctx.default_map = {
+                name: [setting.value] if name in several and not isinstance(setting.value, list) else setting.value
+                for name, setting in found.items()
+            }
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            for parameter in self.params:
+                _refuse_empty(ctx, parameter, ctx.params.get(parameter.name))
+        return list(rest)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments and options under the heading that each names."""
@@ -87,13 +100,34 @@ def setting_name(parameter: Any) -> str:
     return str(long.removeprefix("--").replace("-", "_"))
 
 
-def _known_settings(group: Any) -> dict[str, Kind]:
-    """Every option of every subcommand that may be set, with the kind of its value."""
-    return {
-        setting_name(parameter): "flag" if parameter.is_flag else "list" if parameter.multiple else "value"
-        for command in group.commands.values()
-        for parameter in _settable(command)
-    }
+def settable(group: Any) -> dict[str, tuple[Any, Any]]:
+    """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for command in group.commands.values():
+        for parameter in _settable(command):
+            found.setdefault(setting_name(parameter), (command, parameter))
+    return found
+
+
+def kind_of(parameter: Any) -> Kind:
+    return "flag" if parameter.is_flag else "list" if parameter.multiple else "value"
+
+
+def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) -> Any:
+    """What the subcommand makes of a setting, or of its default; raises what it would, with the setting's origin."""
+    inner = command.context_class(command, info_name=command.name, parent=ctx.find_root())
+    inner.meta[_ORIGINS] = {} if setting is None else {parameter.name: setting}
+    inner.default_map = {} if setting is None else {parameter.name: setting.value}
+    value, _ = parameter.handle_parse_result(inner, {}, [])
+    _refuse_empty(inner, parameter, value)
+    return value
+
+
+def _refuse_empty(ctx: Any, parameter: Any, value: Any) -> None:
+    """An unset variable of a script: as a path it would be the folder that one stands in."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if parameter.metavar in _NAMES and "" in values:
+        raise typer.BadParameter("the name is empty; give one, or leave it out.", ctx=ctx, param=parameter)
 
 
 def _settable(command: Any) -> list[Any]:

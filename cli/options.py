@@ -37,16 +37,17 @@ def number(least: float, most: float = math.inf, *, open_below: bool = False, op
     return read
 
 
-def whole(least: int | None = None) -> Callable[[object], int]:
-    """Reads a whole number that isn't below `least`."""
+def whole(least: int | None = None, most: float = math.inf) -> Callable[[object], int]:
+    """Reads a whole number that isn't below `least`, or above `most`."""
 
     def read(text: object) -> int:
         try:
             value = int(str(text))
         except ValueError:
             raise typer.BadParameter(f"{str(text)!r} is not a whole number.") from None
-        if least is not None and value < least:
-            raise typer.BadParameter(f"{value} is out of range; it must be {least} or more.")
+        if least is not None and not least <= value <= most:
+            high = "or more" if most == math.inf else f"to {most}"
+            raise typer.BadParameter(f"{value} is out of range; it must be {least} {high}.")
         return value
 
     return read
@@ -182,9 +183,9 @@ NumSpeculativeTokens = Annotated[
     typer.Option(
         "--num-speculative-tokens",
         metavar="N",
-        parser=whole(1),
+        parser=whole(1, 64),
         rich_help_panel=_MODEL,
-        help="The most tokens that are drafted in a step.",
+        help="The most tokens that are drafted in a step: 1 to 64, 15 if left out.",
     ),
 ]
 Cache = Annotated[
@@ -220,7 +221,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         metavar="N",
-        parser=whole(1),
+        parser=whole(1, 1024),
         rich_help_panel=_MODEL,
         help="Threads on a CPU; torch chooses if this is left out.",
     ),
@@ -271,10 +272,10 @@ Temperature = Annotated[
         "--temperature",
         "--temp",
         metavar="X",
-        parser=number(0),
+        parser=number(0, 2),
         rich_help_panel=_SAMPLING,
-        help="0 takes the likeliest token, 1 samples as the model is. The model's own defaults hold for all of these "
-        "where it has them; else it is 0.",
+        help="0 takes the likeliest token, 1 samples as the model is, 2 is the most. The model's own defaults hold for "
+        "all of these where it has them; else it is 0.",
     ),
 ]
 TopP = Annotated[

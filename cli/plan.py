@@ -46,7 +46,17 @@ def plan(
             help="Tokens of prompt and answer; 32k is 32,768. The model's whole context if left out.",
         ),
     ] = None,
-    memory: options.Memory = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            parser=options.size,
+            rich_help_panel="Model and method",
+            help="What has to hold it, such as 6GiB: on a CPU all that the process takes, on a GPU what is reserved "
+            "there. What is free, if left out.",
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
@@ -69,7 +79,7 @@ def plan(
 
 def _request(model: str, device: str, dtype: str, context: int | None) -> Request:
     import longspec.engine  # noqa: F401 - what a run has in memory when it plans
-    from longspec.budget import Request, request_of
+    from longspec.budget import Request, request_of, with_codes
     from longspec.machine import resident_bytes
     from longspec.model.checkpoint import Checkpoint
     from longspec.model.config import Config
@@ -86,11 +96,13 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
         if raw is None:
             raise
         config = Config.read(raw)
-        kind = choose_dtype(dtype, place, Checkpoint(model), config)
+        checkpoint = Checkpoint(model)
+        kind = choose_dtype(dtype, place, checkpoint, config)
         tied = bool(raw.get("tie_word_embeddings", config.family.startswith("gemma")))
         weights = parameters(config, tied=tied) * DTYPES[kind].itemsize
         process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
         footprint = Footprint(weights, weights, weights)
+        footprint = with_codes(footprint, checkpoint, config) if kind == "int8" else footprint
         request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
     if context is not None and context > request.config.context:
         raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {request.config.context:,}.")
@@ -101,7 +113,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
     """As `--json` prints it."""
     import torch
 
-    from longspec.budget import CHUNKS, budget_of, choice, choices
+    from longspec.budget import CHUNKS, alone, budget_of, choice, choices
     from longspec.cache import CACHES, LOSSLESS
 
     budget = budget_of(request, memory)
@@ -133,6 +145,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
         "budget_bytes": budget,
         "process_bytes": request.process,
         "weights_bytes": request.footprint.weights,
+        "least_bytes": alone(request),
         "picked": picked and {"cache": picked.cache, "prefill_rows": picked.prefill_rows},
         "caches": caches,
     }
@@ -163,7 +176,10 @@ def _print(report: dict[str, Any]) -> None:
         cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:4], strict=True)]
         typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
     picked = report["picked"]
-    typer.echo(
-        "* the text may differ from dense's. "
-        + (f"--cache auto takes {picked['cache']}." if picked else "--cache auto finds nothing that fits.")
-    )
+    if picked:
+        said = f"takes {picked['cache']}"
+    elif report["least_bytes"] > report["budget_bytes"]:
+        said = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
+    else:
+        said = "finds nothing that fits"
+    typer.echo(f"* the text may differ from dense's. --cache auto {said}.")

@@ -49,6 +49,13 @@ def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
                 options[name] = () if name == "draft_from" else None if name == "draft_model" else False
             elif _yields(ctx, "drafter", to=name):
                 options["drafter"] = "auto"
+    if options["skip_set"] is not None and drafter != "auto" and "skip" not in drafter.split("+"):
+        if not given(ctx, "skip_set"):
+            options["skip_set"] = None
+        elif _yields(ctx, "drafter", to="skip_set"):
+            options["drafter"] = "skip"
+        else:
+            raise UsageError(f"--skip-set has no effect with --drafter {drafter}; use skip, or leave it out.")
     if options["all_rows"] and options["cache"] not in ("offload", "disk") and _yields(ctx, "all_rows", to="cache"):
         options["all_rows"] = False
     if options["num_speculative_tokens"] is not None and options["drafter"] == "none":

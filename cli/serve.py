@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli import options, remote
+from longspec.cli import options, precedence, remote
 from longspec.cli.options import number, whole
 from longspec.cli.progress import Progress
 from longspec.errors import UsageError
@@ -37,11 +37,13 @@ what they have.
 _GRACE_SECONDS = 10.0
 """For answers that are being written when the process is asked to end."""
 
+_PLANNED = "under a memory budget its cache may be another than the one that run would choose"
 _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
 _SERVER = "Server"
 
 
 def serve(
+    ctx: typer.Context,
     host: Annotated[
         str,
         typer.Option(
@@ -51,7 +53,11 @@ def serve(
     port: Annotated[
         int,
         typer.Option(
-            "--port", metavar="N", parser=whole(0), rich_help_panel=_SERVER, help="Its port: 8000; 0 takes a free one."
+            "--port",
+            metavar="N",
+            parser=whole(0, 65535),
+            rich_help_panel=_SERVER,
+            help="Its port: 8000; 0 takes a free one.",
         ),
     ] = 8000,
     api_key: Annotated[
@@ -65,11 +71,15 @@ def serve(
         ),
     ] = None,
     parallel: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--parallel", metavar="N", parser=whole(1), rich_help_panel=_SERVER, help="Texts written at a time: 16."
+            "--parallel",
+            metavar="N",
+            parser=whole(1),
+            rich_help_panel=_SERVER,
+            help="Texts written at a time: 16, or with --memory 1, if left out.",
         ),
-    ] = 16,
+    ] = None,
     max_waiting: Annotated[
         int,
         typer.Option(
@@ -96,11 +106,13 @@ def serve(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     control: options.Control = "goodput",
     skip_set: options.SkipSet = None,
+    draft_from: options.DraftFrom = None,
     cache: options.Cache = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     all_rows: options.AllRows = False,
+    memory: options.Memory = None,
     strict: options.Strict = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -117,17 +129,21 @@ def serve(
     loading: dict[str, Any] = {
         "drafter": drafter,
         "draft_model": draft_model,
+        "num_speculative_tokens": num_speculative_tokens,
         "control": control,
         "skip_set": skip_set,
+        "draft_from": draft_from or (),
         "cache": cache,
         "device": device,
         "dtype": dtype,
         "threads": threads,
         "all_rows": all_rows,
         "strict": strict,
+        "memory": memory,
     }
-    if num_speculative_tokens is not None:
-        loading["num_speculative_tokens"] = num_speculative_tokens
+    precedence.betting(ctx, loading)
+    if memory is not None:  # as for `batch`: each text is planned at the model's whole context
+        parallel = loading["texts"] = parallel or 1
     with Progress(model, quiet=quiet) as progress:
         _serve(model, loading, host, port, api_key or None, parallel, max_waiting, time_limit, progress)
 
@@ -138,31 +154,35 @@ def _serve(
     host: str,
     port: int,
     key: str | None,
-    parallel: int,
+    parallel: int | None,
     waiting: int,
     seconds: float,
     progress: Progress,
 ) -> None:
     import asyncio
 
+    from longspec.schedule import WIDTH
     from longspec.server.api import at_home, open_to_clients
     from longspec.server.desk import Desk
     from longspec.server.guard import names
     from longspec.server.listen import bind, bound_unix, listen
     from longspec.server.worker import Worker
 
-    folder = remote.folder(make=True)
-    path = None if folder is None else remote.address(folder, model, loading)  # of the files as they are now
+    width = parallel or WIDTH
+    folder, planned = remote.folder(make=True), loading["memory"] is not None
+    # Of the files as they are now.
+    path = None if folder is None or planned else remote.address(folder, model, loading)
     with bind(host, port) as door, ExitStack() as stack:
-        worker = Worker(lambda: _load(model, loading, progress), parallel)
+        worker = Worker(lambda: _load(model, loading, progress), width)
         worker.loaded.result()
-        desk = Desk(worker, parallel + waiting, seconds)
+        desk = Desk(worker, width + waiting, seconds)
         doors = [(open_to_clients(desk, model, names(host), key, progress.say), door)]
         home = None if path is None else stack.enter_context(bound_unix(path))
         if home is not None:
             doors.append((at_home(desk, progress.say), home))
         else:
-            progress.say("longspec run doesn't use this server: " + ("another does" if path else _NO_FOLDER))
+            why = "another is used" if path else _PLANNED if planned else _NO_FOLDER
+            progress.say(f"longspec run doesn't use this server: {why}")
         shown = f"[{host}]" if ":" in host else host
         progress.say(f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it")
         asyncio.run(listen(desk, doors, _GRACE_SECONDS))
@@ -176,4 +196,7 @@ def _load(model: str, loading: dict[str, Any], progress: Progress) -> Engine:
 
     if not progress.drawn:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return Engine.load(model, report=progress.report, **loading)
+    engine = Engine.load(model, report=progress.report, **loading)
+    if engine.plan is not None:
+        progress.say(str(engine.plan))
+    return engine

@@ -28,6 +28,7 @@ from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.recycle import SUCCESSORS
 from longspec.errors import BudgetError
 from longspec.machine import available_bytes, parse_bytes, resident_bytes, shown
+from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.footprint import Footprint, footprint
 from longspec.model.load import DTYPES, Opened
@@ -39,6 +40,7 @@ __all__ = [
     "Need",
     "Plan",
     "Request",
+    "alone",
     "budget_of",
     "choice",
     "choices",
@@ -185,7 +187,20 @@ def make_plan(
         BudgetError: nothing fits.
     """
     request = request_of(opened, tokens, draft_tokens=draft_tokens, drafter=drafter, strict=strict, texts=texts)
-    return plan(request, budget_of(request, memory), cache)
+    budget = budget_of(request, memory)
+    smaller = None
+    if opened.dtype != "bf16" and alone(request) > budget:
+        halved = alone(replace(request, footprint=footprint(opened.checkpoint, opened.config, DTYPES["bf16"])))
+        smaller = ("bf16", halved) if halved < alone(request) else None
+    return plan(request, budget, cache, smaller)
+
+
+def alone(request: Request) -> int:
+    """What is needed whatever the text and the cache: the process, and the weights as they are loaded."""
+    found = request.footprint
+    if request.device.type != "cpu":
+        return found.weights
+    return request.process + _LATER + max(found.resident, found.loading)
 
 
 def budget_of(request: Request, memory: str | int) -> int:
@@ -212,7 +227,7 @@ def request_of(
         config=opened.config,
         dtype=opened.dtype,
         device=opened.device,
-        footprint=with_codes(found, opened) if opened.dtype == "int8" else found,
+        footprint=with_codes(found, opened.checkpoint, opened.config) if opened.dtype == "int8" else found,
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
@@ -223,20 +238,22 @@ def request_of(
     )
 
 
-def with_codes(bf16: Footprint, opened: Opened) -> Footprint:
+def with_codes(bf16: Footprint, checkpoint: Checkpoint, config: Config) -> Footprint:
     """Codes take 9 bits at most. Those of a GGUF file leave the embedding's pages of the bf16 weights; others are made
     of bf16 weights, whose pages stay.
     """
     codes = bf16.weights * 9 // 16
-    if not opened.checkpoint.coded:
+    if not checkpoint.coded:
         return Footprint(codes, bf16.resident + codes, bf16.loading + 2 * codes)
-    resident = codes + 2 * opened.config.vocabulary * opened.config.width
-    kept = opened.checkpoint.folder is not None and place_of_codes(opened.checkpoint.folder).is_dir()
+    resident = codes + 2 * config.vocabulary * config.width
+    kept = checkpoint.folder is not None and place_of_codes(checkpoint.folder).is_dir()
     return Footprint(codes, resident, resident if kept else max(bf16.loading, resident + 2 * codes))
 
 
-def plan(request: Request, budget: int, cache: str = "auto") -> Plan:
+def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str, int] | None = None) -> Plan:
     """The first choice that fits; with a cache by name, the first of its own.
+
+    smaller: a dtype whose weights take less, and what they need alone.
 
     Raises:
         BudgetError: there is none. It says what the least would be, by parts.
@@ -246,6 +263,14 @@ def plan(request: Request, budget: int, cache: str = "auto") -> Plan:
         if candidate.lacks(budget) is None:
             return Plan(request, budget, candidate)
     least = min(tried, key=lambda candidate: candidate.need.total)
+    if (needed := alone(request)) > budget:
+        weights = "the weights alone need" if request.device.type != "cpu" else "process and weights alone need"
+        less = f", or take --dtype {smaller[0]}, with which it is {shown(smaller[1])}" if smaller else ""
+        raise BudgetError(
+            f"The memory budget is {shown(budget)}, and {request.tokens:,} tokens need at least "
+            f"{shown(least.need.total)}: {weights} {shown(needed)}, which no cache and no shorter text makes less "
+            f"({least.need}); give more memory or a smaller model{less}."
+        )
     advice = "give more memory, or ask for fewer tokens" + ("" if cache == "auto" else ", or leave the cache to auto")
     if least.need.total <= budget:
         raise BudgetError(f"The cache {least.cache} for {request.tokens:,} tokens {least.lacks(budget)}; {advice}.")

@@ -116,12 +116,12 @@ class Engine:
 
         all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
         it (slower). draft_model: what the drafter `model` drafts with, named like a model. skip_set: what `skip` leaves
-        out, a file of `longspec tune`. draft_from: text files that the answer may repeat. remember: draft from earlier
-        answers too, and keep the new ones. control: how much is bet, one of CONTROLS. memory: what the process may
-        have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what the machine has left; the
-        cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the memory is planned for, as a
-        number or told from the vocabulary; the model's context if left out. texts: how many are written side by side.
-        report: told of what is fetched: stage, done, total.
+        out, a file of `longspec tune`; read where a drafter skips. draft_from: text files that the answer may repeat.
+        remember: draft from earlier answers too, and keep the new ones. control: how much is bet, one of CONTROLS.
+        memory: what the process may have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what
+        the machine has left; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the
+        memory is planned for, as a number or told from the vocabulary; the model's context if left out. texts: how many
+        are written side by side. report: told of what is fetched: stage, done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -152,6 +152,7 @@ class Engine:
         smaller = None
         if draft_model is not None:
             smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report).load(strict=strict)
+        skips = any("skip" in name.split("+") for name in drafters(drafter, nbytes=loaded.decoder.nbytes, **named))
         engine = cls(
             loaded,
             drafter=drafter,
@@ -159,7 +160,7 @@ class Engine:
             all_rows=all_rows,
             draft_tokens=num_speculative_tokens,
             draft_model=smaller,
-            skip=None if skip_set is None else load_skip(skip_set, loaded.decoder.config.layers),
+            skip=load_skip(skip_set, loaded.decoder.config.layers) if skip_set is not None and skips else None,
             draft_from=draft_from,
             remember=remember,
             control=control,

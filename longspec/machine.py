@@ -43,7 +43,10 @@ def parse_bytes(text: str | int) -> int:
 
 
 def shown(nbytes: float) -> str:
-    """As people read it, and not less than it is: 612 MiB, 57.3 GiB."""
+    """As people read it, and not less than it is: 36 bytes, 5 KiB, 612 MiB, 57.3 GiB."""
+    if nbytes <= 2**20 - 2**10:
+        count = ceil(nbytes)
+        return f"{count:,} byte{'' if count == 1 else 's'}" if count < 2**10 else f"{ceil(count / 2**10):,} KiB"
     return f"{ceil(nbytes / 2**20):,} MiB" if nbytes < 10 * 2**30 else f"{ceil(nbytes / 2**30 * 10) / 10:,} GiB"
 
 

@@ -66,7 +66,10 @@ def check(
     if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
         raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
     if all_rows and f"{cache} --all-rows" not in CACHES:
-        raise UsageError(f"--all-rows is for the caches offload and disk; the cache is {cache}.")
+        raise UsageError(
+            f"--all-rows is for the caches offload and disk, and the cache is {cache}; add --cache disk or "
+            "--cache offload, or leave --all-rows out."
+        )
     if not 1 <= draft_tokens <= BLOCK:
         raise UsageError(
             f"num_speculative_tokens is {draft_tokens}; it must be 1 to {BLOCK} (--drafter none bets on nothing)."

@@ -25,7 +25,10 @@ from torch import Tensor
 
 from longspec.errors import UsageError
 
-__all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
+__all__ = ["MOST_TEMPERATURE", "Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
+
+MOST_TEMPERATURE = 2.0
+"""As OpenAI's API has it. Above, little but noise is written, and 7 for 0.7 is likelier meant than asked for."""
 
 _LOOKS = (128, 4096)
 """Tokens that top-p and min-p look at, before all: sorting 49,152 logits costs 3 ms a row, their best 128 about 0.2."""
@@ -49,7 +52,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature,
+                0 <= self.temperature <= MOST_TEMPERATURE,
+                f"0 (greedy) or more, and at most {MOST_TEMPERATURE:g}",
+            ),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (off) or more, below 1"),

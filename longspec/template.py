@@ -46,7 +46,7 @@ _MOST_PROMPT_LETTERS = 64 << 20
 
 _SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "max_new_tokens": (int, lambda n: n >= 1, "a whole number, 1 or more"),
-    "temperature": (float, lambda x: x >= 0, "a number, 0 or more"),
+    "temperature": (float, lambda x: 0 <= x <= 2, "a number, 0 or more and at most 2"),
     "top_p": (float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
     "top_k": (int, lambda n: n >= 0, "a whole number, 0 or more"),
     "min_p": (float, lambda x: 0 <= x < 1, "a number, 0 or more and below 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from ggufs import write_gguf
 from test_cache import TOKENS, filled
 from test_families import load
 
-from longspec.budget import CHUNKS, Plan, Request, choice, choices, plan
+from longspec.budget import CHUNKS, Plan, Request, alone, choice, choices, plan
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized
 from longspec.engine import Engine
@@ -67,6 +68,11 @@ def test_sizes_are_shown_as_no_less_than_they_are() -> None:
     assert shown(50 * MIB) == "50 MiB"
     assert shown(50 * MIB + 1) == "51 MiB"
     assert shown(20 << 30) == "20.0 GiB"
+    assert [shown(n) for n in (0, 1, 36, 1023, 1024, 1025)] == [
+        *("0 bytes", "1 byte", "36 bytes", "1,023 bytes"),
+        *("1 KiB", "2 KiB"),
+    ]
+    assert [shown(n * 1024) for n in (1023, 1023.5, 1024)] == ["1,023 KiB", "1 MiB", "1 MiB"]
 
 
 def test_what_this_process_has() -> None:
@@ -173,6 +179,21 @@ def test_a_cache_by_name_is_kept_or_refused() -> None:
     assert plan(asked, 2 << 30, "int2").choice.cache == "int2"
 
 
+def test_weights_that_do_not_fit_alone_are_said_to() -> None:
+    asked = request()
+    needed = alone(asked)
+    with pytest.raises(
+        BudgetError, match=rf"weights alone need {shown(needed)}, which no cache.*or a smaller model\.$"
+    ):
+        plan(asked, needed - 1)
+    with pytest.raises(BudgetError, match=r"or ask for fewer tokens\.$"):
+        plan(asked, needed)
+    assert alone(request(tokens=1)) == needed < min(one.need.total for one in choices(request(tokens=1)))
+    on_gpu = replace(asked, device=torch.device("cuda"))
+    with pytest.raises(BudgetError, match=rf": the weights alone need {shown(asked.footprint.weights)}, "):
+        plan(on_gpu, asked.footprint.weights - 1)
+
+
 def test_a_plan_grows_with_all_that_it_counts() -> None:
     base = choice(request(), "dense", 512).need
     assert choice(request(4000), "dense", 512).need.cache < base.cache
@@ -233,6 +254,15 @@ def test_the_engine_is_planned_before_weights_are_read(folder: str, monkeypatch:
     assert report["cache"] == made.cache_name
     assert report["cache_lossless"] is False
     assert report["memory"]["budget"]["budget_bytes"] == tight
+
+
+def test_a_dtype_that_takes_less_is_named(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path, context=1000)
+    write(oracle("llama", max_position_embeddings=1000, bos_token_id=1, eos_token_id=None).bfloat16(), folder)
+    for dtype, said in (("fp32", True), ("bf16", False)):
+        with pytest.raises(BudgetError) as refused:
+            Engine.load(str(folder), dtype=dtype, memory="1MiB")
+        assert ("or take --dtype bf16, with which it is" in str(refused.value)) is said, dtype
 
 
 def test_a_text_is_not_longer_than_planned(folder: str) -> None:

@@ -83,6 +83,16 @@ def one_sentence(err: str) -> str:
         (["hi", "--temp", "nan"], b"", "--temperature: 'nan' is not a number"),
         (["hi", "--temp", "-1"], b"", "--temperature: -1 is out of range"),
         (["hi", "--temp", "inf"], b"", "--temperature: inf is out of range"),
+        (["hi", "--temp", "2.01"], b"", "--temperature: 2.01 is out of range; it must be 0 or more and at most 2"),
+        (
+            ["hi", "--num-speculative-tokens", "65"],
+            b"",
+            "--num-speculative-tokens: 65 is out of range; it must be 1 to 64",
+        ),
+        (["hi", "--prompt-cache", ""], b"", "--prompt-cache: the name is empty"),
+        (["hi", "--draft-from", "a", "--draft-from", ""], b"", "--draft-from: the name is empty"),
+        (["hi", "-m", ""], b"", "--model: the name is empty"),
+        (["hi", "--skip-set", "x", "--drafter", "ngram"], b"", "--skip-set has no effect with --drafter ngram"),
         (["hi", "--top-p", "0"], b"", "--top-p: 0 is out of range; it must be above 0 and at most 1"),
         (["hi", "--min-p", "1"], b"", "--min-p: 1 is out of range; it must be 0 or more and below 1"),
         (["hi", "--threads", "0"], b"", "--threads: 0 is out of range"),
@@ -107,6 +117,30 @@ def test_wrong_requests_are_one_sentence(arguments: list[str | bytes], stdin: by
     assert said in one_sentence(result.err)
 
 
+def test_a_batch_needs_a_file_for_its_answers(home: Path) -> None:
+    result = call(["batch", "in.jsonl"], home)
+    assert (result.code, result.out) == (2, b"")
+    assert "longspec batch in.jsonl -o answers.jsonl" in one_sentence(result.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["batch", "in.jsonl", "-o", "-"], "-o - is no file that can be gone on with"),
+        (["serve", "--port", "99999"], "--port: 99999 is out of range; it must be 0 to 65535"),
+        (["run", "hi", "--threads", "10000000"], "--threads: 10000000 is out of range"),
+        (["bench", "cache", "--text", "x", "--context", "0"], "--context: 0 is out of range; it must be 256 or more"),
+        (["bench", "cache", "--text", "no"], "no can't be read as text: No such file or directory."),
+        (["bench", "drafters", "--suite", "no"], "no can't be read as a suite: No such file or directory."),
+    ],
+)
+def test_odd_requests_are_one_sentence(
+    arguments: list[str], said: str, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(arguments) == 2
+    assert said in one_sentence(capfd.readouterr().err)
+
+
 def test_wrong_commands(home: Path) -> None:
     result = call(["rnu"], home)
     assert (result.code, result.out) == (2, b"")
@@ -118,7 +152,9 @@ def test_wrong_commands(home: Path) -> None:
     [
         (["--drafter", "wings"], 2, "'wings'"),
         (["--cache", "shoebox"], 2, "'shoebox'"),
-        (["--dtype", "fp7"], 2, "'fp7'"),
+        (["--dtype", "fp7"], 2, "'fp7' is not known; use one of: auto, fp32, bf16, int8."),
+        (["--all-rows"], 2, "the cache is auto; add --cache disk or --cache offload"),
+        (["--remember", "--drafter", "ngram"], 2, "(--draft-from, --remember) have no effect with the drafter ngram"),
         (["--device", "abacus"], 2, "'abacus'"),
         (["--top-p", "0.5"], 2, "no effect without sampling"),
         (["--max-new-tokens", "300000"], 2, "200000"),
@@ -236,7 +272,7 @@ def test_options_do_what_they_say(tiny: str, home: Path, capfd: pytest.CaptureFi
     raw = answer("--max-new-tokens", "30", "--raw")["prompt_tokens"]
     assert raw == 2
     assert answer("--max-new-tokens", "3", "-s", "Be brief.")["prompt_tokens"] == 4 + len("sBe brief.")
-    warm = ["--max-new-tokens", "60", "--temperature", "3", "--seed", "5"]
+    warm = ["--max-new-tokens", "60", "--temperature", "2", "--seed", "5"]
     assert answer(*warm)["text"] == answer(*warm, "--drafter", "none")["text"] != answer(*warm[:-1], "6")["text"]
     assert answer(*warm, "--top-k", "1")["text"] == answer("--max-new-tokens", "60")["text"]
     assert guarded(["run", "--no-stdin", "-m", tiny, *TINY, "hi", "--max-new-tokens", "30", "--no-stream"]) == 0
@@ -244,7 +280,7 @@ def test_options_do_what_they_say(tiny: str, home: Path, capfd: pytest.CaptureFi
 
 
 def test_utf8_whatever_the_locale(tiny: str, home: Path) -> None:
-    arguments = ["run", "héé 世", "-m", tiny, *TINY, "--max-new-tokens", "300", "--temp", "9"]
+    arguments = ["run", "héé 世", "-m", tiny, *TINY, "--max-new-tokens", "300", "--temp", "2"]
     result = call(arguments, home, extra={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     assert (result.code, result.err) == (0, "")
     assert re.search("[é世😀]", result.out.decode("utf-8"))
@@ -436,6 +472,29 @@ def test_flag_then_environment_then_file(
     assert len(capfd.readouterr().out) == 4
 
 
+def test_a_skip_set_is_read_where_a_drafter_skips(
+    tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGSPEC_SKIP_SET", str(home / "missing"))
+    short = ["run", "--no-stdin", "-m", tiny, *TINY, "hi", "--max-new-tokens", "2"]
+    for more in ([], ["--drafter", "ngram"]):
+        assert guarded([*short, *more]) == 0, capfd.readouterr().err
+    monkeypatch.setenv("LONGSPEC_DRAFTER", "ngram")
+    assert guarded(short) == 0
+    capfd.readouterr()
+    for more in (["--drafter", "skip"], ["--skip-set", str(home / "missing")]):
+        assert guarded([*short, *more]) == 2
+        assert "missing can't be read" in one_sentence(capfd.readouterr().err)
+
+
+def test_most_speculative_tokens_are_what_a_draft_may_have(capfd: pytest.CaptureFixture[str]) -> None:
+    """The flag's bound is said without torch, and so twice."""
+    from longspec.cache import BLOCK
+
+    assert guarded(["run", "--num-speculative-tokens", str(BLOCK + 1)]) == 2
+    assert f"1 to {BLOCK}." in capfd.readouterr().err
+
+
 def test_a_flag_goes_before_settings_that_contradict_it(
     tiny: str, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,6 +530,14 @@ def test_a_wrong_config_file(text: str, said: str, home: Path, capfd: pytest.Cap
     assert guarded(["run", "hi"]) == 2
     assert said.format(path=path) in one_sentence(capfd.readouterr().err)
     assert guarded(["run", "--help"]) == 0
+
+
+def test_one_value_is_set_for_a_flag_that_may_be_repeated(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGSPEC_DRAFTER", "ngram")
+    assert guarded(["bench", "drafters", "--suite", "no"]) == 2
+    assert "no can't be read as a suite" in one_sentence(capfd.readouterr().err)
 
 
 def test_a_wrong_variable(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

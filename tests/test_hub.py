@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from longspec.errors import ModelError
 from longspec.model.checkpoint import Checkpoint
-from longspec.model.hub import SHORT_NAMES, find, installed
+from longspec.model.hub import SHORT_NAMES, fetch_config, find, installed
 from longspec.model.store import models_folder
 
 
@@ -210,6 +210,25 @@ def test_hugging_faces_errors_become_one_sentence(
     with pytest.raises(ModelError, match=f"owner/name .*{said}") as caught:
         find("owner/name")
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_hub_logs_of_each_try_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from huggingface_hub.utils import logging
+
+    def download(*_: Any, **__: Any) -> str:
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 4/5].")
+        raise errors.LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    before = logging.get_verbosity()
+    for verbosity, said in (("", False), ("warning", True)):
+        monkeypatch.setenv("HF_HUB_VERBOSITY", verbosity)
+        with pytest.raises(ModelError, match="can't be reached"):
+            fetch_config("owner/name")
+        assert ("Retrying" in caplog.text) is said
+    assert logging.get_verbosity() == before
 
 
 def test_a_repository_without_a_config_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

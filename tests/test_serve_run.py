@@ -119,6 +119,32 @@ def test_other_settings_are_not_answered(up: str, tiny: str, home: Path) -> None
         assert loads([*asked, *more], home)[3]
 
 
+def test_texts_to_draft_from(tiny: str, home: Path) -> None:
+    text = home / "text"
+    text.write_text("hi there")
+    more = ["-m", tiny, *TINY, "--draft-from", str(text)]
+    with server(more, home):
+        asked = ["run", "--no-stdin", *more, "--max-new-tokens", "20", "hi"]
+        code, out, err, imported = loads(asked, home)
+        assert (code, err, imported) == (0, "", False)
+        assert call([*asked, "--no-server"], home).out == out
+
+
+def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
+    small = str(write_tiny(tmp_path, context=1000))
+    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    assert (refused.code, refused.out) == (4, b"")
+    assert "The memory budget is 50 MiB" in refused.err
+    with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            whole = client.completions.create(model=small, prompt="A", max_tokens=5)
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == 5
+        assert loads(["run", "--no-stdin", "-m", small, *TINY, "--max-new-tokens", "2", "hi"], home)[3]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_signal_keeps_what_was_written(up: str, tiny: str, home: Path, more: list[str]) -> None:
     with started(["run", "--no-stdin", "-m", tiny, *TINY, *more, "hi"], home) as process:

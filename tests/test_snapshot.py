@@ -163,6 +163,7 @@ def test_rows_of_another_are_refused_by_what_differs(
         (engine(worded), "another tokenizer"),
         (engine(strict), "not strict, and this run's is strict"),
         (engine(replace(llama, dtype="bf16")), "dtype fp32, and this run's is bf16"),
+        (engine(replace(trained, dtype="bf16")), "dtype fp32, and this run's is bf16"),
         (engine(llama, cache="int8"), "cache dense, and this run's is int8"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -16,6 +16,7 @@ import torch
 from longspec.cache import CACHES
 from longspec.cache.stage import BLOCK, Cache
 from longspec.engine import Engine
+from longspec.errors import UsageError
 from longspec.model.decoder import Rows, Span
 
 __all__ = ["KINDS", "Result", "measure"]
@@ -42,11 +43,13 @@ class Result:
 
 
 def measure(engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str] = KINDS) -> Iterator[Result]:
-    """A result for each context and kind, as they come. Raises ValueError where the text is too short."""
+    """A result for each context and kind, as they come. Raises UsageError where the text is too short."""
     tokens = engine.model.vocabulary.encode(text, add_special=False)
     for context in contexts:
         if len(tokens) < context:
-            raise ValueError(f"the text has {len(tokens)} tokens, and {context} are needed")
+            raise UsageError(
+                f"The text has {len(tokens):,} tokens, and {context:,} are needed; give a longer one, or --context."
+            )
         for kind in kinds:
             cache = CACHES[kind](engine.model.decoder.shape)
             perplexity = _perplexity(engine, cache, tokens[: context - 32])

@@ -67,7 +67,8 @@ def read_suite(path: Path) -> dict[str, list[str]]:
                     raise UsageError(f"{path}:{number} has no category and turns; a suite has one such object a line.")
                 suite.setdefault(said["category"], []).append(str(said["turns"][0]))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can't be read as a suite: {error}.") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} can't be read as a suite: {why}.") from error
     return suite
 
 

@@ -74,7 +74,8 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
     if "model" in (first, *rest) and not draft_model:
         raise UsageError("The drafter model needs a draft model: name one (--draft-model).")
     if memory and "suffix" not in (first, *rest):
-        raise UsageError(f"Texts to draft from have no effect with the drafter {name}; use suffix, or leave them out.")
+        raise UsageError(f"Texts to draft from (--draft-from, --remember) have no effect with the drafter {name}; "
+                         "use suffix or auto, or leave them out.")  # fmt: skip
     if draft_model and "model" not in (first, *rest):
         raise UsageError(f"A draft model has no effect with the drafter {name}; use model, or leave it out.")
 

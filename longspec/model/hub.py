@@ -13,6 +13,7 @@ honoured, for short names too.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -164,13 +165,20 @@ def _fetched(repository: str, file: str, offline: bool, report: Report | None) -
 
 
 def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[], str]) -> Path:
-    """What `fetch` gives, with huggingface_hub's many errors as ours; its bars are drawn where there is a report."""
+    """What `fetch` gives, with huggingface_hub's many errors as ours; its bars are drawn where there is a report.
+
+    Its log of every try says no more than the error at the end; who set HF_HUB_VERBOSITY wants it.
+    """
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     silent = report is None and not are_progress_bars_disabled()
     if silent:
         disable_progress_bars()
+    verbosity = hub_logging.get_verbosity()
+    if not os.environ.get("HF_HUB_VERBOSITY"):
+        hub_logging.set_verbosity(logging.ERROR)
     try:
         if report:
             report(f"fetching {name}", 0, 0)
@@ -186,6 +194,7 @@ def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[
     except Exception as error:  # the network's many ways to fail, whose types differ by version
         raise ModelError(f"{name} can't be fetched from Hugging Face: {error}") from error
     finally:
+        hub_logging.set_verbosity(verbosity)
         if silent:
             enable_progress_bars()
 

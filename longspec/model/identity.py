@@ -20,11 +20,11 @@ _RUN = 512  # values; a page of a mapped file or two
 
 
 def identity(model: Model) -> dict[str, str]:
-    """By the words for what they tell apart."""
+    """By the words for what they tell apart. The dtype comes first: in another one every model's values differ."""
     return {
+        "dtype": model.dtype,
         "model": _weights(model),
         "tokenizer": hashlib.sha256(model.vocabulary.tokenizer.to_str().encode()).hexdigest(),
-        "dtype": model.dtype,
         "strictness": "strict" if model.decoder.strict else "not strict",
     }
 

@@ -22,7 +22,17 @@ from longspec.model.hub import find
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
-__all__ = ["DTYPES", "Model", "Opened", "choose_device", "choose_dtype", "load_model", "native_dtype", "open_model"]
+__all__ = [
+    "DTYPES",
+    "Model",
+    "Opened",
+    "check_dtype",
+    "choose_device",
+    "choose_dtype",
+    "load_model",
+    "native_dtype",
+    "open_model",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 """What rows and the cache are in; under int8 matrices are codes (`longspec.model.groups`)."""
@@ -127,10 +137,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, config: Config) -> str:
-    """`auto` is int8 where the checkpoint holds codes and their kernel can be had, else `native_dtype`."""
+def check_dtype(name: str) -> None:
+    """Raises UsageError where no dtype has this name."""
     if name not in ("auto", *DTYPES):
         raise UsageError(f"The dtype {name!r} is not known; use one of: auto, {', '.join(DTYPES)}.")
+
+
+def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, config: Config) -> str:
+    """`auto` is int8 where the checkpoint holds codes and their kernel can be had, else `native_dtype`."""
+    check_dtype(name)
     if name in ("auto", "int8"):
         why = missing(config, DTYPES["int8"], device)
         if name == "int8" and why is not None:

@@ -88,7 +88,9 @@ def bind(host: str, port: int) -> socket.socket:
         made.bind(address)
         made.listen()
     except OSError as error:
-        raise UsageError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from error
+        raise UsageError(
+            f"{host}:{port} can't be listened on: {error.strerror}; give another --port, or --host."
+        ) from error
     return made
 
 
