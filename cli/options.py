@@ -212,8 +212,8 @@ Dtype = Annotated[
         "--dtype",
         metavar="NAME",
         rich_help_panel=_MODEL,
-        help="auto, fp32, bf16, or int8: weights in 8 bits, half of bf16's bytes in a pass, nearly the same text. auto "
-        "is bf16 where the processor has it.",
+        help="auto, fp32, bf16, or int8: weights in 8 bits, or in the fewer that a GGUF file has, nearly the same "
+        "text. auto is int8 where a file holds codes, else bf16, as far as the processor has them.",
     ),
 ]
 Threads = Annotated[

@@ -87,6 +87,24 @@ class Texts:
             self._reading, texts, len(texts), layer, room.data_ptr(), self._threads, output.data_ptr()
         )
 
+    def begin(self, made: Tensor, layers: Sequence[int]) -> None:
+        """The kernel is about to be called for these layers by another one, with all that `made` will hold."""
+        self._reading.queries, self._reading.query_row = made.data_ptr(), made.stride(0)
+        for span in self._spans:
+            for layer in layers:
+                span.stage.filled(layer, span.staged)
+
+    @property
+    def call(self) -> tuple[int | None, int, int, int]:
+        """Where the kernel is, and its arguments in all layers: queries, texts, threads."""
+        kernel = ctypes.cast(self._kernel.texts_read, ctypes.c_void_p).value
+        return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads
+
+    def pointers(self, window: int | None) -> tuple[int, int]:
+        """Its arguments in the layers of one window: texts, room."""
+        texts, room, _ = self._prepared[window]
+        return ctypes.addressof(texts), room.data_ptr()
+
     def _prepare(self, window: int | None) -> tuple[ctypes.Array[_Text], Tensor, list[Any]]:
         """All texts as the layers of one window read them, the kernel's room, and what is pointed to."""
         held: list[Any] = []

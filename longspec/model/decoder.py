@@ -198,7 +198,11 @@ class Decoder:
                 hidden = hidden * self._embedding_scale
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
-        for i in range(first, self.config.layers if last is None else last):
+        last = self.config.layers if last is None else last
+        if fused is not None and texts is not None and len(texts) == len(rows.spans) and len(hidden) <= MOST_ROWS:
+            parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
+            return fused.layers(first, last, hidden, turns, texts, parts)
+        for i in range(first, last):
             layer, rope = self._layers[i], self.config.ropes[i]
             turn = turns[rope] if rope else None
             if fused is not None:

@@ -8,14 +8,15 @@ torch takes 24 and 27, and reading the weights 9. A row's bits don't depend on t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.model.config import Config
+from longspec.attention.texts import Texts
+from longspec.model.config import Config, Rope
 from longspec.model.groups import Groups
 from longspec.native import library
 
@@ -26,6 +27,7 @@ MOST_ROWS = 64
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 64
+Turns = Mapping[Rope, tuple[Tensor, Tensor]]
 _BF16, _CODES = 0, 1
 
 
@@ -48,6 +50,23 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("before_attention", "before_mlp", "query_norm", "key_norm")),
         *((name, ctypes.c_int64) for name in ("heads", "key_heads", "head_dim", "activation")),
         ("eps", ctypes.c_float),
+    )
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("dims", ctypes.c_int64))
+
+
+class _Read(ctypes.Structure):
+    _fields_ = (("texts", ctypes.c_void_p), ("room", ctypes.c_void_p))
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layers", "turn_of", "read_of", "parts", "turns", "reads", "attend")),
+        ("reading", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
     )
 
 
@@ -76,10 +95,45 @@ class Fused:
         self._config = config
         self._layers = [_layer(config, layer) for layer in layers]
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
+        self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
+        self._windows = list(dict.fromkeys(config.windows))
+        self._in_all = (
+            torch.tensor(self._pointers),
+            torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
+            torch.tensor([self._windows.index(window) for window in config.windows]),
+        )
         self._head = _matrix(head)
         self._held = (layers, head)
         room = kernel.layer_room(self._pointers[0], config.width, MOST_ROWS)
         self._room = torch.empty(room, dtype=torch.uint8)
+
+    def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
+        """Hidden [r, width] after layers first..last, r at most 64, in one call. Parts: of each layer, 1 for its
+        attention and 2 for its MLP, together 3.
+        """
+        c, rows = self._config, len(hidden)
+        hidden = hidden.clone()
+        qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
+        read = hidden.new_empty(rows, c.heads * c.head_dim)
+        texts.begin(qkv, [i for i in range(first, last) if parts[i] & 1])
+        turned = [
+            _Turn(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in map(turns.__getitem__, self._ropes)
+        ]
+        prepared = [_Read(*texts.pointers(window)) for window in self._windows]
+        arrays = (
+            (ctypes.c_uint8 * len(parts))(*parts),
+            (_Turn * len(turned))(*turned),
+            (_Read * len(prepared))(*prepared),
+        )
+        made = _Pass(
+            *(each.data_ptr() for each in self._in_all),
+            *(ctypes.addressof(array) for array in arrays),
+            *texts.call,
+        )
+        self._kernel.layers(
+            made, first, last, hidden.data_ptr(), rows, qkv.data_ptr(), read.data_ptr(), self._room.data_ptr()
+        )
+        return hidden
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D], normed and turned, from hidden [r, width]."""
@@ -166,6 +220,7 @@ def _kernel() -> ctypes.CDLL | str:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.layer_room.argtypes, found.layer_room.restype = (pointer, number, number), number
     found.linear.argtypes = (pointer, pointer, number, pointer, pointer)
+    found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, pointer, number, pointer, pointer, pointer)
     found.project.argtypes = (pointer, pointer, number, pointer, pointer, number, pointer, pointer)
     found.finish.argtypes = (pointer, pointer, pointer, number, number, pointer, pointer)
     return found

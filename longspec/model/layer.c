@@ -1,7 +1,8 @@
-/* A decoder layer but for its attention, for a few rows on a CPU: two calls where torch takes some twenty operators.
+/* A decoder's layers for a few rows on a CPU; attention is another library's.
  *
  *     project   norm, then queries, keys and values, turned to their positions
  *     finish    output and residual, norm, gate and up, activation, down and residual
+ *     layers    both, and attention between them, for a run of layers
  *     linear    one product alone: the head
  *
  * Weights are read where they lie, once for all rows: bf16 as a checkpoint has them, or codes (groups.h). Sums are fp32,
@@ -316,7 +317,7 @@ void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, 
 void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden, char *room) {
     const Room r = parted(room, widest(l), rows);
     const int64_t width = l->output.size, wide = l->down.width;
-    if (!attention) memcpy(hidden, before, (size_t)(rows * width) * sizeof *hidden);
+    if (!attention && hidden != before) memcpy(hidden, before, (size_t)(rows * width) * sizeof *hidden);
 #pragma omp parallel
     {
         float sums[MOST_ROWS + ROWS][BLOCK], gates[MOST_ROWS + ROWS][BLOCK];
@@ -362,6 +363,48 @@ void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t r
             }
         }
         _tile_release();
+    }
+}
+
+typedef void Attend(const void *reading, const void *texts, int64_t count, int64_t layer, char *room, int64_t threads,
+                    bf16 *output);
+
+typedef struct {
+    const bf16 *cos, *sin; /* [rows, dims] */
+    int64_t dims;
+} Turn;
+
+typedef struct {
+    const void *texts; /* as the layers of one window read them */
+    char *room;
+} Read;
+
+/* What the layers of a pass have in common. */
+typedef struct {
+    const Layer *const *layers;
+    const int64_t *turn_of, *read_of; /* of each layer; no positions: -1 */
+    const uint8_t *parts;             /* of each layer: ATTENTION and MLP, or what isn't left out */
+    const Turn *turns;
+    const Read *reads;
+    Attend *attend;
+    const void *reading; /* with its queries in `qkv` */
+    int64_t count, threads;
+} Pass;
+
+enum { ATTENTION = 1, MLP = 2 };
+
+/* hidden [rows, width] after the layers first..last, in its own place; qkv and read are room for one layer's. */
+void layers(const Pass *p, int64_t first, int64_t last, bf16 *hidden, int64_t rows, bf16 *qkv, bf16 *read, char *room) {
+    for (int64_t i = first; i < last; i++) {
+        const Layer *layer = p->layers[i];
+        const int attends = p->parts[i] & ATTENTION;
+        if (attends) {
+            const Turn turn = p->turn_of[i] < 0 ? (Turn){0, 0, 0} : p->turns[p->turn_of[i]];
+            const Read *r = p->reads + p->read_of[i];
+            project(layer, hidden, rows, turn.cos, turn.sin, turn.dims, qkv, room);
+            p->attend(p->reading, r->texts, p->count, i, r->room, p->threads, read);
+        }
+        finish(layer, attends ? read : 0, hidden, rows, p->parts[i] & MLP, hidden, room);
     }
 }
 #endif
