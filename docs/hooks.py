@@ -5,6 +5,7 @@ A page that nobody put into mkdocs.yml's list is added to it, so that every page
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -69,7 +70,22 @@ def at_top(name: str) -> str:
 def api() -> str:
     """The public names, each with its docstrings."""
     lines = ["# From Python", "", "Everything that `from longspec import ...` gives, from the docstrings.", ""]
-    return "\n".join(lines + [f"::: longspec.{home}.{name}" for name, home in public()])
+    lines += [f"::: longspec.{home}.{name}" for name, home in public()]
+    lines += [
+        "",
+        "## Options of one text",
+        "",
+        "What `generate`, `stream`, `generate_many` and `open` take beside the prompt:",
+    ]
+    return "\n".join([*lines, "", "```text", *options(), "```", ""])
+
+
+def options() -> list[str]:
+    """The lines of `Options`, whose comments say what each is."""
+    source = (ROOT / "longspec" / "options.py").read_text(encoding="utf-8")
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
+    fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+    return [line.strip() for line in source.splitlines()[fields[0].lineno - 1 : fields[-1].end_lineno]]
 
 
 def public() -> list[tuple[str, str]]:
