@@ -1,6 +1,6 @@
 """The drawings of docs/how.md: what a step does, what a draft tree is, how a cache keeps its blocks.
 
-python docs/figures.py        # writes docs/figures/*.svg; tests/test_figures.py holds that they are what this draws
+`python docs/figures.py` writes docs/figures/*.svg; tests/test_docs.py holds that they are what this draws.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Drawing:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
             ' font-family="system-ui, sans-serif" font-size="13" role="img">',
             f"<title>{escape(title)}</title>",
-            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M0 0L8 4L0 8z" fill="{FAINT}"/></marker></defs>',
+            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
+            f' orient="auto"><path d="M0 0L8 4L0 8z" fill="{FAINT}"/></marker></defs>',
             f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>',
         ]
 

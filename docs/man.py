@@ -99,7 +99,7 @@ def _lowered(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """roff's own signs stand for themselves; a hyphen stays one that can be copied."""
+    """What roff takes for its own stands for itself; a hyphen stays one that can be copied."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace("`", "").replace("~", "\\(ti").replace("^", "\\(ha")
     return f"\\&{text}" if text[:1] in (".", "'") else text
 

@@ -39,7 +39,7 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """longspec itself, then its commands in the order of the help, each group before its members."""
+    """The program itself, then its commands in the order of the help, each group before its members."""
     return list(_walk(get_command(app), "longspec"))
 
 
@@ -101,7 +101,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _notes(text: str) -> list[str]:
-    """`\\b` begins a paragraph that keeps its lines."""
+    r"""`\b` begins a paragraph that keeps its lines."""
     return [part.strip("\n").rstrip() for part in re.split(r"\x08\n", text) if part.strip()]
 
 
@@ -110,10 +110,10 @@ def to_markdown() -> str:
     lines = [
         "# Every command and option",
         "",
-        "This page is made from the command itself. [The command](cli.md) says what a script may rely on: streams, exit "
-        "codes, signals, settings. Every option but those that belong to one call can be set in the environment "
-        "(`--max-new-tokens` is `LONGSPEC_MAX_NEW_TOKENS`) and in `config.toml` (`max_new_tokens`). Every flag without a "
-        "value has its opposite: `--stats` and `--no-stats`, `--no-stream` and `--stream`.",
+        "This page is made from the command itself. [The command](cli.md) says what a script may rely on: streams, "
+        "exit codes, signals, settings. Every option but those that belong to one call can be set in the environment "
+        "(`--max-new-tokens` is `LONGSPEC_MAX_NEW_TOKENS`) and in `config.toml` (`max_new_tokens`). Every flag without "
+        "a value has its opposite: `--stats` and `--no-stats`, `--no-stream` and `--stream`.",
         "",
     ]
     for page in pages():
