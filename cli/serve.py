@@ -164,8 +164,8 @@ def _serve(
         else:
             progress.say("longspec run doesn't use this server: " + ("another does" if path else _NO_FOLDER))
         shown = f"[{host}]" if ":" in host else host
-        progress.say(f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it")
-        asyncio.run(listen(desk, doors, _GRACE_SECONDS))
+        said = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
+        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(said)))
         worker.stop(_GRACE_SECONDS)
 
 

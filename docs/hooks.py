@@ -41,6 +41,7 @@ def on_files(files: Any, config: Any) -> Any:
         "contributing.md": at_top("CONTRIBUTING.md"),
         "reference.md": to_markdown(),
         "api.md": api(),
+        "modules.md": modules(),
     }
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
@@ -86,6 +87,21 @@ def options() -> list[str]:
     (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
     fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
     return [line.strip() for line in source.splitlines()[fields[0].lineno - 1 : fields[-1].end_lineno]]
+
+
+def modules() -> str:
+    """Every module with the first sentence of its docstring."""
+    lines = ["# Every module", "", "What each module is, from its own first lines.", ""]
+    for folder in ("longspec", "cache", "cli", "prompts"):
+        for path in sorted(
+            (ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name != "__init__.py", path)
+        ):
+            first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+            if path.name == "__init__.py":
+                lines += ["", f"## {path.parent.relative_to(ROOT).as_posix()}", "", " ".join(first.split()), ""]
+            else:
+                lines.append(f"- `{path.name}`: {' '.join(first.split())}")
+    return "\n".join([*lines, ""])
 
 
 def public() -> list[tuple[str, str]]:

@@ -265,3 +265,15 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--num-speculative-tokens" in (tmp_path / "reference" / "index.html").read_text()
     assert "generate_many" in (tmp_path / "api" / "index.html").read_text()
+
+
+def test_the_readme_knows_where_things_are() -> None:
+    """Every folder of the tree is there, and every folder with code is in the tree."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where things are\n")[1]
+    named, above = set(), ""
+    for indent, name in re.findall(r"^( *)([\w/]+)/ ", tree, re.MULTILINE):
+        above = above if indent else name
+        named.add(f"{above}/{name}" if indent else name)
+    assert [name for name in named if not (ROOT / name).is_dir()] == []
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "longspec").rglob("__init__.py")}
+    assert {name for name in packages if not (ROOT / name).is_symlink()} <= named
