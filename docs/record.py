@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import os
 import pty
+import re
 import select
 import shlex
 import struct
@@ -33,14 +34,12 @@ REST = 4.0  # seconds that the last state stands before it begins again
 WIDTH, HEIGHT, MARGIN = 7.83, 18, 14  # of a character, a line, the frame, in pixels; the font size is 13
 COLOURS = {"default": "#d8dee9", "cyan": "#4dd0e1", "green": "#a5d6a7", "red": "#ef9a9a", "yellow": "#ffe082"}
 
-SCRIPT = [  # what is waited for, what is typed then
-    ("$ ", "longspec chat --show-drafts --stats\n"),
-    ("> ", "Write Python functions add, subtract, multiply and divide, each with two arguments.\n"),
-    ("ended by ", ""),
-    ("> ", "Now write a test for each.\n"),
-    ("ended by ", ""),
-    ("> ", "/quit\n"),
-    ("$ ", ""),
+SCRIPT = [  # how what is waited for ends, and what is typed then
+    (rb"\$ ", "longspec chat --show-drafts --stats\n"),
+    (rb"> ", "Write Python functions add, subtract, multiply and divide, each with two arguments.\n"),
+    (rb"ended by [^>]*> ", "Now write a test for each.\n"),
+    (rb"ended by [^>]*> ", "/quit\n"),
+    (rb"\$ ", ""),
 ]
 
 
@@ -80,19 +79,18 @@ def play(screen: int) -> Iterator[tuple[float, bytes]]:
     began = monotonic()
     for wanted, typed in SCRIPT:
         seen = b""
-        while wanted.encode() not in seen:
+        while not re.search(wanted + rb"$", seen):
             data = os.read(screen, 65536)
             seen += data
             yield monotonic() - began, data
         keys = [*typed]
         pause = 0.7  # before the first key
-        while keys or select.select([screen], [], [], 0.3)[0]:
-            if keys and not select.select([screen], [], [], pause)[0]:
+        while keys:
+            if select.select([screen], [], [], pause)[0]:
+                yield monotonic() - began, os.read(screen, 65536)
+            else:
                 os.write(screen, keys.pop(0).encode())
                 pause = 0.35 if keys[:1] == ["\n"] else 0.045
-            else:
-                data = os.read(screen, 65536)
-                yield monotonic() - began, data
 
 
 def record() -> tuple[list[State], float]:
@@ -171,7 +169,7 @@ def draw(states: list[State], seconds: float) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-            ' font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13">',
+            ' xml:space="preserve" font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13">',
             "<title>longspec chat in a terminal: what came from a draft is coloured</title>",
             f"<style>{''.join(style)}</style>",
             f'<rect width="{width}" height="{height}" rx="8" fill="#1e222a"/>',

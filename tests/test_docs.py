@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from commands import COMMAND, ROOT
@@ -251,6 +252,28 @@ def test_drawings_are_what_their_script_draws() -> None:
     assert {path.name for path in FOLDER.iterdir()} == set(FIGURES)
     for name, draw in FIGURES.items():
         assert (FOLDER / name).read_text(encoding="utf-8") == draw(), f"run python docs/figures.py: {name}"
+
+
+def check_recording(path: Path) -> None:
+    assert path.stat().st_size < 300_000
+    drawn = ElementTree.parse(path).getroot()
+    texts = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "$ longspec chat --show-drafts --stats" in texts
+    assert any(re.search(r"tokens per step", text) for text in texts)
+    assert any("cyan" in span.get("class", "") for span in drawn.iter("{http://www.w3.org/2000/svg}tspan"))
+
+
+def test_the_recording_is_one() -> None:
+    check_recording(ROOT / "docs" / "recording.svg")
+
+
+@pytest.mark.real
+@pytest.mark.full
+def test_the_recording_can_be_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("pyte")
+    made = tmp_path / "recording.svg"
+    subprocess.run([sys.executable, ROOT / "docs" / "record.py", "--output", made], check=True, timeout=600)
+    check_recording(made)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="the extra `docs` isn't installed")
