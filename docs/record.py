@@ -2,8 +2,8 @@
 
     python docs/record.py         # writes docs/recording.svg; needs pyte (the extra `docs`) and the default model
 
-A shell runs in a pseudo-terminal; keys are pressed as a person presses them, and nothing is played faster or slower than
-it was. pyte keeps the screen. Each state of a line becomes one element that CSS shows for as long as the line stood so.
+A shell runs in a pseudo-terminal; keys are pressed as a person presses them, and nothing is played faster or slower
+than it was. pyte keeps the screen. Each state of a line becomes one element that CSS shows for as long as the line stood so.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shell() -> tuple[int, int]:
             XDG_STATE_HOME=str(folder),
         )
         os.environ.pop("NO_COLOR", None)
-        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])  # noqa: S606, S607  the reader's own shell
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     return child, screen
 
@@ -169,7 +169,8 @@ def draw(states: list[State], seconds: float) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-            ' xml:space="preserve" font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13">',
+            ' xml:space="preserve" font-size="13"'
+            ' font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace">',
             "<title>longspec chat in a terminal: what came from a draft is coloured</title>",
             f"<style>{''.join(style)}</style>",
             f'<rect width="{width}" height="{height}" rx="8" fill="#1e222a"/>',

@@ -6,6 +6,7 @@ With a tiny model that writes as long as it may: where no event ends a line, `LO
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from _pytest.mark import ParameterSet
 from commands import COMMAND, ROOT, SECONDS, environment, write_tiny
 from reference import Page, pages
 
@@ -30,7 +32,7 @@ LOADS = re.compile("longspec (run|chat|batch|serve|plan|tune|bench .*)")
 
 WORDS = [page.words for page in pages()]
 
-FILES = {
+FILES: dict[str, str | bytes] = {
     "lines.txt": "one\ntwo\n",
     "bad-lines.txt": b"one\n\xff\n",
     "prompts.jsonl": '{"prompt": "one"}\n{"prompt": "two", "max_new_tokens": 2}\n',
@@ -92,7 +94,7 @@ def test_every_command_has_its_lines() -> None:
     assert {line.out for line in lines} <= set(OUT)
     assert {line.err for line in lines} <= set(ERR)
     assert len({(line.command, line.event) for line in lines}) == len(lines)
-    missing = []
+    missing: list[tuple[str, object]] = []
     for page in leaves():
         mine = {(line.event, line.code) for line in lines if line.of == page.words}
         codes = {code for _, code in mine}
@@ -115,7 +117,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny(tmp_path_factory.mktemp("tiny")))
 
 
-def parameters() -> list[object]:
+def parameters() -> list[ParameterSet]:
     lines = []
     for line in table():
         marks = [pytest.mark.real] if line.command == "longspec pull smollm2" else []  # the real model is there
@@ -172,9 +174,9 @@ def begin(process: subprocess.Popen[bytes], line: Line, folder: Path) -> tuple[b
             break
         ready, _, _ = select.select([process.stdout, process.stderr], [], [], 0.05)
         if process.stdout in ready:
-            written += process.stdout.read1()
+            written += os.read(process.stdout.fileno(), 65536)
         if process.stderr in ready:
-            told += process.stderr.read1()
+            told += os.read(process.stderr.fileno(), 65536)
         assert process.poll() is None, told.decode()
     if line.event == "stdout closed":
         process.stdout.close()
