@@ -3,7 +3,8 @@
     python docs/record.py         # writes docs/recording.svg; needs pyte (the extra `docs`) and the default model
 
 A shell runs in a pseudo-terminal; keys are pressed as a person presses them, and nothing is played faster or slower
-than it was. pyte keeps the screen. Each state of a line becomes one element that CSS shows for as long as the line stood so.
+than it was. pyte keeps the screen. Each state of a line becomes one element that CSS shows for as long as the line
+stood so.
 """
 
 from __future__ import annotations

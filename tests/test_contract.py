@@ -164,7 +164,7 @@ def begin(process: subprocess.Popen[bytes], line: Line, folder: Path) -> tuple[b
     if not line.event:
         return b"", b""
     written = told = b""
-    begun = (folder / "out.jsonl.meta.json", folder / "answer.txt.part")
+    begun = (folder / "out.jsonl", folder / "answer.txt.part")
     end = monotonic() + (SECONDS if line.shows else UNDER_WAY)
     if line.of == "longspec models":  # what it writes is written at once
         end = 0.0
