@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full lint format types clean distclean
+.PHONY: help demo test test-full lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,14 @@ format: $(VENV)/installed-dev ## mend what ruff can mend
 types: $(VENV)/installed-dev ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs ## the site, into site/
+	$(BIN)/python -m mkdocs build --strict
+
+man: $(VENV)/installed ## the manual pages, after an option has changed
+	$(BIN)/python docs/man.py
+
 clean: ## remove what builds and checks leave behind
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find longspec cli cache prompts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and the environment too
@@ -54,4 +60,8 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@ $(VENV)/installed

@@ -184,8 +184,8 @@ def _serve(
             why = "another is used" if path else _PLANNED if planned else _NO_FOLDER
             progress.say(f"longspec run doesn't use this server: {why}")
         shown = f"[{host}]" if ":" in host else host
-        progress.say(f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it")
-        asyncio.run(listen(desk, doors, _GRACE_SECONDS))
+        said = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
+        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(said)))
         worker.stop(_GRACE_SECONDS)
 
 

@@ -315,23 +315,3 @@ def test_memory_does_not_grow_with_the_input(tiny: str, home: Path) -> None:
         peaks.append(int(peak))
         assert len(answers(home / f"{count}.out")) == count
     assert peaks[1] < peaks[0] + (24 << 20)
-
-
-@pytest.mark.real
-def test_the_examples_of_the_page(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "batch.md").read_text()
-    program = f'set -e -o pipefail; longspec() {{ {sys.executable} -m longspec.cli.main "$@"; }}\n'
-    program += page.split("```sh\n")[1].split("```")[0]
-    extra = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        ["bash", "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, **extra},
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, b""), done.stderr
-    counts = {name: len(lines(tmp_path / f"{name}.jsonl")) for name in ("out", "labels", "files")}
-    assert counts == {"out": 2, "labels": 2, "files": 2}
-    assert b"nothing is left to do" in done.stderr

@@ -11,9 +11,11 @@ from zipfile import ZipFile
 
 import pytest
 
+from longspec import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {"longspec": "longspec", "cache": "longspec/cache", "cli": "longspec/cli", "prompts": "longspec/prompts"}
-SOURCES = [*MAPPED, "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+SOURCES = [*MAPPED, "docs/man", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
 
 # Runs where only the unpacked wheel is importable as longspec. Warnings of other libraries' imports are theirs.
 IMPORT_ALL = """
@@ -63,13 +65,15 @@ def contents(wheel: Path) -> list[str]:
 
 
 def expected(tree: Path) -> list[str]:
-    """Every file of the four folders, under its installed name."""
-    return sorted(
+    """Every file of the four folders, under its installed name, and the manual pages."""
+    pages = [f"longspec-{__version__}.data/data/share/man/man1/{path.name}" for path in (tree / "docs/man").iterdir()]
+    files = [
         f"{installed}/{path.relative_to(tree / folder).as_posix()}"
         for folder, installed in MAPPED.items()
         for path in (tree / folder).rglob("*")
         if path.is_file() and path.resolve() == path.absolute()
-    )
+    ]
+    return sorted([*pages, *files])
 
 
 def test_wheel_holds_every_file_and_nothing_else(tree: Path, wheel: Path) -> None:

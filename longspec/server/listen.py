@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,11 +57,14 @@ class Listener:
             server.should_exit = True
 
 
-async def listen(desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float) -> None:
-    """Answer until a signal asks for the end."""
+async def listen(
+    desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float, ready: Callable[[], None]
+) -> None:
+    """Answer until a signal asks for the end. ready: called once a signal does that."""
     listener, loop = Listener(desk, doors, grace), asyncio.get_running_loop()
     for signum in _SIGNALS:
         loop.add_signal_handler(signum, listener.stop)
+    ready()
     await listener.run()
 
 
