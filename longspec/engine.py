@@ -35,7 +35,7 @@ from longspec.resume import keep, resume
 from longspec.sampling import Sampling, choose
 from longspec.session import Session
 from longspec.text import Prompt, Transcript, Vocabulary, encode
-from longspec.types import Commit, Draft, Drafter
+from longspec.types import Commit, Draft, Drafter, Reading
 from longspec.verify import verify
 from longspec.watch import Watch
 
@@ -244,8 +244,8 @@ class Engine:
             end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1)
             with torch.inference_mode():
                 feed = Feed.of(session, lacking[: end - start])
-                run([feed], self.model.decoder)
-                feed.commit([])
+                _, hidden = run([feed], self.model.decoder)
+                self._read(feed, hidden, feed.commit([]))
                 if self.watch is not None:
                     self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
             yield end
@@ -272,11 +272,12 @@ class Engine:
             entropies = entropies_of(feeds, logits)
         pass_seconds = perf_counter() - began
         commits, outcomes = [], []
-        for feed, bet, draft, choices, entropy in zip(feeds, bets, drafts, chosen, entropies, strict=True):
+        per_feed = zip(feeds, rows.spans, bets, drafts, chosen, entropies, strict=True)
+        for feed, span, bet, draft, choices, entropy in per_feed:
             session = feed.session
             verdict = verify(feed.draft, feed.parents, choices)
             commits.append(session.take(verdict, feed.draft))
-            feed.commit(verdict.kept)
+            self._read(feed, hidden[span.at], feed.commit(verdict.kept))
             session.drafting += sum(draft_seconds.values())
             session.verifying += pass_seconds
             for drafter in self.drafters.values():
@@ -302,6 +303,12 @@ class Engine:
                 for i, draft in zip(asked, made, strict=True):
                     drafts[i] = draft
         return self.control.trim(bets, drafts), seconds
+
+    def _read(self, feed: Feed, hidden: Tensor, committed: Sequence[int]) -> None:
+        """Give what a feed's rows became, hidden [r, width], to drafters that read it."""
+        for drafter in self.drafters.values():
+            if isinstance(drafter, Reading) and committed:
+                drafter.read(feed.session, hidden[list(committed)])
 
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on

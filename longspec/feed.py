@@ -75,8 +75,10 @@ class Feed:
             paths.append([*paths[parent + 1], token])
         return paths
 
-    def commit(self, kept: Sequence[int]) -> None:
+    def commit(self, kept: Sequence[int]) -> list[int]:
         """Put into the cache what of this feed is now text: kept draft rows, up to the text's last token but one.
+
+        Gives the rows that it put there.
 
         The last token stays unfed, so that the next step always has a row to begin with. A text that was cut back
         into earlier steps (a stop string) takes its rows along.
@@ -85,9 +87,10 @@ class Feed:
         wanted = len(self.session.tokens) - 1 - cache.length
         if wanted < 0:
             cache.truncate(max(0, cache.length + wanted))
-        else:
-            rows = [*range(first), *(first + i for i in kept)]
-            cache.commit(self.stage, rows[:wanted])
+            return []
+        rows = [*range(first), *(first + i for i in kept)][:wanted]
+        cache.commit(self.stage, rows)
+        return rows
 
 
 def run(feeds: Sequence[Feed], decoder: Decoder) -> tuple[Rows, Tensor]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Stats", "Verdict", "Writing"]
+__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Reading", "Stats", "Verdict", "Writing"]
 
 FinishReason = Literal["stop", "length", "reasoning_budget", "loop", "interrupted"]
 
@@ -158,4 +158,17 @@ class Drafter(Protocol):
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         """`commit` is in the text now. The verdict is on the last draft that was verified, whoever made it."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """A drafter that also reads what the target computed: the engine calls this where a drafter has it."""
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        """The target's last hidden states [m, width], before its final norm, of the m rows just committed.
+
+        They are the last ones of `session.cache`, from the prompt's on; each row's next token is in `session.tokens`.
+        Rows of a snapshot are never read. Called before `observe`; its time is the step's, so work belongs in `propose`.
+        """
         ...

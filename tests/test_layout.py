@@ -23,6 +23,7 @@ STAGES = [
     ["cache"],
     ["attention"],
     ["model"],
+    ["heads"],
     ["drafters"],
     ["budget", "costs", "record"],
     ["control"],

@@ -171,6 +171,20 @@ class Decoder:
         yield self._norm.weight
         yield self._head.weight
 
+    @property
+    def head(self) -> Tensor:
+        """[V, width]: what a normed hidden state is multiplied with."""
+        return self._head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[..., width]: what a row begins as."""
+        hidden = F.embedding(tokens, self._embedding)
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Through the final norm."""
+        return self._norm(hidden)
+
     def forward(
         self,
         rows: Rows,
@@ -185,9 +199,7 @@ class Decoder:
         attention is skipped puts nothing into the stages.
         """
         if hidden is None:
-            hidden = F.embedding(rows.tokens, self._embedding)
-            if self._embedding_scale != 1.0:
-                hidden = hidden * self._embedding_scale
+            hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         fused = self._kernel_for(len(hidden))
         for i in range(first, self.config.layers if last is None else last):

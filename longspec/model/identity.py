@@ -13,7 +13,7 @@ import torch
 
 from longspec.model.load import Model
 
-__all__ = ["identity"]
+__all__ = ["identity", "lineage"]
 
 _RUNS = 4
 _RUN = 512  # values; a page of a mapped file or two
@@ -27,6 +27,21 @@ def identity(model: Model) -> dict[str, str]:
         "dtype": model.dtype,
         "strictness": "strict" if model.decoder.strict else "not strict",
     }
+
+
+def lineage(model: Model) -> str:
+    """The same for every dtype that the weights are loaded in: what is trained for a model serves it in each.
+
+    Of tensors with two dimensions, rounded to bf16; a norm's values may have been shifted before they are rounded.
+    """
+    digest = hashlib.sha256(repr(model.decoder.config).encode())
+    for tensor in model.decoder.tensors():
+        if tensor.dim() == 2:
+            flat = tensor.reshape(-1)
+            starts = [i * max(0, len(flat) - _RUN) // (_RUNS - 1) for i in range(_RUNS)]
+            sample: Any = torch.cat([flat[start : start + _RUN] for start in starts]).to(torch.bfloat16).cpu()
+            digest.update(memoryview(sample.view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _weights(model: Model) -> str:
