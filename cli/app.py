@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import doctor, models, plan, pull, run, tune
+from longspec.cli import doctor, models, plan, pull, run, train, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.errors import UsageError
@@ -27,7 +27,7 @@ _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro
 
 app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
 
-_MODULES = {"run": run, "tune": tune, "plan": plan, "models": models, "pull": pull, "doctor": doctor}
+_MODULES = {"run": run, "train": train, "tune": tune, "plan": plan, "models": models, "pull": pull, "doctor": doctor}
 for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 

@@ -1,7 +1,8 @@
 """The drafters, by the names that the command and the engine take.
 
 A new one is a file of its own and a line in `DRAFTERS`; the tests that hold every drafter to losslessness read it.
-`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth.
+`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth. A trained head is named by its
+folder.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from dataclasses import dataclass
 from typing import cast
 
 from longspec.drafters.exit import Exit
+from longspec.drafters.head import Head
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
 from longspec.drafters.skip import Skipping, saved_skip
 from longspec.drafters.smaller import Smaller
 from longspec.drafters.sparse import Sparse
 from longspec.errors import UsageError
+from longspec.heads import KINDS
+from longspec.heads.format import is_head, load_head, read_about
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -48,7 +52,12 @@ STAGED = ("skip", "sparse", "model")
 
 def check(name: str, *, draft_model: bool) -> None:
     """Raises UsageError: no drafter has this name, or a draft model is missing or of no use."""
-    first, *rest = name.split("+")
+    if name in KINDS:
+        raise UsageError(f"No {name} head comes with longspec for a model; name the folder of one (--drafter FOLDER), "
+                         f"which `longspec train {name}` writes.")  # fmt: skip
+    if is_head(name):
+        read_about(name)
+    first, *rest = ["none"] if is_head(name) else name.split("+")
     for part in (first, *rest):
         if part not in DRAFTERS:
             raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}.")
@@ -69,6 +78,8 @@ def make(name: str, means: Means) -> Drafter:
         UsageError: no drafter has this name, or something that it needs wasn't given.
     """
     check(name, draft_model=means.draft_model is not None)
+    if is_head(name):
+        return Head(means.model, load_head(name, means.model))
     made: Drafter | None = None
     for part in reversed(name.split("+")):
         made = DRAFTERS[part](means, made)
