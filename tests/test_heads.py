@@ -85,14 +85,35 @@ def test_drafting_equals_the_unrolled_training(
     text = [*session.tokens, *draft.tokens.tolist()]
     rows = torch.cat(features)
     assert len(rows) == len(session.tokens) - 1
-    if window < len(rows):
-        return  # the training's form reads whole windows only; that far, the decoder's own tests hold
     padded = torch.cat((rows, torch.zeros(len(draft), rows.shape[1])))
     tokens = head.module.token_norm(model.decoder.embed(torch.tensor([text[1:]])))
     with torch.no_grad():
         unrolled = unroll(head.module, drafter.decoder.config, padded[None, : tokens.shape[1]], tokens, 4)
     want = torch.stack([out[0, len(session.tokens) - 2] for out in unrolled])
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_begins_behind_the_rows_of_a_snapshot(model: Model, tmp_path: Path) -> None:
+    """Their hidden states are never seen: it bets with what came after."""
+    (prompt,) = prompts(1)
+    options: Any = {"raw": True, "max_new_tokens": 30, "prompt_cache": tmp_path / "rows"}
+    plain = engine(model).generate(prompt, **options)
+    assert (tmp_path / "rows").exists()
+    session = engine(model).open(prompt, **options)
+    assert session.cached > 0
+    made = engine(model, Head(model, shaken("clover2", model)))
+    session = made.open(prompt, **options)
+    for _ in made.write(session):
+        pass
+    assert tuple(session.answer) == plain.tokens
+    assert session.stats.drafted > 0
+
+
+def test_it_bets_nothing_on_a_text_that_it_did_not_read(model: Model) -> None:
+    drafter = Head(model, shaken("clover", model))
+    session = engine(model).open(prompts(1)[0], raw=True)
+    drafter.begin(session)
+    assert len(drafter.propose([session], [5])[0]) == 0
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -89,8 +89,8 @@ class Head:
     def read(self, session: Writing, features: Tensor) -> None:
         notes, start = self._notes[session], session.cache.length - len(features)
         if start < notes.done + notes.lacking:  # the text was cut back
-            kept, notes.waiting, notes.last = max(notes.done - notes.first, 0), [], None
-            notes.cache.truncate(min(kept, max(0, start - notes.first)))
+            notes.cache.truncate(max(0, min(start, notes.done) - notes.first))
+            notes.waiting = []
         if start != notes.done + notes.lacking:  # it begins here, or lacks rows: older ones are forgotten
             notes.cache, notes.first, notes.waiting = Dense(self.decoder.shape), start, []
         notes.waiting.append(features)

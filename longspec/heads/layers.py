@@ -9,7 +9,6 @@ Shapes: B texts of T rows, W the target's width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from longspec.model.config import Config, Rope
 from longspec.model.rope import Rotation, rotate
 
-__all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "unroll"]
+__all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "unroll"]
 
 
 class Head(Protocol):
@@ -74,8 +73,7 @@ class TokenAttention(nn.Module):
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """[..., W], of hidden that is normed and tokens [..., W]."""
         queries, keys, values = (
-            made.unflatten(-1, (self.heads, -1))
-            for made in (self.query(hidden), self.key(tokens), self.value(tokens))
+            made.unflatten(-1, (self.heads, -1)) for made in (self.query(hidden), self.key(tokens), self.value(tokens))
         )
         return (F.cosine_similarity(queries, keys, -1)[..., None] * values).flatten(-2)
 
@@ -115,9 +113,8 @@ class Layer(nn.Module):
             self.self_attn[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
         )
         queries, keys = rotate(queries, *turn), rotate(keys, *turn)
-        read = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=True
-        )
+        heads, mask = (made.transpose(1, 2) for made in (queries, keys, values)), _mask(x.shape[1], c.windows[0], x.device)
+        read = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         x = x + self.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
@@ -170,6 +167,15 @@ def unroll(head: Head, config: Config, features: Tensor, tokens: Tensor, depth: 
     return outs
 
 
+def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[T, T] bool: which rows each may read; None where the window holds them all."""
+    if window is None or length <= window:
+        return None
+    rows = torch.arange(length, device=device)
+    back = rows[:, None] - rows
+    return (back >= 0) & (back < window)
+
+
 def near_identity(linear: nn.Linear) -> None:
     """Its first inputs pass as they are, the others hardly."""
     with torch.no_grad():
@@ -180,8 +186,3 @@ def near_identity(linear: nn.Linear) -> None:
 def heads_of(config: Config) -> int:
     """As the target has, where its width can be cut so."""
     return config.heads if config.width % config.heads == 0 else 1
-
-
-def parameters_of(head: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
-    """All of them, in one order."""
-    return sorted(head.named_parameters())

@@ -1,10 +1,10 @@
 """A whole training in one folder: plan, texts, steps, report. What was done before is gone on with.
 
-    DIR/head.json, head.safetensors   the best head so far: what --drafter DIR takes
-    DIR/report.json, report.png       what it is worth
-    DIR/work/recipe.json              what this folder is of: another recipe is refused
-    DIR/work/texts.jsonl              what the target wrote
-    DIR/work/checkpoint.safetensors   where the training is
+DIR/head.json, head.safetensors   the best head so far: what --drafter DIR takes
+DIR/report.json, report.png       what it is worth
+DIR/work/recipe.json              what this folder is of: another recipe is refused
+DIR/work/texts.jsonl              what the target wrote
+DIR/work/checkpoint.safetensors   where the training is
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Course:
         )
         size = model.decoder.config.vocabulary
         tokens = frequent(texts, recipe.draft_vocab, size, model.end_tokens)
-        head = new_head(
-            recipe.kind, model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed
-        )
+        head = new_head(recipe.kind, model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed)
         report("validating", 0, 0)
         untrained, written = tokens_per_step(model, ready(model, head), self.held, self.options)
         progress = train(
@@ -121,9 +119,7 @@ class Course:
                              "or name another folder.")  # fmt: skip
 
 
-def start(
-    model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], options: dict[str, Any]
-) -> Course:
+def start(model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], options: dict[str, Any]) -> Course:
     """Divide the prompts: every so many-th is kept for validation.
 
     Raises:

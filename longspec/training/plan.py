@@ -48,7 +48,9 @@ class Plan:
         )
 
 
-def make_plan(model: Model, recipe: Recipe, prompts: Sequence[str], held: Sequence[str], options: dict[str, Any]) -> Plan:
+def make_plan(
+    model: Model, recipe: Recipe, prompts: Sequence[str], held: Sequence[str], options: dict[str, Any]
+) -> Plan:
     """Measured on a head that is dropped; nothing is written."""
     seconds_per_token = _writing(model, prompts, options)
     length = min(recipe.window, model.decoder.config.context)

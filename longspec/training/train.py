@@ -162,7 +162,9 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text) -> Tensor:
         embedded = decoder.embed(torch.tensor(text.tokens[1:], device=decoder.device)).float()
     loss = hidden.new_zeros((), dtype=torch.float32)
     with torch.autocast(decoder.device.type, torch.bfloat16, enabled=model.dtype == "bf16"):
-        outs = unroll(head.module, config, hidden[None, :-1].float(), head.module.token_norm(embedded)[None], head.depth)
+        outs = unroll(
+            head.module, config, hidden[None, :-1].float(), head.module.token_norm(embedded)[None], head.depth
+        )
         for i, out in enumerate(outs):
             first = max(0, text.prompt - 2 - i)  # row t stands for token t + i + 2: answers count alone
             normed = head.module.norm(out[0, first:].float())
@@ -225,7 +227,9 @@ def _load(path: Path, head: Trained, optimizer: torch.optim.Optimizer) -> Progre
     try:
         with safe_open(path, framework="pt") as file:
             step, best, since, history = json.loads((file.metadata() or {})["progress"])
-            progress = Progress(int(step), float(best), int(since), tuple((int(a), float(b), float(c)) for a, b, c in history))
+            progress = Progress(
+                int(step), float(best), int(since), tuple((int(a), float(b), float(c)) for a, b, c in history)
+            )
             for name, parameter in head.module.named_parameters():
                 with torch.no_grad():
                     parameter.copy_(_same(file.get_tensor(f"{name}.value"), parameter))
