@@ -129,10 +129,12 @@ class Writing(Protocol):
     @property
     def unfed(self) -> Sequence[int]: ...  # the text's tokens that the cache lacks, at least one
 
-    def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+    def rank(
+        self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What would be written, by these logits [r, V], after the text and each of r paths of guessed tokens.
 
-        The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
+        vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out. The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
         """
         ...
 
@@ -169,6 +171,6 @@ class Reading(Protocol):
         """The target's last hidden states [m, width], before its final norm, of the m rows just committed.
 
         They are the last ones of `session.cache`, from the prompt's on; each row's next token is in `session.tokens`.
-        Rows of a snapshot are never read. Called before `observe`; its time is the step's, so work belongs in `propose`.
+        Rows of a snapshot are never read. Called before `observe`. Work belongs in `propose`, whose time is counted.
         """
         ...

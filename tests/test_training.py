@@ -23,7 +23,7 @@ from longspec.training.course import Course, start
 from longspec.training.distil import Text, distil, read_prompts, read_texts
 from longspec.training.features import features
 from longspec.training.plan import make_plan
-from longspec.training.train import Recipe, frequent, loss_of
+from longspec.training.train import Recipe, _CrossEntropy, frequent, loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = {"temperature": 0.8, "seed": 3, "raw": True}
@@ -119,7 +119,7 @@ def test_features_are_those_of_decoding(model: Model) -> None:
 def test_the_loss_falls_where_a_head_learns_one_text(model: Model, kind: str) -> None:
     text = Text(0, 4, [3 + (i * i) % 50 for i in range(40)])
     head = new_head(kind, model, depth=3)
-    rows, losses = head.rows(model).float(), []
+    rows, losses = head.rows(model), []
     optimizer = torch.optim.Adam(head.module.parameters(), lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()
@@ -129,6 +129,27 @@ def test_the_loss_falls_where_a_head_learns_one_text(model: Model, kind: str) ->
         losses.append(loss.item())
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0]  # what is left is mostly the entropy of the target itself
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_the_cross_entropy_and_its_gradient_are_those_of_torch(cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    normed, rows = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((300, 8), (40, 8)))
+    target = torch.softmax(torch.randn(300, 40, generator=generator, dtype=torch.float64), -1)
+    losses, slopes = [], []
+    for ours in (True, False):
+        x = normed.clone().requires_grad_()
+        if ours:
+            loss = _CrossEntropy.apply(x, rows, target, cap)
+        else:
+            logits = x @ rows.T
+            logits = logits if cap is None else torch.tanh(logits / cap) * cap
+            loss = -(target * torch.log_softmax(logits, -1)).sum()
+        (3 * loss).backward()
+        losses.append(loss.detach())
+        slopes.append(x.grad)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_kill_changes_no_bit(model: Model, tmp_path: Path) -> None:

@@ -153,8 +153,13 @@ def grow(
     *,
     inner: Drafter | None = None,
     depth: int | None = None,
+    vocabulary: Tensor | None = None,
 ) -> list[Draft]:
-    """A draft for each session. inner: who bets for the reader. depth: of its deepest tokens, where it has a limit."""
+    """A draft for each session. inner: who bets for the reader.
+
+    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of the
+    target's, if left out.
+    """
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}
     for i, (session, limit) in enumerate(zip(sessions, limits, strict=True)):
@@ -166,7 +171,7 @@ def grow(
             plants[i] = _Plant(session, guess, limit, deepest, stage, length, coming, continued)
     growing = list(plants.values())
     while growing:
-        _pass(reader, growing, inner)
+        _pass(reader, growing, inner, vocabulary)
         growing = [plant for plant in growing if plant.choose_next()]
     for i, plant in plants.items():
         reader.grown(plant.session, plant.stage, plant.rows)
@@ -174,7 +179,7 @@ def grow(
     return drafts
 
 
-def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None) -> None:
+def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None, vocabulary: Tensor | None) -> None:
     if inner is not None:
         rooms = [min(plant.limit - plant.depth(plant.at), BLOCK) - 1 for plant in plants]
         guesses = [plant.path(plant.at) for plant in plants]
@@ -196,6 +201,7 @@ def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None) -> No
     logits = reader.logits(choosing)
     start = 0
     for plant in plants:
-        tokens, chances = plant.session.rank(logits[start : start + plant.choosing], plant.paths(), BREADTH)
+        own = logits[start : start + plant.choosing]
+        tokens, chances = plant.session.rank(own, plant.paths(), BREADTH, vocabulary)
         start += plant.choosing
         plant.take(tokens.tolist(), chances.tolist())

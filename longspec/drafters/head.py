@@ -105,7 +105,7 @@ class Head:
         self._catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
         known = [self._knows(session) for session in sessions]
         rooms = [limit if knows else 0 for limit, knows in zip(limits, known, strict=True)]
-        return grow(self, sessions, rooms, ahead, depth=self.head.depth)
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         pass
@@ -142,13 +142,8 @@ class Head:
         return made
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[r, V]; -inf for tokens that are never drafted."""
-        logits = self.decoder.logits(hidden)
-        if self._places is None:
-            return logits
-        whole = logits.new_full((len(logits), self._target.config.vocabulary), float("-inf"))
-        whole[:, self._places] = logits
-        return whole
+        """[r, D], over the draft vocabulary."""
+        return self.decoder.logits(hidden)
 
     def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
         pass
@@ -160,7 +155,7 @@ class Head:
 
     def _catch_up(self, sessions: Sequence[Writing]) -> None:
         """Run the layers over what waits, all sessions in one pass."""
-        chunks, features, notes = [], [], []
+        chunks, stages, features, notes = [], [], [], []
         for session in sessions:
             own = self._notes.get(session)
             if own is None or not own.waiting:
@@ -168,6 +163,7 @@ class Head:
             start, count = own.done, own.lacking
             stage = own.cache.open()
             staged = stage.add(range(-1, count - 1))
+            stages.append(stage)
             chunks.append(Chunk(stage, staged, session.tokens[start + 1 : start + count + 1], start, False))
             features += own.waiting
             notes.append(own)
@@ -176,9 +172,9 @@ class Head:
         rows, module = Rows.of(chunks, self.decoder.device), self.head.module
         tokens = module.token_norm(self._target.embed(rows.tokens))
         hidden = self.decoder.forward(rows, module.enter(torch.cat(features), tokens))
-        ends = [span.at.stop - 1 for span in rows.spans]
-        for own, span, last in zip(notes, rows.spans, module.between(hidden[ends]), strict=True):
-            own.cache.commit(span.stage, range(span.staged.stop))
+        newest = module.between(hidden[[span.at.stop - 1 for span in rows.spans]])
+        for own, stage, last in zip(notes, stages, newest, strict=True):
+            own.cache.commit(stage, range(len(stage.depths)))
             own.waiting, own.last = [], last
 
 

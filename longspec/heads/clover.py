@@ -35,7 +35,8 @@ class Clover(nn.Module):
             self.out.weight.mul_(0.1)
 
     def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
-        return self.feature_norm(features)
+        entered: Tensor = self.feature_norm(features)
+        return entered
 
     def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.step(hidden, tokens)

@@ -39,7 +39,8 @@ class Clover2(nn.Module):
 
     def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
         features = self.feature_norm(features)
-        return features + self.entry(features, tokens)
+        entered: Tensor = features + self.entry(features, tokens)
+        return entered
 
     def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, self.first(hidden)

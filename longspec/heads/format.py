@@ -1,7 +1,7 @@
 """A head and its files: `head.json`, which says what it is and whose, and `head.safetensors`.
 
-Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another model. Nothing in
-a file is believed: sizes are bounded and every tensor's shape is held against the target's.
+Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another. Nothing in a
+file is believed: sizes are bounded and every tensor's shape is held against the target's.
 
 Matrices may be stored as int8 with a scale per row: a quarter of fp32, and read back as floats.
 """

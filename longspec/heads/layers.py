@@ -75,7 +75,8 @@ class TokenAttention(nn.Module):
         queries, keys, values = (
             made.unflatten(-1, (self.heads, -1)) for made in (self.query(hidden), self.key(tokens), self.value(tokens))
         )
-        return (F.cosine_similarity(queries, keys, -1)[..., None] * values).flatten(-2)
+        read: Tensor = (F.cosine_similarity(queries, keys, -1)[..., None] * values).flatten(-2)
+        return read
 
 
 class Layer(nn.Module):
@@ -113,12 +114,16 @@ class Layer(nn.Module):
             self.self_attn[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
         )
         queries, keys = rotate(queries, *turn), rotate(keys, *turn)
-        heads, mask = (made.transpose(1, 2) for made in (queries, keys, values)), _mask(x.shape[1], c.windows[0], x.device)
-        read = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        queries, keys, values = (made.transpose(1, 2) for made in (queries, keys, values))
+        mask = _mask(x.shape[1], c.windows[0], x.device)
+        read = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         x = x + self.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        return x + self.mlp["down_proj"](gated)
+        x = x + self.mlp["down_proj"](gated)
+        return x
 
 
 def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Config:

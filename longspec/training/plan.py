@@ -104,7 +104,7 @@ def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> f
 
 def _training(model: Model, head: Trained, text: Text) -> float:
     """Seconds of a text, the second time."""
-    rows = head.rows(model).float()
+    rows = head.rows(model)
     for _ in range(2):
         began = perf_counter()
         loss_of(model, replace(head), rows, text).backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """What a head is worth: how often each depth is right, tokens per step in the engine, and a page of both.
 
-Takes a target and a head that is ready to draft. Accuracy is counted behind true tokens, as in training; tokens per step
-is what the engine really commits, drafting as much as it may.
+Takes a target and a head that is ready to draft. Accuracy is counted behind true tokens, as in training; tokens per
+step is what the engine really commits, drafting as much as it may.
 """
 
 from __future__ import annotations

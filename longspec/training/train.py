@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,10 @@ Report = Callable[[str, int, int], None]
 Validate = Callable[[Trained], float]
 
 DECAY = 0.7
-"""What the loss of a depth weighs against the one before it: a later token is only reached where all before are kept."""
+"""What the loss of a depth weighs against the one before: a later token is only reached where all before are kept."""
 
 _BETAS, _CLIP, _WEIGHT_DECAY = (0.9, 0.95), 0.5, 0.01
+_PIECE = 128  # rows of logits that stand at once
 _LEAST_RATE = 0.1  # of the highest, at the cosine's end
 
 
@@ -115,7 +117,7 @@ def train(
         head.module.parameters(), lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False
     )
     progress = _load(checkpoint, head, optimizer)
-    rows, running = head.rows(model).float(), 0.0
+    rows, running = head.rows(model), 0.0
     while progress.step < recipe.steps and progress.since < recipe.patience:
         step = progress.step
         report("training", step, recipe.steps)
@@ -157,8 +159,8 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text) -> Tensor:
     hidden = features(decoder, text.tokens)
     with torch.no_grad():
         wanted = decoder.normed(hidden).float()  # [n, width]
-        scale = head_scale(wanted)
-        target = torch.softmax(_capped(wanted @ rows.T, config.logit_softcap), -1)
+        scale = wanted.square().mean().sqrt().clamp_min(1e-6)  # the smooth L1 is then the same for every target
+        target = torch.softmax(_logits(wanted, rows, config.logit_softcap), -1)
         embedded = decoder.embed(torch.tensor(text.tokens[1:], device=decoder.device)).float()
     loss = hidden.new_zeros((), dtype=torch.float32)
     with torch.autocast(decoder.device.type, torch.bfloat16, enabled=model.dtype == "bf16"):
@@ -168,17 +170,37 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text) -> Tensor:
         for i, out in enumerate(outs):
             first = max(0, text.prompt - 2 - i)  # row t stands for token t + i + 2: answers count alone
             normed = head.module.norm(out[0, first:].float())
-            logits = _capped(F.linear(normed, rows), config.logit_softcap).float()
             behind = slice(first + i + 1, None)
-            entropy = -(target[behind] * torch.log_softmax(logits, -1)).sum()
-            apart = F.smooth_l1_loss(normed.float() / scale, wanted[behind] / scale, reduction="none").mean(-1).sum()
+            entropy = _CrossEntropy.apply(normed, rows, target[behind], config.logit_softcap)
+            apart = F.smooth_l1_loss(normed / scale, wanted[behind] / scale, reduction="none").mean(-1).sum()
             loss = loss + DECAY**i * (entropy + apart)
     return loss
 
 
-def head_scale(wanted: Tensor) -> Tensor:
-    """Of the features: the smooth L1 is then the same for every target."""
-    return wanted.square().mean().sqrt().clamp_min(1e-6)
+class _CrossEntropy(torch.autograd.Function):
+    """Summed, of target [t, D] against the logits of normed [t, width]. Its gradient is made on the way, in pieces that
+    stay in a core's cache: no [t, D] is ever kept, and what is written with is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, normed: Tensor, rows: Tensor, target: Tensor, cap: float | None) -> Tensor:
+        loss, gradient = normed.new_zeros(()), torch.empty_like(normed)
+        for start in range(0, len(normed), _PIECE):
+            own, wanted = normed[start : start + _PIECE], target[start : start + _PIECE]
+            logits = _logits(own, rows, cap)
+            whole = torch.logsumexp(logits, -1, keepdim=True)
+            loss += whole.sum() - (wanted * logits).sum()
+            slope = (logits - whole).exp_().sub_(wanted)
+            if cap is not None:
+                slope *= 1 - (logits / cap).square()
+            gradient[start : start + _PIECE] = slope.to(rows.dtype) @ rows
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None, None, None
 
 
 def ready(model: Model, head: Trained) -> Trained:
@@ -187,7 +209,9 @@ def ready(model: Model, head: Trained) -> Trained:
     return replace(head, module=module)
 
 
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
+def _logits(normed: Tensor, rows: Tensor, cap: float | None) -> Tensor:
+    """[t, D] in fp32; the product is in the rows' dtype."""
+    logits = (normed.to(rows.dtype) @ rows.T).float()
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
