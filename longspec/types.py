@@ -134,7 +134,8 @@ class Writing(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """What would be written, by these logits [r, V], after the text and each of r paths of guessed tokens.
 
-        vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out. The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
+        The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
+        vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out.
         """
         ...
 

@@ -16,7 +16,7 @@ from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, WEIGHTS, Trained, load_head, new_head, save_head
 from longspec.heads.layers import unroll
-from longspec.model.load import Model
+from longspec.model.load import Model, load_model
 
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
 
@@ -72,7 +72,7 @@ def test_drafting_equals_the_unrolled_training(
     made = engine(model, drafter, draft_tokens=6)
     session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
     read, forward = drafter.read, drafter.forward
-    drafter.read = lambda s, rows: (features.append(rows), read(s, rows))[-1]  # type: ignore[method-assign, func-returns-value]
+    drafter.read = lambda s, rows: (features.append(rows), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for _ in made.prefill(session):
         pass
     for _ in range(4):
@@ -160,3 +160,18 @@ def test_damaged_heads_are_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="expected"):
         load_head(tmp_path, model)
+
+
+@pytest.mark.real
+def test_a_head_never_changes_the_default_model_s_text(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    model = load_model("smollm2", dtype="fp32")
+    tokens = torch.arange(0, model.decoder.config.vocabulary, 24)[:2048]
+    save_head(tmp_path, shaken("clover2", model, tokens=tokens), model, int8=True)
+    texts = []
+    for drafter in ("none", str(tmp_path)):
+        made = engine(model, drafter)
+        session = made.open("Why is the sky blue?", max_new_tokens=24, temperature=0.8, seed=1)
+        texts += finish(made, [session])
+    assert texts[0] == texts[1]
+    assert session.stats.drafted > 0

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from longspec.errors import UsageError
-from longspec.sampling import Sampling, choose, gumbel, noise_key
+from longspec.sampling import Sampling, choose, gumbel, noise_key, rank
 
 DRAWS = 40_000
 ALPHA = 1e-6

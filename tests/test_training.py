@@ -26,7 +26,7 @@ from longspec.training.plan import make_plan
 from longspec.training.train import Recipe, _CrossEntropy, frequent, loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLED = {"temperature": 0.8, "seed": 3, "raw": True}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "raw": True}
 PROMPTS = ["".join(chr(48 + (7 * i + 3 * j * j + j) % 40) for j in range(12 + i % 5)) for i in range(30)]
 RECIPE = Recipe(
     kind="clover2", steps=12, tokens=400, depth=3, draft_vocab=64, window=64, texts=2, validations=3, seed=1
@@ -106,7 +106,7 @@ def test_features_are_those_of_decoding(model: Model) -> None:
     read: list[torch.Tensor] = []
     drafter = Head(model, new_head("clover", model))
     took = drafter.read
-    drafter.read = lambda session, rows: (read.append(rows), took(session, rows))[-1]  # type: ignore[method-assign, func-returns-value]
+    drafter.read = lambda session, rows: (read.append(rows), took(session, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     made = engine(model, drafter)
     session = made.open(PROMPTS[0] * 8, max_new_tokens=20, **SAMPLED)
     for _ in made.write(session):
@@ -140,7 +140,7 @@ def test_the_cross_entropy_and_its_gradient_are_those_of_torch(cap: float | None
     for ours in (True, False):
         x = normed.clone().requires_grad_()
         if ours:
-            loss = _CrossEntropy.apply(x, rows, target, cap)
+            loss = _CrossEntropy.apply(x, rows, target, cap)  # type: ignore[no-untyped-call]
         else:
             logits = x @ rows.T
             logits = logits if cap is None else torch.tanh(logits / cap) * cap

@@ -157,8 +157,8 @@ def grow(
 ) -> list[Draft]:
     """A draft for each session. inner: who bets for the reader.
 
-    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of the
-    target's, if left out.
+    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of
+    the target's, if left out.
     """
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}

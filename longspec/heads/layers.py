@@ -122,8 +122,8 @@ class Layer(nn.Module):
         x = x + self.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        x = x + self.mlp["down_proj"](gated)
-        return x
+        left: Tensor = x + self.mlp["down_proj"](gated)
+        return left
 
 
 def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Config:

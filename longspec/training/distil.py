@@ -51,8 +51,10 @@ def read_prompts(path: Path) -> list[str]:
                     continue
                 prompt = _prompt(line) if len(line) <= _MOST_LINE and number <= _MOST_PROMPTS else None
                 if not prompt:
-                    raise UsageError(f'{path}:{number} is no prompt; a line is an object like {{"prompt": "..."}} of at '
-                                     f"most 1 MiB, and a file has at most {_MOST_PROMPTS:,}.")  # fmt: skip
+                    raise UsageError(
+                        f'{path}:{number} is no prompt; a line is an object like {{"prompt": "..."}} of at most 1 MiB, '
+                        f"and a file has at most {_MOST_PROMPTS:,}."
+                    )
                 prompts.append(prompt)
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}.") from error

@@ -171,7 +171,7 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text) -> Tensor:
             first = max(0, text.prompt - 2 - i)  # row t stands for token t + i + 2: answers count alone
             normed = head.module.norm(out[0, first:].float())
             behind = slice(first + i + 1, None)
-            entropy = _CrossEntropy.apply(normed, rows, target[behind], config.logit_softcap)
+            entropy = _CrossEntropy.apply(normed, rows, target[behind], config.logit_softcap)  # type: ignore[no-untyped-call]
             apart = F.smooth_l1_loss(normed / scale, wanted[behind] / scale, reduction="none").mean(-1).sum()
             loss = loss + DECAY**i * (entropy + apart)
     return loss
@@ -198,7 +198,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return slope * gradient, None, None, None
 
