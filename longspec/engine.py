@@ -29,7 +29,7 @@ from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed, choices_of, choosing, entropies_of, run
+from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, run
 from longspec.goodput import Goodput
 from longspec.grammar import grammar_of
 from longspec.model.decoder import Skip
@@ -284,8 +284,7 @@ class Engine:
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
         feed = self._chunk(session, stop)
-        run([feed], self.model.decoder)
-        self._fed(feed)
+        self._fed(feed, run([feed], self.model.decoder, self.drafters.values()))
 
     @torch.inference_mode()
     def step(
@@ -305,8 +304,8 @@ class Engine:
         began = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunk = [] if reading is None else [self._chunk(reading, stop)]
-        rows, hidden = run([*feeds, *chunk], self.model.decoder)
-        logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
+        made = run([*feeds, *chunk], self.model.decoder, self.drafters.values())
+        logits = self.model.decoder.logits(choosing(made, feeds))
         chosen = choices_of(feeds, logits)
         wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
         successors = likeliest(logits, wanted).tolist() if wanted else []
@@ -323,7 +322,7 @@ class Engine:
                 after = [feed.lacking[-1], *feed.draft]
                 verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
             commits.append(session.take(verdict, feed.draft))
-            feed.commit(verdict.kept)
+            made.commit(feed, verdict.kept)
             session.drafting += sum(draft_seconds.values())
             session.verifying += pass_seconds
             for drafter in self.drafters.values():
@@ -332,7 +331,7 @@ class Engine:
             kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
             outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
         for feed in chunk:
-            self._fed(feed)
+            self._fed(feed, made)
         self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
@@ -346,10 +345,10 @@ class Engine:
         end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
         return Feed.of(session, session.tokens[start:end])
 
-    def _fed(self, feed: Feed) -> None:
+    def _fed(self, feed: Feed, made: Pass) -> None:
         """A chunk has been through the pass."""
         session = feed.session
-        feed.commit([])
+        made.commit(feed, [])
         if self.watch is not None:
             self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
         if session.unfed[1:]:

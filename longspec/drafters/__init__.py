@@ -1,7 +1,8 @@
 """The drafters, by the names that the command and the engine take.
 
 A new one is a file of its own and a line in `DRAFTERS`; the tests that hold every drafter to losslessness read it.
-`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth.
+`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth. A trained head is named by its
+folder.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from longspec.drafters.exit import Exit
+from longspec.drafters.head import Head
 from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
@@ -21,6 +23,8 @@ from longspec.drafters.smaller import Smaller
 from longspec.drafters.sparse import Sparse
 from longspec.drafters.suffix import remembering
 from longspec.errors import UsageError
+from longspec.heads import KINDS
+from longspec.heads.format import is_head, load_head, read_about
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -59,10 +63,21 @@ STAGED = ("recycle", "skip", "sparse", "model")
 """Those that take another drafter's bets."""
 
 
+def parts(name: str) -> list[str]:
+    """The names of a drafter and of those that bet for it; a folder's own may have a plus in it."""
+    return [name] if is_head(name) else name.split("+")
+
+
 def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
     """Raises UsageError: no drafter has this name, what it needs is missing, or what was given is of no use to it."""
-    first, *rest = name.split("+")
+    first, *rest = parts(name)
     for part in (first, *rest):
+        if is_head(part):
+            read_about(part)
+            continue
+        if part in KINDS:
+            raise UsageError(f"No {part} head comes with longspec for a model; name the folder of one (--drafter "
+                             f"FOLDER), which `longspec train {part}` writes.")  # fmt: skip
         if part == "auto":
             raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
         if part not in DRAFTERS:
@@ -82,7 +97,7 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
 def make(name: str, means: Means) -> Drafter:
     """A new drafter, of a name that was checked."""
     made: Drafter | None = None
-    for part in reversed(name.split("+")):
-        made = DRAFTERS[part](means, made)
+    for part in reversed(parts(name)):
+        made = Head(means.model, load_head(part, means.model)) if is_head(part) else DRAFTERS[part](means, made)
     assert made is not None
     return made

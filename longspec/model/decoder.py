@@ -152,6 +152,7 @@ class Decoder:
         self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
         self._fused = Fused(config, self._layers, self._head) if self.slow is None else None
         self.quantized = False
+        self._smoothing: Tensor | None = None  # of the head's columns, under int8
         self.nbytes = reader.nbytes
 
     @torch.inference_mode()
@@ -174,6 +175,7 @@ class Decoder:
         self._layers = [coded_layer(layer, watched) for layer, watched in zip(plain, self._layers, strict=True)]
         last = smoothing(head.weight, cast(Tensor, seen.largest))
         self._head, self._norm = Coded(head.weight.float() * last, head.bias), divided(self._norm, last)
+        self._smoothing = last
         if self.slow is None:
             self._fused = Fused(c, self._layers, self._head)
         self.quantized = True
@@ -201,6 +203,23 @@ class Decoder:
         yield self._norm.weight
         yield self._head.weight
 
+    @property
+    def head(self) -> Tensor:
+        """[V, width]: what a normed hidden state is multiplied with."""
+        made: Tensor = self._head.weight
+        if self._smoothing is not None:
+            made = (made * self._head.scale[:, None] / self._smoothing).to(self.dtype)
+        return made
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[..., width]: what a row begins as."""
+        hidden = F.embedding(tokens, self._embedding)
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Through the final norm."""
+        return self._norm(hidden) if self._smoothing is None else (self._norm(hidden) * self._smoothing).to(self.dtype)
+
     def forward(
         self,
         rows: Rows,
@@ -215,9 +234,7 @@ class Decoder:
         attention is skipped puts nothing into the stages.
         """
         if hidden is None:
-            hidden = F.embedding(rows.tokens, self._embedding)
-            if self._embedding_scale != 1.0:
-                hidden = hidden * self._embedding_scale
+            hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
         for i in range(first, self.config.layers if last is None else last):

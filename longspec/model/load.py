@@ -19,6 +19,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.hub import find
 from longspec.model.int8 import TEXT
+from longspec.model.lineage import lineage
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
@@ -41,6 +42,12 @@ class Model:
     end_tokens: tuple[int, ...]
     defaults: Mapping[str, Any]  # generation_config.json
     seconds: Mapping[str, float]  # tokenizer, weights
+    before_codes: str = ""  # under int8: the lineage of the weights that the codes were made of
+
+    @property
+    def lineage(self) -> str:
+        """What tells it from other models, in every dtype."""
+        return self.before_codes or lineage(self.decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,9 @@ class Opened:
         began = perf_counter()
         weights = self.checkpoint.weights(DTYPES[self.dtype], report or quiet)
         decoder = Decoder(self.config, weights, self.device, strict=strict)
+        before = ""
         if self.dtype == "int8":
+            before = lineage(decoder)
             decoder.quantize(self.vocabulary.encode(TEXT, add_special=True))
         defaults = self.checkpoint.generation_config()
         return Model(
@@ -70,6 +79,7 @@ class Opened:
             end_tokens=_end_tokens(self.config, defaults, self.vocabulary),
             defaults=defaults,
             seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
+            before_codes=before,
         )
 
 
