@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,11 +122,14 @@ def train(
         loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
         recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0)
         course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed))
-        progress.report("measuring")
-        progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options)))
+        if int(os.environ.get("RANK", "0")) == 0:
+            progress.report("measuring")
+            progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options)))
         if dry_run:
             return
         said = course.run(progress.report, int8=int8)
+    if said is None:  # one of several processes, and not the one that speaks
+        return
     typer.echo(json.dumps({**said, "folder": str(output)}, ensure_ascii=False) if as_json else _table(said, output))
 
 

@@ -32,6 +32,7 @@ from longspec.errors import LongspecError, UsageError
 from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, run
 from longspec.goodput import Goodput
 from longspec.grammar import grammar_of
+from longspec.heads.format import shipped
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 from longspec.options import Options, asked, check, drafters, kind, most_tokens
@@ -76,7 +77,7 @@ class Engine:
         self.model = model
         named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
         check(drafter, cache, all_rows, draft_tokens, **named)
-        names = drafters(drafter, nbytes=model.decoder.nbytes, **named)
+        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=tuple(shipped(model)), **named)
         means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
         self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
         self.drafter_name = names[0] if len(names) == 1 else drafter

@@ -45,16 +45,18 @@ def kind(cache: str, all_rows: bool) -> str:
     return f"{cache} --all-rows" if all_rows else cache
 
 
-def drafters(name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0) -> tuple[str, ...]:
+def drafters(
+    name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0, heads: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The names in DRAFTERS that this one stands for; of several, each step takes the one that promises most.
 
-    memory: there are texts to draft from. nbytes: of the weights.
+    memory: there are texts to draft from. nbytes: of the weights. heads: those that come with longspec for the model.
     """
     if name != "auto":
         return (name,)
     text = "recycle+suffix" if memory else "recycle+ngram"
     more = ["model+ngram"] if draft_model else ["skip+ngram"] if nbytes >= LARGE else []
-    return (text, *more)
+    return (text, *more, *heads)
 
 
 def check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from longspec.cache import CACHES
 from longspec.drafters.head import Head
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
-from longspec.heads.format import CONFIG, WEIGHTS, Trained, load_head, new_head, save_head
+from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, Trained, load_head, new_head, save_head
 from longspec.heads.layers import unroll
 from longspec.model.load import Model, load_model
 
@@ -44,19 +45,21 @@ def some(model: Model) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("texts", [1, 8])
 def test_a_head_never_changes_a_text(
-    model: Model, kind: str, cache: str, options: Any, monkeypatch: pytest.MonkeyPatch
+    model: Model, kind: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
-    texts = []
+    written = []
     for drafter in ("none", Head(model, shaken(kind, model, depth=4, tokens=some(model)))):
         made = engine(model, drafter, cache=cache, draft_tokens=7)
         sessions = [
-            made.open(prompt, raw=True, max_new_tokens=25, key=str(i), **options) for i, prompt in enumerate(prompts(3))
+            made.open(prompt, raw=True, max_new_tokens=25, key=str(i), **options)
+            for i, prompt in enumerate(prompts(texts, 70))
         ]
-        texts.append(finish(made, sessions))
-    assert texts[0] == texts[1]
-    assert sum(session.stats.drafted for session in sessions) > 50
+        written.append(finish(made, sessions))
+    assert written[0] == written[1]
+    assert sum(session.stats.drafted for session in sessions) > 40 * texts
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,6 +94,42 @@ def test_drafting_equals_the_unrolled_training(
         unrolled = unroll(head.module, drafter.decoder.config, padded[None, : tokens.shape[1]], tokens, 4)
     want = torch.stack([out[0, len(session.tokens) - 2] for out in unrolled])
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("drafter", ["", "recycle+"])
+def test_a_head_drafts_for_a_schedule_and_for_another_drafter(model: Model, tmp_path: Path, drafter: str) -> None:
+    """Prompts are read in the passes of texts that are being written, and share their rows; a grammar holds one."""
+    save_head(tmp_path / "head", shaken("clover2", model, depth=4, tokens=some(model)), model)
+    asked: list[Any] = [(prompt, {"raw": True}) for prompt in (*prompts(3), *prompts(2))]
+    asked.append((prompts(1)[0], {"raw": True, "regex": "[A-F]{9}(abc)*[0-9]{5}"}))
+    written = []
+    for name in ("none", f"{drafter}{tmp_path / 'head'}"):
+        made = engine(model, name, draft_tokens=7)
+        answers = dict(made.generate_many(asked, width=3, max_new_tokens=25, seed=2, temperature=0.7))
+        written.append([answers[i].tokens for i in range(len(asked))])  # type: ignore[union-attr]
+    assert written[0] == written[1]
+    assert sum(answer.speculation["drafted"] for answer in answers.values()) > 50  # type: ignore[union-attr]
+
+
+def test_a_head_drafts_for_the_int8_form_of_its_target(tmp_path: Path) -> None:
+    for name in ("plain", "codes"):
+        model = tiny(tmp_path / name, end_tokens=())
+        if name == "plain":
+            save_head(tmp_path / "head", shaken("clover2", model, tokens=some(model)), model)
+            head, normed = model.decoder.head.clone(), model.decoder.normed(torch.ones(1, model.decoder.config.width))
+        else:
+            before = model.lineage
+            model.decoder.quantize(list(range(3, 60)))
+            model = replace(model, dtype="int8", before_codes=before)
+    torch.testing.assert_close(model.decoder.head, head, atol=0.02, rtol=0.05)
+    torch.testing.assert_close(model.decoder.normed(torch.ones(1, head.shape[1])), normed, atol=1e-4, rtol=1e-4)
+    texts = []
+    for drafter in ("none", str(tmp_path / "head")):
+        made = engine(model, drafter)
+        session = made.open(prompts(1)[0], raw=True, max_new_tokens=20)
+        texts += finish(made, [session])
+    assert texts[0] == texts[1]
+    assert session.stats.drafted > 0
 
 
 def test_a_head_begins_behind_the_rows_of_a_snapshot(model: Model, tmp_path: Path) -> None:
@@ -137,22 +176,43 @@ def test_another_model_s_head_is_refused(model: Model, tmp_path: Path) -> None:
         load_head(tmp_path / "head", other)
 
 
+def test_auto_takes_the_head_that_comes_with_longspec(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longspec.heads.format.SHIPPED", tmp_path)
+    with pytest.raises(UsageError, match=r"No clover2 head comes with longspec for tiny; name the folder of one"):
+        engine(model, "clover2")
+    save_head(tmp_path / "one", new_head("clover2", model), model)
+    other = tiny(tmp_path / "another", family="llama-tied-biased")
+    assert list(engine(model, "clover2").drafters) == ["clover2"]
+    assert list(engine(other, "auto", control="goodput").drafters) == ["recycle+ngram"]
+    assert list(engine(model, "auto", control="goodput").drafters) == ["recycle+ngram", "clover2"]
+
+
+def test_what_is_shipped_is_small() -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 12 << 20
+
+
 def test_damaged_heads_are_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no head that can be read .*No such file"):
         load_head(tmp_path / "nowhere", model)
     save_head(tmp_path, new_head("clover", model, tokens=some(model)), model)
     about = json.loads((tmp_path / CONFIG).read_text())
-    for change in ({"format": "x"}, {"depth": 0}, {"depth": 10**9}, {"kind": "magic"}, {"target": None}):
+    own, asked = about["longspec"], about["speculators_config"]
+    changes: list[Any] = [{"longspec": {}}, {"longspec": {**own, "window": 0}}, {"speculators_model_type": "magic"}]
+    changes += [{"speculators_config": {}}, {"speculators_config": {**asked, "proposal_methods": []}}]
+    changes += [{"speculators_config": {**asked, "proposal_methods": [{"speculative_tokens": 10**9}]}}]
+    for change in changes:
         (tmp_path / CONFIG).write_text(json.dumps({**about, **change}))
         with pytest.raises(UsageError, match=r"no head that this longspec knows|is damaged"):
             load_head(tmp_path, model)
     (tmp_path / CONFIG).write_text("{" * 100_000)
     with pytest.raises(UsageError, match="no head that this longspec knows"):
         load_head(tmp_path, model)
-    (tmp_path / CONFIG).write_text(json.dumps({**about, "kind": "clover2"}))
+    (tmp_path / CONFIG).write_text(json.dumps({**about, "speculators_model_type": "clover2"}))
     with pytest.raises(ModelError, match=r"is damaged or of another shape"):
         load_head(tmp_path, model)
-    (tmp_path / CONFIG).write_text(json.dumps({**about, "draft_vocabulary": None}))
+    (tmp_path / CONFIG).write_text(json.dumps({**about, "draft_vocab_size": 17}))
     with pytest.raises(ModelError, match="don't agree on the draft vocabulary"):
         load_head(tmp_path, model)
     (tmp_path / CONFIG).write_text(json.dumps(about))

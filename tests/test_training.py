@@ -154,8 +154,7 @@ def test_the_cross_entropy_and_its_gradient_are_those_of_torch(cap: float | None
 
 def test_a_kill_changes_no_bit(model: Model, tmp_path: Path) -> None:
     """Kill -9 while texts are written and while steps are made; then the same weights as without."""
-    whole = start(model, RECIPE, tmp_path / "whole", PROMPTS, SAMPLED)
-    said = whole.run(silent)
+    said = start(model, RECIPE, tmp_path / "whole", PROMPTS, SAMPLED).run(silent)
     for stage in ("writing texts", "training", "validating"):
         process = subprocess.Popen(
             [sys.executable, __file__, str(tmp_path / "target"), str(tmp_path / "killed"), stage],
@@ -173,6 +172,33 @@ def test_a_kill_changes_no_bit(model: Model, tmp_path: Path) -> None:
         start(model, RECIPE, tmp_path / "whole", PROMPTS, {**SAMPLED, "seed": 4}).run(silent)
 
 
+def test_two_processes_train_as_one_does(model: Model, tmp_path: Path) -> None:
+    """Under torchrun, over gloo: the same loss at every validation, the same worth, one report."""
+    alone = start(model, RECIPE, tmp_path / "alone", PROMPTS, SAMPLED).run(silent)
+    assert alone is not None
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
+    done = subprocess.run(
+        [*command, str(tmp_path / "target"), str(tmp_path / "two"), "together"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert done.stdout.splitlines() == ["reported"]
+    torch.testing.assert_close(torch.tensor(said["history"]), torch.tensor(alone["history"]), atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_to_train_on_and_to_validate_on_are_disjoint(model: Model) -> None:
+    """Also where a file has a prompt twice, in other case or spacing."""
+    doubled = [*PROMPTS, *(f" {prompt.upper()} \n" for prompt in PROMPTS), *PROMPTS[::-1]]
+    course = start(model, RECIPE, Path("nowhere"), doubled, SAMPLED)
+    one, other = ({"".join(p.split()).casefold() for p in part} for part in (course.prompts, course.held))
+    assert not one & other
+    assert len(one) + len(other) == len({prompt.casefold() for prompt in PROMPTS})
+
+
 def die(folder: Path, out: Path, stage: str) -> None:
     """Be killed in the middle of a stage."""
     count = 0
@@ -183,7 +209,11 @@ def die(folder: Path, out: Path, stage: str) -> None:
         if count == 6 or (stage == "validating" and count == 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    start(tiny(folder, end_tokens=(2, 5), num_hidden_layers=2), RECIPE, out, PROMPTS, SAMPLED).run(report)
+    course(folder, out).run(report)
+
+
+def course(folder: Path, out: Path) -> Course:
+    return start(tiny(folder, end_tokens=(2, 5), num_hidden_layers=2), RECIPE, out, PROMPTS, SAMPLED)
 
 
 def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
@@ -191,6 +221,7 @@ def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
     model = tiny(tmp_path / "target", end_tokens=(), num_hidden_layers=1)
     recipe = Recipe(kind="clover2", steps=200, tokens=6000, depth=3, window=96, texts=2, validations=2, rate=3e-3)
     said = start(model, recipe, tmp_path / "out", PROMPTS, {**SAMPLED, "temperature": 0.3}).run(silent)
+    assert said is not None
     assert said["tokens_per_step"] > said["untrained_tokens_per_step"] + 0.2
     assert said["accuracy"][0] > 0.1
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == said
@@ -209,7 +240,7 @@ def test_the_command_trains_a_head_that_run_takes(tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     assert said["draft_vocabulary"] == 64
-    assert json.loads((tmp_path / "head" / "head.json").read_text())["storage"] == "int8"
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["longspec"]["storage"] == "int8"
     run = ["run", "-m", str(folder), "--raw", "--no-stdin", "--max-new-tokens", "24", "abcabc", "--control", "fixed"]
     plain = call(run, tmp_path, extra={"LONGSPEC_DRAFTER": "none"})
     drafted = call([*run, "--drafter", str(tmp_path / "head"), "--stats"], tmp_path)
@@ -223,8 +254,8 @@ def test_the_command_trains_a_head_that_run_takes(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_of_the_recipe(model: Model) -> None:
-    course: Course = start(model, RECIPE, Path("nowhere"), PROMPTS, SAMPLED)
-    plan = make_plan(model, RECIPE, course.prompts, course.held, SAMPLED)
+    planned: Course = start(model, RECIPE, Path("nowhere"), PROMPTS, SAMPLED)
+    plan = make_plan(model, RECIPE, planned.prompts, planned.held, SAMPLED)
     assert plan.distil_tokens == 400
     assert plan.train_tokens == 12 * 2 * 64
     assert plan.hours > 0
@@ -234,4 +265,9 @@ def test_a_plan_is_of_the_recipe(model: Model) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    die(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    target, out, what = sys.argv[1:]
+    if what == "together":
+        if course(Path(target), Path(out)).run(silent) is not None:
+            print("reported")
+    else:
+        die(Path(target), Path(out), what)

@@ -2,7 +2,7 @@
 
 A new one is a file of its own and a line in `DRAFTERS`; the tests that hold every drafter to losslessness read it.
 `model+ngram` is a drafter over a drafter: the second bets for the first, to any depth. A trained head is named by its
-folder.
+folder, or by its kind where one comes with longspec for the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longspec.drafters.sparse import Sparse
 from longspec.drafters.suffix import remembering
 from longspec.errors import UsageError
 from longspec.heads import KINDS
-from longspec.heads.format import is_head, load_head, read_about
+from longspec.heads.format import CONFIG, Trained, is_head, load_head, read_about, shipped
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -65,7 +65,7 @@ STAGED = ("recycle", "skip", "sparse", "model")
 
 def parts(name: str) -> list[str]:
     """The names of a drafter and of those that bet for it; a folder's own may have a plus in it."""
-    return [name] if is_head(name) else name.split("+")
+    return [name] if (Path(name) / CONFIG).is_file() else name.split("+")
 
 
 def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
@@ -75,12 +75,9 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
         if is_head(part):
             read_about(part)
             continue
-        if part in KINDS:
-            raise UsageError(f"No {part} head comes with longspec for a model; name the folder of one (--drafter "
-                             f"FOLDER), which `longspec train {part}` writes.")  # fmt: skip
         if part == "auto":
             raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
-        if part not in DRAFTERS:
+        if part not in DRAFTERS and part not in KINDS:
             raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}.")
     for part in (first, *rest)[:-1]:
         if part not in STAGED:
@@ -95,9 +92,19 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
 
 
 def make(name: str, means: Means) -> Drafter:
-    """A new drafter, of a name that was checked."""
+    """A new drafter, of a name that was checked. Raises UsageError: there is no such head for the model."""
     made: Drafter | None = None
     for part in reversed(parts(name)):
-        made = Head(means.model, load_head(part, means.model)) if is_head(part) else DRAFTERS[part](means, made)
+        made = DRAFTERS[part](means, made) if part in DRAFTERS else Head(means.model, _head(part, means.model))
     assert made is not None
     return made
+
+
+def _head(name: str, model: Model) -> Trained:
+    if name not in KINDS:
+        return load_head(name, model)
+    found = shipped(model)
+    if name not in found:
+        raise UsageError(f"No {name} head comes with longspec for {model.name}; name the folder of one (--drafter "
+                         f"FOLDER), which `longspec train {name}` writes.")  # fmt: skip
+    return load_head(found[name], model)

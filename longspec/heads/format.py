@@ -1,7 +1,8 @@
-"""A head and its files: `head.json`, which says what it is and whose, and `head.safetensors`.
+"""A head and its files, in the layout of vLLM's `speculators`: `config.json` and `model.safetensors`.
 
 Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another. Nothing in a
-file is believed: sizes are bounded and every tensor's shape is held against the target's.
+file is believed: sizes are bounded and every tensor's shape is held against the target's. What the layout has no place
+for (whose it is, by a hash; its window; how it is stored) stands under `longspec`.
 
 Matrices may be stored as int8 with a scale per row: a quarter of fp32, and read back as floats.
 """
@@ -28,15 +29,28 @@ from longspec.model.config import Config
 from longspec.model.load import Model
 from longspec.model.shard import Shard
 
-__all__ = ["CONFIG", "WEIGHTS", "Trained", "is_head", "load_head", "new_head", "read_about", "replaced", "save_head"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Trained",
+    "is_head",
+    "load_head",
+    "new_head",
+    "read_about",
+    "replaced",
+    "save_head",
+    "shipped",
+]
 
-CONFIG, WEIGHTS = "head.json", "head.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = Path(__file__).with_name("shipped")
 MOST_DEPTH, MOST_WINDOW = 64, 1 << 20
 
-_KIND, _VERSION = "longspec head", 1
+_VERSION = 1
+_LAYOUT = "0.1.0"  # of `speculators`
 _MOST_NBYTES = 64 << 10  # of the config
 _SCALE = ".scale"
-_TOKENS = "draft_tokens"
+_OFFSETS, _DRAFTED = "d2t", "t2d"  # of each draft token from its target's, and which of the target's are drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +101,18 @@ def is_head(name: str) -> bool:
     return os.sep in name or (Path(name) / CONFIG).is_file()
 
 
-def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False, **said: Any) -> None:
-    """Write the files, each atomically, the config last. said: what else head.json should say, for people.
+def shipped(model: Model) -> dict[str, Path]:
+    """The heads that come with longspec for this model: folders by their kinds."""
+    found = {}
+    for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
+        about = read_about(config.parent)
+        if about["target"]["lineage"] == model.lineage:
+            found[str(about["kind"])] = config.parent
+    return found
+
+
+def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False) -> None:
+    """Write the files, each atomically, the config last.
 
     Raises:
         LongspecError: they can't be written.
@@ -103,18 +127,10 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
         else:
             tensors[name] = held
     if head.tokens is not None:
-        tensors[_TOKENS] = head.tokens.cpu()
-    about = {
-        "format": _KIND,
-        "version": _VERSION,
-        "kind": head.kind,
-        "depth": head.depth,
-        "window": head.window,
-        "draft_vocabulary": None if head.tokens is None else len(head.tokens),
-        "storage": "int8" if int8 else "float",
-        "target": {"name": model.name, "lineage": model.lineage},
-        **said,
-    }
+        tokens = head.tokens.cpu()
+        tensors[_OFFSETS] = tokens - torch.arange(len(tokens))
+        tensors[_DRAFTED] = torch.zeros(model.decoder.config.vocabulary, dtype=torch.bool).index_fill(0, tokens, True)
+    about = _about(head, model, int8=int8)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +157,7 @@ def replaced(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
-    """What head.json says, its own numbers checked.
+    """What the config says, by our words, its own numbers checked.
 
     Raises:
         UsageError: there is none, or it is no head's.
@@ -157,19 +173,64 @@ def read_about(folder: str | Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or found.get("format") != _KIND or found.get("version") != _VERSION:
+    own = found.get("longspec") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(own, dict) or own.get("version") != _VERSION:
         raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
-    size, target = found.get("draft_vocabulary"), found.get("target")
+    try:
+        asked = found["speculators_config"]
+        about = {
+            "kind": found["speculators_model_type"],
+            "depth": asked["proposal_methods"][0]["speculative_tokens"],
+            "window": own["window"],
+            "draft_vocabulary": found["draft_vocab_size"],
+            "target": {"name": asked["verifier"]["name_or_path"], "lineage": own["lineage"]},
+        }
+    except (KeyError, IndexError, TypeError):
+        about = {"kind": None}
     if (
-        found.get("kind") not in KINDS
-        or not _is_number(found.get("depth"), MOST_DEPTH)
-        or not _is_number(found.get("window"), MOST_WINDOW)
-        or not (size is None or _is_number(size, 1 << 31))
-        or not isinstance(target, dict)
+        about["kind"] not in KINDS
+        or not _is_number(about["depth"], MOST_DEPTH)
+        or not _is_number(about["window"], MOST_WINDOW)
+        or not _is_number(about["draft_vocabulary"], 1 << 31)
     ):
-        raise UsageError(f"{path} is damaged: its kind, depth, window, draft_vocabulary or target can't be; "
+        raise UsageError(f"{path} is damaged: its kind, depth, window, vocabulary or target can't be; "
                          "fetch it again, or train anew.")  # fmt: skip
-    return found
+    return about
+
+
+def _about(head: Trained, model: Model, *, int8: bool) -> dict[str, Any]:
+    config = head.config(model)
+    layers = {
+        "model_type": "llama",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.eps,
+        "vocab_size": model.decoder.config.vocabulary,
+    }
+    proposal = {"proposal_type": "greedy", "speculative_tokens": head.depth}
+    return {
+        "architectures": [f"{type(head.module).__name__}Speculator"],
+        "speculators_model_type": head.kind,
+        "speculators_version": _LAYOUT,
+        "speculators_config": {
+            "algorithm": head.kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": model.name, "architectures": [model.decoder.config.family]},
+        },
+        "draft_vocab_size": config.vocabulary,
+        "transformer_layer_config": layers,
+        "longspec": {
+            "version": _VERSION,
+            "window": head.window,
+            "storage": "int8" if int8 else "float",
+            "lineage": model.lineage,
+        },
+    }
 
 
 def load_head(folder: str | Path, model: Model) -> Trained:
@@ -188,7 +249,8 @@ def load_head(folder: str | Path, model: Model) -> Trained:
         )
     shard = Shard(Path(folder) / WEIGHTS)
     tensors = {name: shard.take(name) for name in shard.names}
-    tokens = _draft_tokens(Path(folder) / WEIGHTS, tensors.pop(_TOKENS, None), about, model)
+    tensors.pop(_DRAFTED, None)
+    tokens = _draft_tokens(Path(folder) / WEIGHTS, tensors.pop(_OFFSETS, None), about, model)
     head = new_head(about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens)
     state = head.module.state_dict()
     for name, held in state.items():
@@ -198,16 +260,16 @@ def load_head(folder: str | Path, model: Model) -> Trained:
     return head
 
 
-def _draft_tokens(path: Path, tokens: Tensor | None, about: Mapping[str, Any], model: Model) -> Tensor | None:
-    size = about["draft_vocabulary"]
-    if (tokens is None) != (size is None):
-        raise ModelError(f"{path} and {CONFIG} don't agree on the draft vocabulary: they aren't of one head.")
-    if tokens is None:
+def _draft_tokens(path: Path, offsets: Tensor | None, about: Mapping[str, Any], model: Model) -> Tensor | None:
+    size, vocabulary = about["draft_vocabulary"], model.decoder.config.vocabulary
+    if offsets is None and size == vocabulary:
         return None
-    good = tokens.dtype == torch.int64 and tuple(tokens.shape) == (size,) and int(tokens[0]) >= 0
-    if not good or int(tokens[-1]) >= model.decoder.config.vocabulary or bool((tokens.diff() <= 0).any()):
-        raise ModelError(f"{path} is damaged: {_TOKENS} must name {size:,} of the target's tokens, rising.")
-    return tokens.clone()
+    if offsets is None or tuple(offsets.shape) != (size,) or offsets.dtype != torch.int64:
+        raise ModelError(f"{path} and {CONFIG} don't agree on the draft vocabulary: they aren't of one head.")
+    tokens = offsets + torch.arange(size)
+    if int(tokens[0]) < 0 or int(tokens[-1]) >= vocabulary or bool((tokens.diff() <= 0).any()):
+        raise ModelError(f"{path} is damaged: {_OFFSETS} must name {size:,} of the target's tokens, rising.")
+    return tokens
 
 
 def _plain(path: Path, name: str, tensors: Mapping[str, Tensor], wanted: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """A whole training in one folder: plan, texts, steps, report. What was done before is gone on with.
 
-DIR/head.json, head.safetensors   the best head so far: what --drafter DIR takes
-DIR/report.json, report.png       what it is worth
-DIR/work/recipe.json              what this folder is of: another recipe is refused
-DIR/work/texts.jsonl              what the target wrote
-DIR/work/checkpoint.safetensors   where the training is
+DIR/config.json, model.safetensors   the best head so far: what --drafter DIR takes
+DIR/report.json, report.png          what it is worth
+DIR/work/recipe.json                 what this folder is of: another recipe is refused
+DIR/work/texts.jsonl                 what the target wrote
+DIR/work/checkpoint.safetensors      where the training is
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from longspec.engine import Engine
 from longspec.errors import LongspecError, UsageError
-from longspec.heads.format import load_head, new_head, replaced, save_head
+from longspec.heads.format import Trained, load_head, new_head, replaced, save_head
 from longspec.model.load import Model
-from longspec.training.distil import distil
+from longspec.training.distil import Text, distil
 from longspec.training.report import accuracies, tokens_per_step, write_report
-from longspec.training.train import Recipe, frequent, ready, train
+from longspec.training.together import Together, together
+from longspec.training.train import Progress, Recipe, frequent, ready, train
 
 __all__ = ["Course", "start"]
 
@@ -41,48 +44,35 @@ class Course:
     held: Sequence[str]  # that are not
     options: dict[str, Any]  # how texts are sampled
 
-    def run(self, report: Report, *, int8: bool = False) -> dict[str, Any]:
+    def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
         """Train to the end, or from where the folder is; gives the report, which is in the folder too.
+
+        Started by torchrun in several processes, all train, and the first one alone writes and reports.
 
         Raises:
             UsageError: the folder is of another training, or no prompt can be used.
             LongspecError: something can't be written.
         """
-        work, model, recipe = self.folder / "work", self.model, self.recipe
-        self._claim(work)
-        length = min(recipe.window, model.decoder.config.context)
-        texts = distil(
-            Engine(model, drafter="ngram", cache="dense"),
-            self.prompts,
-            work / "texts.jsonl",
-            tokens=recipe.tokens,
-            length=length,
-            options=self.options,
-            report=report,
-        )
-        size = model.decoder.config.vocabulary
-        tokens = frequent(texts, recipe.draft_vocab, size, model.end_tokens)
-        head = new_head(recipe.kind, model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed)
+        with together(self.model.decoder.device) as company:
+            if not company.first:
+                company.wait()
+                self._train(self._texts(report), report, company, int8=int8)
+                return None
+            self._claim(self.folder / "work")
+            texts = self._texts(report)
+            company.wait()
+            head, progress = self._train(texts, report, company, int8=int8)
+        model, best = self.model, load_head(self.folder, self.model)
         report("validating", 0, 0)
-        untrained, written = tokens_per_step(model, ready(model, head), self.held, self.options)
-        progress = train(
-            model,
-            head,
-            texts,
-            recipe,
-            work / "checkpoint.safetensors",
-            validate=lambda made: tokens_per_step(model, made, self.held, self.options)[0],
-            keep=lambda made: save_head(self.folder, made, model, int8=int8),
-            report=report,
-        )
-        best = load_head(self.folder, model)
+        untrained, written = tokens_per_step(model, ready(model, self._untrained(head.tokens)), self.held, self.options)
+        size = model.decoder.config.vocabulary
         said = {
-            "head": recipe.kind,
+            "head": self.recipe.kind,
             "target": model.name,
             "dtype": model.dtype,
-            "recipe": asdict(recipe),
+            "recipe": asdict(self.recipe),
             "texts": len(texts),
-            "draft_vocabulary": size if tokens is None else len(tokens),
+            "draft_vocabulary": size if head.tokens is None else len(head.tokens),
             "steps": progress.step,
             "tokens_per_step": round(tokens_per_step(model, best, self.held, self.options)[0], 4),
             "untrained_tokens_per_step": round(untrained, 4),
@@ -91,6 +81,42 @@ class Course:
         }
         write_report(self.folder, said)
         return said
+
+    def _texts(self, report: Report) -> list[Text]:
+        return distil(
+            Engine(self.model, drafter="ngram", cache="dense"),
+            self.prompts,
+            self.folder / "work" / "texts.jsonl",
+            tokens=self.recipe.tokens,
+            length=min(self.recipe.window, self.model.decoder.config.context),
+            options=self.options,
+            report=report,
+        )
+
+    def _untrained(self, tokens: Tensor | None) -> Trained:
+        recipe = self.recipe
+        return new_head(
+            recipe.kind, self.model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed
+        )
+
+    def _train(
+        self, texts: Sequence[Text], report: Report, company: Together, *, int8: bool
+    ) -> tuple[Trained, Progress]:
+        """The head as it is at the end, and how it got there; the best one is in the folder."""
+        model, recipe = self.model, self.recipe
+        head = self._untrained(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
+        progress = train(
+            model,
+            head,
+            texts,
+            recipe,
+            self.folder / "work" / "checkpoint.safetensors",
+            validate=lambda made: tokens_per_step(model, made, self.held, self.options)[0],
+            keep=lambda made: save_head(self.folder, made, model, int8=int8),
+            report=report,
+            company=company,
+        )
+        return head, progress
 
     def _claim(self, work: Path) -> None:
         """Say in the folder what it is of, or see that it says the same."""
@@ -119,11 +145,15 @@ class Course:
 
 
 def start(model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], options: dict[str, Any]) -> Course:
-    """Divide the prompts: every so many-th is kept for validation.
+    """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands.
 
     Raises:
-        UsageError: there are fewer than two, or the window is longer than the model's context.
+        UsageError: there are fewer than two, or the model's weights are codes.
     """
+    if model.decoder.quantized:
+        raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: leave out "
+                         "--dtype int8.")  # fmt: skip
+    prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
     if len(prompts) < 2:
         raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
                          "a training needs two or more, since some are kept for validation.")  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from longspec.heads.layers import unroll
 from longspec.model.load import Model
 from longspec.training.distil import Text
 from longspec.training.features import features
+from longspec.training.together import ALONE, Together
 
 __all__ = ["Progress", "Recipe", "frequent", "loss_of", "ready", "train"]
 
@@ -35,6 +37,9 @@ Validate = Callable[[Trained], float]
 
 DECAY = 0.7
 """What the loss of a depth weighs against the one before: a later token is only reached where all before are kept."""
+
+SAVED = 300.0
+"""Seconds between checkpoints: what a kill can cost."""
 
 _BETAS, _CLIP, _WEIGHT_DECAY = (0.9, 0.95), 0.5, 0.01
 _PIECE = 128  # rows of logits that stand at once
@@ -103,8 +108,11 @@ def train(
     validate: Validate,
     keep: Callable[[Trained], None],
     report: Report,
+    company: Together = ALONE,
 ) -> Progress:
     """Train the head in place, from the checkpoint if there is one; `keep` is given every better one, ready to draft.
+
+    company: the processes that share each step. The first one validates, keeps and writes.
 
     Raises:
         LongspecError: the checkpoint can't be written, or the loss is no number any more.
@@ -113,11 +121,10 @@ def train(
     usable = [text for text in texts if len(text.tokens) > recipe.depth + 2]
     if not usable:
         raise UsageError("There is no text to train on; ask for more tokens, or give other prompts.")
-    optimizer = torch.optim.AdamW(
-        head.module.parameters(), lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False
-    )
+    parameters = list(head.module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False)
     progress = _load(checkpoint, head, optimizer)
-    rows, running = head.rows(model), 0.0
+    rows, saved = head.rows(model), perf_counter()
     while progress.step < recipe.steps and progress.since < recipe.patience:
         step = progress.step
         report("training", step, recipe.steps)
@@ -127,21 +134,23 @@ def train(
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
         total = sum(len(text.tokens) - text.prompt for text in chosen)
         running = 0.0
-        for text in chosen:
+        for text in company.share(chosen):
             loss = loss_of(model, head, rows, text) / total
             loss.backward()  # type: ignore[no-untyped-call]
             running += loss.item()
+        running = company.add(parameters, running)
         if not math.isfinite(running):
             raise LongspecError(f"The loss of step {step} is no number; train with another seed or in fp32.")
-        torch.nn.utils.clip_grad_norm_(head.module.parameters(), _CLIP, foreach=False)
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
         optimizer.step()
         progress = replace(progress, step=step + 1)
-        if progress.step % recipe.every == 0 or progress.step == recipe.steps:
+        validating = progress.step % recipe.every == 0 or progress.step == recipe.steps
+        if validating:
             report("validating", step, recipe.steps)
             made = ready(model, head)
-            worth = validate(made)
+            worth = company.tell(validate(made) if company.first else 0.0)
             better = worth > progress.best
-            if better:
+            if better and company.first:
                 keep(made)
             progress = replace(
                 progress,
@@ -149,7 +158,9 @@ def train(
                 since=0 if better else progress.since + 1,
                 history=(*progress.history, (progress.step, running, worth)),
             )
+        if company.first and (validating or perf_counter() - saved > SAVED):
             _save(checkpoint, head, optimizer, progress)
+            saved = perf_counter()
     return progress
 
 
