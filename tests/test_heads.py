@@ -179,10 +179,10 @@ def test_another_model_s_head_is_refused(model: Model, tmp_path: Path) -> None:
 def test_auto_takes_the_head_that_comes_with_longspec(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longspec.heads.format.SHIPPED", tmp_path)
+    monkeypatch.setattr("longspec.heads.format.SHIPPED", tmp_path / "shipped")
     with pytest.raises(UsageError, match=r"No clover2 head comes with longspec for tiny; name the folder of one"):
         engine(model, "clover2")
-    save_head(tmp_path / "one", new_head("clover2", model), model)
+    save_head(tmp_path / "shipped" / "one", new_head("clover2", model), model)
     other = tiny(tmp_path / "another", family="llama-tied-biased")
     assert list(engine(model, "clover2").drafters) == ["clover2"]
     assert list(engine(other, "auto", control="goodput").drafters) == ["recycle+ngram"]
