@@ -7,14 +7,16 @@ folder, or by its kind where one comes with longspec for the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from longspec.drafters.eagle3 import Eagle
 from longspec.drafters.exit import Exit
 from longspec.drafters.head import Head
 from longspec.drafters.lookahead import Lookahead
+from longspec.drafters.medusa import Medusa
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
 from longspec.drafters.recycle import Recycle
@@ -24,7 +26,9 @@ from longspec.drafters.sparse import Sparse
 from longspec.drafters.suffix import remembering
 from longspec.errors import UsageError
 from longspec.heads import KINDS
-from longspec.heads.format import CONFIG, Trained, is_head, load_head, read_about, shipped
+from longspec.heads.eagle3 import load_eagle3
+from longspec.heads.format import CONFIG, is_head, load_head, read_about, read_config, shipped
+from longspec.heads.medusa import load_medusa
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -73,7 +77,8 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
     first, *rest = parts(name)
     for part in (first, *rest):
         if is_head(part):
-            read_about(part)
+            if not published(read_config(part)):
+                read_about(part)
             continue
         if part == "auto":
             raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
@@ -95,16 +100,30 @@ def make(name: str, means: Means) -> Drafter:
     """A new drafter, of a name that was checked. Raises UsageError: there is no such head for the model."""
     made: Drafter | None = None
     for part in reversed(parts(name)):
-        made = DRAFTERS[part](means, made) if part in DRAFTERS else Head(means.model, _head(part, means.model))
+        made = DRAFTERS[part](means, made) if part in DRAFTERS else _trained(part, means.model)
     assert made is not None
     return made
 
 
-def _head(name: str, model: Model) -> Trained:
+def _trained(name: str, model: Model) -> Drafter:
+    """Of a folder, or of a kind that comes with longspec for the model."""
     if name not in KINDS:
-        return load_head(name, model)
+        raw = read_config(name)
+        if "longspec" not in raw and (kind := published(raw)):
+            if kind == "eagle3":
+                return Eagle(model, load_eagle3(Path(name), raw, model))
+            return Medusa(model, load_medusa(Path(name), raw, model))
+        return Head(model, load_head(name, model))
     found = shipped(model)
     if name not in found:
         raise UsageError(f"No {name} head comes with longspec for {model.name}; name the folder of one (--drafter "
                          f"FOLDER), which `longspec train {name}` writes.")  # fmt: skip
-    return load_head(found[name], model)
+    return Head(model, load_head(found[name], model))
+
+
+def published(raw: Mapping[str, Any]) -> str | None:
+    """Which kind of other people's heads a config is of."""
+    named = [raw.get("speculators_model_type"), *(raw.get("architectures") or ())]
+    if any("eagle3" in str(name).lower() for name in named):
+        return "eagle3"
+    return "medusa" if "medusa_num_heads" in raw else None

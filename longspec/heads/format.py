@@ -37,6 +37,7 @@ __all__ = [
     "load_head",
     "new_head",
     "read_about",
+    "read_config",
     "replaced",
     "save_head",
     "shipped",
@@ -156,11 +157,11 @@ def replaced(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def read_about(folder: str | Path) -> dict[str, Any]:
-    """What the config says, by our words, its own numbers checked.
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config, whosever it is.
 
     Raises:
-        UsageError: there is none, or it is no head's.
+        UsageError: there is none.
     """
     path = Path(folder) / CONFIG
     try:
@@ -173,8 +174,20 @@ def read_about(folder: str | Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError):
         found = None
-    own = found.get("longspec") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(own, dict) or own.get("version") != _VERSION:
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
+    return found
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What the config of a head of ours says, by our words, its own numbers checked.
+
+    Raises:
+        UsageError: there is none, or it is no head's.
+    """
+    path, found = Path(folder) / CONFIG, read_config(folder)
+    own = found.get("longspec")
+    if not isinstance(own, dict) or own.get("version") != _VERSION:
         raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
     try:
         asked = found["speculators_config"]
