@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, tune
+from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, train, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.cli.config import config
@@ -34,6 +34,7 @@ _MODULES = {
     "chat": chat,
     "batch": batch,
     "serve": serve,
+    "train": train,
     "tune": tune,
     "plan": plan,
     "models": models,

@@ -128,8 +128,8 @@ Drafter = Annotated[
         "--drafter",
         metavar="NAME",
         rich_help_panel=_MODEL,
-        help="What bets on the next tokens: auto, one by name, or one over another (model+ngram). none is plain "
-        "decoding; the text is the same.",
+        help="What bets on the next tokens: auto, one by name, one over another (model+ngram), or the folder of a "
+        "trained head. none is plain decoding; the text is the same.",
     ),
 ]
 DraftModel = Annotated[

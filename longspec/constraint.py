@@ -39,6 +39,7 @@ class Constraint:
         self._matcher = self._fresh()
         self._taken: list[int] = []
         self._end_tokens = list(end_tokens)
+        self._size = size
         if self._matcher.is_error():
             raise UsageError(f"The grammar can't be used with this model: {self._matcher.get_error().splitlines()[0]}")
 
@@ -47,17 +48,21 @@ class Constraint:
         self._taken.append(token)
         return not self._matcher.try_consume_tokens([token]) or self._matcher.is_stopped()
 
-    def mask(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+    def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
         """Logits [r, V] with -inf for what can't follow the text and each of r paths.
 
-        A path that is forbidden itself stays open: nothing gets to its end.
+        A path that is forbidden itself stays open: nothing gets to its end. vocabulary: the tokens [V] that the logits
+        are of, if they aren't of all; a row of which none may follow stays open too.
         """
-        allowed = np.ones((len(paths), logits.shape[1]), dtype=np.uint8)
+        allowed = np.ones((len(paths), self._size), dtype=np.uint8)
         for row, path, good in zip(allowed, paths, self._along(paths), strict=True):
             if good:
                 row[:] = np.unpackbits(self._bits(path), count=len(row), bitorder="little")
                 if not row.any():  # no token leads on, though the grammar does: better an end than any token
                     row[self._end_tokens] = 1
+        if vocabulary is not None:
+            allowed = allowed[:, vocabulary.cpu().numpy()]
+            allowed[~allowed.any(1)] = 1
         return logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), float("-inf"))
 
     def forced(self, limit: int) -> list[int]:

@@ -29,12 +29,13 @@ from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed, choices_of, choosing, entropies_of, run
+from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, run
 from longspec.goodput import Goodput
 from longspec.grammar import grammar_of
+from longspec.heads.format import shipped
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
-from longspec.options import Options, asked, check, drafters, kind, most_tokens
+from longspec.options import Options, asked, bets_with, check, drafters, kind, most_tokens
 from longspec.resume import keep, resume, take_over
 from longspec.sampling import Sampling, likeliest
 from longspec.schedule import WIDTH, Schedule
@@ -76,7 +77,7 @@ class Engine:
         self.model = model
         named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
         check(drafter, cache, all_rows, draft_tokens, **named)
-        names = drafters(drafter, nbytes=model.decoder.nbytes, **named)
+        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=tuple(shipped(model)), **named)
         means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
         self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
         self.drafter_name = names[0] if len(names) == 1 else drafter
@@ -152,7 +153,7 @@ class Engine:
         smaller = None
         if draft_model is not None:
             smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report).load(strict=strict)
-        skips = any("skip" in name.split("+") for name in drafters(drafter, nbytes=loaded.decoder.nbytes, **named))
+        skips = bets_with("skip", drafter, nbytes=loaded.decoder.nbytes, **named)
         engine = cls(
             loaded,
             drafter=drafter,
@@ -285,8 +286,7 @@ class Engine:
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
         feed = self._chunk(session, stop)
-        run([feed], self.model.decoder)
-        self._fed(feed)
+        self._fed(feed, run([feed], self.model.decoder, self.drafters.values()))
 
     @torch.inference_mode()
     def step(
@@ -306,8 +306,8 @@ class Engine:
         began = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunk = [] if reading is None else [self._chunk(reading, stop)]
-        rows, hidden = run([*feeds, *chunk], self.model.decoder)
-        logits = self.model.decoder.logits(choosing(hidden, rows, feeds))
+        made = run([*feeds, *chunk], self.model.decoder, self.drafters.values())
+        logits = self.model.decoder.logits(choosing(made, feeds))
         chosen = choices_of(feeds, logits)
         wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
         successors = likeliest(logits, wanted).tolist() if wanted else []
@@ -324,7 +324,7 @@ class Engine:
                 after = [feed.lacking[-1], *feed.draft]
                 verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
             commits.append(session.take(verdict, feed.draft))
-            feed.commit(verdict.kept)
+            made.commit(feed, verdict.kept)
             session.drafting += sum(draft_seconds.values())
             session.verifying += pass_seconds
             for drafter in self.drafters.values():
@@ -333,7 +333,7 @@ class Engine:
             kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
             outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
         for feed in chunk:
-            self._fed(feed)
+            self._fed(feed, made)
         self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
@@ -347,10 +347,10 @@ class Engine:
         end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
         return Feed.of(session, session.tokens[start:end])
 
-    def _fed(self, feed: Feed) -> None:
+    def _fed(self, feed: Feed, made: Pass) -> None:
         """A chunk has been through the pass."""
         session = feed.session
-        feed.commit([])
+        made.commit(feed, [])
         if self.watch is not None:
             self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
         if session.unfed[1:]:

@@ -6,7 +6,7 @@ rejection are one case: only the number of lacking tokens differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -17,9 +17,9 @@ from longspec.cache.stage import Stage
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.sampling import choose
 from longspec.session import Session
-from longspec.types import Begun, Draft
+from longspec.types import Begun, Draft, Drafter, Reading
 
-__all__ = ["Feed", "choices_of", "choosing", "entropies_of", "run"]
+__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "reading", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,10 @@ class Feed:
             paths.append([*paths[parent + 1], token])
         return paths
 
-    def commit(self, kept: Sequence[int]) -> None:
+    def commit(self, kept: Sequence[int]) -> list[int]:
         """Put into the cache what of this feed is now text: kept draft rows, up to the text's last token but one.
+
+        Gives the rows that it put there.
 
         The last token stays unfed, so that the next step always has a row to begin with. A text that was cut back
         into earlier steps (a stop string) takes its rows along.
@@ -86,37 +88,77 @@ class Feed:
         wanted = len(self.session.tokens) - 1 - cache.length
         if wanted < 0:
             cache.truncate(max(0, cache.length + wanted))
-        else:
-            rows = [*range(first), *(first + i for i in kept)]
-            cache.commit(self.stage, rows[:wanted])
+            return []
+        rows = [*range(first), *(first + i for i in kept)][:wanted]
+        cache.commit(self.stage, rows)
+        return rows
 
 
-def run(feeds: Sequence[Feed], decoder: Decoder) -> tuple[Rows, Tensor]:
-    """All feeds' rows in one pass through all layers, and their hidden states [r, width].
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a pass made of its rows."""
+
+    rows: Rows
+    hidden: Tensor  # [r, width], after all layers
+    feeds: Sequence[Feed]  # a span of the rows each
+    readers: Sequence[Reading]
+    features: Mapping[int, Tensor]  # [r, width] each, after so many layers: those that the readers want
+
+    def commit(self, feed: Feed, kept: Sequence[int]) -> None:
+        """As `Feed.commit`; then each reader is given the features of the rows that are in the cache now."""
+        committed = feed.commit(kept)
+        if not committed or not self.readers:
+            return
+        place = next(i for i, own in enumerate(self.feeds) if own is feed)
+        own = {layer: made[self.rows.spans[place].at][committed] for layer, made in self.features.items()}
+        for reader in self.readers:
+            reader.read(feed.session, torch.cat([own[layer] for layer in reader.layers], -1))
+
+
+def run(feeds: Sequence[Feed], decoder: Decoder, drafters: Iterable[Drafter] = ()) -> Pass:
+    """All feeds' rows in one pass through all layers. drafters: those that read what it computes are given it.
 
     Rows that a drafter has begun join at the layer that they have reached. As the older rows of a feed are never behind
-    the younger ones, those that lack a layer are the last ones of their feeds.
+    the younger ones, those that lack a layer are the last ones of their feeds. (What lies behind them isn't computed
+    again: readers get their last state for it.)
     """
-    rows = Rows.of([feed.chunk() for feed in feeds], decoder.device)
+    rows, readers = Rows.of([feed.chunk() for feed in feeds], decoder.device), list(reading(drafters))
+    read = {layer for reader in readers for layer in reader.layers}
+    hidden, features = None, {}
     if all(feed.begun is None for feed in feeds):
-        return rows, decoder.forward(rows)
+        for first, last in pairwise(sorted({0, *read, decoder.config.layers})):
+            hidden = decoder.forward(rows, hidden, first, last)
+            features[last] = hidden
+        assert hidden is not None
+        return Pass(rows, hidden, feeds, readers, features)
     layers = [layer for feed in feeds for layer in feed.layers]
     hidden = torch.empty(len(layers), decoder.config.width, dtype=decoder.dtype, device=decoder.device)
     for feed, span in zip(feeds, rows.spans, strict=True):
         if feed.begun is not None:
             hidden[span.at][: len(feed.begun.layers)] = feed.begun.hidden
-    reached = sorted({*layers, decoder.config.layers})
-    for first, last in pairwise(reached):
+    for first, last in pairwise(sorted({*layers, *read, decoder.config.layers})):
         chunks = [feed.chunk(sum(layer > first for layer in feed.layers)) for feed in feeds]
         part = Rows.of([chunk for chunk in chunks if chunk.tokens], decoder.device)
         lacking = torch.tensor([layer <= first for layer in layers], device=decoder.device)
-        hidden[lacking] = decoder.forward(part, hidden[lacking] if first else None, first, last)
-    return rows, hidden
+        if part.spans:
+            hidden[lacking] = decoder.forward(part, hidden[lacking] if first else None, first, last)
+        features[last] = hidden.clone() if last in read else hidden
+    return Pass(rows, hidden, feeds, readers, features)
 
 
-def choosing(hidden: Tensor, rows: Rows, feeds: Sequence[Feed]) -> Tensor:
+def reading(drafters: Iterable[Drafter]) -> Iterator[Reading]:
+    """Those that read what the target computes, also where they bet for another."""
+    for drafter in drafters:
+        inner: Drafter | None = drafter
+        while inner is not None:
+            if isinstance(inner, Reading):
+                yield inner
+            inner = getattr(inner, "inner", None)
+
+
+def choosing(made: Pass, feeds: Sequence[Feed]) -> Tensor:
     """Hidden states of the rows that choose a token, feeds behind each other; others may follow them in the pass."""
-    spans = rows.spans[: len(feeds)]
+    spans, hidden = made.rows.spans[: len(feeds)], made.hidden
     if all(len(feed.lacking) == 1 for feed in feeds):
         return hidden[: spans[-1].at.stop]
     return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(spans, feeds, strict=True)])

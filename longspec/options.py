@@ -14,7 +14,7 @@ from longspec.drafters import check as check_drafter
 from longspec.errors import BudgetError, ContextError, UsageError
 from longspec.session import Session
 
-__all__ = ["Options", "asked", "check", "drafters", "kind", "most_tokens"]
+__all__ = ["Options", "asked", "bets_with", "check", "drafters", "kind", "most_tokens"]
 
 LARGE = 2 << 30
 """Bytes of weights from which `auto` tries to leave layers out too: smaller models have none to spare."""
@@ -45,16 +45,24 @@ def kind(cache: str, all_rows: bool) -> str:
     return f"{cache} --all-rows" if all_rows else cache
 
 
-def drafters(name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0) -> tuple[str, ...]:
+def drafters(
+    name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0, heads: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The names in DRAFTERS that this one stands for; of several, each step takes the one that promises most.
 
-    memory: there are texts to draft from. nbytes: of the weights.
+    memory: there are texts to draft from. nbytes: of the weights. heads: those that come with longspec for the model.
     """
     if name != "auto":
         return (name,)
     text = "recycle+suffix" if memory else "recycle+ngram"
     more = ["model+ngram"] if draft_model else ["skip+ngram"] if nbytes >= LARGE else []
-    return (text, *more)
+    return (text, *more, *heads)
+
+
+def bets_with(part: str, drafter: str, *, draft_model: bool, memory: bool, nbytes: int) -> bool:
+    """Whether one of the drafters that this name stands for is `part`, or has it below or above another."""
+    names = drafters(drafter, draft_model=draft_model, memory=memory, nbytes=nbytes)
+    return any(part in name.split("+") for name in names)
 
 
 def check(

@@ -135,22 +135,27 @@ def rank(
     keys: Sequence[int],
     contexts: Sequence[Collection[int]] | None,
     count: int,
+    vocabulary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `count` tokens [r, count] that would follow each row, best first, and a chance for each [r, count].
 
     For drafters, whose logits are only near the target's: what counts is who wins if they are a little off, so the
     chances are a softmax over the scores with their noise. Of a sampled row the best 128 tokens are looked at.
+    vocabulary: the tokens [V] that the logits are of, rising; all, if left out.
     """
     if sampling.penalises:
         if contexts is None:
             raise ValueError("a repetition penalty needs each row's context")
-        logits = _penalised(logits.float(), sampling.repetition_penalty, contexts)
+        columns = contexts if vocabulary is None else [_columns(vocabulary, context) for context in contexts]
+        logits = _penalised(logits.float(), sampling.repetition_penalty, columns)
     if sampling.is_greedy:
         values, tokens = logits.topk(min(count, logits.shape[1])) if count > 1 else logits.max(-1, keepdim=True)
+        tokens = tokens if vocabulary is None else vocabulary[tokens]
         return tokens, torch.exp(values.float() - torch.logsumexp(logits.float(), -1, keepdim=True))
     scores = logits.float() / sampling.temperature
     values, tokens = scores.topk(min(sampling.top_k or _LOOKS[0], scores.shape[1]))
     whole = torch.logsumexp(values if sampling.top_k else scores, -1, keepdim=True)
+    tokens = tokens if vocabulary is None else vocabulary[tokens]
     noisy = _nucleus(values, whole, sampling) + gumbel(keys, tokens)
     chances, best = torch.softmax(noisy, -1).topk(min(count, noisy.shape[1]))
     return tokens.gather(1, best), chances.float()
@@ -192,6 +197,14 @@ def _penalised(logits: Tensor, penalty: float, contexts: Sequence[Collection[int
         held = row[seen]
         row[seen] = torch.where(held > 0, held / penalty, held * penalty)
     return logits
+
+
+def _columns(vocabulary: Tensor, context: Collection[int]) -> list[int]:
+    """Where these tokens are in a rising vocabulary, those that are."""
+    tokens = torch.tensor(sorted(context), device=vocabulary.device)
+    places = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
+    found: list[int] = places[vocabulary[places] == tokens].tolist()
+    return found
 
 
 def _pick(values: Tensor, tokens: Tensor, keys: Sequence[int] | Tensor) -> Tensor:

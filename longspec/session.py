@@ -96,13 +96,15 @@ class Session:
         """Keys of the noise for tokens that are chosen `depth` draft tokens behind the text."""
         return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
 
-    def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+    def rank(
+        self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `longspec.types.Writing.rank` says."""
         if self.constraint is not None:
-            logits = self.constraint.mask(logits, paths)
+            logits = self.constraint.mask(logits, paths, vocabulary)
         keys = [] if self.sampling.is_greedy else self.noise_keys([len(path) for path in paths])
         contexts = [self.seen.union(path) for path in paths] if self.sampling.penalises else None
-        return rank(logits, self.sampling, keys, contexts, count)
+        return rank(logits, self.sampling, keys, contexts, count, vocabulary)
 
     def take(self, verdict: Verdict, draft: Sequence[int]) -> Commit:
         """Add the kept tokens and the bonus to the text, up to where it ends."""

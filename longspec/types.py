@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Stats", "Verdict", "Writing"]
+__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Reading", "Stats", "Verdict", "Writing"]
 
 FinishReason = Literal["stop", "length", "reasoning_budget", "loop", "interrupted"]
 
@@ -140,10 +140,13 @@ class Writing(Protocol):
     @property
     def unfed(self) -> Sequence[int]: ...  # the text's tokens that the cache lacks, at least one
 
-    def rank(self, logits: Tensor, paths: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
+    def rank(
+        self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What would be written, by these logits [r, V], after the text and each of r paths of guessed tokens.
 
         The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
+        vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out.
         """
         ...
 
@@ -172,4 +175,22 @@ class Drafter(Protocol):
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         """`commit` is in the text now. The verdict is on the last draft that was verified, whoever made it."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """A drafter that also reads what the target computed: the engine calls this where a drafter has it."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Behind how many of the target's layers it reads, one number for each hidden state that it wants of a row."""
+        ...
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        """The target's hidden states [m, layers * width] of the m rows just committed, before any norm.
+
+        They are the last ones of `session.cache`, from the prompt's on; each row's next token is in `session.tokens`.
+        Rows of a snapshot are never read. Called before `observe`. Work belongs in `propose`, whose time is counted.
+        """
         ...

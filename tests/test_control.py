@@ -22,7 +22,7 @@ class Text:
 
     key, long, cache, unfed = "", False, None, (0,)
 
-    def rank(self, logits: Any, paths: Any, count: int) -> Any:
+    def rank(self, logits: Any, paths: Any, count: int, vocabulary: Any = None) -> Any:
         raise NotImplementedError
 
 

@@ -139,15 +139,15 @@ def test_rows_that_an_exit_has_begun_give_the_logits_of_a_full_pass(model: Model
     assert sum(len(draft) for draft in drafts) > 5
     with torch.inference_mode():
         feeds = [Feed.of(s, s.unfed, d) for s, d in zip(sessions, drafts, strict=True)]
-        rows, hidden = run(feeds, model.decoder)
-        got = model.decoder.logits(hidden)
+        made_pass = run(feeds, model.decoder)
+        got = model.decoder.logits(made_pass.hidden)
         for i, (session, draft) in enumerate(zip(sessions, drafts, strict=True)):
             stage = session.cache.open()
             tokens = [*session.unfed, *draft.tokens.tolist()]
             staged = stage.add(range(-1, len(tokens) - 1))
             alone = Rows.of([Chunk(stage, staged, tokens, session.cache.length, False)], model.decoder.device)
             want = model.decoder.logits(model.decoder.forward(alone))
-            torch.testing.assert_close(got[rows.spans[i].at], want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[made_pass.rows.spans[i].at], want, atol=1e-5, rtol=1e-5)
     for feed in feeds:
         feed.commit([])  # all layers are there
 

@@ -23,6 +23,7 @@ STAGES = [
     ["cache", "constraint"],
     ["attention"],
     ["model"],
+    ["heads"],
     ["drafters"],
     ["budget", "costs", "record"],
     ["control"],

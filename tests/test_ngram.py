@@ -31,7 +31,7 @@ class _Session:
     def unfed(self) -> list[int]:
         return self.tokens[-1:]
 
-    def rank(self, logits: Any, paths: Any, count: int) -> Any:
+    def rank(self, logits: Any, paths: Any, count: int, vocabulary: Any = None) -> Any:
         raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from longspec.errors import UsageError
-from longspec.sampling import Sampling, choose, gumbel, noise_key
+from longspec.sampling import Sampling, choose, gumbel, noise_key, rank
 
 DRAWS = 40_000
 ALPHA = 1e-6
@@ -145,3 +145,14 @@ def test_a_checkpoints_defaults_come_below_what_is_given() -> None:
     assert Sampling.over({"do_sample": True}, {}).temperature == 1.0
     with pytest.raises(UsageError, match="top_p has no effect"):
         Sampling.over({}, {"top_p": 0.9})
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_part_of_the_vocabulary_is_ranked_as_the_whole_without_the_rest(options: dict[str, float]) -> None:
+    logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(1))
+    some = torch.tensor([i for i in range(60) if i % 3])
+    whole = torch.full_like(logits, float("-inf"))
+    whole[:, some] = logits[:, some]
+    rest = (Sampling(**options), [5, 6, 7, 8], [{1, 2, 3}, {40}, set(range(60)), {0}], 3)  # type: ignore[arg-type]
+    for got, want in zip(rank(logits[:, some], *rest, some), rank(whole, *rest), strict=True):
+        torch.testing.assert_close(got, want)

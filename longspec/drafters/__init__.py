@@ -1,18 +1,22 @@
 """The drafters, by the names that the command and the engine take.
 
 A new one is a file of its own and a line in `DRAFTERS`; the tests that hold every drafter to losslessness read it.
-`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth.
+`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth. A trained head is named by its
+folder, or by its kind where one comes with longspec for the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from longspec.drafters.eagle3 import Eagle
 from longspec.drafters.exit import Exit
+from longspec.drafters.head import Head
 from longspec.drafters.lookahead import Lookahead
+from longspec.drafters.medusa import Medusa
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
 from longspec.drafters.recycle import Recycle
@@ -21,6 +25,10 @@ from longspec.drafters.smaller import Smaller
 from longspec.drafters.sparse import Sparse
 from longspec.drafters.suffix import remembering
 from longspec.errors import UsageError
+from longspec.heads import KINDS
+from longspec.heads.eagle3 import load_eagle3
+from longspec.heads.format import CONFIG, is_head, load_head, read_about, read_config, shipped
+from longspec.heads.medusa import load_medusa
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -59,13 +67,22 @@ STAGED = ("recycle", "skip", "sparse", "model")
 """Those that take another drafter's bets."""
 
 
+def parts(name: str) -> list[str]:
+    """The names of a drafter and of those that bet for it; a folder's own may have a plus in it."""
+    return [name] if (Path(name) / CONFIG).is_file() else name.split("+")
+
+
 def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
     """Raises UsageError: no drafter has this name, what it needs is missing, or what was given is of no use to it."""
-    first, *rest = name.split("+")
+    first, *rest = parts(name)
     for part in (first, *rest):
+        if is_head(part):
+            if not published(read_config(part)):
+                read_about(part)
+            continue
         if part == "auto":
             raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
-        if part not in DRAFTERS:
+        if part not in DRAFTERS and part not in KINDS:
             raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}.")
     for part in (first, *rest)[:-1]:
         if part not in STAGED:
@@ -81,9 +98,33 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
 
 
 def make(name: str, means: Means) -> Drafter:
-    """A new drafter, of a name that was checked."""
+    """A new drafter, of a name that was checked. Raises UsageError: there is no such head for the model."""
     made: Drafter | None = None
-    for part in reversed(name.split("+")):
-        made = DRAFTERS[part](means, made)
+    for part in reversed(parts(name)):
+        made = DRAFTERS[part](means, made) if part in DRAFTERS else _trained(part, means.model)
     assert made is not None
     return made
+
+
+def _trained(name: str, model: Model) -> Drafter:
+    """Of a folder, or of a kind that comes with longspec for the model."""
+    if name not in KINDS:
+        raw = read_config(name)
+        if "longspec" not in raw and (kind := published(raw)):
+            if kind == "eagle3":
+                return Eagle(model, load_eagle3(Path(name), raw, model))
+            return Medusa(model, load_medusa(Path(name), raw, model))
+        return Head(model, load_head(name, model))
+    found = shipped(model)
+    if name not in found:
+        raise UsageError(f"No {name} head comes with longspec for {model.name}; name the folder of one (--drafter "
+                         f"FOLDER), which `longspec train {name}` writes.")  # fmt: skip
+    return Head(model, load_head(found[name], model))
+
+
+def published(raw: Mapping[str, Any]) -> str | None:
+    """Which kind of other people's heads a config is of."""
+    named = [raw.get("speculators_model_type"), *(raw.get("architectures") or ())]
+    if any("eagle3" in str(name).lower() for name in named):
+        return "eagle3"
+    return "medusa" if "medusa_num_heads" in raw else None

@@ -61,6 +61,7 @@ class _Plant:
     session: Writing
     ahead: Sequence[int]
     limit: int
+    deepest: int  # a node of this depth is never expanded
     stage: Any
     length: int
     coming: list[int]  # tokens of the next pass
@@ -121,7 +122,7 @@ class _Plant:
     def choose_next(self) -> bool:
         """Find the leaf that is worth a pass and lay its row; False where there is none."""
         self.leaves.sort(key=lambda leaf: -self.chances[leaf])
-        best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.limit), None)
+        best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.deepest), None)
         if best is None or self.chances[best] < FLOOR:
             return False
         better = sum(chance >= self.chances[best] for chance in self.chances)
@@ -151,8 +152,14 @@ def grow(
     ahead: Sequence[Sequence[int]] | None = None,
     *,
     inner: Drafter | None = None,
+    depth: int | None = None,
+    vocabulary: Tensor | None = None,
 ) -> list[Draft]:
-    """A draft for each session. inner: who bets for the reader."""
+    """A draft for each session. inner: who bets for the reader.
+
+    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of
+    the target's, if left out.
+    """
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}
     for i, (session, limit) in enumerate(zip(sessions, limits, strict=True)):
@@ -160,10 +167,11 @@ def grow(
             guess = ahead[i] if ahead else ()
             stage, length, lacking = reader.open(session)
             coming = [*lacking, *guess]
-            plants[i] = _Plant(session, guess, limit, stage, length, coming, list(range(-1, len(coming) - 1)))
+            deepest, continued = min(limit, depth or limit), list(range(-1, len(coming) - 1))
+            plants[i] = _Plant(session, guess, limit, deepest, stage, length, coming, continued)
     growing = list(plants.values())
     while growing:
-        _pass(reader, growing, inner)
+        _pass(reader, growing, inner, vocabulary)
         growing = [plant for plant in growing if plant.choose_next()]
     for i, plant in plants.items():
         reader.grown(plant.session, plant.stage, plant.rows)
@@ -171,7 +179,7 @@ def grow(
     return drafts
 
 
-def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None) -> None:
+def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None, vocabulary: Tensor | None) -> None:
     if inner is not None:
         rooms = [min(plant.limit - plant.depth(plant.at), BLOCK) - 1 for plant in plants]
         guesses = [plant.path(plant.at) for plant in plants]
@@ -193,6 +201,7 @@ def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None) -> No
     logits = reader.logits(choosing)
     start = 0
     for plant in plants:
-        tokens, chances = plant.session.rank(logits[start : start + plant.choosing], plant.paths(), BREADTH)
+        own = logits[start : start + plant.choosing]
+        tokens, chances = plant.session.rank(own, plant.paths(), BREADTH, vocabulary)
         start += plant.choosing
         plant.take(tokens.tolist(), chances.tolist())

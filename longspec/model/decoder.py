@@ -24,6 +24,7 @@ from longspec.cache.stage import Shape, Stage
 from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.fused import MOST_ROWS, Fused, missing
+from longspec.model.groups import Groups
 from longspec.model.linear import Linear
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights import Weights
@@ -179,6 +180,23 @@ class Decoder:
         yield self._norm.weight
         yield self._head.weight
 
+    @property
+    def head(self) -> Tensor:
+        """[V, width]: what a normed hidden state is multiplied with."""
+        if isinstance(self._head, Groups):
+            return self._head.codes().values().to(self.dtype)
+        made: Tensor = self._head.weight
+        return made
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[..., width]: what a row begins as."""
+        hidden = F.embedding(tokens, self._embedding)
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Through the final norm."""
+        return self._norm(hidden)
+
     def forward(
         self,
         rows: Rows,
@@ -193,9 +211,7 @@ class Decoder:
         attention is skipped puts nothing into the stages.
         """
         if hidden is None:
-            hidden = F.embedding(rows.tokens, self._embedding)
-            if self._embedding_scale != 1.0:
-                hidden = hidden * self._embedding_scale
+            hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
         last = self.config.layers if last is None else last

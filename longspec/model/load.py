@@ -19,6 +19,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.fused import missing
 from longspec.model.hub import find
+from longspec.model.lineage import lineage
 from longspec.model.store import Report, quiet
 from longspec.text import Vocabulary
 
@@ -51,6 +52,11 @@ class Model:
     end_tokens: tuple[int, ...]
     defaults: Mapping[str, Any]  # generation_config.json
     seconds: Mapping[str, float]  # tokenizer, weights
+
+    @property
+    def lineage(self) -> str:
+        """What tells it from other models, in every dtype."""
+        return lineage(self.decoder)
 
 
 @dataclass(frozen=True, slots=True)

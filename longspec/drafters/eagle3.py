@@ -1,0 +1,122 @@
+"""An EAGLE-3 head as a drafter (2503.01840): it reads three of the target's layers, and its one layer attends to all.
+
+Takes a loaded target and an `Eagle3` head. A row is a hidden state and the token behind it; a drafted token's row takes
+the layer's own output for its parent as hidden state, and its keys lie in a stage behind the text's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.drafters.follow import Follow
+from longspec.drafters.grow import grow
+from longspec.heads.eagle3 import Eagle3
+from longspec.model.decoder import Decoder, Rows, Span
+from longspec.model.load import Model
+from longspec.tree import Tree
+from longspec.types import Commit, Draft, Verdict, Writing
+
+__all__ = ["Eagle"]
+
+
+@dataclass(slots=True)
+class _Growth:
+    """One session's tree. Its first row is the text's newest, which is in the head's cache already."""
+
+    stage: Any
+    states: list[Tensor]  # what the layer gave for each row
+    tree: Tree = field(default_factory=Tree)
+
+    def add(self, parents: Sequence[int]) -> slice:
+        inner = [parent - 1 for parent in (parents if len(self.tree) else parents[1:])]
+        if inner:
+            self.stage.add(inner)
+        return self.tree.add(parents)
+
+    @property
+    def depths(self) -> Sequence[int]:
+        return self.tree.depths
+
+
+class Eagle:
+    """Bets with an EAGLE-3 head."""
+
+    def __init__(self, model: Model, head: Eagle3) -> None:
+        self.head, self._target = head, model.decoder
+        self.layers = head.layers
+        self._follow = Follow(head.shape(model.decoder.device, model.decoder.dtype), self._run)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._target
+
+    def begin(self, session: Writing) -> None:
+        self._follow.begin(session)
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        self._follow.read(session, features)
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        self._follow.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
+        known = zip(sessions, limits, strict=True)
+        rooms = [limit if self._follow.last(session) is not None else 0 for session, limit in known]
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens)
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        pass
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        last = self._follow.last(session)
+        assert last is not None
+        return _Growth(self._follow.cache(session).open(), [last]), len(session.tokens) - 2, session.tokens[-1:]
+
+    def forward(self, rows: Rows) -> Tensor:
+        """A chain for each session: its first rows together, then its second ones, and so on."""
+        made = torch.empty(len(rows.tokens), self.head.width, dtype=self._target.dtype, device=self._target.device)
+        for step in range(max(span.staged.stop - span.staged.start for span in rows.spans)):
+            at: list[int] = []
+            spans: list[Span] = []
+            before: list[Tensor] = []
+            for span in rows.spans:
+                place = span.staged.start + step
+                if place >= span.staged.stop:
+                    continue
+                growth: Any = span.stage
+                if place == 0:
+                    made[span.at.start] = growth.states[0]
+                    continue
+                before.append(growth.states[growth.tree.parents[place]])
+                spans.append(Span(growth.stage, slice(place - 1, place), slice(len(at), len(at) + 1)))
+                at.append(span.at.start + step)
+            if at:
+                part = replace(
+                    rows, tokens=rows.tokens[at], positions=rows.positions[at], long=rows.long[at], spans=spans
+                )
+                made[at] = self.head.run(part, torch.stack(before), self._embed(part))
+                for span in rows.spans:
+                    if 0 < span.staged.start + step < span.staged.stop:
+                        growth = span.stage
+                        growth.states.append(made[span.at.start + step])
+        return made
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, D], over the draft vocabulary."""
+        return self.head.logits(hidden)
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def _run(self, rows: Rows, features: Tensor) -> Tensor:
+        return self.head.run(rows, self.head.enter(features), self._embed(rows))
+
+    def _embed(self, rows: Rows) -> Tensor:
+        own = self.head.embedding
+        return self._target.embed(rows.tokens) if own is None else torch.nn.functional.embedding(rows.tokens, own)

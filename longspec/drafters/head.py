@@ -1,0 +1,145 @@
+"""A trained head as a drafter: it reads the target's hidden states, and grows a tree with its output cell.
+
+Takes a loaded target and a `Trained` head. The engine hands over each committed row's hidden state (`follow.py`). The
+layers keep keys and values of their own; a draft runs them once over the new rows, and then the cell once per expanded
+node.
+
+The layers and the last product run through a `Decoder` of the head's size, and so through the kernels of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.drafters.follow import Follow
+from longspec.drafters.grow import grow
+from longspec.heads.format import Trained
+from longspec.model.decoder import Decoder, Rows
+from longspec.model.load import Model
+from longspec.model.weights import Weights
+from longspec.tree import Tree
+from longspec.types import Commit, Draft, Verdict, Writing
+
+__all__ = ["Head"]
+
+
+@dataclass(slots=True)
+class _Growth:
+    """The nodes of one session's tree, as a stage without keys: each node's state follows from its parent's."""
+
+    root: Tensor  # [width]
+    tree: Tree = field(default_factory=Tree)
+    states: list[Tensor] = field(default_factory=list)
+
+    def add(self, parents: Sequence[int]) -> slice:
+        return self.tree.add(parents)
+
+    @property
+    def depths(self) -> Sequence[int]:
+        return self.tree.depths
+
+
+class Head:
+    """Bets with a head. Without the target's hidden states (behind another drafter) it bets nothing."""
+
+    def __init__(self, model: Model, head: Trained) -> None:
+        self.head = head
+        self._target = model.decoder
+        config = head.config(model)
+        held = {name: value.detach().to(model.decoder.dtype) for name, value in head.module.state_dict().items()}
+        names = {name: value for name, value in held.items() if name.startswith("layers.")}
+        names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
+        source = _Held(names)
+        weights = Weights(dict.fromkeys(names, source), model.decoder.dtype)
+        self.decoder = Decoder(config, weights, model.decoder.device, strict=model.decoder.strict)
+        self._places = None if head.tokens is None else head.tokens.to(model.decoder.device)
+        self._follow = Follow(self.decoder.shape, self._run)
+
+        self.layers = (self._target.config.layers,)
+
+    def begin(self, session: Writing) -> None:
+        self._follow.begin(session)
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        self._follow.read(session, features)
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        self._follow.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
+        known = zip(sessions, limits, strict=True)
+        rooms = [limit if self._follow.last(session) is not None else 0 for session, limit in known]
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        pass
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        last = self._follow.last(session)
+        assert last is not None
+        return _Growth(last), len(session.tokens) - 1, session.tokens[-1:]
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Node by node along each path, those of one depth together."""
+        module, tokens = self.head.module, self.head.module.token_norm(self._target.embed(rows.tokens))
+        made = torch.empty_like(tokens)
+        lacking = [(span.stage, at) for span in rows.spans for at in range(span.staged.stop - span.staged.start)]
+        starts = [span.at.start for span in rows.spans for _ in range(span.staged.stop - span.staged.start)]
+        places = [span.staged.start + at for span in rows.spans for at in range(span.staged.stop - span.staged.start)]
+        growths: list[Any] = [stage for stage, _ in lacking]
+        for growth in {id(one): one for one in growths}.values():
+            growth.states += [growth.root] * (len(growth.tree) - len(growth.states))
+        depths = [growth.depths[place] for growth, place in zip(growths, places, strict=True)]
+        for depth in sorted(set(depths)):
+            chosen = [i for i, own in enumerate(depths) if own == depth]
+            parents = [growths[i].tree.parents[places[i]] for i in chosen]
+            before = [
+                growths[i].states[parent] if parent >= 0 else growths[i].root
+                for i, parent in zip(chosen, parents, strict=True)
+            ]
+            at = [starts[i] + lacking[i][1] for i in chosen]
+            run = module.begin if depth == 0 else module.step
+            states, outs = run(torch.stack(before), tokens[at])
+            made[at] = outs
+            for i, state in zip(chosen, states, strict=True):
+                growths[i].states[places[i]] = state
+        return made
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, D], over the draft vocabulary."""
+        return self.decoder.logits(hidden)
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def _run(self, rows: Rows, features: Tensor) -> Tensor:
+        module = self.head.module
+        tokens = module.token_norm(self._target.embed(rows.tokens))
+        made: Tensor = module.between(self.decoder.forward(rows, module.enter(features, tokens)))
+        return made
+
+
+class _Held:
+    """A head's tensors, as a checkpoint's file gives them."""
+
+    path = Path("the head")
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def take(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def take_run(self, names: Sequence[str]) -> Tensor | None:
+        return self._tensors[names[0]] if len(names) == 1 else None

@@ -1,0 +1,94 @@
+"""Medusa heads as a drafter (2401.10774): what stands so many places on, whatever stands between.
+
+Takes a loaded target and `Medusa` heads. All tokens of one depth have the same candidates; which paths are drafted is
+`grow`'s choice by their chances. Nothing is kept of a text but its newest hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspec.drafters.grow import grow
+from longspec.heads.medusa import Medusa as Heads
+from longspec.model.decoder import Rows
+from longspec.model.load import Model
+from longspec.tree import Tree
+from longspec.types import Commit, Draft, Verdict, Writing
+
+__all__ = ["Medusa"]
+
+
+@dataclass(slots=True)
+class _Growth:
+    """One session's tree, and the logits [V] of each depth that was asked for."""
+
+    root: Tensor  # [1, width], normed
+    tree: Tree = field(default_factory=Tree)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, parents: Sequence[int]) -> slice:
+        return self.tree.add(parents)
+
+    @property
+    def depths(self) -> Sequence[int]:
+        return self.tree.depths
+
+
+class Medusa:
+    """Bets with Medusa heads."""
+
+    def __init__(self, model: Model, heads: Heads) -> None:
+        self.heads, self.decoder = heads, model.decoder
+        self.layers = (model.decoder.config.layers,)
+        self._newest: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()  # rows, and the last one's
+
+    def begin(self, session: Writing) -> None:
+        self._newest.pop(session, None)
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        self._newest[session] = session.cache.length, features[-1:]
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        known = [self._newest.get(session, (-1, None))[0] == len(session.tokens) - 1 for session in sessions]
+        guesses = ahead or [()] * len(sessions)
+        fits = [knows and len(guess) < self.heads.depth for knows, guess in zip(known, guesses, strict=True)]
+        rooms = [limit if fit else 0 for limit, fit in zip(limits, fits, strict=True)]
+        longest = max((len(guess) for guess in guesses), default=0)
+        return grow(self, sessions, rooms, ahead, depth=max(1, self.heads.depth - longest))
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        pass
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        hidden = self.decoder.normed(self._newest[session][1])
+        return _Growth(hidden), len(session.tokens) - 1, session.tokens[-1:]
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Each row's logits: they follow from its depth alone."""
+        made = []
+        for span in rows.spans:
+            growth: Any = span.stage
+            for depth in growth.depths[span.staged]:
+                if depth not in growth.logits:
+                    written = self.heads.written[depth]
+                    hidden = self.heads.run(depth, growth.root)
+                    growth.logits[depth] = F.linear(hidden, self.decoder.head if written is None else written)[0]
+                made.append(growth.logits[depth])
+        return torch.stack(made)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """They are logits already."""
+        return hidden
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        pass

@@ -1,0 +1,46 @@
+"""Clover: one augmenting block over the text, and an attention decoder that takes each token (2405.00263).
+
+    h   = norm(block(n(H)))                    once per step, with keys and values of its own
+    h  <- h + attend(n'(h), e(x)),  y = h + silu(W h)    the regressive connection: behind x_t+1, then once per depth
+
+The cell is one for all depths, where the paper has a head for each: a draft may then be as deep as it is worth, and
+the weights are read from a cache. Its attention is Clover-2's (cosines), as a softmax over one key is no choice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspec.heads.layers import Layer, Norm, TokenAttention, heads_of
+from longspec.model.config import Config
+
+__all__ = ["Clover"]
+
+
+class Clover(nn.Module):
+    LAYERS = 1
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, eps = config.width, config.eps
+        self.feature_norm, self.token_norm = Norm(width, eps), Norm(width, eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(self.LAYERS))
+        self.between, self.query_norm = Norm(width, eps), Norm(width, eps)
+        self.cell = TokenAttention(width, heads_of(config))
+        self.out = nn.Linear(width, width)
+        self.norm = Norm(width, eps)
+        with torch.no_grad():
+            self.out.weight.mul_(0.1)
+
+    def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
+        entered: Tensor = self.feature_norm(features)
+        return entered
+
+    def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step(hidden, tokens)
+
+    def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        state = state + self.cell(self.query_norm(state), tokens)
+        return state, state + F.silu(self.out(state))

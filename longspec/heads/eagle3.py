@@ -1,0 +1,178 @@
+"""EAGLE-3 heads (2503.01840) as they are published: the authors' layout, and that of `speculators`.
+
+    h = fc([H_low; H_middle; H_high])                              of a text's row; of a drafted one, its parent's h
+    x = [norm(e(token behind it)); norm(h)],  h <- h + attention(x),  h <- h + mlp(norm(h)),  logits = head(norm(h))
+
+Takes a folder and a target; gives an `Eagle3`, or says what is missing. Such a file doesn't say which weights it was
+trained for: its sizes must be the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspec.attention import attend
+from longspec.cache.stage import Shape
+from longspec.errors import ModelError, UsageError
+from longspec.model.config import Config
+from longspec.model.decoder import Rows
+from longspec.model.load import Model
+from longspec.model.rope import Rotation, rotate
+from longspec.model.shard import Shard
+
+__all__ = ["Eagle3", "load_eagle3"]
+
+_DEPTH = 7  # where the file doesn't say: EAGLE-2's and EAGLE-3's own
+_MOST_DEPTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3:
+    """A head's weights, in the target's dtype, by their names in the authors' files without `midlayer.`."""
+
+    config: Config  # of its layer
+    weights: Mapping[str, Tensor]
+    layers: tuple[int, ...]  # of the target, behind which it reads
+    depth: int
+    tokens: Tensor | None  # [D] int64, rising: the target's tokens that it drafts; None is all
+    embedding: Tensor | None  # its own; None is the target's
+    norm_first: bool  # the normed hidden state goes by the attention, not the plain one
+    rotation: Rotation
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    def shape(self, device: torch.device, dtype: torch.dtype) -> Shape:
+        """Of its cache. A row reads as far back as the head was trained to."""
+        return Shape(self.config.key_heads, self.config.head_dim, (self.config.context,), dtype, device)
+
+    def enter(self, features: Tensor) -> Tensor:
+        """[r, W], of the target's hidden states [r, layers * width]."""
+        return F.linear(features, self.weights["fc.weight"], self.weights.get("fc.bias"))
+
+    def run(self, rows: Rows, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """The layer [r, W]; the rows' keys and values are in their stages then."""
+        c = self.config
+        normed = self._norm("hidden_norm", hidden)
+        x = torch.cat((self._norm("input_layernorm", embedded), normed), -1)
+        queries, keys, values = (self._linear(f"self_attn.{n}_proj", x).view(len(x), -1, c.head_dim) for n in "qkv")
+        turn = self.rotation(rows.positions, rows.long, x.dtype)
+        queries, keys = rotate(queries, *turn), rotate(keys, *turn)
+        outputs = []
+        for span in rows.spans:
+            span.stage.put(0, span.staged, keys[span.at], values[span.at])
+            own = queries[span.at]
+            outputs.append(attend(own, span.stage.parts(0, span.staged, own), c.scale))
+        hidden = normed if self.norm_first else hidden
+        hidden = hidden + self._linear("self_attn.o_proj", torch.cat(outputs).flatten(1))
+        x = self._norm("post_attention_layernorm", hidden)
+        gated = F.silu(self._linear("mlp.gate_proj", x)) * self._linear("mlp.up_proj", x)
+        return hidden + self._linear("mlp.down_proj", gated)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, D]."""
+        return F.linear(self._norm("norm", hidden), self.weights["lm_head.weight"])
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weights[f"{name}.weight"], self.config.eps)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+
+def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
+    """Of the folder's config.json, which is given, and its model.safetensors.
+
+    Raises:
+        UsageError: it is for a model of other sizes.
+        ModelError: the files are damaged, or of a kind that isn't known.
+    """
+    path, target = folder / "model.safetensors", model.decoder.config
+    layer = raw.get("transformer_layer_config", raw)
+    if not isinstance(layer, Mapping):
+        raise ModelError(f"{folder}/config.json is damaged: its transformer_layer_config is no object.")
+    plain = {"vocab_size": target.vocabulary, **layer, "model_type": "llama", "num_hidden_layers": 1}
+    config = Config.read(plain)
+    if config.vocabulary != target.vocabulary:
+        raise UsageError(f"The head in {folder} is for a vocabulary of {config.vocabulary:,} tokens; {model.name} has "
+                         f"{target.vocabulary:,}: take the model that it was trained for.")  # fmt: skip
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no model.safetensors; longspec reads no pickled weights: convert them first.")
+    shard = Shard(path)
+    held = {_plain(name): shard.take(name) for name in shard.names}
+    layers = raw.get("eagle_aux_hidden_state_layer_ids") or (2, target.layers // 2, target.layers - 3)
+    layers = tuple(layers)
+    if not all(type(at) is int and 0 < at <= target.layers for at in layers):
+        raise UsageError(f"The head in {folder} reads the layers {list(layers)}; {model.name} has {target.layers}.")
+    size = len(held["d2t"]) if "d2t" in held else target.vocabulary
+    wanted = _shapes(config, len(layers) * target.width, size)
+    for name, shape in wanted.items():
+        seen = tuple(held[name].shape) if name in held else None
+        if seen != shape:
+            raise UsageError(
+                f"The head in {folder} doesn't fit {model.name}: its {name} is {list(seen) if seen else 'missing'}, "
+                f"expected {list(shape)}; take the model that it was trained for."
+            )
+    device, dtype = model.decoder.device, model.decoder.dtype
+    weights = {name: tensor.to(device, dtype) for name, tensor in held.items() if name not in ("d2t", "t2d")}
+    tokens, embedding = None, weights.pop("embed_tokens.weight", None)
+    if "d2t" in held:
+        tokens = held["d2t"].long() + torch.arange(size)
+        if int(tokens.min()) < 0 or int(tokens.max()) >= target.vocabulary or len(set(tokens.tolist())) < size:
+            raise ModelError(f"{path} is damaged: d2t must name {size:,} of the target's tokens, each once.")
+        tokens, order = tokens.sort()
+        tokens, weights["lm_head.weight"] = tokens.to(device), weights["lm_head.weight"][order.to(device)]
+    if embedding is not None and tuple(embedding.shape) != (target.vocabulary, config.width):
+        raise ModelError(f"{path} is damaged: embed_tokens.weight is {list(embedding.shape)}.")
+    rope = config.ropes[0]
+    assert rope is not None
+    return Eagle3(
+        replace(config, context=min(config.context, target.context)),
+        weights,
+        layers,
+        _depth(raw),
+        tokens,
+        embedding,
+        bool(raw.get("norm_before_residual", False)),
+        Rotation(rope, device),
+    )
+
+
+def _plain(name: str) -> str:
+    """`speculators` and the authors name the layer differently."""
+    return name.removeprefix("midlayer.").removeprefix("layers.0.")
+
+
+def _depth(raw: Mapping[str, Any]) -> int:
+    try:
+        depth = raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return _DEPTH
+    return depth if type(depth) is int and 1 <= depth <= _MOST_DEPTH else _DEPTH
+
+
+def _shapes(c: Config, read: int, size: int) -> dict[str, tuple[int, ...]]:
+    inner, outer = c.heads * c.head_dim, c.key_heads * c.head_dim
+    return {
+        "fc.weight": (c.width, read),
+        "hidden_norm.weight": (c.width,),
+        "input_layernorm.weight": (c.width,),
+        "self_attn.q_proj.weight": (inner, 2 * c.width),
+        "self_attn.k_proj.weight": (outer, 2 * c.width),
+        "self_attn.v_proj.weight": (outer, 2 * c.width),
+        "self_attn.o_proj.weight": (c.width, inner),
+        "post_attention_layernorm.weight": (c.width,),
+        "mlp.gate_proj.weight": (c.mlp_width, c.width),
+        "mlp.up_proj.weight": (c.mlp_width, c.width),
+        "mlp.down_proj.weight": (c.width, c.mlp_width),
+        "norm.weight": (c.width,),
+        "lm_head.weight": (size, c.width),
+    }

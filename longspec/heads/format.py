@@ -1,0 +1,312 @@
+"""A head and its files, in the layout of vLLM's `speculators`: `config.json` and `model.safetensors`.
+
+Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another. Nothing in a
+file is believed: sizes are bounded and every tensor's shape is held against the target's. What the layout has no place
+for (whose it is, by a hash; its window; how it is stored) stands under `longspec`.
+
+Matrices may be stored as int8 with a scale per row: a quarter of fp32, and read back as floats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.heads import KINDS
+from longspec.heads.clover import Clover
+from longspec.heads.clover2 import Clover2
+from longspec.heads.layers import block_of
+from longspec.model.config import Config
+from longspec.model.load import Model
+from longspec.model.shard import Shard
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Trained",
+    "is_head",
+    "load_head",
+    "new_head",
+    "read_about",
+    "read_config",
+    "replaced",
+    "save_head",
+    "shipped",
+]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = Path(__file__).with_name("shipped")
+MOST_DEPTH, MOST_WINDOW = 64, 1 << 20
+
+_VERSION = 1
+_LAYOUT = "0.1.0"  # of `speculators`
+_MOST_NBYTES = 64 << 10  # of the config
+_SCALE = ".scale"
+_OFFSETS, _DRAFTED = "d2t", "t2d"  # of each draft token from its target's, and which of the target's are drafted
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A head, and what it was trained for."""
+
+    kind: str  # a key of KINDS
+    depth: int  # tokens that it drafts behind each other
+    window: int  # rows that its layers read
+    tokens: Tensor | None  # [D] int64, rising: the target's tokens that it drafts; None is all
+    module: Clover | Clover2
+
+    def rows(self, model: Model) -> Tensor:
+        """[D, width]: those of the target's head that it writes with."""
+        head = model.decoder.head
+        return head if self.tokens is None else head[self.tokens.to(head.device)]
+
+    def config(self, model: Model) -> Config:
+        """Of its layers."""
+        target = model.decoder.config
+        size = target.vocabulary if self.tokens is None else len(self.tokens)
+        return block_of(target, self.module.LAYERS, self.window, size)
+
+
+def new_head(
+    kind: str, model: Model, *, depth: int = 5, window: int = 512, tokens: Tensor | None = None, seed: int = 0
+) -> Trained:
+    """An untrained head. Its final norm is the target's.
+
+    Raises:
+        UsageError: there is no such kind, or a number is out of range.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"There is no head named {kind!r}; use one of: {', '.join(KINDS)}.")
+    if not 1 <= depth <= MOST_DEPTH or not 1 <= window <= MOST_WINDOW:
+        raise UsageError(f"A head of depth {depth} and window {window} can't be made; at most {MOST_DEPTH} and "
+                         f"{MOST_WINDOW:,} are possible.")  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = KINDS[kind](block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1))
+    with torch.no_grad():
+        module.norm.weight.copy_(_final_norm(model))
+    return Trained(kind, depth, window, tokens, module.to(model.decoder.device))
+
+
+def is_head(name: str) -> bool:
+    """Whether a drafter's name is the path of a folder with a head."""
+    return os.sep in name or (Path(name) / CONFIG).is_file()
+
+
+def shipped(model: Model) -> dict[str, Path]:
+    """The heads that come with longspec for this model: folders by their kinds."""
+    found = {}
+    for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
+        about = read_about(config.parent)
+        if about["target"]["lineage"] == model.lineage:
+            found[str(about["kind"])] = config.parent
+    return found
+
+
+def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False) -> None:
+    """Write the files, each atomically, the config last.
+
+    Raises:
+        LongspecError: they can't be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, value in sorted(head.module.state_dict().items()):
+        held = value.detach().cpu().contiguous()
+        if int8 and held.dim() == 2:
+            tensors |= dict(zip((name, name + _SCALE), _coded(held), strict=True))
+        else:
+            tensors[name] = held
+    if head.tokens is not None:
+        tokens = head.tokens.cpu()
+        tensors[_OFFSETS] = tokens - torch.arange(len(tokens))
+        tensors[_DRAFTED] = torch.zeros(model.decoder.config.vocabulary, dtype=torch.bool).index_fill(0, tokens, True)
+    about = _about(head, model, int8=int8)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replaced(folder / WEIGHTS, lambda path: save_file(tensors, path))
+        replaced(folder / CONFIG, lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
+    except OSError as error:
+        raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
+
+
+def replaced(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside the path, on the disk before it takes its place: another process reads the old or the new."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    made = Path(name)
+    try:
+        write(made)
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())
+        made.chmod(0o644)
+        made.replace(path)
+    except BaseException:
+        made.unlink(missing_ok=True)
+        raise
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config, whosever it is.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_NBYTES + 1)
+        found = json.loads(data) if len(data) <= _MOST_NBYTES else None
+    except OSError as error:
+        raise UsageError(
+            f"{folder} holds no head that can be read ({CONFIG}: {error.strerror}); `longspec train` writes one."
+        ) from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
+    return found
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What the config of a head of ours says, by our words, its own numbers checked.
+
+    Raises:
+        UsageError: there is none, or it is no head's.
+    """
+    path, found = Path(folder) / CONFIG, read_config(folder)
+    own = found.get("longspec")
+    if not isinstance(own, dict) or own.get("version") != _VERSION:
+        raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
+    try:
+        asked = found["speculators_config"]
+        about = {
+            "kind": found["speculators_model_type"],
+            "depth": asked["proposal_methods"][0]["speculative_tokens"],
+            "window": own["window"],
+            "draft_vocabulary": found["draft_vocab_size"],
+            "target": {"name": asked["verifier"]["name_or_path"], "lineage": own["lineage"]},
+        }
+    except (KeyError, IndexError, TypeError):
+        about = {"kind": None}
+    if (
+        about["kind"] not in KINDS
+        or not _is_number(about["depth"], MOST_DEPTH)
+        or not _is_number(about["window"], MOST_WINDOW)
+        or not _is_number(about["draft_vocabulary"], 1 << 31)
+    ):
+        raise UsageError(f"{path} is damaged: its kind, depth, window, vocabulary or target can't be; "
+                         "fetch it again, or train anew.")  # fmt: skip
+    return about
+
+
+def _about(head: Trained, model: Model, *, int8: bool) -> dict[str, Any]:
+    config = head.config(model)
+    layers = {
+        "model_type": "llama",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.eps,
+        "vocab_size": model.decoder.config.vocabulary,
+    }
+    proposal = {"proposal_type": "greedy", "speculative_tokens": head.depth}
+    return {
+        "architectures": [f"{type(head.module).__name__}Speculator"],
+        "speculators_model_type": head.kind,
+        "speculators_version": _LAYOUT,
+        "speculators_config": {
+            "algorithm": head.kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": model.name, "architectures": [model.decoder.config.family]},
+        },
+        "draft_vocab_size": config.vocabulary,
+        "transformer_layer_config": layers,
+        "longspec": {
+            "version": _VERSION,
+            "window": head.window,
+            "storage": "int8" if int8 else "float",
+            "lineage": model.lineage,
+        },
+    }
+
+
+def load_head(folder: str | Path, model: Model) -> Trained:
+    """The folder's head, in the target's dtype and on its device.
+
+    Raises:
+        UsageError: the folder holds no head, or one for another model.
+        ModelError: its weights are damaged.
+    """
+    about = read_about(folder)
+    name, lines = about["target"].get("name"), about["target"].get("lineage")
+    if lines != model.lineage:
+        raise UsageError(
+            f"The head in {folder} was trained for {name!r}, whose weights or shape are not those of {model.name}; "
+            "take the model that it was trained for, or train a head for this one."
+        )
+    shard = Shard(Path(folder) / WEIGHTS)
+    tensors = {name: shard.take(name) for name in shard.names}
+    tensors.pop(_DRAFTED, None)
+    tokens = _draft_tokens(Path(folder) / WEIGHTS, tensors.pop(_OFFSETS, None), about, model)
+    head = new_head(about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens)
+    state = head.module.state_dict()
+    for name, held in state.items():
+        state[name] = _plain(Path(folder) / WEIGHTS, name, tensors, held)
+    head.module.load_state_dict(state)
+    head.module.to(model.decoder.device, model.decoder.dtype).requires_grad_(False)
+    return head
+
+
+def _draft_tokens(path: Path, offsets: Tensor | None, about: Mapping[str, Any], model: Model) -> Tensor | None:
+    size, vocabulary = about["draft_vocabulary"], model.decoder.config.vocabulary
+    if offsets is None and size == vocabulary:
+        return None
+    if offsets is None or tuple(offsets.shape) != (size,) or offsets.dtype != torch.int64:
+        raise ModelError(f"{path} and {CONFIG} don't agree on the draft vocabulary: they aren't of one head.")
+    tokens = offsets + torch.arange(size)
+    if int(tokens[0]) < 0 or int(tokens[-1]) >= vocabulary or bool((tokens.diff() <= 0).any()):
+        raise ModelError(f"{path} is damaged: {_OFFSETS} must name {size:,} of the target's tokens, rising.")
+    return tokens
+
+
+def _plain(path: Path, name: str, tensors: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    held, scale = tensors.get(name), tensors.get(name + _SCALE)
+    if held is None or held.shape != wanted.shape or (scale is not None and scale.shape != wanted.shape[:1]):
+        seen = "nothing" if held is None else list(held.shape)
+        raise ModelError(f"{path} is damaged or of another shape: {name} is {seen}, expected {list(wanted.shape)}.")
+    value = held.float() if scale is None else held.float() * scale.float()[:, None]
+    if not bool(value.isfinite().all()):
+        raise ModelError(f"{path} is damaged: {name} has values that are no numbers.")
+    return value
+
+
+def _coded(value: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [n, m], and a scale for each row [n]."""
+    scale = value.float().abs().amax(1).clamp_min(1e-12) / 127
+    return (value.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def _final_norm(model: Model) -> Tensor:
+    """The factors of the target's final norm: what it makes of a row of ones."""
+    ones = torch.ones(1, model.decoder.config.width, dtype=model.decoder.dtype, device=model.decoder.device)
+    return model.decoder.normed(ones)[0].float()
+
+
+def _is_number(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most

@@ -1,0 +1,193 @@
+"""What heads are built of: modules that can be trained, and the unrolling that trains them.
+
+A head reads the target's last hidden states and the tokens behind them, and writes hidden states that the target's own
+head turns into logits. Here are the differentiable forms; in decoding `longspec.drafters.head` runs the layers
+through the target's own decoder, which tests hold to be equal.
+
+Shapes: B texts of T rows, W the target's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspec.model.config import Config, Rope
+from longspec.model.rope import Rotation, rotate
+
+__all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "unroll"]
+
+
+class Head(Protocol):
+    """A head's forms. Hidden states and embeddings have any leading dimensions; `tokens` are normed embeddings."""
+
+    layers: nn.ModuleList
+    token_norm: Norm
+    between: Norm  # behind the layers
+    norm: Norm  # of what is written, as the target's final norm
+
+    def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """What the layers read, of each row's hidden state and the token behind it."""
+        ...
+
+    def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """State and what is written behind the text's last token, from what the layers gave for the row before it."""
+        ...
+
+    def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same behind one more drafted token."""
+        ...
+
+
+class Norm(nn.Module):
+    """Root mean square."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class TokenAttention(nn.Module):
+    """A hidden state attends to one token: per head the cosine of query and key, not a softmax over a single key.
+
+    The biases begin alike, so that a token passes from the start (cosines of about 3/4).
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.heads = heads
+        with torch.no_grad():
+            self.query.bias.fill_(1.0)
+            self.key.bias.fill_(1.0)
+            self.value.bias.zero_()
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """[..., W], of hidden that is normed and tokens [..., W]."""
+        queries, keys, values = (
+            made.unflatten(-1, (self.heads, -1)) for made in (self.query(hidden), self.key(tokens), self.value(tokens))
+        )
+        read: Tensor = (F.cosine_similarity(queries, keys, -1)[..., None] * values).flatten(-2)
+        return read
+
+
+class Layer(nn.Module):
+    """A Llama layer, its parameters named as in a checkpoint. It begins as the identity."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c, self.config = config, config
+        inner, outer = c.heads * c.head_dim, c.key_heads * c.head_dim
+        self.input_layernorm = Norm(c.width, c.eps)
+        self.post_attention_layernorm = Norm(c.width, c.eps)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(c.width, inner, bias=False),
+                "k_proj": nn.Linear(c.width, outer, bias=False),
+                "v_proj": nn.Linear(c.width, outer, bias=False),
+                "o_proj": nn.Linear(inner, c.width, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(c.width, c.mlp_width, bias=False),
+                "up_proj": nn.Linear(c.width, c.mlp_width, bias=False),
+                "down_proj": nn.Linear(c.mlp_width, c.width, bias=False),
+            }
+        )
+        for last in (self.self_attn["o_proj"], self.mlp["down_proj"]):
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, W], each row reading the rows up to itself."""
+        c = self.config
+        normed = self.input_layernorm(x)
+        queries, keys, values = (
+            self.self_attn[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        queries, keys = rotate(queries, *turn), rotate(keys, *turn)
+        queries, keys, values = (made.transpose(1, 2) for made in (queries, keys, values))
+        mask = _mask(x.shape[1], c.windows[0], x.device)
+        read = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        x = x + self.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
+        normed = self.post_attention_layernorm(x)
+        gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
+        left: Tensor = x + self.mlp["down_proj"](gated)
+        return left
+
+
+def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Config:
+    """The shape of a head's layers, as a small decoder of the plainest kind with the target's widths.
+
+    window: rows that a row reads, itself included: what it was trained on, so that no text is too long for it.
+    """
+    rope = next((rope for rope in target.ropes if rope is not None), None)
+    plain = Rope("default", rope.theta if rope else 10_000.0, target.head_dim, target.context)
+    return replace(
+        target,
+        family="llama",
+        vocabulary=vocabulary,
+        activation="silu",
+        windows=(window,) * layers,
+        ropes=(plain,) * layers,
+        scale=target.head_dim**-0.5,
+        norms="before",
+        query_norm=None,
+        norm_offset=0.0,
+        embedding_scale=1.0,
+        attention_softcap=None,
+        fused=False,
+    )
+
+
+def unroll(head: Head, config: Config, features: Tensor, tokens: Tensor, depth: int) -> list[Tensor]:
+    """What is written behind every row, at every depth: `depth` hidden states, the i-th one [B, T - i, W].
+
+    features [B, T, W]; tokens [B, T, W] are normed embeddings of the tokens behind the rows. Row t of the i-th one
+    stands for token t + i + 2, drafted behind the true tokens before it.
+    """
+    length = features.shape[1]
+    positions = torch.arange(length, device=features.device)
+    rope = config.ropes[0]
+    assert rope is not None
+    turn = Rotation(rope, features.device)(positions, positions < 0, features.dtype)
+    hidden = head.enter(features, tokens)
+    for layer in head.layers:
+        hidden = layer(hidden, turn)
+    state, out = head.begin(head.between(hidden), tokens)
+    outs = [out]
+    for i in range(1, min(depth, length)):
+        state, out = head.step(state[:, :-1], tokens[:, i:])
+        outs.append(out)
+    return outs
+
+
+def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[T, T] bool: which rows each may read; None where the window holds them all."""
+    if window is None or length <= window:
+        return None
+    rows = torch.arange(length, device=device)
+    back = rows[:, None] - rows
+    return (back >= 0) & (back < window)
+
+
+def near_identity(linear: nn.Linear) -> None:
+    """Its first inputs pass as they are, the others hardly."""
+    with torch.no_grad():
+        linear.weight.mul_(0.1)
+        linear.weight[:, : linear.weight.shape[0]] = torch.eye(linear.weight.shape[0])
+
+
+def heads_of(config: Config) -> int:
+    """As the target has, where its width can be cut so."""
+    return config.heads if config.width % config.heads == 0 else 1

@@ -1,0 +1,169 @@
+"""A whole training in one folder: plan, texts, steps, report. What was done before is gone on with.
+
+DIR/config.json, model.safetensors   the best head so far: what --drafter DIR takes
+DIR/report.json, report.png          what it is worth
+DIR/work/recipe.json                 what this folder is of: another recipe is refused
+DIR/work/texts.jsonl                 what the target wrote
+DIR/work/checkpoint.safetensors      where the training is
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longspec.engine import Engine
+from longspec.errors import LongspecError, UsageError
+from longspec.heads.format import Trained, load_head, new_head, replaced, save_head
+from longspec.model.load import Model
+from longspec.training.distil import Text, distil
+from longspec.training.report import accuracies, tokens_per_step, write_report
+from longspec.training.together import Together, together
+from longspec.training.train import Progress, Recipe, frequent, ready, train
+
+__all__ = ["Course", "start"]
+
+Report = Callable[[str, int, int], None]
+
+MOST_HELD = 16
+"""Prompts that are kept for validation: a tenth, and no more than so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    model: Model
+    recipe: Recipe
+    folder: Path
+    prompts: Sequence[str]  # that are distilled
+    held: Sequence[str]  # that are not
+    options: dict[str, Any]  # how texts are sampled
+
+    def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
+        """Train to the end, or from where the folder is; gives the report, which is in the folder too.
+
+        Started by torchrun in several processes, all train, and the first one alone writes and reports.
+
+        Raises:
+            UsageError: the folder is of another training, or no prompt can be used.
+            LongspecError: something can't be written.
+        """
+        with together(self.model.decoder.device) as company:
+            if not company.first:
+                company.wait()
+                self._train(self._texts(report), report, company, int8=int8)
+                return None
+            self._claim(self.folder / "work")
+            texts = self._texts(report)
+            company.wait()
+            head, progress = self._train(texts, report, company, int8=int8)
+        model, best = self.model, load_head(self.folder, self.model)
+        report("validating", 0, 0)
+        untrained, written = tokens_per_step(model, ready(model, self._untrained(head.tokens)), self.held, self.options)
+        size = model.decoder.config.vocabulary
+        said = {
+            "head": self.recipe.kind,
+            "target": model.name,
+            "dtype": model.dtype,
+            "recipe": asdict(self.recipe),
+            "texts": len(texts),
+            "draft_vocabulary": size if head.tokens is None else len(head.tokens),
+            "steps": progress.step,
+            "tokens_per_step": round(tokens_per_step(model, best, self.held, self.options)[0], 4),
+            "untrained_tokens_per_step": round(untrained, 4),
+            "accuracy": accuracies(model, best, written),
+            "history": [[step, round(loss, 5), round(worth, 4)] for step, loss, worth in progress.history],
+        }
+        write_report(self.folder, said)
+        return said
+
+    def _texts(self, report: Report) -> list[Text]:
+        return distil(
+            Engine(self.model, drafter="ngram", cache="dense"),
+            self.prompts,
+            self.folder / "work" / "texts.jsonl",
+            tokens=self.recipe.tokens,
+            length=min(self.recipe.window, self.model.decoder.config.context),
+            options=self.options,
+            report=report,
+        )
+
+    def _untrained(self, tokens: Tensor | None) -> Trained:
+        recipe = self.recipe
+        return new_head(
+            recipe.kind, self.model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed
+        )
+
+    def _train(
+        self, texts: Sequence[Text], report: Report, company: Together, *, int8: bool
+    ) -> tuple[Trained, Progress]:
+        """The head as it is at the end, and how it got there; the best one is in the folder."""
+        model, recipe = self.model, self.recipe
+        head = self._untrained(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
+        progress = train(
+            model,
+            head,
+            texts,
+            recipe,
+            self.folder / "work" / "checkpoint.safetensors",
+            validate=lambda made: tokens_per_step(model, made, self.held, self.options)[0],
+            keep=lambda made: save_head(self.folder, made, model, int8=int8),
+            report=report,
+            company=company,
+        )
+        return head, progress
+
+    def _claim(self, work: Path) -> None:
+        """Say in the folder what it is of, or see that it says the same."""
+        said = json.loads(json.dumps({
+            "recipe": asdict(self.recipe),
+            "target": self.model.lineage,
+            "dtype": self.model.dtype,
+            "prompts": sha256("\0".join(self.prompts).encode()).hexdigest(),
+            "sampling": self.options,
+        }))  # fmt: skip
+        path = work / "recipe.json"
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
+            with path.open("rb") as file:
+                held = json.loads(file.read(1 << 16))
+        except (ValueError, RecursionError):
+            held = None
+        except OSError as error:
+            raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
+        if held != said:
+            other = [name for name in said if not isinstance(held, dict) or held.get(name) != said[name]]
+            raise UsageError(f"{self.folder} holds another training (its {', '.join(other)} differ); ask for the same, "
+                             "or name another folder.")  # fmt: skip
+
+
+def start(model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], options: dict[str, Any]) -> Course:
+    """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands.
+
+    Raises:
+        UsageError: there are fewer than two, or the model's weights are codes.
+    """
+    if model.dtype == "int8":
+        raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
+                         "--dtype bf16.")  # fmt: skip
+    prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
+    if len(prompts) < 2:
+        raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
+                         "a training needs two or more, since some are kept for validation.")  # fmt: skip
+    count = min(MOST_HELD, max(1, len(prompts) // 10))
+    kept = {i * len(prompts) // count for i in range(count)}
+    return Course(
+        model,
+        recipe,
+        folder,
+        [prompt for i, prompt in enumerate(prompts) if i not in kept],
+        [prompts[i] for i in sorted(kept)],
+        options,
+    )

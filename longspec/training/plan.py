@@ -1,0 +1,111 @@
+"""What a training will take, before it starts: tokens, operations, and hours from a short measurement.
+
+Takes a target, a recipe and prompts; runs a few steps of each stage and gives a `Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from longspec.engine import Engine
+from longspec.heads.format import Trained, new_head
+from longspec.model.load import Model
+from longspec.training.distil import TOGETHER, Text
+from longspec.training.report import ANSWER, tokens_per_step
+from longspec.training.train import Recipe, frequent, loss_of, ready
+
+__all__ = ["Plan", "make_plan"]
+
+_STEPS = 12  # of the measurement: tokens of each text that is written
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    parameters: int  # of the head that are trained
+    distil_tokens: int
+    train_tokens: int  # rows that the head is trained on, over all steps
+    flops: float
+    distil_hours: float
+    train_hours: float
+    validation_hours: float
+    step_seconds: float  # of one training step
+
+    @property
+    def hours(self) -> float:
+        return self.distil_hours + self.train_hours + self.validation_hours
+
+    def __str__(self) -> str:
+        return (
+            f"the plan: {self.distil_tokens:,} tokens to write ({self.distil_hours:.2f} h), {self.train_tokens:,} rows "
+            f"to train {self.parameters:,} parameters on ({self.train_hours:.2f} h, {self.step_seconds:.1f} s a step), "
+            f"validation ({self.validation_hours:.2f} h): about {self.hours:.2f} h and {self.flops:.1e} operations "
+            "by a short measurement"
+        )
+
+
+def make_plan(
+    model: Model, recipe: Recipe, prompts: Sequence[str], held: Sequence[str], options: dict[str, Any]
+) -> Plan:
+    """Measured on a head that is dropped; nothing is written."""
+    seconds_per_token = _writing(model, prompts, options)
+    length = min(recipe.window, model.decoder.config.context)
+    size = model.decoder.config.vocabulary
+    tokens = torch.randint(size, (length,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    text = Text(0, max(1, length // 4), tokens)
+    head = new_head(
+        recipe.kind, model, depth=recipe.depth, window=recipe.window, tokens=frequent([text], recipe.draft_vocab, size)
+    )
+    step_seconds = _training(model, head, text) * recipe.texts
+    began = perf_counter()
+    tokens_per_step(model, ready(model, head), held[:2], options)
+    validation = (perf_counter() - began) / min(2, len(held)) * len(held) * (recipe.validations + 2)
+    parameters = sum(parameter.numel() for parameter in head.module.parameters())
+    target = sum(tensor.numel() for tensor in model.decoder.tensors() if tensor.dim() == 2)
+    rows = recipe.steps * recipe.texts * length
+    written = len(head.rows(model)) * model.decoder.config.width
+    # Two operations a weight forwards, twice as many backwards; what is written with is frozen, so half of that back.
+    per_row = 2 * target + 6 * parameters + recipe.depth * 4 * written + 2 * written
+    return Plan(
+        parameters=parameters,
+        distil_tokens=recipe.tokens,
+        train_tokens=rows,
+        flops=float(rows * per_row + 2 * target * recipe.tokens),
+        distil_hours=recipe.tokens * seconds_per_token / 3600,
+        train_hours=recipe.steps * step_seconds / 3600,
+        validation_hours=validation / 3600,
+        step_seconds=step_seconds,
+    )
+
+
+def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> float:
+    """Seconds per token of texts that are written side by side, reading their prompts included, as in the rough."""
+    engine = Engine(model, drafter="ngram", cache="dense")
+    sessions = []
+    for number in range(TOGETHER):
+        session = engine.open(prompts[number % len(prompts)], key=str(number), **options)
+        sessions.append(session)
+    began = perf_counter()
+    for session in sessions:
+        for _ in engine.prefill(session):
+            pass
+    reading = (perf_counter() - began) / TOGETHER / (2 * ANSWER)  # an answer is longer than it is measured here
+    began = perf_counter()
+    for _ in range(_STEPS):
+        if active := [session for session in sessions if session.finish_reason is None]:
+            engine.step(active)
+    written = sum(len(session.answer) for session in sessions)
+    return reading + (perf_counter() - began) / max(1, written)
+
+
+def _training(model: Model, head: Trained, text: Text) -> float:
+    """Seconds of a text, the second time."""
+    rows = head.rows(model)
+    for _ in range(2):
+        began = perf_counter()
+        loss_of(model, replace(head), rows, text).backward()  # type: ignore[no-untyped-call]
+    return perf_counter() - began

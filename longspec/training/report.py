@@ -1,0 +1,105 @@
+"""What a head is worth: how often each depth is right, tokens per step in the engine, and a page of both.
+
+Takes a target and a head that is ready to draft. Accuracy is counted behind true tokens, as in training; tokens per
+step is what the engine really commits, drafting as much as it may.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspec.control import Fixed
+from longspec.drafters.head import Head
+from longspec.engine import Engine
+from longspec.errors import LongspecError
+from longspec.heads.format import Trained, replaced
+from longspec.heads.layers import unroll
+from longspec.model.load import Model
+from longspec.session import Session
+from longspec.training.distil import Text
+from longspec.training.features import features
+
+__all__ = ["accuracies", "draw", "tokens_per_step", "write_report"]
+
+ANSWER = 64
+"""Tokens that each held-out prompt is answered with."""
+
+
+def tokens_per_step(
+    model: Model, head: Trained, prompts: Sequence[str], options: dict[str, Any]
+) -> tuple[float, list[Text]]:
+    """Over all prompts, written side by side; and what was written, which is the same for every head."""
+    engine = Engine(model, drafter="none", cache="dense", control="fixed")
+    engine.drafters, engine.control = {"head": Head(model, head)}, Fixed("head")
+    sessions = []
+    for number, prompt in enumerate(prompts):
+        session = engine.open(prompt, key=f"held out {number}", **options)
+        session.limit = min(session.limit, session.prompt_length + ANSWER)
+        sessions.append(session)
+        for _ in engine.prefill(session):
+            pass
+    while active := [session for session in sessions if session.finish_reason is None]:
+        engine.step(active)
+    steps = sum(session.stats.steps for session in sessions)
+    committed = sum(session.stats.committed for session in sessions)
+    return committed / steps, [_text(number, session) for number, session in enumerate(sessions)]
+
+
+@torch.no_grad()
+def accuracies(model: Model, head: Trained, texts: Sequence[Text]) -> list[float]:
+    """By depth: how often the head's likeliest token behind true tokens is the target's."""
+    decoder, config, rows = model.decoder, head.config(model), head.rows(model)
+    right, seen = torch.zeros(head.depth), torch.zeros(head.depth)
+    for text in texts:
+        hidden = features(decoder, text.tokens)
+        wanted = decoder.logits(hidden).argmax(-1)  # [n]
+        embedded = decoder.embed(torch.tensor(text.tokens[1:], device=decoder.device))
+        outs = unroll(head.module, config, hidden[None, :-1], head.module.token_norm(embedded)[None], head.depth)
+        for i, out in enumerate(outs):
+            first = max(0, text.prompt - 2 - i)
+            tokens = (head.module.norm(out[0, first:]) @ rows.T).argmax(-1)
+            if head.tokens is not None:
+                tokens = head.tokens.to(tokens.device)[tokens]
+            right[i] += (tokens == wanted[first + i + 1 :]).sum().cpu()
+            seen[i] += len(tokens)
+    return [round(share, 4) for share in (right / seen.clamp_min(1)).tolist()]
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """report.json, and report.png where matplotlib is installed (the extra `bench`).
+
+    Raises:
+        LongspecError: they can't be written.
+    """
+    try:
+        replaced(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        replaced(folder / "report.png", lambda path: draw(path, report))
+    except ImportError:
+        pass
+    except OSError as error:
+        raise LongspecError(f"{folder} can't be written: {error.strerror or error}.") from error
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """Loss and tokens per step over the steps; accuracy by depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    steps, losses, worth = zip(*report["history"], strict=True) if report["history"] else ((), (), ())
+    left.plot(steps, losses, marker=".")
+    left.set(xlabel="step", ylabel="loss per token")
+    middle.plot((0, *steps), (report["untrained_tokens_per_step"], *worth), marker=".")
+    middle.set(xlabel="step", ylabel="tokens per step, held-out prompts")
+    right.bar(range(1, len(report["accuracy"]) + 1), report["accuracy"])
+    right.set(xlabel="depth", ylabel="accuracy behind true tokens", ylim=(0, 1))
+    figure.savefig(path, format="png")
+
+
+def _text(number: int, session: Session) -> Text:
+    return Text(number, session.prompt_length, session.tokens)
