@@ -19,9 +19,9 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 STAGES = [
     ["errors", "prompts", "types"],
     ["grammar", "machine"],
-    ["native", "sampling", "template", "text", "tree", "verify"],
+    ["loops", "native", "sampling", "template", "text", "tree", "verify"],
     ["cache", "constraint"],
-    ["attention"],
+    ["attention", "reasoning"],
     ["model"],
     ["drafters"],
     ["budget", "costs", "record"],
