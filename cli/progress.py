@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "thinking"]
 
 _NOTES = {"downloading": "{model} isn't on this machine yet: pulling it once"}
 _WAITING = "waiting"
@@ -80,6 +80,11 @@ class Progress:
             self.say(_NOTES[stage].format(model=self.model))
         elif stage.startswith(_WAITING) and not self.drawn:
             self.say(stage)
+
+
+def thinking(tokens: int) -> str:
+    """What is drawn in place of thoughts that are hidden."""
+    return f"thinking… {tokens:,} tokens"
 
 
 def _can_draw() -> bool:

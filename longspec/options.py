@@ -11,11 +11,12 @@ from typing import Any, TypedDict
 
 from longspec.cache import BLOCK, CACHES
 from longspec.drafters import check as check_drafter
+from longspec.effort import variables
 from longspec.errors import BudgetError, ContextError, UsageError
 from longspec.grammar import grammar_of
 from longspec.loops import Loops
 from longspec.model.load import Model
-from longspec.reasoning import held, variables
+from longspec.reasoning import held
 from longspec.session import Session
 from longspec.text import Prompt, Vocabulary, encode
 
@@ -44,7 +45,7 @@ class Options(TypedDict, total=False):
     json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
     regex: str | None  # or a regular expression, for the whole of it
     reasoning_budget: int | None  # tokens of reasoning, after which the section is ended and the answer follows
-    effort: str | None  # how much to think, one of longspec.reasoning.EFFORTS; the chat template has to know it
+    effort: str | None  # how much to think, one of longspec.effort.EFFORTS; the chat template has to know it
     stop_loops: bool  # end an answer that only repeats itself
 
 

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -25,13 +24,7 @@ from longspec.errors import UsageError
 from longspec.text import Vocabulary
 from longspec.types import Draft
 
-__all__ = ["EFFORTS", "Guide", "Markers", "Reader", "Section", "held", "markers_of", "variables"]
-
-EFFORTS = ("none", "low", "medium", "high")
-"""How much a model is asked to think; what its template knows of these is `variables`' matter."""
-
-_SWITCHES = ("enable_thinking", "thinking")  # Qwen 3, SmolLM3; DeepSeek V3.1, Granite
-_LEVEL = "reasoning_effort"
+__all__ = ["Guide", "Markers", "Reader", "Section", "held", "markers_of"]
 
 # <think>, [THINK], <|begin_of_thought|>, <seed:think>, and what ends them.
 _TAG = re.compile(r"[<\[◁][^\s<>\[\]◁▷'\"{}\\]{0,40}(?:think|thought|reason)[^\s<>\[\]◁▷'\"{}\\]{0,40}[>\]▷]", re.I)
@@ -68,35 +61,6 @@ def _ends(tag: str) -> list[str]:
     if _BEGINS.search(tag):
         ends.append(_BEGINS.sub(lambda word: "END" if word[0].isupper() else "end", tag, count=1))
     return [end for end in ends if end != tag]
-
-
-def variables(vocabulary: Vocabulary, effort: str | None) -> dict[str, Any]:
-    """What the chat template is told for this effort.
-
-    Raises:
-        UsageError: the template doesn't know it.
-    """
-    if effort is None:
-        return {}
-    if effort not in EFFORTS:
-        raise UsageError(f"The effort {effort!r} is not known; use one of: {', '.join(EFFORTS)}.")
-    known = vocabulary.variables
-    switches = {name: effort != "none" for name in _SWITCHES if name in known}
-    if _LEVEL in known and (effort != "none" or not switches):
-        if effort == "none" and not re.search(r"['\"]none['\"]", vocabulary.template or ""):
-            raise UsageError("This model's chat template knows the efforts low, medium and high; use one of these.")
-        return {**switches, _LEVEL: effort}
-    if switches and effort in ("none", "high"):
-        return switches
-    if switches:
-        raise UsageError(
-            f"This model's chat template can only turn thinking on and off, so there is no effort {effort!r}; use high "
-            "or none, or a --reasoning-budget."
-        )
-    raise UsageError(
-        "This model's chat template knows no effort: none of its variables is "
-        f"{', '.join((_LEVEL, *_SWITCHES))}; leave the effort out."
-    )
 
 
 _BEFORE, _INSIDE, _AFTER = "before", "inside", "after"

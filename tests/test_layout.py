@@ -20,7 +20,7 @@ STAGES = [
     ["errors", "prompts", "types"],
     ["grammar", "machine"],
     ["loops", "native", "sampling", "template", "text", "tree", "verify"],
-    ["cache", "constraint"],
+    ["cache", "constraint", "effort"],
     ["attention", "reasoning"],
     ["model"],
     ["drafters"],

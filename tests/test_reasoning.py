@@ -13,10 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from longspec.conversation import Conversation
+from longspec.effort import variables
 from longspec.engine import Engine
 from longspec.errors import UsageError
 from longspec.model.load import Model
-from longspec.reasoning import Markers, Reader, Section, markers_of, variables
+from longspec.reasoning import Markers, Reader, Section, markers_of
 from longspec.session import Session
 from longspec.text import Transcript, Vocabulary
 
