@@ -1,6 +1,6 @@
 """What a model thinks before it answers: where it stands in a text, how long it may become, and what follows it.
 
-Takes a vocabulary, whose chat template and added tokens say how a section of reasoning begins and ends; gives a
+Takes a vocabulary, whose markers say how a section of reasoning begins and ends; gives a
 `Section`, which tells an answer's thoughts from its words, and a `Guide`, which holds the thoughts to a budget and the
 words to a grammar. Knows no model and no drafter. Where a path of tokens stands depends on these tokens alone, so the
 text is the same whatever is drafted.
@@ -11,57 +11,19 @@ answer begins with it. An answer has one at most: markers that come later are pa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from longspec.constraint import Constraint, joined
 from longspec.errors import UsageError
+from longspec.markers import Markers
 from longspec.text import Vocabulary
 from longspec.types import Draft
 
-__all__ = ["Guide", "Markers", "Reader", "Section", "held", "markers_of"]
-
-# <think>, [THINK], <|begin_of_thought|>, <seed:think>, and what ends them.
-_TAG = re.compile(r"[<\[◁][^\s<>\[\]◁▷'\"{}\\]{0,40}(?:think|thought|reason)[^\s<>\[\]◁▷'\"{}\\]{0,40}[>\]▷]", re.I)
-_BEGINS = re.compile(r"begin|start", re.I)
-
-
-@dataclass(frozen=True, slots=True)
-class Markers:
-    """What stands before the thoughts, and behind them."""
-
-    begin: str
-    end: str
-
-
-_FOUND: WeakKeyDictionary[Vocabulary, Markers | None] = WeakKeyDictionary()
-
-
-def markers_of(vocabulary: Vocabulary) -> Markers | None:
-    """The markers that the template names, or else the tokens that were added for them; None where there are none."""
-    if vocabulary not in _FOUND:
-        added = [token.content for token in vocabulary.tokenizer.get_added_tokens_decoder().values()]
-        added = [tag for tag in added if _TAG.fullmatch(tag)]
-        named = _TAG.findall(vocabulary.template or "")
-        known = dict.fromkeys([*named, *added])  # in the order in which they come
-        pairs = [Markers(tag, end) for tag in known for end in _ends(tag) if end in known]
-        pairs.sort(key=lambda pair: (pair.begin in named) + (pair.end in named), reverse=True)
-        _FOUND[vocabulary] = pairs[0] if pairs else None
-    return _FOUND[vocabulary]
-
-
-def _ends(tag: str) -> list[str]:
-    """How the end of a section may be written that begins like this."""
-    ends = [f"{tag[0]}/{tag[1:]}", f"{tag[:2]}/{tag[2:]}"]
-    if _BEGINS.search(tag):
-        ends.append(_BEGINS.sub(lambda word: "END" if word[0].isupper() else "end", tag, count=1))
-    return [end for end in ends if end != tag]
-
+__all__ = ["Guide", "Reader", "Section", "held"]
 
 _BEFORE, _INSIDE, _AFTER = "before", "inside", "after"
 
@@ -81,14 +43,7 @@ class Reader:
 
     def __init__(self, vocabulary: Vocabulary, markers: Markers) -> None:
         self._begin, self._end = markers.begin.encode(), markers.end.encode()
-        names = {vocabulary.tokenizer.token_to_id(tag): tag.encode() for tag in (markers.begin, markers.end)}
-        self.silent = any(i is not None and vocabulary.piece(i, first=False) is None for i in names)
-
-        @lru_cache(maxsize=4096)
-        def spelled(token: int) -> bytes:
-            return vocabulary.piece(token, first=False) or names.get(token, b"")
-
-        self.spelled = spelled
+        self.spelled = lru_cache(maxsize=4096)(lambda token: vocabulary.piece(token, first=False) or b"")
         self.ending = vocabulary.encode(markers.end, add_special=False)
 
     def begun(self, prompt: Sequence[int]) -> Place:
@@ -148,7 +103,6 @@ class Section:
         """The answer has one more token, whose text begins at this offset."""
         old, self._place = self._place, self._reader.after(self._place, token)
         piece = self._reader.spelled(token)
-        shown = b"" if self._reader.silent and self._place.phase != old.phase else piece
         phase = self._place.phase
         if old.phase == _INSIDE:
             self._sizes.append(len(piece))
@@ -156,13 +110,12 @@ class Section:
         if phase == old.phase:
             return
         if phase == _INSIDE:
-            self._opened = begin + _letters(shown[: len(shown) - len(self._place.tail)])
+            self._opened = begin + _letters(piece[: len(piece) - len(self._place.tail)])
         elif old.phase == _BEFORE:
             self._words = 0
         else:
-            kept = shown[: len(shown) - self._place.rest]
-            self._words = begin + _letters(kept)
-            self._closed = self._words - (0 if self._reader.silent else len(self._markers.end))
+            self._words = begin + _letters(piece[: len(piece) - self._place.rest])
+            self._closed = self._words - len(self._markers.end)
             wanted = len(self._markers.end.encode()) + self._place.rest
             while wanted > 0 and self._sizes:
                 wanted -= self._sizes.pop()
@@ -177,7 +130,7 @@ class Section:
         if self._opened is not None:
             end = self._closed
             if end is None:
-                end = len(text) - (0 if over or self._reader.silent else self._held(text))
+                end = len(text) - (0 if over else self._held(text))
             thought = text[max(self._thought, self._opened) : end].rstrip()
             self._thought = max(self._thought, self._opened) + len(thought)
             thought = self._stripped(0, thought)
@@ -308,7 +261,7 @@ def held(
         UsageError: there is a budget, and nothing that it is for; or the grammar can't be used with this model.
     """
     constraint = None if grammar is None else Constraint(grammar, vocabulary, size, end_tokens)
-    markers = None if raw else markers_of(vocabulary)
+    markers = None if raw else vocabulary.markers
     if budget is not None:
         if budget < 0:
             raise UsageError(f"reasoning_budget is {budget}; it must be 0 or more.")

@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from longspec.errors import ModelError, UsageError
+from longspec.markers import find
 
 __all__ = ["Prompt", "StopFinder", "TextStream", "Transcript", "Vocabulary", "encode"]
 
@@ -65,6 +66,9 @@ class Vocabulary:
         known = [text for text in self.special.values() if tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens([text for text in known if text not in added])
         self._silent = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.markers = find(template, added)
+        marks = () if self.markers is None else (self.markers.begin, self.markers.end)
+        self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in marks}
         decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
         self._spells_bytes = b'"ByteLevel"' in decoder
         self._has_byte_tokens = b'"ByteFallback"' in decoder
@@ -144,6 +148,8 @@ class Vocabulary:
         The first token of a text may lose its leading space.
         """
         name = self.tokenizer.id_to_token(token)
+        if name is not None and token in self._spoken:  # it tells a reader where the thoughts end
+            return name.encode()
         if name is None or token in self._silent:
             return None
         if self._spells_bytes:

@@ -16,8 +16,9 @@ from longspec.conversation import Conversation
 from longspec.effort import variables
 from longspec.engine import Engine
 from longspec.errors import UsageError
+from longspec.markers import Markers
 from longspec.model.load import Model
-from longspec.reasoning import Markers, Reader, Section, markers_of
+from longspec.reasoning import Reader, Section
 from longspec.session import Session
 from longspec.text import Transcript, Vocabulary
 
@@ -153,7 +154,7 @@ def test_a_marker_that_was_begun_is_finished(bare: Model) -> None:
 def split(text: str, template: str = OPENS, prompt: str = "a<think>\n", **options: Any) -> tuple[str, str, str, int]:
     """Thoughts and words as they came, all of the text, and how many tokens were thought."""
     words = vocabulary(template, **options)
-    markers = markers_of(words)
+    markers = words.markers
     assert markers is not None
     reader = Reader(words, markers)
     section = Section(reader, markers, reader.begun(words.encode(prompt, add_special=False)))
@@ -185,10 +186,10 @@ def test_thoughts_and_words_are_told_apart(added: tuple[str, ...]) -> None:
     assert split("A", prompt="a<think>\n\n</think>\n\n", added=added)[:2] == ("", "A")
 
 
-def test_markers_that_no_text_shows() -> None:
+def test_markers_that_are_special_are_shown() -> None:
     template = PLAIN + "[THINK][/THINK]"
     parts = split("[THINK]I.[/THINK]A", template, "a", added=("[THINK]", "[/THINK]"), special=True)
-    assert parts == ("I.", "A", "I.A", 2)
+    assert parts == ("I.", "A", "[THINK]I.[/THINK]A", 2)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_markers_that_no_text_shows() -> None:
     ],
 )
 def test_markers_are_the_templates_own(template: str, added: tuple[str, ...], wanted: Any) -> None:
-    found = markers_of(vocabulary(template, added))
+    found = vocabulary(template, added).markers
     if isinstance(wanted, tuple):
         assert found is not None
         assert found.begin == wanted[0]
