@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from time import perf_counter
@@ -96,9 +97,10 @@ def test_bets_do_not_change_where_a_loop_ends(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.real
 def test_the_real_model_ends_what_it_repeats(tmp_path: Path) -> None:
-    """Decoded greedily and kept from ending, it goes round before long."""
-    asked = ["--no-stdin", "--max-new-tokens", "3000", "--stop-loops", "Write the words bird and tree forever."]
+    """Without its template and decoded greedily it goes round before long, but not where it counts."""
     home = {"XDG_CACHE_HOME": str(Path.home() / ".cache")}
-    done = call(["run", *asked, "--temperature", "0"], tmp_path, extra=home)
+    asked = ["run", "--each-line", "--raw", "--json", "--max-new-tokens", "300", "--stop-loops", "--temperature", "0"]
+    done = call(asked, tmp_path, b"The bird sat on the tree.\n1, 2, 3, 4,\n", extra=home)
     assert done.code == 0
-    assert "repeated itself" in done.err
+    assert [json.loads(line)["finish_reason"] for line in done.out.splitlines()] == ["loop", "length"]
+    assert done.err == "longspec: line 1: the text only repeated itself, so it was ended (--stop-loops)\n"
