@@ -158,13 +158,22 @@ class Section:
 class Guide:
     """What may follow an answer with a section, as `longspec.constraint.Constraint` says it of one with a grammar.
 
-    budget: after so many tokens of thought the section is ended. grammar: holds what follows the section.
+    budget: after so many tokens of thought the section is ended. grammar: holds what follows the section, which then
+    has to come: a text can't end in its thoughts.
     """
 
-    def __init__(self, reader: Reader, place: Place, budget: int | None, grammar: Constraint | None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        place: Place,
+        budget: int | None,
+        grammar: Constraint | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
         self._reader = reader
         self._budget = budget
         self._grammar = grammar
+        self._end_tokens = list(end_tokens)
         # An answer that is held to a grammar has no thoughts but those that the prompt has begun.
         self._place = Place(_AFTER) if grammar is not None and place.phase == _BEFORE else place
 
@@ -183,9 +192,13 @@ class Guide:
         places = list(self._along(paths))
         due = {row: token for row, place in enumerate(places) if (token := self._due(place)) is not None}
         held = [row for row, place in enumerate(places) if place.phase == _AFTER] if self._grammar else []
-        if not due and not held:
+        if not due and self._grammar is None:
             return logits
         logits = logits.clone()
+        if self._grammar is not None:
+            inside = [row for row, place in enumerate(places) if place.phase == _INSIDE]
+            for token in self._end_tokens:
+                logits[inside, token] = float("-inf")
         for row, token in due.items():
             kept = logits[row, token].clone()
             logits[row] = float("-inf")
@@ -279,7 +292,7 @@ def held(
     section = Section(reader, markers, place)
     if budget is None and (constraint is None or not section.is_open):
         return section, constraint
-    return section, Guide(reader, place, budget, constraint)
+    return section, Guide(reader, place, budget, constraint, end_tokens)
 
 
 def _letters(data: bytes) -> int:
