@@ -64,6 +64,9 @@ class Progress:
             self._task = self._bar.add_task(stage, total=None)
             self._bar.start()
         assert self._task is not None
+        if not total and self._bar.tasks[0].total is not None:  # rich leaves a total as it is where none is given
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=None)
         self._bar.update(self._task, description=stage, completed=done, total=total or None)
 
     def stop(self) -> None:
