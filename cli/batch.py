@@ -19,7 +19,7 @@ from longspec.batch.inputs import Input, open_input
 from longspec.batch.marks import fresh
 from longspec.batch.output import Output
 from longspec.batch.requests import Fault, Item
-from longspec.cli import BEGAN, options, precedence, signals
+from longspec.cli import BEGAN, options, precedence, reasoning_options, signals
 from longspec.cli import batch_options as own
 from longspec.cli.loop import Loop
 from longspec.cli.progress import Progress
@@ -86,6 +86,9 @@ def batch(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    reasoning_budget: reasoning_options.ReasoningBudget = None,
+    effort: reasoning_options.Effort = None,
+    stop_loops: reasoning_options.StopLoops = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Answer many prompts, and write each answer as a line of JSON.
@@ -113,6 +116,7 @@ def batch(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
     }
     loading: dict[str, Any] = {
         "drafter": drafter,
@@ -149,6 +153,7 @@ def batch(
             "order": "the input's" if in_order else "as they finish",
             **{name: value for name, value in writing.items() if name != "stop"},
             "stop": writing["stop"],
+            "stop_loops": stop_loops or None,  # as in what was begun before there was such an option
         }
         about.check(settings)
         progress.report("reading what is there")

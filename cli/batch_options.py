@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from longspec.batch.inputs import FORMATS
-from longspec.cli.options import whole
+from longspec.cli.readers import whole
 
 _FILES = "Input and output"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli import options
+from longspec.cli import options, readers
 from longspec.cli.command import Command, Group
 from longspec.errors import UsageError
 
@@ -34,7 +34,7 @@ def cache(
     context: Annotated[
         list[Any] | None,
         typer.Option(
-            "--context", metavar="N", parser=options.whole(256), help="Tokens of context, 256 or more; may be repeated."
+            "--context", metavar="N", parser=readers.whole(256), help="Tokens of context, 256 or more; may be repeated."
         ),
     ] = None,
     kind: Annotated[
@@ -95,10 +95,10 @@ def drafters(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     control: options.Control = "goodput",
     prompts: Annotated[
-        int | None, typer.Option("--prompts", metavar="N", parser=options.whole(1), help="Of each category; else all.")
+        int | None, typer.Option("--prompts", metavar="N", parser=readers.whole(1), help="Of each category; else all.")
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", parser=options.whole(1), help="Of each answer.")
+        int, typer.Option("--max-new-tokens", metavar="N", parser=readers.whole(1), help="Of each answer.")
     ] = 128,
     transformers: Annotated[
         bool, typer.Option("--transformers", help="Beside them, transformers' generate with its prompt lookup.")

@@ -61,6 +61,7 @@ class Call:
     as_json: bool
     stats: bool
     no_server: bool
+    hide_reasoning: bool
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:

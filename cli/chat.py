@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli import BEGAN, options, precedence
+from longspec.cli import BEGAN, options, precedence, reasoning_options
 from longspec.cli.colour import can_colour
 from longspec.cli.dialogue import COMMANDS, Dialogue
 from longspec.cli.progress import Progress
@@ -74,6 +74,10 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    hide_reasoning: reasoning_options.HideReasoning = False,
+    reasoning_budget: reasoning_options.ReasoningBudget = None,
+    effort: reasoning_options.Effort = None,
+    stop_loops: reasoning_options.StopLoops = False,
     show_drafts: ShowDrafts = False,
     quiet: options.Quiet = False,
     stats: options.Stats = False,
@@ -93,6 +97,7 @@ def chat(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
     }
     loading: dict[str, Any] = {
         "drafter": drafter,
@@ -129,4 +134,5 @@ def chat(
         lines = TypedLines("> ", [usage.split()[0] for usage in COMMANDS]) if typed else PipedLines()
         if typed:
             progress.say(f"talking with {loaded.model.name}; /help says how, Ctrl-D ends")
-        Dialogue(conversation, lines, progress, engine, colours=show_drafts and can_colour(), stats=stats).hold()
+        colours = show_drafts and can_colour()
+        Dialogue(conversation, lines, progress, engine, colours=colours, stats=stats, hide=hide_reasoning).hold()

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from longspec.cli import signals
 from longspec.cli.colour import coloured
 from longspec.cli.output import Output
-from longspec.cli.progress import Progress
+from longspec.cli.progress import Progress, thinking
 from longspec.cli.typed import PipedLines, TypedLines
-from longspec.cli.writing import statistics
+from longspec.cli.writing import UNSAID, statistics, unsaid
 from longspec.errors import LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Dialogue:
         *,
         colours: bool,
         stats: bool,
+        hide: bool = False,
     ) -> None:
         self.conversation = conversation
         self.lines = lines
@@ -64,6 +65,7 @@ class Dialogue:
         self.load = load
         self.colours = colours
         self.stats = stats
+        self.hide = hide  # what is thought
 
     def hold(self) -> None:
         """Answer until there is nothing more to read.
@@ -171,6 +173,8 @@ class Dialogue:
         kept = self.conversation.keep()
         for note in session.notes:
             self.progress.say(note)
+        if self.hide and unsaid(self.conversation.engine.answer(session)):
+            self.progress.say(UNSAID)
         if interrupted is None:
             if self.stats:
                 self.progress.say(statistics(self.conversation.engine.answer(session)))
@@ -193,7 +197,8 @@ class Dialogue:
 
         def show(text: str) -> None:
             nonlocal shown
-            begin, shown = shown, shown + len(text)
+            shown += len(text)
+            begin = len(session.text) - len(text)  # it is the newest
             output.write(coloured(text, begin, session.begins, drafted) if self.colours else text)
 
         try:
@@ -212,9 +217,11 @@ class Dialogue:
                     [commit] = engine.step([session])
                     whole = True
                 drafted += [i < commit.accepted for i in range(len(commit.tokens))]
-                if commit.text:
+                if piece := commit.said if self.hide else commit.text:
                     progress.stop()
-                    show(commit.text)
+                    show(piece)
+                elif self.hide and session.section is not None and session.section.is_open:
+                    progress.report(thinking(session.section.tokens))
                 output.check()
         except signals.Interrupted as end:
             if not whole:
@@ -231,7 +238,7 @@ class Dialogue:
             raise
         progress.stop()
         if interrupted is None or output.is_ready:
-            show(session.text[shown:])
+            show((session.said if self.hide else session.text)[shown:])
             output.end_line()
         return interrupted
 

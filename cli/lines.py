@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspec.cli import BEGAN
 from longspec.cli.prompt import joined, read_head, read_lines, text_of
-from longspec.cli.writing import load, statistics, write
+from longspec.cli.writing import UNSAID, load, statistics, unsaid, write
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -53,13 +53,15 @@ def answer_lines(call: Call) -> LongspecError | None:
             _tell(f"line {number}: {session}", progress)
             output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
             continue
-        interrupted = write(engine, session, output, progress, stream=False, text=False)
+        interrupted = write(engine, session, output, progress, stream=False, text=False, hide=call.hide_reasoning)
         progress.stop()
         answer = engine.answer(session)
         if interrupted is None or (session.answer and output.is_ready):
-            said = _object(answer.report()) if call.as_json else one_line(answer.text)
+            text = session.said if call.hide_reasoning else session.text
+            said = _object(answer.report()) if call.as_json else one_line(text)
             output.write(said + "\n")
-        for note in [*session.notes, *([statistics(answer)] if call.stats else [])]:
+        unseen = [UNSAID] if call.hide_reasoning and unsaid(answer) else []
+        for note in [*session.notes, *unseen, *([statistics(answer)] if call.stats else [])]:
             progress.say(f"line {number}: {note}")
         if interrupted is not None:
             raise interrupted

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli import options
+from longspec.cli import options, readers
 from longspec.cli.progress import Progress
 from longspec.errors import ContextError, ModelError
 
@@ -41,7 +41,7 @@ def plan(
             "--context",
             "-c",
             metavar="N",
-            parser=options.tokens,
+            parser=readers.tokens,
             rich_help_panel="Model and method",
             help="Tokens of prompt and answer; 32k is 32,768. The model's whole context if left out.",
         ),
@@ -51,7 +51,7 @@ def plan(
         typer.Option(
             "--memory",
             metavar="SIZE",
-            parser=options.size,
+            parser=readers.size,
             rich_help_panel="Model and method",
             help="What has to hold it, such as 6GiB: on a CPU all that the process takes, on a GPU what is reserved "
             "there. What is free, if left out.",

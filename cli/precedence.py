@@ -32,6 +32,15 @@ def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> N
             options["raw"] = False
         else:
             raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
+    for idle in ("effort", "reasoning_budget"):
+        if options["raw"] and options.get(idle) is not None:
+            if _yields(ctx, idle, to="raw"):
+                options[idle] = None
+            elif _yields(ctx, "raw", to=idle):
+                options["raw"] = False
+            else:
+                flag = f"--{idle.replace('_', '-')}"
+                raise UsageError(f"--raw leaves the chat template out, which {flag} needs; leave one out.")
     if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
         # Greedy: what settings say of sampling gives way, and what a template says to a flag.
         kept = chosen if "temperature" in chosen else {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "thinking"]
 
 _NOTES = {"downloading": "{model} isn't on this machine yet: pulling it once"}
 _WAITING = "waiting"
@@ -64,6 +64,9 @@ class Progress:
             self._task = self._bar.add_task(stage, total=None)
             self._bar.start()
         assert self._task is not None
+        if not total and self._bar.tasks[0].total is not None:  # rich leaves a total as it is where none is given
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=None)
         self._bar.update(self._task, description=stage, completed=done, total=total or None)
 
     def stop(self) -> None:
@@ -80,6 +83,11 @@ class Progress:
             self.say(_NOTES[stage].format(model=self.model))
         elif stage.startswith(_WAITING) and not self.drawn:
             self.say(stage)
+
+
+def thinking(tokens: int) -> str:
+    """What is drawn in place of thoughts that are hidden."""
+    return f"thinking… {tokens:,} tokens"
 
 
 def _can_draw() -> bool:

@@ -28,7 +28,7 @@ from longspec import __version__
 from longspec.cli import signals
 from longspec.cli.outfile import OutputFile
 from longspec.cli.output import Output
-from longspec.cli.progress import Progress
+from longspec.cli.progress import Progress, thinking
 from longspec.errors import LongspecError
 from longspec.machine import cache_folder
 
@@ -52,6 +52,10 @@ class Reported:
     @property
     def finish_reason(self) -> str:
         return str(self.fields["finish_reason"])
+
+    @property
+    def text(self) -> str:
+        return str(self.fields["text"])
 
     @property
     def usage(self) -> dict[str, int]:
@@ -116,10 +120,12 @@ def write(
     began: float,
     stream: bool,
     text: bool,
+    hide: bool,
 ) -> tuple[Reported, signals.Interrupted | None] | None:
     """The answer, written by a server that is up; None, with nothing written, where there is none that takes it.
 
-    stream: each piece as it becomes certain. text: at least at the end. A signal ends the answer and is given back.
+    stream: each piece as it becomes certain. text: at least at the end. hide: without what was thought. A signal ends
+    the answer and is given back.
     """
     if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
         return None  # the process's own memory is meant, and its own file
@@ -137,11 +143,14 @@ def write(
         while remote.report is None:
             try:
                 remote.advance(_END_SECONDS if interrupted else _LOOK_SECONDS)
-                if stream and interrupted is None and len(remote.text) > shown:
+                whole = remote.said if hide else remote.text
+                if stream and interrupted is None and len(whole) > shown:
                     progress.stop()
-                    piece, shown = remote.text[shown:], len(remote.text)
+                    piece, shown = whole[shown:], len(whole)
                     output.write(piece)
-                if not stream or output.is_file:
+                if hide and remote.thinking:
+                    progress.report(thinking(remote.thinking))
+                elif not stream or output.is_file:
                     progress.report(f"writing, {remote.tokens:,} tokens")
                 output.check()
             except signals.Interrupted as end:
@@ -157,7 +166,7 @@ def write(
                 raise
     progress.stop()
     if text and (interrupted is None or output.is_ready):
-        output.write(remote.text[shown:])
+        output.write((remote.said if hide else remote.text)[shown:])
         output.end_line()
     for note in remote.notes:
         progress.say(note)
@@ -172,6 +181,8 @@ class _Remote:
 
     def __init__(self, connection: socket.socket) -> None:
         self.text = ""
+        self.said = ""  # what of it isn't thought
+        self.thinking = 0  # tokens of what was thought, until something is said
         self.tokens = 0
         self.notes: list[str] = []
         self.report: dict[str, Any] | None = None
@@ -221,7 +232,10 @@ class _Remote:
             error = LongspecError(line["error"])
             error.exit_code = line["exit_code"]
             raise error
-        self.text += line.get("text", "")
+        text = line.get("text", "")
+        self.text += text
+        self.said += line.get("said", text)
+        self.thinking = 0 if self.said else self.thinking + line.get("tokens", 0) * bool(text)
         self.tokens += line.get("tokens", 0)
         self.notes += line.get("notes", [])
         self.report = line.get("answer")

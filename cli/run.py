@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from longspec.cli import BEGAN, held, options, precedence, prompts, remote, signals
+from longspec.cli import BEGAN, held, options, precedence, prompts, reasoning_options, remote, signals
 from longspec.cli.call import Call, make_form
 from longspec.cli.lines import answer_lines
 from longspec.cli.outfile import OutputFile
 from longspec.cli.output import Output
 from longspec.cli.progress import Progress
 from longspec.cli.prompt import checked, read_prompt
-from longspec.cli.writing import load, statistics, write
+from longspec.cli.writing import UNSAID, load, statistics, unsaid, write
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ Examples:
   longspec run -f question.md --temperature 0.8 --seed 1 --stats
   longspec run --json --max-new-tokens 64 "List the planets." | jq -r .text
   git diff --staged | longspec run -t commit-message
+  longspec run -m Qwen/Qwen3-0.6B --hide-reasoning --reasoning-budget 500 "Is 1001 prime?"
   longspec run --each-line -t translate -p to=German -o de.txt < en.txt
 
 \b
@@ -77,6 +78,10 @@ def run(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    hide_reasoning: reasoning_options.HideReasoning = False,
+    reasoning_budget: reasoning_options.ReasoningBudget = None,
+    effort: reasoning_options.Effort = None,
+    stop_loops: reasoning_options.StopLoops = False,
     json_schema: held.JsonSchema = None,
     regex: held.Regex = None,
     prompt_cache: options.PromptCache = None,
@@ -103,6 +108,7 @@ def run(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
         **held.checked(json_schema, regex),
     }
     loading = {
@@ -141,6 +147,7 @@ def run(
             as_json=as_json,
             stats=stats,
             no_server=no_server,
+            hide_reasoning=hide_reasoning,
         )
         if each_line:
             unanswered = answer_lines(call)
@@ -159,6 +166,8 @@ def _answer(call: Call) -> None:
     answer, interrupted = served or _written(call, text, began)
     if call.as_json:
         call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
+    if call.hide_reasoning and unsaid(answer):
+        call.progress.say(UNSAID)
     if call.stats:
         call.progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":
@@ -177,6 +186,7 @@ def _served(call: Call, text: str, began: float) -> tuple[remote.Reported, signa
         began=began,
         stream=call.stream,
         text=not call.as_json,
+        hide=call.hide_reasoning,
     )
 
 
@@ -187,7 +197,8 @@ def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Inter
         loading = {**loading, "tokens": lambda vocabulary: _length(vocabulary, text, call.writing)}
     engine = load(call.model, loading, began, progress)
     session = engine.open(text, **call.writing)
-    interrupted = write(engine, session, call.output, progress, stream=call.stream, text=not call.as_json)
+    hide, text_too = call.hide_reasoning, not call.as_json
+    interrupted = write(engine, session, call.output, progress, stream=call.stream, text=text_too, hide=hide)
     progress.stop()
     for note in session.notes:
         progress.say(note)
@@ -214,9 +225,9 @@ def _opened(name: str | None, progress: Progress) -> AbstractContextManager[Outp
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
     """How long prompt and answer may become; None where only the model's context ends them."""
-    from longspec.text import encode
+    from longspec.options import tokens_of
 
     asked = writing["max_new_tokens"]
     if asked is None:
         return None
-    return len(encode(vocabulary, prompt, writing["system"], raw=writing["raw"])) + asked
+    return len(tokens_of(vocabulary, prompt, writing)) + asked

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspec.cli import options, precedence, remote
-from longspec.cli.options import number, whole
 from longspec.cli.progress import Progress
+from longspec.cli.readers import number, whole
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:

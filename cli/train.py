@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longspec.cli import options
+from longspec.cli import options, readers
 from longspec.cli.progress import Progress
 from longspec.errors import UsageError
 
@@ -50,7 +50,7 @@ def train(
     steps: Annotated[
         int,
         typer.Option(
-            "--steps", metavar="N", parser=options.whole(1), rich_help_panel=_TRAINING, help="Steps; 2000 if left out."
+            "--steps", metavar="N", parser=readers.whole(1), rich_help_panel=_TRAINING, help="Steps; 2000 if left out."
         ),
     ] = 2000,
     tokens: Annotated[
@@ -58,7 +58,7 @@ def train(
         typer.Option(
             "--tokens",
             metavar="N",
-            parser=options.tokens,
+            parser=readers.tokens,
             rich_help_panel=_TRAINING,
             help="Tokens that the model writes; 1000k if left out.",
         ),
@@ -68,7 +68,7 @@ def train(
         typer.Option(
             "--depth",
             metavar="N",
-            parser=options.whole(1),
+            parser=readers.whole(1),
             rich_help_panel=_TRAINING,
             help="Tokens that are drafted behind each other; 5 if left out.",
         ),
@@ -78,7 +78,7 @@ def train(
         typer.Option(
             "--draft-vocab",
             metavar="N",
-            parser=options.whole(0),
+            parser=readers.whole(0),
             rich_help_panel=_TRAINING,
             help="Draft only the N most frequent tokens; 16384 if left out, 0 is all.",
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli import options
+from longspec.cli import options, readers
 from longspec.cli.progress import Progress
 from longspec.errors import ContextError
 
@@ -41,7 +41,7 @@ def tune(
         typer.Option(
             "--budget",
             metavar="SECONDS",
-            parser=options.number(0, open_below=True),
+            parser=readers.number(0, open_below=True),
             rich_help_panel="Search",
             help="About how long it may take, without loading the model; 120 if left out.",
         ),
@@ -52,7 +52,7 @@ def tune(
             "--context",
             "-c",
             metavar="N",
-            parser=options.tokens,
+            parser=readers.tokens,
             rich_help_panel="Search",
             help="Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
         ),

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from longspec.cli import signals
+from longspec.cli.progress import thinking
 from longspec.errors import LongspecError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from longspec.engine import Engine
     from longspec.session import Session
 
-__all__ = ["load", "statistics", "write"]
+__all__ = ["UNSAID", "load", "statistics", "unsaid", "write"]
 
 
 def load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
@@ -41,11 +42,18 @@ def load(model: str, options: dict[str, Any], began: float, progress: Progress) 
 
 
 def write(
-    engine: Engine, session: Session, output: Output | OutputFile, progress: Progress, *, stream: bool, text: bool
+    engine: Engine,
+    session: Session,
+    output: Output | OutputFile,
+    progress: Progress,
+    *,
+    stream: bool,
+    text: bool,
+    hide: bool = False,
 ) -> signals.Interrupted | None:
     """Write the session to its end, or to a signal, which is given back. What there is of its text is written then.
 
-    stream: each piece as it becomes certain. text: at least at the end.
+    stream: each piece as it becomes certain. text: at least at the end. hide: without what was thought.
     """
     shown, interrupted = 0, None
     try:
@@ -54,12 +62,15 @@ def write(
         while session.finish_reason is None:
             with signals.deferred():
                 [commit] = engine.step([session])
-            if stream and commit.text:
+            piece = commit.said if hide else commit.text
+            if stream and piece:
                 if not output.is_file:
                     progress.stop()
-                shown += len(commit.text)
-                output.write(commit.text)
-            if not stream or output.is_file:
+                shown += len(piece)
+                output.write(piece)
+            if hide and session.section is not None and session.section.is_open:
+                progress.report(thinking(session.section.tokens))
+            elif not stream or output.is_file:
                 progress.report(f"writing, {len(session.answer):,} tokens")
             output.check()
     except signals.Interrupted as end:
@@ -74,15 +85,27 @@ def write(
             output.end_line()
         raise
     if text and (interrupted is None or output.is_ready):
-        output.write(session.text[shown:])
+        output.write((session.said if hide else session.text)[shown:])
         output.end_line()
     return interrupted
+
+
+UNSAID = (
+    "the tokens were used up by reasoning, which is hidden; allow more of them with --max-new-tokens, or bound the "
+    "reasoning with --reasoning-budget"
+)
+
+
+def unsaid(answer: Answer | Reported) -> bool:
+    """It ended before anything was said."""
+    return bool(answer.finish_reason == "length" and answer.usage["reasoning_tokens"] and not answer.text.strip())
 
 
 def statistics(answer: Answer | Reported) -> str:
     """The closing line."""
     count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
-    parts = [f"{count:,} tokens in {timing['decode_s']:.1f} s"]
+    thought = answer.usage["reasoning_tokens"]
+    parts = [f"{count:,} tokens{f' ({thought:,} of reasoning)' if thought else ''} in {timing['decode_s']:.1f} s"]
     if timing["tokens_per_second"] is not None:
         parts[0] += f" ({timing['tokens_per_second']:.1f} tokens/s)"
     parts.append(f"{bets['tokens_per_step']:.2f} tokens per step with {bets['drafter']}")

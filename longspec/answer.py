@@ -14,9 +14,10 @@ __all__ = ["Answer", "memory", "speculation", "timing", "usage"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text, why it ended, and its figures. Seconds, bytes; names as in docs/cli.md."""
+    """A text, what was thought before it, why it ended, and its figures. Seconds, bytes; names as in docs/cli.md."""
 
     text: str
+    reasoning: str | None  # None where there is none
     tokens: tuple[int, ...]
     finish_reason: str
     model: str
@@ -34,7 +35,7 @@ class Answer:
             "model": self.model,
             "dtype": self.dtype,
             "text": self.text,
-            "reasoning": None,
+            "reasoning": self.reasoning,
             "finish_reason": self.finish_reason,
             "exactness": "exact",
             "cache": self.cache,
@@ -51,6 +52,7 @@ def usage(session: Session) -> dict[str, int]:
         "prompt_tokens": session.prompt_length,
         "completion_tokens": len(session.answer),
         "cached_tokens": session.cached,
+        "reasoning_tokens": 0 if session.section is None else min(session.section.tokens, len(session.answer)),
     }
 
 

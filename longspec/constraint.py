@@ -22,7 +22,7 @@ from longspec.grammar import LIMITS
 from longspec.text import Vocabulary
 from longspec.types import Draft
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "joined"]
 
 _TOKENIZERS: WeakKeyDictionary[Vocabulary, LLTokenizer] = WeakKeyDictionary()
 """A vocabulary's trie: 49,152 tokens take 0.17 seconds, a grammar over them about a millisecond."""
@@ -89,23 +89,14 @@ class Constraint:
 
     def extend(self, draft: Draft, ahead: Sequence[int], limit: int) -> Draft:
         """The tokens `ahead`, the draft behind them, and what its first path forces: at most `limit` tokens."""
-        first = len(ahead)
-        tokens = [*ahead, *draft.tokens.tolist()]
-        parents = [*range(-1, first - 1), *(first + parent for parent in draft.parents.tolist())]
-        path, at = list(ahead), first - 1
-        while (child := next((node for node in range(first, len(parents)) if parents[node] == at), None)) is not None:
-            path.append(tokens[child])
-            at = child
-        for good in self._along([path] if len(draft) else []):
-            if good:
-                for token in self.forced(limit - len(tokens)):
-                    tokens.append(token)
-                    parents.append(at)
-                    at = len(tokens) - 1
-        if len(tokens) == len(draft):
-            return draft
-        longer = Draft.tree(tokens, parents)
-        return Draft(longer.tokens, longer.parents, None, draft.begun, draft.whole)
+        return joined(draft, ahead, limit, self.behind)
+
+    def behind(self, path: Sequence[int], limit: int) -> list[int]:
+        """The tokens that must follow the text and this path, at most `limit`; none behind a forbidden one."""
+        tokens: list[int] = []
+        for good in self._along([path]):  # whose end sets the matcher back
+            tokens = self.forced(limit) if good else []
+        return tokens
 
     def _along(self, paths: Sequence[Sequence[int]]) -> Iterator[bool]:
         """For each path, whether it is allowed, with the matcher at its end; at last back at the text's."""
@@ -133,6 +124,27 @@ class Constraint:
         if not reason.startswith("NoExtension"):
             raise LongspecError(f"The answer can't be held to its grammar any longer ({reason}); make it simpler.")
         return np.zeros_like(bits)
+
+
+def joined(
+    draft: Draft, ahead: Sequence[int], limit: int, behind: Callable[[Sequence[int], int], Sequence[int]]
+) -> Draft:
+    """The tokens `ahead`, the draft behind them, and behind its first path what must follow: at most `limit` tokens."""
+    first = len(ahead)
+    tokens = [*ahead, *draft.tokens.tolist()]
+    parents = [*range(-1, first - 1), *(first + parent for parent in draft.parents.tolist())]
+    path, at = list(ahead), first - 1
+    while (child := next((node for node in range(first, len(parents)) if parents[node] == at), None)) is not None:
+        path.append(tokens[child])
+        at = child
+    for token in behind(path, limit - len(tokens)) if len(draft) else ():
+        tokens.append(token)
+        parents.append(at)
+        at = len(tokens) - 1
+    if len(tokens) == len(draft):
+        return draft
+    longer = Draft.tree(tokens, parents)
+    return Draft(longer.tokens, longer.parents, None, draft.begun, draft.whole)
 
 
 class _Pieces:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from longspec.effort import EFFORTS
 from longspec.engine import Engine
 from longspec.errors import LongspecError, UsageError
 from longspec.sampling import Sampling
@@ -284,6 +285,9 @@ def _is_whole(value: object) -> bool:
 _KNOWN: dict[str, Any] = {
     **{name: _is_whole if name in _WHOLE else _is_number for name in _SAMPLING},
     "max_new_tokens": lambda value: _is_whole(value) and value > 0,
+    "reasoning_budget": lambda value: _is_whole(value) and value >= 0,
+    "effort": lambda value: value in EFFORTS,
+    "stop_loops": lambda value: isinstance(value, bool),
     "stop": lambda value: (
         isinstance(value, list) and len(value) < 100 and all(_is_text(text) and text for text in value)
     ),

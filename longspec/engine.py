@@ -21,7 +21,6 @@ from longspec import costs
 from longspec.answer import Answer, memory, speculation, timing, usage
 from longspec.budget import CHUNKS, Plan, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
-from longspec.constraint import Constraint
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
 from longspec.controls import place
@@ -31,16 +30,15 @@ from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
 from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, run
 from longspec.goodput import Goodput
-from longspec.grammar import grammar_of
 from longspec.heads.format import shipped
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
-from longspec.options import Options, asked, bets_with, check, drafters, kind, most_tokens
+from longspec.options import Options, asked, bets_with, check, drafters, guidance, kind, most_tokens, tokens_of
 from longspec.resume import keep, resume, take_over
 from longspec.sampling import Sampling, likeliest
 from longspec.schedule import WIDTH, Schedule
 from longspec.session import Session
-from longspec.text import Prompt, Transcript, Vocabulary, encode
+from longspec.text import Prompt, Transcript, Vocabulary
 from longspec.types import Commit, Draft, Drafter
 from longspec.verify import verify
 from longspec.watch import Watch
@@ -235,13 +233,10 @@ class Engine:
             UsageError: an option is out of range, or the prompt has no token.
         """
         began = perf_counter()
-        tokens = encode(self.model.vocabulary, prompt, options.get("system"), raw=options.get("raw", False))
+        tokens = tokens_of(self.model.vocabulary, prompt, options)
         decoder, sampling = self.model.decoder, Sampling.over(self.model.defaults, asked(options))
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
-        grammar, constraint = grammar_of(options.get("json_schema"), options.get("regex")), None
-        if grammar is not None:
-            constraint = Constraint(grammar, self.model.vocabulary, decoder.config.vocabulary, self.model.end_tokens)
         stop = options.get("stop", ())
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
@@ -256,11 +251,11 @@ class Engine:
             key=options.get("key", ""),
             sampling=sampling,
             end_tokens=self.model.end_tokens,
-            constraint=constraint,
             limit=limit,
             long=long,
             cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
             began=began,
+            **guidance(self.model, tokens, options),
         )
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)
@@ -337,8 +332,7 @@ class Engine:
         self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
-            rest = ending.interrupt("length")
-            commits[at] = replace(commits[at], text=commits[at].text + rest, finish_reason="length")
+            commits[at] += ending.interrupt("length")
         return commits
 
     def _chunk(self, session: Session, stop: int | None) -> Feed:
@@ -386,7 +380,8 @@ class Engine:
         perf_counter's clock; else it is from when the session was opened.
         """
         return Answer(
-            text=session.text,
+            text=session.said,
+            reasoning=session.reasoning,
             tokens=tuple(session.answer),
             finish_reason=session.finish_reason or "interrupted",
             model=self.model.name,

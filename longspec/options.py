@@ -11,10 +11,16 @@ from typing import Any, TypedDict
 
 from longspec.cache import BLOCK, CACHES
 from longspec.drafters import check as check_drafter
+from longspec.effort import variables
 from longspec.errors import BudgetError, ContextError, UsageError
+from longspec.grammar import grammar_of
+from longspec.loops import Loops
+from longspec.model.load import Model
+from longspec.reasoning import held
 from longspec.session import Session
+from longspec.text import Prompt, Vocabulary, encode
 
-__all__ = ["Options", "asked", "bets_with", "check", "drafters", "kind", "most_tokens"]
+__all__ = ["Options", "asked", "bets_with", "check", "drafters", "guidance", "kind", "most_tokens", "tokens_of"]
 
 LARGE = 2 << 30
 """Bytes of weights from which `auto` tries to leave layers out too: smaller models have none to spare."""
@@ -38,6 +44,9 @@ class Options(TypedDict, total=False):
     seed: int | None
     json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
     regex: str | None  # or a regular expression, for the whole of it
+    reasoning_budget: int | None  # tokens of reasoning, after which the section is ended and the answer follows
+    effort: str | None  # how much to think, one of longspec.effort.EFFORTS; the chat template has to know it
+    stop_loops: bool  # end an answer that only repeats itself
 
 
 def kind(cache: str, all_rows: bool) -> str:
@@ -111,6 +120,34 @@ def most_tokens(prompt: int, asked: int | None, context: int, planned: int | Non
             f"the memory was planned for {planned}."
         )
     return prompt + asked
+
+
+def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[int]:
+    """The tokens of a prompt that is asked with these options.
+
+    Raises:
+        UsageError: it has none, or the options make no sense with it.
+    """
+    told = variables(vocabulary, options.get("effort"))
+    return encode(vocabulary, prompt, options.get("system"), raw=options.get("raw", False), variables=told)
+
+
+def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str, Any]:
+    """What a session with this prompt is told of its answer: what it is held to, and what is seen in it.
+
+    Raises:
+        UsageError: the options make no sense together, or with this model.
+    """
+    section, constraint = held(
+        model.vocabulary,
+        tokens,
+        raw=options.get("raw", False),
+        budget=options.get("reasoning_budget"),
+        grammar=grammar_of(options.get("json_schema"), options.get("regex")),
+        size=model.decoder.config.vocabulary,
+        end_tokens=model.end_tokens,
+    )
+    return {"section": section, "constraint": constraint, "loops": Loops() if options.get("stop_loops") else None}
 
 
 def asked(options: Options) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longspec.cache.stage import Cache
 from longspec.constraint import Constraint
+from longspec.loops import Loops
+from longspec.reasoning import Guide, Section
 from longspec.sampling import Sampling, noise_key, rank
 from longspec.text import Transcript
 from longspec.types import Commit, FinishReason, Stats, Verdict
@@ -26,7 +28,9 @@ class Session:
 
     key: names the session in the noise of its sampling: the same seed and key give the same text.
     limit: the most tokens that prompt and answer may have together.
-    constraint: the grammar that the answer is held to.
+    constraint: what the answer is held to: a grammar, a budget of its reasoning, or both.
+    section: tells the answer's reasoning from its words, where the model knows the two.
+    loops: notices an answer that only repeats itself, which ends it.
     long: the text is planned beyond a longrope model's first context.
     cache_name: what kind the cache is; another one from where a memory budget made it smaller.
     began: when the work on it began, on `perf_counter`'s clock.
@@ -41,7 +45,9 @@ class Session:
         key: str,
         sampling: Sampling,
         end_tokens: Sequence[int],
-        constraint: Constraint | None = None,
+        constraint: Constraint | Guide | None = None,
+        section: Section | None = None,
+        loops: Loops | None = None,
         limit: int,
         long: bool = False,
         cache_name: str = "dense",
@@ -69,6 +75,10 @@ class Session:
         self.first_token: float | None = None  # when the first token was committed
         self.last_token: float | None = None
         self.constraint = constraint
+        self.section = section
+        self.reasoning: str | None = None  # what of `text` was thought, if anything was
+        self.said = ""  # and what was said; without a section, all of it
+        self._loops = loops
         self._transcript = transcript
         self._end_tokens = frozenset(end_tokens)
 
@@ -117,6 +127,8 @@ class Session:
                 self.finish_reason = "stop"
                 break
             shown += self._transcript.push(token)
+            if self.section is not None:
+                self.section.take(token, self._transcript.begins[-1])
             if self._transcript.stopped:
                 self.finish_reason = "stop"
                 del self.tokens[self.prompt_length + self._transcript.kept :]
@@ -124,23 +136,38 @@ class Session:
             if self.constraint is not None and self.constraint.take(token):
                 self.finish_reason = "stop"
                 break
+            if self._loops is not None and self._loops.take(token):
+                self.finish_reason = "loop"
+                self.notes.append("the text only repeated itself, so it was ended (--stop-loops)")
+                break
             if self.room == 0:
                 self.finish_reason = "length"
                 break
         shown += self._close() if self.finish_reason else ""
-        self.text += shown
+        thought, said = self._show(shown)
         self.last_token = perf_counter()
         self.first_token = self.first_token or self.last_token
-        commit = Commit(tuple(self.tokens[before:]), shown, len(draft), len(verdict.kept), self.finish_reason)
+        added = tuple(self.tokens[before:])
+        commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said)
         self.stats += Stats.of(commit)
         return commit
 
-    def interrupt(self, reason: FinishReason = "interrupted") -> str:
+    def interrupt(self, reason: FinishReason = "interrupted") -> Commit:
         """End the text here: what was held back of it is given."""
         self.finish_reason = reason
         rest = self._close()
-        self.text += rest
-        return rest
+        return Commit((), rest, 0, 0, reason, *self._show(rest))
+
+    def _show(self, text: str) -> tuple[str, str]:
+        """The text has grown: what of that was thought, and what was said."""
+        self.text += text
+        thought, said = "", text
+        if self.section is not None:
+            thought, said = self.section.parts(self.text, over=self.finish_reason is not None)
+            if self.section.is_there:
+                self.reasoning = (self.reasoning or "") + thought
+        self.said += said
+        return thought, said
 
     def _close(self) -> str:
         return "" if self._transcript.stopped else self._transcript.close()

@@ -19,13 +19,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from longspec.errors import ModelError, UsageError
+from longspec.markers import find
 
 __all__ = ["Prompt", "StopFinder", "TextStream", "Transcript", "Vocabulary", "encode"]
 
@@ -65,6 +66,9 @@ class Vocabulary:
         known = [text for text in self.special.values() if tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens([text for text in known if text not in added])
         self._silent = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.markers = find(template, added)
+        marks = () if self.markers is None else (self.markers.begin, self.markers.end)
+        self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in marks}
         decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
         self._spells_bytes = b'"ByteLevel"' in decoder
         self._has_byte_tokens = b'"ByteFallback"' in decoder
@@ -127,13 +131,16 @@ class Vocabulary:
             ) from error
 
     @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the template reads and doesn't set itself; nothing where it can't be read."""
+        try:
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self.template or "")))
+        except Exception:  # noqa: BLE001  a stranger's program; what is wrong with it is said when it is used
+            return frozenset()
+
+    @cached_property
     def _compiled(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        return environment.from_string(self.template or "")
+        return _environment().from_string(self.template or "")
 
     def piece(self, token: int, *, first: bool) -> bytes | None:
         """What a token adds to a text, in UTF-8 that may be a part of a character; None for special and unknown tokens.
@@ -141,6 +148,8 @@ class Vocabulary:
         The first token of a text may lose its leading space.
         """
         name = self.tokenizer.id_to_token(token)
+        if name is not None and token in self._spoken:  # it tells a reader where the thoughts end
+            return name.encode()
         if name is None or token in self._silent:
             return None
         if self._spells_bytes:
@@ -286,6 +295,15 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment
+
+
 def _refuse(message: str) -> str:
     raise TemplateError(message)
 
@@ -302,21 +320,23 @@ def _content(role: str, token: object) -> str:
     raise ModelError(f"The tokenizer's {role} is {content!r}; it should be a string, or a table with its content.")
 
 
-def _encode_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def _encode_chat(
+    vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> list[int]:
     """The template's rendering of the messages, with the answers' own tokens where they are the same text.
 
     They are that where the rendering holds the answer right behind what was rendered for it. A template that trims
     answers, or leaves out what was thought, gives another text: it is tokenised, from the last answer before it on.
     """
     bare = [{name: value for name, value in message.items() if name != "tokens"} for message in messages]
-    text, tokens, done = vocabulary.chat(bare), list[int](), 0
+    text, tokens, done = vocabulary.chat(bare, **variables), list[int](), 0
     seams: list[tuple[int, int]] = []  # where an answer ends: in tokens, and in the text
     for i, message in enumerate(messages):
         own, content = message.get("tokens"), message.get("content")
         if not own or not isinstance(content, str) or not vocabulary.spells(own, content):
             continue
         try:
-            before = vocabulary.chat(bare[:i])
+            before = vocabulary.chat(bare[:i], **variables)
         except UsageError:  # these messages alone aren't to its taste
             continue
         if len(before) > done and text.startswith(before + content):
@@ -331,8 +351,15 @@ def _encode_chat(vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]]) 
     return tokens
 
 
-def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *, raw: bool = False) -> list[int]:
-    """The prompt's tokens, as `Engine.open` takes them.
+def encode(
+    vocabulary: Vocabulary,
+    prompt: Prompt,
+    system: str | None = None,
+    *,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt's tokens, as `Engine.open` takes them; `variables` are for the chat template.
 
     Raises:
         UsageError: there is none, or the prompt isn't one text although it is raw.
@@ -340,12 +367,14 @@ def encode(vocabulary: Vocabulary, prompt: Prompt, system: str | None = None, *,
     if raw:
         if not isinstance(prompt, str) or system:
             raise UsageError("A raw prompt is one text, without a system message or roles.")
+        if variables:
+            raise UsageError("A raw prompt has no chat template that an effort could be told; leave it or --raw out.")
         tokens = vocabulary.encode(prompt, add_special=True)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system:
             messages = [{"role": "system", "content": system}, *messages]
-        tokens = _encode_chat(vocabulary, messages)
+        tokens = _encode_chat(vocabulary, messages, variables or {})
     if not tokens:
         raise UsageError("The prompt is empty; give at least one token to go on from.")
     return tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Reading", "Stats", "Verdict", "Writing"]
 
-FinishReason = Literal["stop", "length", "reasoning_budget", "loop", "interrupted"]
+FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Commit:
 
     `tokens` are the kept tokens and the bonus, cut where the text ends; `text` is what may be shown now: whole
     characters that no stop string can take back. It can lag behind the tokens and catches up with the last commit.
+    `thought` and `said` are its parts, without the markers between them: reasoning, and the answer itself.
     """
 
     tokens: tuple[int, ...]
@@ -93,6 +94,14 @@ class Commit:
     drafted: int
     accepted: int  # kept tokens of the draft, before the cut
     finish_reason: FinishReason | None = None
+    thought: str = ""
+    said: str = ""
+
+    def __add__(self, other: Commit) -> Commit:
+        """With what came right behind it, in the same step."""
+        joined = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "finish_reason")
+        tokens, text, drafted, accepted, thought, said = joined
+        return Commit(tokens, text, drafted, accepted, other.finish_reason, thought, said)
 
 
 @dataclass(frozen=True, slots=True)

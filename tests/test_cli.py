@@ -21,7 +21,7 @@ from longspec.engine import Engine
 TINY = ["--threads", "1", "--dtype", "fp32"]
 KEYS = {
     "": "model dtype text reasoning finish_reason exactness cache cache_lossless usage speculation timing memory",
-    "usage": "prompt_tokens completion_tokens cached_tokens",
+    "usage": "prompt_tokens completion_tokens cached_tokens reasoning_tokens",
     "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet",
     "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s draft_s verify_s time_to_first_token_s "
     "tokens_per_second",

@@ -306,7 +306,7 @@ def test_an_interrupted_text_keeps_what_it_has(model: Model) -> None:
     session = made.open("0123", raw=True, stop=["zzzzzz"])
     steps = made.write(session)
     shown = "".join(next(steps).text for _ in range(5))
-    shown += session.interrupt()
+    shown += session.interrupt().text
     answer = made.answer(session)
     assert answer.finish_reason == "interrupted"
     assert answer.text == shown == model.vocabulary.decode(answer.tokens)

@@ -17,11 +17,11 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 
 # A module imports from stages above its own and, within a package, from its own package. Every module has a place here.
 STAGES = [
-    ["errors", "prompts", "types"],
+    ["errors", "markers", "prompts", "types"],
     ["grammar", "machine"],
-    ["native", "sampling", "template", "text", "tree", "verify"],
-    ["cache", "constraint"],
-    ["attention"],
+    ["loops", "native", "sampling", "template", "text", "tree", "verify"],
+    ["cache", "constraint", "effort"],
+    ["attention", "reasoning"],
     ["model"],
     ["heads"],
     ["drafters"],
@@ -37,7 +37,7 @@ STAGES = [
     ["cli"],
 ]
 STAGE_OF = {name: number for number, names in enumerate(STAGES) for name in names}
-NARROWER = {"text": {"errors", "types"}}  # may import less than its stage would allow
+NARROWER = {"text": {"errors", "markers", "types"}}  # may import less than its stage would allow
 
 
 def sources() -> list[Path]:

@@ -19,7 +19,8 @@ __all__ = ["CHAT", "COMPLETIONS", "is_openai", "openai_request", "response"]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
-_OURS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+_OURS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stop_loops")
+_CHATS = {"reasoning_effort": "effort", "reasoning_budget": "reasoning_budget"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -75,7 +76,7 @@ def _prompt(url: str, body: Mapping[str, Any]) -> Any:
 
 def _options(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     for field, value in body.items():
-        if field in _READ or field in _IDLE or value is None:
+        if field in _READ or field in _IDLE or value is None or (url == CHAT and field in _CHATS):
             continue
         if field not in _NEUTRAL:
             raise ValueError(f"'body' has the field {field!r}, which isn't supported")
@@ -85,6 +86,8 @@ def _options(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     limit = body.get("max_completion_tokens")
     limit = body.get("max_tokens") if limit is None else limit
     options |= named_options({"max_new_tokens": limit})
+    if url == CHAT:
+        options |= named_options({ours: body.get(theirs) for theirs, ours in _CHATS.items()})
     if options.get("top_p") == 1:  # asks for nothing, and clients send it with temperature 0
         del options["top_p"]
     if options.get("temperature") == 0:
@@ -97,6 +100,8 @@ def response(item: Item, answer: Answer) -> dict[str, Any]:
     reason = "stop" if answer.finish_reason == "stop" else "length"
     if item.url == CHAT:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning is not None:
+            message["reasoning_content"] = answer.reasoning
         kind, prefix, choice = "chat.completion", "chatcmpl", {"index": 0, "message": message}
     else:
         kind, prefix, choice = "text_completion", "cmpl", {"index": 0, "text": answer.text}
@@ -114,6 +119,7 @@ def response(item: Item, answer: Answer) -> dict[str, Any]:
                 "prompt_tokens": prompt,
                 "completion_tokens": completion,
                 "total_tokens": prompt + completion,
+                "completion_tokens_details": {"reasoning_tokens": answer.usage["reasoning_tokens"]},
             },
         },
     }

@@ -140,6 +140,8 @@ def over(defaults: Options, item: Item) -> Options:
     gives_way: tuple[str, ...] = _SAMPLED if own.get("temperature") == 0 else ()
     if own.get("raw") or _has_system(item.prompt):
         gives_way += ("system",)
+    if own.get("raw"):
+        gives_way += ("effort", "reasoning_budget")
     if own.get("system") or not isinstance(item.prompt, str):
         gives_way += ("raw",)
     for name in gives_way:
@@ -174,6 +176,9 @@ _OPTIONS = {
     "stop": ("a text or a list of texts", _is_stop),
     "system": ("a text", lambda value: isinstance(value, str)),
     "raw": ("true or false", lambda value: isinstance(value, bool)),
+    "reasoning_budget": ("a whole number", _is_whole),
+    "effort": ("a text", lambda value: isinstance(value, str)),
+    "stop_loops": ("true or false", lambda value: isinstance(value, bool)),
 }
 _KNOWN = {"id", "prompt", "messages", *_OPTIONS}
 

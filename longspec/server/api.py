@@ -93,7 +93,8 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
                 if isinstance(event, Ended):
                     yield _line({"answer": event.answer.report(), "notes": event.notes})
                 else:
-                    yield _line({"text": event.text, "tokens": len(event.tokens)})
+                    parted = {} if event.said == event.text else {"said": event.said}
+                    yield _line({"text": event.text, "tokens": len(event.tokens), **parted})
         except LongspecError as error:
             yield _line({"error": str(error), "exit_code": error.exit_code})
         except GoneError:
@@ -125,8 +126,8 @@ async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], 
             if isinstance(event, Ended):
                 answers[place] = event.answer
                 yield _event(reply.last(place, event.answer, wanted.seeds[place]) | more)
-            elif event.text:
-                yield _event(reply.piece(place, event.text) | more)
+            elif event.thought or event.said:
+                yield _event(reply.piece(place, event.thought, event.said) | more)
         if wanted.include_usage:
             yield _event(reply.closing([answers[i] for i in range(len(answers))], wanted.choices))
     except GoneError:

@@ -40,9 +40,19 @@ _IDLE: dict[str, tuple[Any, ...]] = {
 _NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Fields that change no text; they are let through and not read."""
 
-_READ = {"model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"}
+_READ = {"model", "stream", "stream_options", "n", "stop", "seed", "max_tokens", "stop_loops"}
 _SAMPLED = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
-_LOCAL: dict[str, type] = {**_SAMPLED, "seed": int, "max_new_tokens": int, "system": str, "raw": bool}
+_CHAT = {"messages", "max_completion_tokens", "reasoning_effort", "reasoning_budget"}
+_LOCAL: dict[str, type] = {
+    **_SAMPLED,
+    "seed": int,
+    "max_new_tokens": int,
+    "system": str,
+    "raw": bool,
+    "effort": str,
+    "reasoning_budget": int,
+    "stop_loops": bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,7 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
     Raises RefusedError: a field isn't supported, or isn't what it should be.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    _only_known(body, {"messages", "max_completion_tokens"} if chat else {"prompt"})
+    _only_known(body, _CHAT if chat else {"prompt"})
     wanted = _typed(body, "model", str, model)
     if wanted != model:
         raise RefusedError(
@@ -116,8 +126,11 @@ def _options(body: Mapping[str, Any], chat: bool) -> Options:
         options = {name: value for name, value in options.items() if name not in ("top_p", "top_k", "min_p")}
     if options.get("top_p") == 1:
         del options["top_p"]  # all tokens: said by many clients, and no wish for sampling
+    options["stop_loops"] = _typed(body, "stop_loops", bool, False)
     most = _typed(body, "max_tokens", int, None)
     if chat:
+        options["effort"] = _typed(body, "reasoning_effort", str, None)
+        options["reasoning_budget"] = _typed(body, "reasoning_budget", int, None)
         most = _typed(body, "max_completion_tokens", int, most)
     elif most is None:
         most = _COMPLETION_TOKENS

@@ -64,8 +64,12 @@ class Reply:
         """Before a text's first piece: a chat says whose words they are."""
         return self._piece(index, {"delta": {"role": "assistant", "content": ""}}) if self.chat else None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return self._piece(index, {"delta": {"content": text}} if self.chat else {"text": text})
+    def piece(self, index: int, thought: str, said: str) -> dict[str, Any]:
+        """What came of the reasoning, which a completion has none of, and of the answer."""
+        if not self.chat:
+            return self._piece(index, {"text": said})
+        delta = {"reasoning_content": thought} if thought else {}
+        return self._piece(index, {"delta": delta | ({"content": said} if said else {})})
 
     def last(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
         """After a text's last piece: why it ended, and what it took."""
@@ -86,6 +90,8 @@ class Reply:
 
     def _choice(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning is not None:
+            message["reasoning_content"] = answer.reasoning
         said: dict[str, Any] = {"message": message} if self.chat else {"text": answer.text}
         end = {"finish_reason": _reason(answer), "logprobs": None, "longspec": statistics(answer, seed)}
         return {"index": index, **said, **end}
@@ -101,6 +107,7 @@ def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
         "completion_tokens": written,
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": sum(each["cached_tokens"] for each in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.usage["reasoning_tokens"] for each in answers)},
     }
 
 

@@ -141,7 +141,7 @@ class Worker:
         if session is None:
             return
         self._schedule.drop(session)
-        order.tell(Commit((), session.interrupt(), 0, 0, "interrupted"))
+        order.tell(session.interrupt())
         self._close(order)
 
     def _close(self, order: Order) -> None:
