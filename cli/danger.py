@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from longspec.cli.harms import HARMS, has, is_system, is_void
 from longspec.cli.syntax import Call, Word, calls, functions, parse
 
-__all__ = ["judge"]
+__all__ = ["judge", "programs"]
 
 _DEPTH = 8
 _SHELLS = {"sh", "bash", "zsh", "dash", "ksh", "mksh", "ash", "fish", "csh", "tcsh", "rbash", "pwsh", "xonsh", "nu"}
@@ -51,12 +52,18 @@ _STEERING = {"LD_PRELOAD", "LD_AUDIT", "LD_LIBRARY_PATH", "BASH_ENV", "ENV", "PR
 def judge(line: str) -> tuple[str, ...]:
     """What is dangerous about a line, each once; empty for a harmless one."""
     try:
-        return tuple(dict.fromkeys(_line(line, 0)))
+        return tuple(dict.fromkeys(harm for harm in _line(line, 0) if isinstance(harm, str)))
     except RecursionError:
         return ("is nested too deeply to be judged",)
 
 
-def _line(line: str, depth: int) -> Iterator[str]:
+def programs(line: str) -> Iterator[Word]:
+    """The first word of every command in a line, of those behind `env`, `xargs`, `find -exec` and the like too."""
+    with suppress(RecursionError):
+        yield from (word for word in _line(line, 0) if isinstance(word, Word))
+
+
+def _line(line: str, depth: int) -> Iterator[str | Word]:
     if depth > _DEPTH:
         yield "is nested too deeply to be judged"
         return
@@ -80,7 +87,7 @@ def _repeats(line: str, name: str) -> bool:
     return len(re.findall(rf"(?<![\w:]){re.escape(name)}(?![\w:])", line)) > 2
 
 
-def _call(call: Call, depth: int) -> Iterator[str]:
+def _call(call: Call, depth: int) -> Iterator[str | Word]:
     for redirect in call.redirects:
         target = redirect.target
         if target is None or ">" not in redirect.operator or is_void(target):
@@ -100,7 +107,7 @@ def _call(call: Call, depth: int) -> Iterator[str]:
         yield from _command(call.words, call, depth)
 
 
-def _command(words: Sequence[Word], call: Call, depth: int) -> Iterator[str]:
+def _command(words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
     """What one command does, and what it makes others do."""
     if not words:
         return
@@ -108,6 +115,7 @@ def _command(words: Sequence[Word], call: Call, depth: int) -> Iterator[str]:
         yield "is nested too deeply to be judged"
         return
     first, rest = words[0], words[1:]
+    yield first
     if not first.known or first.text in ("", "{}") or first.text[:1] in "=-":
         yield f"{first.text or 'an empty word'} is the command, which can't be judged"
         return
@@ -163,7 +171,7 @@ def _starts(name: str, words: Sequence[Word]) -> Iterator[Sequence[Word]]:
     yield found
 
 
-def _interpreter(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str]:
+def _interpreter(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
     """A shell's or an interpreter's code: in an argument, in a file that a substitution makes, or on its input."""
     shell = name in _SHELLS
     for at, word in enumerate(words):
@@ -200,7 +208,7 @@ def _interpreter(name: str, words: Sequence[Word], call: Call, depth: int) -> It
         yield f"{name} runs {what}, which can't be judged"
 
 
-def _code(name: str, code: Word | None, depth: int) -> Iterator[str]:
+def _code(name: str, code: Word | None, depth: int) -> Iterator[str | Word]:
     if code is None:
         yield f"{name} runs a text that isn't there, which can't be judged"
     elif not code.known:
@@ -210,7 +218,7 @@ def _code(name: str, code: Word | None, depth: int) -> Iterator[str]:
         yield from _line(code.text, depth + 1)
 
 
-def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str]:
+def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
     """What `find` runs for each file, up to `;` or `+`."""
     flags = ("-exec", "-execdir", "-ok", "-okdir") if (name.endswith("find") and name[0] != "f") or name == "find" else (
         "-x", "-X", "--exec", "--exec-batch")  # fmt: skip
@@ -220,7 +228,7 @@ def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[
             yield from _command(words[at + 1 : end], call, depth + 1)
 
 
-def _env(words: Sequence[Word], depth: int) -> Iterator[str]:
+def _env(words: Sequence[Word], depth: int) -> Iterator[str | Word]:
     """`env -S` splits a text into a command; `env NAME=value` may steer programs."""
     for at, word in enumerate(words):
         if (match := re.match(r"(-[a-zA-Z0-9]*S|--split-string=?)(.*)", word.text, re.DOTALL)) is not None:
@@ -230,7 +238,7 @@ def _env(words: Sequence[Word], depth: int) -> Iterator[str]:
             yield f"{word.text} changes which programs run, which can't be judged"
 
 
-def _runner(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str]:
+def _runner(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
     """Each argument that is a program's name, with what follows, and each that is more than a word, as a line."""
     if name == "eval" or (name == "trap" and words and not has(words, "l", "p")):
         code = words if name == "eval" else words[:1]

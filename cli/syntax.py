@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
 
-__all__ = ["BEYOND_FISH", "Call", "Redirect", "Word", "calls", "functions", "kinds", "literal", "parse"]
+__all__ = ["BEYOND_FISH", "Call", "Redirect", "Word", "calls", "functions", "joined", "kinds", "literal", "parse"]
 
 _LONGEST = 10_000
 """Characters of a line that is read; a command that a person wants is a hundredth of it."""
@@ -99,6 +99,61 @@ def functions(node: Node) -> set[str]:
             found.add(_source(name))
         rest += node.children
     return found
+
+
+def joined(text: str) -> str | None:
+    """Several lines as one, where that is provably the same: both have one tree, up to what separates commands."""
+    if "\n" not in text:
+        return text if parse(text) is not None else None
+    root = parse(text)
+    if root is None or "heredoc_redirect" in kinds(root):
+        return None
+    opened, begins, data, line = False, False, text.encode(), bytearray()
+    leaves = _leaves(root)
+    if any(b"\n" in _bytes(leaf).strip(b"\n") or (leaf.type == "comment") for leaf in leaves):
+        return None
+    ends = {leaf.end_byte: leaf for leaf in leaves if _bytes(leaf).strip()}
+    for at, byte in enumerate(data):
+        if at in ends:
+            opened = ends[at].type in _OPENING
+        if byte == ord("\n"):
+            if line.endswith(b"\\"):
+                line = bytearray(line[:-1].rstrip() + b" ")
+            else:
+                line += b" " if opened or not line.strip() else b"; "
+                opened = True
+            begins = True
+        elif not (begins and byte in b" \t"):
+            line.append(byte)
+            begins = False
+    one = line.decode().strip("; ")
+    again = parse(one)
+    if again is None or str(again) != str(root):
+        return None
+    return one if _said(again) == _said(root) else None
+
+
+_OPENING = {"do", "then", "else", "{", "(", "|", "|&", "&&", "||", ";", ";;", "&", "in"}
+
+
+def _leaves(node: Node) -> list[Node]:
+    found, rest = [], [node]
+    while rest:
+        node = rest.pop()
+        if node.children:
+            rest += reversed(node.children)
+        else:
+            found.append(node)
+    return found
+
+
+def _said(node: Node) -> list[str]:
+    """What the leaves say, without what separates commands."""
+    return [text for leaf in _leaves(node) if (text := _source(leaf).strip()) not in ("", ";")]
+
+
+def _bytes(node: Node) -> bytes:
+    return node.text or b""
 
 
 def calls(node: Node, fed: bool = False, feeder: tuple[Call, ...] = ()) -> Iterator[Call]:
@@ -227,4 +282,4 @@ def _unescape(match: re.Match[str]) -> str:
 
 
 def _source(node: Node) -> str:
-    return (node.text or b"").decode(errors="replace")
+    return _bytes(node).decode(errors="replace")
