@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import doctor, models, plan, pull, run, tune
+from longspec.cli import doctor, models, plan, pull, run, shell, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.errors import UsageError
@@ -27,7 +27,7 @@ _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro
 
 app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
 
-_MODULES = {"run": run, "tune": tune, "plan": plan, "models": models, "pull": pull, "doctor": doctor}
+_MODULES = {"run": run, "tune": tune, "plan": plan, "models": models, "pull": pull, "doctor": doctor, "command": shell}
 for _name, _module in _MODULES.items():
     app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
 
@@ -50,7 +50,7 @@ the environment, the environment before the file.
 \b
 Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad input,
 3 the model can't be had or isn't supported, 4 the memory budget can't be met,
-130 interrupted (what was written stands).
+5 a suggested command may destroy something, 130 interrupted (what was written stands).
 """,
 )
 def _root(

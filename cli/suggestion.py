@@ -1,203 +1,43 @@
-"""From a request to commands: what the model is shown, what its answer says, and whether that is a command here.
+"""From a request to commands: how a model is asked, and which of its answers is taken.
 
-Takes an engine, a request and a place (shell, system, the programs that are there); gives lines that parse and whose
-command words are all there. A small model errs often, so it is asked again: first the likeliest answer, then sampled
-ones, then after other examples. Runs nothing, prints nothing; whether a line is dangerous is danger.py's to say.
+Takes an engine, a request and a place; gives lines that are commands there. A small model errs often, so it is asked
+several times: the likeliest answer after this many examples and that many, then sampled ones. Of what it says the line
+counts that is about the request, that it says more often, and that is built like the nearest examples. Runs nothing,
+prints nothing.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longspec.cli.danger import programs
-from longspec.cli.syntax import BEYOND_FISH, functions, joined, kinds, parse
+from longspec.cli.danger import judge
+from longspec.cli.examples import Pair, names, nearest, template
+from longspec.cli.place import Place
+from longspec.cli.syntax import calls, parse
 
 if TYPE_CHECKING:
     from longspec.engine import Engine, Options
 
-__all__ = ["SHELLS", "Place", "Try", "answered", "examples", "fits", "likest", "suggest", "tries"]
+__all__ = ["TRIES", "Try", "fits", "suggest"]
 
-SHELLS = ("bash", "zsh", "fish", "sh", "dash", "ksh")
 _MOST_TOKENS = 64
-_MOST_CHARACTERS = 1000
-_SECONDS = 5.0
-
-# Each shell's own commands. A keyword is the grammar's to know, except where a command may follow it.
-_BUILTINS = set(
-    ". : [ alias bg break cd command continue echo eval exec exit export false fg getopts hash jobs kill printf pwd read "
-    "readonly return set shift test times trap true type ulimit umask unalias unset wait time not and or".split()
-)
-_MORE_BUILTINS = {
-    "bash": set("bind builtin caller compgen complete coproc declare dirs disown enable help history let local logout mapfile "
-                "popd pushd readarray shopt source suspend typeset".split()),
-    "zsh": set("autoload bindkey builtin compdef coproc declare dirs disown emulate fc float functions history integer let "
-               "local logout noglob popd print pushd rehash setopt source suspend typeset unfunction unsetopt vared whence "
-               "where which zmodload zparseopts zstyle".split()),
-    "fish": set("abbr argparse begin bind builtin complete contains count disown emit functions funced funcsave history math "
-                "popd pushd random realpath set_color source status string type string".split()),
-    "ksh": set("builtin let print source typeset whence history".split()),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the command is to run. find: the path of a program, or None."""
-
-    shell: str
-    system: str
-    find: Callable[[str], str | None] = field(default=shutil.which)
-
-    def has(self, name: str) -> bool:
-        """Whether the word begins a command here."""
-        builtins = _BUILTINS | _MORE_BUILTINS.get(self.shell, set())
-        return name in builtins or self.find(os.path.expanduser(name)) is not None
+_PROGRAMS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One way to ask: how many examples, which of them are left out, and how the answer is sampled."""
+    """One way to ask: after how many examples, and how freely."""
 
     shown: int
-    skipped: int = 0
     temperature: float = 0.0
-    seed: int = 0
 
 
-def tries(seed: int = 0) -> list[Try]:
-    """Greedy first, then sampled, then after other examples."""
-    return [
-        Try(8),
-        *(Try(8, temperature=0.6, seed=seed + i) for i in range(3)),
-        Try(4),
-        Try(8, skipped=1),
-        *(Try(12, temperature=0.9, seed=seed + i) for i in range(3, 7)),
-    ]
-
-
-@cache
-def _template() -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The system message, and the examples: requests with their commands."""
-    text = (files("longspec.prompts") / "command.md").read_text(encoding="utf-8")
-    body = text.split("\n+++\n", 1)[-1]
-    system, *pairs = re.split(r"^# ", body, flags=re.MULTILINE)
-    split = [pair.strip().split("\n", 1) for pair in pairs]
-    return " ".join(system.split()), tuple((request, command) for request, command in split)
-
-
-def examples(place: Place) -> list[tuple[str, str]]:
-    """Those whose commands are commands here: a model repeats what it is shown."""
-    return [(request, command) for request, command in _template()[1] if is_command(command, place)]
-
-
-def likest(pairs: Sequence[tuple[str, str]], request: str, count: int) -> list[tuple[str, str]]:
-    """The examples whose requests share most with this one, by rare words; the nearest last, where it weighs most."""
-    stems = [_stems(each) for each, _ in pairs]
-    found = Counter(stem for each in stems for stem in each)
-    weight = {stem: math.log(1 + len(pairs) / number) for stem, number in found.items()}
-    asked = _stems(request)
-
-    def nearness(each: set[str]) -> float:
-        shared = sum(weight[stem] for stem in each & asked)
-        return shared / math.sqrt(1 + sum(weight[stem] for stem in each))
-
-    order = sorted(range(len(pairs)), key=lambda i: nearness(stems[i]))
-    return [pairs[i] for i in order[-count:]] if count else []
-
-
-def _stems(text: str) -> set[str]:
-    """Words by their beginnings, and what kind of thing a name or a number is."""
-    words = re.findall(r"[a-z]+", re.sub(r"\S*\w\.[a-z]\w*|\S*/\S*", _kind, text.lower()))
-    found = {re.sub(r"(ing|ed|es|s|e)$", "", word) if len(word) > 4 else word.rstrip("s") for word in words}
-    return found | ({"#"} if re.search(r"\d", text) else set())
-
-
-def _kind(match: re.Match[str]) -> str:
-    return f" {match[0].rsplit('.', 1)[-1]} file " if "://" not in match[0] else " url "
-
-
-def messages(request: str, place: Place, one: Try) -> list[dict[str, str]]:
-    """The conversation in which the model gives a command."""
-    system, _ = _template()
-    shown = likest(examples(place), request, one.shown + one.skipped)
-    shown = shown[: len(shown) - one.skipped]
-    said = [{"role": "system", "content": system.format(shell=place.shell, system=place.system)}]
-    for asked, command in shown:
-        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": command}]
-    return [*said, {"role": "user", "content": request}]
-
-
-def answered(text: str, place: Place) -> str | None:
-    """The command in a model's answer: its first block of code if that is one, else its first line that is one."""
-    fence = re.search(r"^\s*(`{3,}|~{3,})[^\n`]*\n(.*?)(^\s*\1|\Z)", text, re.DOTALL | re.MULTILINE)
-    body = fence[2] if fence else text
-    whole = joined(body.strip())
-    for line in ([whole] if whole else []) + body.splitlines():
-        line = re.sub(r"^\s*(\$|%|>|#!\S+)\s+", "", line.strip())
-        if re.fullmatch(r"`[^`]+`", line):
-            line = line[1:-1].strip()
-        if is_command(line, place):
-            return line
-    return None
-
-
-def is_command(line: str, place: Place) -> bool:
-    """One line that this shell reads, of commands that are there, and no sentence."""
-    if not line or len(line) > _MOST_CHARACTERS or not line.isprintable() or line.startswith("#"):
-        return False
-    if re.search(r"[A-Za-z]{2}[.:!?]$", line) and len(line.split()) > 3:
-        return False
-    root = parse(line)
-    if root is None or (place.shell == "fish" and (kinds(root) & BEYOND_FISH or "`" in line)):
-        return False
-    if place.shell in ("sh", "dash") and kinds(root) & {"process_substitution", "herestring_redirect", "ansi_c_string"}:
-        return False
-    words, own = list(programs(line)), functions(root)
-    if not words or not all(word.known and (word.text in own or place.has(word.text)) for word in words):
-        return False
-    return _reads(line, place)
-
-
-@cache
-def _reads_line(path: str, shell: str, line: str) -> bool:
-    without = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}.get(shell, [])
-    kept = {name: value for name, value in os.environ.items() if name not in ("BASH_ENV", "ENV")}
-    try:
-        done = subprocess.run(  # noqa: S603  -n reads and runs nothing
-            [path, *without, "-n", "-c", line], env=kept, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
-def _reads(line: str, place: Place) -> bool:
-    """What the shell itself says, where it is here: its grammar has the last word."""
-    path = place.find(place.shell)
-    return path is None or _reads_line(path, place.shell, line)
-
-
-_NAME = re.compile(r"https?://\S+|[\w~./-]*\w\.\w+|\"[^\"]+\"|'[^']+'|\b[A-Z_]{3,}\b|\b\d+\b")
-
-
-def fits(line: str, request: str, shown: Sequence[tuple[str, str]]) -> bool:
-    """Whether a line is about this request: it has the names and numbers of it, and none of an example's."""
-    named = {name.strip("'\"").rstrip(".,?!") for name in _NAME.findall(request)}
-    known_as_kind = {name for name in named if re.fullmatch(r"[A-Z]{2,4}", name)}  # CPU, RAM, PDF
-    if any(name not in line for name in named - known_as_kind):
-        return False
-    borrowed = {name for pair in shown for name in _NAME.findall(pair[0])} - named
-    mine = set(_NAME.findall(line))
-    return not {name for name in mine & borrowed if name not in request}
+TRIES = [Try(5), Try(3), Try(8), Try(2), Try(1), Try(12)], [Try(5, 0.6), Try(3, 0.6), Try(8, 0.6), Try(5, 0.9), Try(3, 0.9)]
+"""The first are always asked; the second, one by one, until there are enough commands."""
 
 
 def suggest(
@@ -207,41 +47,96 @@ def suggest(
     *,
     count: int = 1,
     seed: int = 0,
-    step: Callable[[int], None] = lambda tried: None,
-    asked: Sequence[Try] | None = None,
+    step: Callable[[int], None] = lambda asked: None,
+    tries: tuple[Sequence[Try], Sequence[Try]] = TRIES,
 ) -> list[str]:
-    """Up to `count` distinct commands, the ones that fit the request first; none where no answer was a command.
+    """Up to `count` distinct commands, the best first; none where no answer was a command.
 
-    step: told, before each token, how many answers there were so far.
+    step: told, before each token, how many answers there are.
     """
-    fitting: list[str] = []
-    others: list[str] = []
-    for tried, one in enumerate(asked or tries(seed)):
-        said = messages(request, place, one)
-        options: Options = {"max_new_tokens": _MOST_TOKENS, "temperature": one.temperature, "seed": one.seed, "top_p": 0.95}
-        if not one.temperature:
-            options = {"max_new_tokens": _MOST_TOKENS, "temperature": 0}
-        line = _ask(engine, said, options, place, lambda tried=tried: step(tried))
-        if line is not None and line not in fitting + others:
-            pairs = [(said[i]["content"], said[i + 1]["content"]) for i in range(1, len(said) - 1, 2)]
-            (fitting if fits(line, request, pairs) else others).append(line)
-        if len(fitting) >= count:
+    known = [pair for pair in template()[1] if place.means(pair[1])]
+    near = nearest(known, request, max(one.shown for part in tries for one in part))
+    said: Counter[str] = Counter()
+    about: set[str] = set()
+    first, more = tries
+    for asked, one in enumerate([*first, *more]):
+        if asked >= len(first) and len(about) >= count:
             break
-    return [*fitting, *others][:count]
+        shown = [pair for _, pair in near[len(near) - one.shown :]]
+        line = _ask(engine, _messages(request, place, shown), one.temperature, seed + asked, place, lambda: step(asked))  # noqa: B023
+        if line is not None:
+            said[line] += 1
+            if fits(line, request, shown):
+                about.add(line)
+    return sorted(said, key=lambda line: (line in about, said[line] / len(first) + _built_like(line, near)), reverse=True)[
+        :count
+    ]
+
+
+def fits(line: str, request: str, shown: Sequence[Pair]) -> bool:
+    """Whether a line is about this request: it has its names and numbers and none of an example's, loses nothing that
+    nobody spoke of, and is no sentence and no stutter."""
+    if any(name not in line for name in names(request)):
+        return False
+    if any(name in names(asked) and name not in request for asked, _ in shown for name in names(line)):
+        return False
+    if judge(line) and not _LOSS.search(request):
+        return False
+    root = parse(line)
+    said = [word.text for call in calls(root) for word in call.words[1:]] if root is not None else []
+    return max(Counter(said).values(), default=0) < _STUTTER and (not _FILLERS & set(said) or bool(_SPEAKS.match(line)))
+
+
+_STUTTER = 4
+_FILLERS = {"in", "the", "of", "that", "with", "is", "are", "to", "which", "from", "and", "this", "your", "you", "file", "files"}
+_SPEAKS = re.compile(r"echo|printf|git commit")
+_LOSS = re.compile(
+    r"\b(delet|remov|eras|kill|stop|end\b|wip|clear|overwrit|mov|renam|sudo|root|force|truncat|shred|format|reset|discard|"
+    r"undo|sav|writ|into\b|chang|push|purg|clean|instal|restart|shut|reboot|merg|cop|edit|updat)",
+    re.IGNORECASE,
+)
+
+
+def _built_like(line: str, near: Sequence[tuple[float, Pair]]) -> float:
+    """How much of a line stands in an example, times how near that one is; from 0 to 1."""
+    most = max((nearness for nearness, _ in near), default=0.0)
+    mine = set(line.split())
+    return max(
+        (
+            nearness / most * len(mine & set(command.split())) / len(mine | set(command.split()))
+            for nearness, (_, command) in near
+            if nearness > 0
+        ),
+        default=0.0,
+    )
+
+
+def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[str, str]]:
+    """The conversation in which the model gives a command."""
+    programs = list(dict.fromkeys(command.split()[0] for _, command in reversed(shown)))
+    programs += [word for word in re.findall(r"[a-z][\w.+-]+", request) if place.find(word)]
+    system = template()[0].format(
+        shell=place.shell, system=place.system, programs=", ".join(dict.fromkeys(programs[:_PROGRAMS]))
+    )
+    said = [{"role": "system", "content": system}]
+    for asked, command in shown:
+        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": command}]
+    return [*said, {"role": "user", "content": request}]
 
 
 def _ask(
-    engine: Engine, said: list[dict[str, str]], options: Options, place: Place, step: Callable[[], None]
+    engine: Engine, messages: list[dict[str, str]], temperature: float, seed: int, place: Place, step: Callable[[], None]
 ) -> str | None:
-    """The command in one answer, which ends with the first line that is one."""
-    session = engine.open(said, **options)
+    """The command in one answer, which ends with its first line that is one."""
+    options: Options = {"max_new_tokens": _MOST_TOKENS, "temperature": temperature, "seed": seed}
+    session = engine.open(messages, **options)
     for _ in engine.prefill(session):
         step()
     while session.finish_reason is None:
         step()
         engine.step([session])
-        text = session.text
-        if "\n" in text.strip() and "```" not in text and (line := answered(text.strip().split("\n")[0], place)):
-            return line
-    return answered(session.text, place)
-
+        line, _, rest = session.text.lstrip().partition("\n")
+        if rest and "```" not in session.text and (found := place.command(line)) is not None:
+            return found
+    cut = session.finish_reason == "length" and session.text.count("```") < 2
+    return None if cut else place.command(session.text)
