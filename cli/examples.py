@@ -21,13 +21,31 @@ _CALLED = r"(?<=\bcalled )[\w.-]+|(?<=\bnamed )[\w.-]+"
 _KINDS = [
     re.compile(_CALLED),
     re.compile(r"https?://[^\s'\"]*\w"),
+    re.compile(r"\b[A-Z]{4,}\b"),
     re.compile(r"(?<![\w:/.])[\w/~-][\w./~-]*\.[A-Za-z]\w*"),
     re.compile(r"(?<![\w./])\d+(?![\w./])"),
 ]
 """What stands for something else in another request: names, addresses, files, numbers."""
 
 _NAME = re.compile(rf"https?://[^\s'\"]*\w|[\w~./-]*\w\.\w+|\"[^\"]+\"|'[^']+'|\b[A-Z_]{{3,}}\b|\b\d+|{_CALLED}")
-_UNITS = {"RAM", "CPU", "PDF", "CSV", "JSON", "URL", "GPU", "SSH", "DNS", "HTTP", "PATH", "PID", "USB", "ZIP", "JPG", "PNG"}
+_UNITS = {
+    "RAM",
+    "CPU",
+    "PDF",
+    "CSV",
+    "JSON",
+    "URL",
+    "GPU",
+    "SSH",
+    "DNS",
+    "HTTP",
+    "PATH",
+    "PID",
+    "USB",
+    "ZIP",
+    "JPG",
+    "PNG",
+}
 
 
 @cache
@@ -78,10 +96,67 @@ def _alone(name: str) -> str:
     return re.escape(name).join(around)
 
 
+_SAME = {
+    same: stem
+    for stem, others in {
+        "count": "many number",
+        "larg": "big bigger biggest over larger largest abov greatest",
+        "small": "smaller smallest under below tiny",
+        "director": "directory directori folder",
+        "cont": "contain content insid has hav hold",
+        "uniqu": "duplicat distinct",
+        "sum": "add total",
+        "revers": "descend highest backward",
+        "extract": "unpack uncompress decompress untar",
+        "compres": "pack archiv tarball tar zip",
+        "delet": "remov eras",
+        "renam": "chang",
+        "memory": "ram mem",
+        "modifi": "modify chang edit alter",
+        "uppercas": "upper capital",
+        "lowercas": "lower",
+        "creat": "mak new",
+        "download": "get fetch",
+        "process": "program",
+        "execut": "run runnable",
+        "disk": "spac storag",
+        "calculat": "time multiply plu divid minu what",
+        "valu": "number",
+        "user": "who people",
+        "greater": "over abov",
+        "branch": "branche",
+    }.items()
+    for same in others.split()
+}
+"""Words that ask for the same, by their stems."""
+
+_SILENT = {
+    "the",
+    "a",
+    "of",
+    "in",
+    "to",
+    "and",
+    "i",
+    "on",
+    "for",
+    "that",
+    "thi",
+    "me",
+    "my",
+    "al",
+    "it",
+    "show",
+    "print",
+    "by",
+}
+
+
 def _stems(text: str) -> set[str]:
     """Words by their beginnings; for a file its kind, and one sign for all numbers."""
     words = re.findall(r"[a-z]+", re.sub(r"\S*\w\.[a-z]\w*|\S*/\S*", _kind, text.lower()))
     found = {re.sub(r"(ing|ed|es|s|e)$", "", word) if len(word) > 4 else word.rstrip("s") for word in words}
+    found = {_SAME.get(stem, stem) for stem in found} - _SILENT
     return found | ({"#"} if re.search(r"\d", text) else set())
 
 

@@ -243,7 +243,9 @@ _DISK = "changes a disk or its file systems"
 _CODE = "runs code that can't be judged"
 _RIGHTS = "acts with another user's rights"
 _STATE = "changes what runs on this machine"
-_CLOUD = r"\b(delete|destroy|terminate|purge|remove|rm|rb|drain|uninstall|prune|wipe|reset)\b|\b(delete|terminate)-|--delete"
+_CLOUD = (
+    r"\b(delete|destroy|terminate|purge|remove|rm|rb|drain|uninstall|prune|wipe|reset)\b|\b(delete|terminate)-|--delete"
+)
 _SQL = r"\b(drop|delete|truncate|update|alter|replace|insert|grant|revoke|dropdatabase|deletemany|flushall|flushdb)\b"
 
 _NAMED: dict[str, Harm] = {
@@ -338,7 +340,9 @@ _NAMED: dict[str, Harm] = {
 
 def _looks(words: Sequence[Word]) -> bool:
     """Only asks for a state."""
-    return bool({word.text for word in words} & {"print", "list", "status", "info", "show", "get", "luksDump", "--state"})
+    return bool(
+        {word.text for word in words} & {"print", "list", "status", "info", "show", "get", "luksDump", "--state"}
+    )
 
 
 HARMS: dict[str, Harm] = {name: harm for names, harm in _NAMED.items() for name in names.split()}

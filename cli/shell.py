@@ -43,7 +43,9 @@ be that on stderr, and gives exit code {DESTRUCTIVE} unless it is allowed.
 def command(
     request: Annotated[
         str | None,
-        typer.Argument(metavar="REQUEST", rich_help_panel=_WHAT, help="What the command is to do. - reads standard input."),
+        typer.Argument(
+            metavar="REQUEST", rich_help_panel=_WHAT, help="What the command is to do. - reads standard input."
+        ),
     ] = None,
     shell: Annotated[
         str | None,
@@ -104,10 +106,16 @@ def command(
         return
     place, output = here(shell), Output()
     with Progress(model, quiet=quiet) as progress:
-        text = " ".join(read_prompt(request, [], no_stdin=no_stdin or request not in (None, "-"), say=progress.say).split())
+        text = " ".join(
+            read_prompt(request, [], no_stdin=no_stdin or request not in (None, "-"), say=progress.say).split()
+        )
         if len(text) > _MOST_REQUEST:
-            raise UsageError(f"The request has {len(text):,} characters; {_MOST_REQUEST:,} is the most, so say it shorter.")
-        lines = _suggest(text, place, number, seed or 0, progress, model=model, device=device, dtype=dtype, threads=threads)
+            raise UsageError(
+                f"The request has {len(text):,} characters; {_MOST_REQUEST:,} is the most, so say it shorter."
+            )
+        lines = _suggest(
+            text, place, number, seed or 0, progress, model=model, device=device, dtype=dtype, threads=threads
+        )
         progress.stop()
         if not lines:
             raise LongspecError(

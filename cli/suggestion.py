@@ -1,9 +1,9 @@
 """From a request to commands: how a model is asked, and which of its answers is taken.
 
 Takes an engine, a request and a place; gives lines that are commands there. A small model errs often, so it is asked
-several times: the likeliest answer after this many examples and that many, then sampled ones. Of what it says the line
-counts that is about the request, that it says more often, and that is built like the nearest examples. Runs nothing,
-prints nothing.
+several times: the likeliest answer after this many examples and that many, then sampled ones. Its answers and the
+nearest examples' own commands then compete: the line counts that is about the request, that the model says more often,
+and that is built like the nearest examples. Runs nothing, prints nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Try:
     temperature: float = 0.0
 
 
-TRIES = [Try(5), Try(3), Try(8), Try(2), Try(1), Try(12)], [Try(5, 0.6), Try(3, 0.6), Try(8, 0.6), Try(5, 0.9), Try(3, 0.9)]
-"""The first are always asked; the second, one by one, until there are enough commands."""
+TRIES = [Try(5), Try(3), Try(1), Try(8)], [Try(5, 0.6), Try(3, 0.6), Try(8, 0.8), Try(12, 0.9)]
+"""The first are asked until one line stands out; the second, one by one, until there are enough commands."""
 
 
 def suggest(
@@ -56,11 +56,16 @@ def suggest(
     """
     known = [pair for pair in template()[1] if place.means(pair[1])]
     near = nearest(known, request, max(one.shown for part in tries for one in part))
+    like = [command for nearness, (_, command) in near if nearness > _NEAR / 2]
     said: Counter[str] = Counter()
-    about: set[str] = set()
+    about = {line for line in like if fits(line, request, [pair for _, pair in near]) and place.reads(line)}
+
+    def rank(line: str) -> tuple[bool, float]:
+        return line in about, said[line] / len(first) + _built_like(line, near)
+
     first, more = tries
     for asked, one in enumerate([*first, *more]):
-        if asked >= len(first) and len(about) >= count:
+        if len(about) >= count and (asked >= len(first) or (asked and max(map(rank, about))[1] >= _ENOUGH)):
             break
         shown = [pair for _, pair in near[len(near) - one.shown :]]
         line = _ask(engine, _messages(request, place, shown), one.temperature, seed + asked, place, lambda: step(asked))  # noqa: B023
@@ -68,17 +73,19 @@ def suggest(
             said[line] += 1
             if fits(line, request, shown):
                 about.add(line)
-    return sorted(said, key=lambda line: (line in about, said[line] / len(first) + _built_like(line, near)), reverse=True)[
-        :count
-    ]
+    return sorted({*said, *about}, key=rank, reverse=True)[:count]
 
 
 def fits(line: str, request: str, shown: Sequence[Pair]) -> bool:
     """Whether a line is about this request: it has its names and numbers and none of an example's, loses nothing that
-    nobody spoke of, and is no sentence and no stutter."""
+    nobody spoke of, and is no sentence and no stutter.
+    """
     if any(name not in line for name in names(request)):
         return False
     if any(name in names(asked) and name not in request for asked, _ in shown for name in names(line)):
+        return False
+    theirs = {word for _, command in shown for word in _QUOTED.findall(command)}
+    if any(word in theirs and word.lower() not in request.lower() for word in _QUOTED.findall(line)):
         return False
     if judge(line) and not _LOSS.search(request):
         return False
@@ -87,8 +94,30 @@ def fits(line: str, request: str, shown: Sequence[Pair]) -> bool:
     return max(Counter(said).values(), default=0) < _STUTTER and (not _FILLERS & set(said) or bool(_SPEAKS.match(line)))
 
 
+_NEAR = 4.0
+"""How near an example is that asks for the same in nearly the same words."""
+
+_ENOUGH = 1.0
 _STUTTER = 4
-_FILLERS = {"in", "the", "of", "that", "with", "is", "are", "to", "which", "from", "and", "this", "your", "you", "file", "files"}
+_QUOTED = re.compile(r"['\"]([A-Za-z]{3,})['\"]")
+_FILLERS = {
+    "in",
+    "the",
+    "of",
+    "that",
+    "with",
+    "is",
+    "are",
+    "to",
+    "which",
+    "from",
+    "and",
+    "this",
+    "your",
+    "you",
+    "file",
+    "files",
+}
 _SPEAKS = re.compile(r"echo|printf|git commit")
 _LOSS = re.compile(
     r"\b(delet|remov|eras|kill|stop|end\b|wip|clear|overwrit|mov|renam|sudo|root|force|truncat|shred|format|reset|discard|"
@@ -98,14 +127,12 @@ _LOSS = re.compile(
 
 
 def _built_like(line: str, near: Sequence[tuple[float, Pair]]) -> float:
-    """How much of a line stands in an example, times how near that one is; from 0 to 1."""
-    most = max((nearness for nearness, _ in near), default=0.0)
+    """How much of a line stands in an example, times how near that one is."""
     mine = set(line.split())
     return max(
         (
-            nearness / most * len(mine & set(command.split())) / len(mine | set(command.split()))
+            nearness / _NEAR * len(mine & set(command.split())) / len(mine | set(command.split()))
             for nearness, (_, command) in near
-            if nearness > 0
         ),
         default=0.0,
     )
@@ -125,7 +152,12 @@ def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[st
 
 
 def _ask(
-    engine: Engine, messages: list[dict[str, str]], temperature: float, seed: int, place: Place, step: Callable[[], None]
+    engine: Engine,
+    messages: list[dict[str, str]],
+    temperature: float,
+    seed: int,
+    place: Place,
+    step: Callable[[], None],
 ) -> str | None:
     """The command in one answer, which ends with its first line that is one."""
     options: Options = {"max_new_tokens": _MOST_TOKENS, "temperature": temperature, "seed": seed}
