@@ -1,6 +1,6 @@
 """What the programs of a line are, in the words of their manuals: `whatis`, and the shell's own `help`.
 
-Takes a line; gives one sentence a program. Nothing of the line is run, and no model is asked: a small one makes things up.
+Takes a line; gives one sentence a program. Nothing of the line is run, and no model is asked.
 """
 
 from __future__ import annotations

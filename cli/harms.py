@@ -5,6 +5,7 @@ deletes, overwrites, changes rights, stops processes or sends a loss elsewhere. 
 command was given for it (an archive, a download) counts only where it is a device or one of the system's own files.
 """
 
+# ruff: noqa: E501  the table reads as one
 from __future__ import annotations
 
 import re

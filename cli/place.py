@@ -25,22 +25,134 @@ _SECONDS = 5.0
 _SYSTEMS = {"Darwin": "macOS"}
 
 # Each shell's own commands; its keywords are the grammar's to know, but for those that a command may follow.
-_COMMON = set(
-    [".", ":", "[", "alias", "bg", "break", "cd", "command", "continue", "echo", "eval", "exec", "exit", "export", "false", "fg", "getopts", "hash", "jobs", "kill", "printf", "pwd", "read", "readonly", "return", "set", "shift", "test", "times", "trap", "true", "type", "ulimit", "umask", "unalias", "unset", "wait", "time"]
-)
+_COMMON = {
+    ".",
+    ":",
+    "[",
+    "alias",
+    "bg",
+    "break",
+    "cd",
+    "command",
+    "continue",
+    "echo",
+    "eval",
+    "exec",
+    "exit",
+    "export",
+    "false",
+    "fg",
+    "getopts",
+    "hash",
+    "jobs",
+    "kill",
+    "printf",
+    "pwd",
+    "read",
+    "readonly",
+    "return",
+    "set",
+    "shift",
+    "test",
+    "times",
+    "trap",
+    "true",
+    "type",
+    "ulimit",
+    "umask",
+    "unalias",
+    "unset",
+    "wait",
+    "time",
+}
 SHELLS: dict[str, set[str]] = {
-    "bash": set(
-        ["bind", "builtin", "caller", "compgen", "complete", "coproc", "declare", "dirs", "disown", "enable", "help", "history", "let", "local", "logout", "mapfile", "popd", "pushd", "readarray", "shopt", "source", "suspend", "typeset"]
-    ),
-    "zsh": set(
-        ["autoload", "bindkey", "builtin", "coproc", "declare", "dirs", "disown", "emulate", "fc", "float", "functions", "history", "integer", "let", "local", "logout", "noglob", "popd", "print", "pushd", "rehash", "setopt", "source", "suspend", "typeset", "unfunction", "unsetopt", "vared", "whence", "where", "which"]
-    ),
-    "fish": set(
-        ["abbr", "and", "argparse", "begin", "bind", "builtin", "complete", "contains", "count", "disown", "emit", "functions", "history", "math", "not", "or", "popd", "pushd", "random", "realpath", "set_color", "source", "status", "string"]
-    ),
+    "bash": {
+        "bind",
+        "builtin",
+        "caller",
+        "compgen",
+        "complete",
+        "coproc",
+        "declare",
+        "dirs",
+        "disown",
+        "enable",
+        "help",
+        "history",
+        "let",
+        "local",
+        "logout",
+        "mapfile",
+        "popd",
+        "pushd",
+        "readarray",
+        "shopt",
+        "source",
+        "suspend",
+        "typeset",
+    },
+    "zsh": {
+        "autoload",
+        "bindkey",
+        "builtin",
+        "coproc",
+        "declare",
+        "dirs",
+        "disown",
+        "emulate",
+        "fc",
+        "float",
+        "functions",
+        "history",
+        "integer",
+        "let",
+        "local",
+        "logout",
+        "noglob",
+        "popd",
+        "print",
+        "pushd",
+        "rehash",
+        "setopt",
+        "source",
+        "suspend",
+        "typeset",
+        "unfunction",
+        "unsetopt",
+        "vared",
+        "whence",
+        "where",
+        "which",
+    },
+    "fish": {
+        "abbr",
+        "and",
+        "argparse",
+        "begin",
+        "bind",
+        "builtin",
+        "complete",
+        "contains",
+        "count",
+        "disown",
+        "emit",
+        "functions",
+        "history",
+        "math",
+        "not",
+        "or",
+        "popd",
+        "pushd",
+        "random",
+        "realpath",
+        "set_color",
+        "source",
+        "status",
+        "string",
+    },
     "sh": {"local"},
     "dash": {"local"},
-    "ksh": set(["builtin", "let", "print", "source", "typeset", "whence", "history"]),
+    "ksh": {"builtin", "let", "print", "source", "typeset", "whence", "history"},
 }
 _WITHOUT_SETTINGS = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}
 _BEYOND_SH = {"process_substitution", "herestring_redirect", "ansi_c_string", "translated_string"}
@@ -104,7 +216,7 @@ def _is_sentence(line: str) -> bool:
 
 
 def here(shell: str | None) -> Place:
-    """This machine. shell: a name or a path; that of $SHELL if it is left out, and sh where that is no shell we know.
+    """The machine we are on. shell: a name or a path; that of $SHELL if it is left out, and sh where that is no shell we know.
 
     Raises:
         UsageError: it is named, and not one we know.
