@@ -322,8 +322,8 @@ def _code(name: str, code: Word | None, depth: int) -> Iterator[str | Word]:
 
 def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
     """What `find` runs for each file, up to `;` or `+`."""
-    flags = ("-exec", "-execdir", "-ok", "-okdir") if (name.endswith("find") and name[0] != "f") or name == "find" else (
-        "-x", "-X", "--exec", "--exec-batch")  # fmt: skip  # noqa: E501
+    flags = ("-exec", "-execdir", "-ok", "-okdir") if (name.endswith("find") and name[0] != "f") or name == "find" else (  # noqa: E501
+        "-x", "-X", "--exec", "--exec-batch")  # fmt: skip
     for at, word in enumerate(words):
         if word.text in flags:
             end = next((i for i in range(at + 1, len(words)) if words[i].text in (";", "+")), len(words))

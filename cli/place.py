@@ -216,7 +216,7 @@ def _is_sentence(line: str) -> bool:
 
 
 def here(shell: str | None) -> Place:
-    """The machine we are on. shell: a name or a path; that of $SHELL if it is left out, and sh where that is no shell we know.
+    """The machine we are on. shell: a name or a path; that of $SHELL if it is left out, else sh.
 
     Raises:
         UsageError: it is named, and not one we know.
