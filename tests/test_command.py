@@ -1,0 +1,255 @@
+"""`longspec command`: what is flagged, what is a command at all, and what the default model makes of requests."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import tarfile
+import tomllib
+from functools import cache
+from pathlib import Path
+from shutil import which
+from time import time
+from typing import Any
+
+import pytest
+from commands import call, write_tiny
+
+from longspec.cli.danger import judge, programs
+from longspec.cli.examples import adapted, template
+from longspec.cli.place import Place
+from longspec.cli.suggestion import fits, suggest
+from longspec.cli.syntax import joined
+from longspec.engine import Engine
+
+DATA: dict[str, Any] = tomllib.loads((Path(__file__).parent / "command.toml").read_text())
+
+
+def lines(name: str) -> list[str]:
+    return str(DATA[name]).strip().splitlines()
+
+
+@pytest.mark.parametrize("line", lines("destructive"))
+def test_what_destroys_is_flagged(line: str) -> None:
+    assert judge(line)
+
+
+@pytest.mark.parametrize("line", lines("harmless"))
+def test_what_is_harmless_is_not_flagged(line: str) -> None:
+    assert judge(line) == ()
+
+
+def scratch(folder: Path) -> Path:
+    """The folder that requests are about."""
+    for name in ("src", "empty"):
+        (folder / name).mkdir(parents=True)
+    texts = {
+        "notes.txt": "".join(f"note {i}\n" for i in range(1, 13)),
+        "fruits.txt": "apple\nbanana\ncherry\napple\nbanana\napple\nfig\n",
+        "numbers.txt": "3\n14\n7\n25\n1\n",
+        "people.csv": "name,age,city\nAda,36,London\nBen,30,Oslo\nCy,41,Rome\n",
+        "app.log": "2026-01-01 INFO start\n2026-01-02 ERROR disk full\n2026-01-03 INFO retry\n"
+        "2026-01-04 ERROR timeout\n2026-01-05 INFO stop\n",
+        "user.json": '{"name": "Ada", "age": 36}\n',
+        "src/main.py": "import util\n# TODO: more\nprint(util.x)\n",
+        "src/util.py": "x = 1\n",
+        "old.txt": "old\n",
+        "empty.dat": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "big.bin").write_bytes(b"\0" * (3 << 20))
+    past = time() - 30 * 86_400
+    os.utime(folder / "old.txt", (past, past))
+    with tarfile.open(folder / "archive.tar.gz", "w:gz") as archive:
+        for name in ("one.txt", "two.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            archive.addfile(info, io.BytesIO(name.encode()))
+    return folder
+
+
+def does(line: str, asked: dict[str, Any], folder: Path) -> bool:
+    """Whether a command, run in a scratch folder, gives what was asked for. A flagged one isn't run."""
+    if judge(line):
+        return False
+    home = {**os.environ, "HOME": str(folder)}
+    try:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=scratch(folder), env=home, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=10,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    if "made" in asked:
+        return done.returncode == 0 and all(
+            (folder / name).is_file() == ("." in name) and (folder / name).exists() for name in asked["made"]
+        )
+    said = [each.strip().removeprefix("./") for each in done.stdout.splitlines() if each.strip()]
+    if "first" in asked and said[:1] != [asked["first"]]:
+        return False
+    return sorted(said) in [asked["want"], asked.get("or")]
+
+
+@pytest.fixture
+def place() -> Place:
+    """Bash with the programs of the tests, whatever this machine has."""
+    return Place(
+        "bash", "Linux", lambda name: f"/bin/{name}" if name in {"ls", "grep", "find", "wc", "xargs", "jq"} else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "command"),
+    [
+        ("ls -l", "ls -l"),
+        ("$ ls -l\nIt lists files.", "ls -l"),
+        ("Here you go:\n```bash\nfind . -name x \\\n  | wc -l\n```\nIt counts.", "find . -name x | wc -l"),
+        ("```\nfor f in *; do\n  wc -l \"$f\"\ndone\n```", 'for f in *; do wc -l "$f"; done'),
+        ("`grep x y`", "grep x y"),
+        ("You can use ls -l", None),
+        ("find the files that are large.", None),
+        ("ls | nosuchprogram", None),
+        ("find . | xargs nosuchprogram", None),
+        ("ls -l |", None),
+        ("echo 'open", None),
+        ("ls \x1b[31m", None),
+        ("ls \u202e", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_only_a_command_is_taken_from_an_answer(place: Place, answer: str, command: str | None) -> None:
+    assert place.command(answer) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [
+        ("cd a &&\nls", "cd a && ls"),
+        ("ls |\n  wc", "ls | wc"),
+        ("if true\nthen\n  ls\nfi", "if true; then ls; fi"),
+        ("f() {\n ls\n}\nf", "f() { ls; }; f"),
+        ("case $x in\n a) ls;;\nesac", "case $x in a) ls;; esac"),
+        ("echo 'a\nb'", None),
+        ("cat <<E\nx\nE", None),
+        ("ls # all\npwd", None),
+    ],
+)
+def test_lines_are_joined_where_that_is_the_same(text: str, one: str | None) -> None:
+    assert joined(text) == one
+
+
+def test_fish_gets_no_bash() -> None:
+    fish = Place("fish", "Linux", lambda name: f"/bin/{name}" if name != "fish" else None)
+    assert fish.means("ls | wc -l && echo $HOME")
+    for line in ("for f in *; do ls; done", "diff <(ls) x", "echo `ls`", "echo ${x:-y}", "A=b"):
+        assert not fish.means(line)
+
+
+def test_examples_take_the_names_of_the_request() -> None:
+    pair = ("print lines 30 to 40 of code.c", "sed -n '30,40p' code.c")
+    assert adapted(pair, "lines 5 to 7 of a.txt")[1] == "sed -n '5,7p' a.txt"
+    assert adapted(("find files larger than 100 MB", "find . -size +100M"), "over 2 MB")[1] == "find . -size +2M"
+
+
+def test_every_example_is_a_command_and_known_to_the_judge() -> None:
+    everywhere = Place("bash", "Linux", lambda name: f"/bin/{name}")
+    _, pairs = template()
+    assert [pair for pair in pairs if not everywhere.means(pair[1])] == []
+    flagged = [command for _, command in pairs if judge(command)]
+    assert all(re.search(r"\brm\b|-delete|\bkill\b", command) for command in flagged), flagged
+
+
+def test_a_line_that_nobody_spoke_of_does_not_fit() -> None:
+    shown = [("search for panic in kernel.log", "grep 'panic' kernel.log")]
+    assert fits("grep 'x' a.log", "lines with x in a.log", shown)
+    assert not fits("grep 'x' b.log", "lines with x in a.log", shown)
+    assert not fits("grep 'panic' a.log", "lines with x in a.log", shown)
+    assert not fits("rm a.log", "lines with x in a.log", shown)
+    assert not fits("ls -l -l -l -l a.log", "details of a.log", shown)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_key_bindings_are_printed(shell: str, tmp_path: Path) -> None:
+    done = call(["command", "--init", shell], tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert b"longspec command --no-stdin --shell " + shell.encode() in done.out
+    if program := which(shell):
+        subprocess.run([program, "-n"], input=done.out, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "prompt is empty"),
+        (["x", "--shell", "cmd.exe"], "--shell is cmd.exe"),
+        (["--init", "tcsh"], "--init is tcsh"),
+        (["x", "-n", "0"], "--number"),
+        (["x" * 3000], "3,000 characters"),
+    ],
+)
+def test_wrong_requests_are_said_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = call(["command", *arguments], tmp_path)
+    assert (done.code, done.out) == (2, b"")
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_model_that_babbles_gives_nothing(tmp_path: Path) -> None:
+    tiny = str(write_tiny(tmp_path / "tiny"))
+    done = call(["command", "-m", tiny, "--dtype", "fp32", "--shell", "bash", "qqq"], tmp_path)
+    assert (done.code, done.out) == (1, b"")
+    assert re.fullmatch(r"longspec: No answer of [^\n]+ was a command [^\n]+\n", done.err), done.err
+
+
+@cache
+def engine() -> Engine:
+    return Engine.load("smollm2")
+
+
+def suggested(request: str) -> str | None:
+    """The first suggestion, held to what every one must be: a line that bash reads, of programs that are here."""
+    lines = suggest(engine(), request, Place("bash", "Linux"))
+    if not lines:
+        return None
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    subprocess.run(["bash", "-n", "-c", lines[0]], check=True, stdin=subprocess.DEVNULL)
+    for word in programs(lines[0]):
+        resolved = subprocess.run(["bash", "-c", 'type -- "$1"', "type", word.text], capture_output=True)
+        assert resolved.returncode == 0, word.text
+    return lines[0]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("number", [4, 5, 28])
+def test_the_default_model_does_what_is_asked(number: int, tmp_path: Path) -> None:
+    asked = DATA["requests"][number]
+    line = suggested(asked["ask"])
+    assert line is not None
+    assert does(line, asked, tmp_path / "scratch")
+
+
+@pytest.mark.real
+def test_candidates_are_distinct() -> None:
+    lines = suggest(engine(), "count the words in a.txt", Place("bash", "Linux"), count=3)
+    assert len(lines) == len(set(lines)) > 1
+
+
+@pytest.mark.full
+@pytest.mark.real
+def test_full_every_suggestion_is_a_command(tmp_path: Path) -> None:
+    right, checked, none = 0, 0, 0
+    for number, asked in enumerate(DATA["requests"]):
+        line = suggested(asked["ask"])
+        none += line is None
+        if "want" in asked or "made" in asked:
+            checked += 1
+            good = line is not None and does(line, asked, tmp_path / str(number))
+            right += good
+        print(asked["ask"], "=>", line)
+    print(f"{right} of {checked} do what was asked; {none} of {len(DATA['requests'])} have no command")
+    assert right >= checked // 2
+    assert none <= len(DATA["requests"]) // 10
