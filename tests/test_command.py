@@ -87,8 +87,8 @@ def does(line: str, asked: dict[str, Any], folder: Path) -> bool:
         return done.returncode == 0 and all(
             (folder / name).is_file() == ("." in name) and (folder / name).exists() for name in asked["made"]
         )
-    said = [each.strip().removeprefix("./") for each in done.stdout.splitlines() if each.strip()]
-    if "first" in asked and said[:1] != [asked["first"]]:
+    said = [each.strip().removeprefix("./").removesuffix("/") for each in done.stdout.splitlines() if each.strip()]
+    if said[:1] != [asked.get("first", *said[:1])] or said[-1:] != [asked.get("last", *said[-1:])]:
         return False
     return sorted(said) in [asked["want"], asked.get("or")]
 
