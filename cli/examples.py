@@ -6,12 +6,13 @@ rather than their own. Knows no model.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from functools import cache
 from importlib.resources import files
+
+from longspec.cli.likeness import SIZE, endings, likenesses, plain
 
 __all__ = ["Pair", "adapted", "names", "nearest", "template"]
 
@@ -23,7 +24,10 @@ _KINDS = [
     re.compile(r"https?://[^\s'\"]*\w"),
     re.compile(r"\b[A-Z]{4,}\b"),
     re.compile(r"(?<![\w:/.])[\w/~-][\w./~-]*\.[A-Za-z]\w*"),
-    re.compile(r"(?<![\w./])\d+(?![\w./])"),
+    re.compile(r"(?<![\w./])\d+(?= days?\b)"),
+    re.compile(r"(?<![\w./])\d+(?= minutes?\b)"),
+    re.compile(r"\b(?:column|field|word|row) (\d+)"),
+    re.compile(r"(?<!column )(?<!field )(?<!word )(?<!row )(?<![\w./])\d+(?![\w./]| (?:days?|minutes?|[KMGT]B)\b)"),
 ]
 """What stands for something else in another request: names, addresses, files, numbers."""
 
@@ -63,31 +67,54 @@ def names(text: str) -> set[str]:
 
 
 def nearest(pairs: Sequence[Pair], request: str, count: int) -> list[tuple[float, Pair]]:
-    """Those whose requests share most with this one, by rare words, with how near each is; the nearest last."""
-    stems = [_stems(each) for each, _ in pairs]
-    found = Counter(stem for each in stems for stem in each)
-    weight = {stem: math.log(1 + len(pairs) / number) for stem, number in found.items()}
-    asked = _stems(request)
-    near = [
-        sum(weight[stem] for stem in each & asked) / math.sqrt(1 + sum(weight[stem] for stem in each)) for each in stems
-    ]
+    """Those whose requests ask for most of what this one asks for, and how alike each is; the nearest last."""
+    near = likenesses([asked for asked, _ in pairs], request)
     order = sorted(range(len(pairs)), key=lambda i: near[i])
     return [(near[i], adapted(pairs[i], request)) for i in order[len(order) - count :]]
 
 
 def adapted(pair: Pair, request: str) -> Pair:
     """An example with the names of this request for its own: a small model copies what it sees."""
-    asked, command = pair
+    asked, command = plain(pair[0]), pair[1]
+    request = plain(request)
     changes: dict[str, str] = {}
     for kind in _KINDS:
-        mine = [match[0] for match in kind.finditer(request)]
-        theirs = list(dict.fromkeys(match[0] for match in kind.finditer(asked)))
+        mine = [match[match.lastindex or 0] for match in kind.finditer(request)]
+        theirs = list(dict.fromkeys(match[match.lastindex or 0] for match in kind.finditer(asked)))
         changes |= dict(zip(theirs, mine, strict=False))
-    if not changes:
-        return pair
-    found = re.compile("|".join(_alone(name) for name in sorted(changes, key=len, reverse=True)))
-    asked, command = (found.sub(lambda match: changes[match[0]], text) for text in pair)
+    changes = _aligned(asked, command, request) | changes
+    meant = endings(asked), endings(request)
+    sizes = [re.findall(SIZE, text) for text in (asked, request)]
+    for (number, unit), (other, letter) in zip(*sizes, strict=False):
+        asked = asked.replace(f"{number} {unit}B", f"{other} {letter}B")
+        command = re.sub(
+            rf"\b{number}{unit}\b", other + (letter.lower() if letter == "K" else letter), command, flags=re.I
+        )
+    if changes:
+        found = re.compile("|".join(_alone(name) for name in sorted(changes, key=len, reverse=True)))
+        asked, command = (found.sub(lambda match: changes[match[0]], text) for text in (asked, command))
+    for (word, ending), (mine, other) in zip(*meant, strict=False):
+        asked = re.sub(rf"\b{re.escape(word)}\b", mine, asked)
+        command = re.sub(rf"(?<=\.){re.escape(ending)}\b", other, command)
     return asked, command
+
+
+def _aligned(asked: str, command: str, request: str) -> dict[str, str]:
+    """Words of an example that stand in its command, and what stands between the same words in the request."""
+    theirs, mine = asked.split(), request.split()
+    changes: dict[str, str] = {}
+    match = SequenceMatcher(None, [word.lower() for word in theirs], [word.lower() for word in mine], autojunk=False)
+    for kind, begin, end, start, stop in match.get_opcodes():
+        if kind == "replace" and end - begin == stop - start:
+            changes |= {
+                a: b
+                for a, b in zip(theirs[begin:end], mine[start:stop], strict=True)
+                if min(len(a), len(b)) > 2
+                and (a.isdigit(), "." in a) == (b.isdigit(), "." in b)
+                and b.lower() not in _EMPTY
+                and re.search(rf"(?<!-)(?!^){_alone(a)}", command)
+            }
+    return changes
 
 
 def _alone(name: str) -> str:
@@ -96,69 +123,6 @@ def _alone(name: str) -> str:
     return re.escape(name).join(around)
 
 
-_SAME = {
-    same: stem
-    for stem, others in {
-        "count": "many number",
-        "larg": "big bigger biggest over larger largest abov greatest",
-        "small": "smaller smallest under below tiny",
-        "director": "directory directori folder",
-        "cont": "contain content insid has hav hold",
-        "uniqu": "duplicat distinct",
-        "sum": "add total",
-        "revers": "descend highest backward",
-        "extract": "unpack uncompress decompress untar",
-        "compres": "pack archiv tarball tar zip",
-        "delet": "remov eras",
-        "renam": "chang",
-        "memory": "ram mem",
-        "modifi": "modify chang edit alter",
-        "uppercas": "upper capital",
-        "lowercas": "lower",
-        "creat": "mak new",
-        "download": "get fetch",
-        "process": "program",
-        "execut": "run runnable",
-        "disk": "spac storag",
-        "calculat": "time multiply plu divid minu what",
-        "valu": "number",
-        "user": "who people",
-        "greater": "over abov",
-        "branch": "branche",
-    }.items()
-    for same in others.split()
-}
-"""Words that ask for the same, by their stems."""
-
-_SILENT = {
-    "the",
-    "a",
-    "of",
-    "in",
-    "to",
-    "and",
-    "i",
-    "on",
-    "for",
-    "that",
-    "thi",
-    "me",
-    "my",
-    "al",
-    "it",
-    "show",
-    "print",
-    "by",
-}
-
-
-def _stems(text: str) -> set[str]:
-    """Words by their beginnings; for a file its kind, and one sign for all numbers."""
-    words = re.findall(r"[a-z]+", re.sub(r"\S*\w\.[a-z]\w*|\S*/\S*", _kind, text.lower()))
-    found = {re.sub(r"(ing|ed|es|s|e)$", "", word) if len(word) > 4 else word.rstrip("s") for word in words}
-    found = {_SAME.get(stem, stem) for stem in found} - _SILENT
-    return found | ({"#"} if re.search(r"\d", text) else set())
-
-
-def _kind(match: re.Match[str]) -> str:
-    return " url " if "://" in match[0] else f" {match[0].rsplit('.', 1)[-1]} file "
+_LITTLE = "the all any each every and are for from has how into its not out that this what where which who with"
+_EMPTY = frozenset(_LITTLE.split())
+"""Words that are no names, wherever they stand."""

@@ -1,9 +1,9 @@
 """From a request to commands: how a model is asked, and which of its answers is taken.
 
-Takes an engine, a request and a place; gives lines that are commands there. A small model errs often, so it is asked
-several times: the likeliest answer after this many examples and that many, then sampled ones. Its answers and the
-nearest examples' own commands then compete: the line counts that is about the request, that the model says more often,
-and that is built like the nearest examples. Runs nothing, prints nothing.
+Takes an engine, a request and a place; gives lines that are commands there. A small model writes poorly and reads
+better: its answers, held to the form of a command, and the nearest examples' own commands compete, and the line wins
+whose description the request would be. Lines that leave out what the request names, or bring what nobody spoke of, come
+last. Runs nothing, prints nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
-from longspec.cli.danger import judge
+from longspec.cli.danger import judge, programs
 from longspec.cli.examples import Pair, names, nearest, template
+from longspec.cli.form import form
+from longspec.cli.harms import HARMS
 from longspec.cli.place import Place
 from longspec.cli.syntax import calls, parse
 
@@ -23,10 +26,18 @@ if TYPE_CHECKING:
     from longspec.engine import Engine
     from longspec.options import Options
 
-__all__ = ["TRIES", "Try", "fits", "suggest"]
+__all__ = ["TRIES", "Try", "faults", "suggest"]
 
-_MOST_TOKENS = 64
+_MOST_TOKENS = 48
 _PROGRAMS = 12
+_CANDIDATES = 12
+"""How many examples' commands compete, of those that ask for the same in part."""
+
+_NEAR = 0.2
+
+_ASKED_OF_IT = "You say in a few words what a shell command does."
+_EVERY = 27
+"""One example of so many is shown to the model before it describes a command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +48,7 @@ class Try:
     temperature: float = 0.0
 
 
-TRIES = [Try(5), Try(3), Try(1), Try(8)], [Try(5, 0.6), Try(3, 0.6), Try(8, 0.8), Try(12, 0.9)]
-"""The first are asked until one line stands out; the second, one by one, until there are enough commands."""
+TRIES = (Try(5), Try(3), Try(5, 0.6), Try(5, 0.8))
 
 
 def suggest(
@@ -48,77 +58,68 @@ def suggest(
     *,
     count: int = 1,
     seed: int = 0,
-    step: Callable[[int], None] = lambda asked: None,
-    tries: tuple[Sequence[Try], Sequence[Try]] = TRIES,
+    step: Callable[[int], None] = lambda answers: None,
+    tries: Sequence[Try] = TRIES,
 ) -> list[str]:
-    """Up to `count` distinct commands, the best first; none where no answer was a command.
+    """Up to `count` distinct commands, the best first; none where nothing was a command.
 
-    step: told, before each token, how many answers there are.
+    step: told how many answers there are.
     """
+    from longspec.score import score
+
     known = [pair for pair in template()[1] if place.means(pair[1])]
-    near = nearest(known, request, max(one.shown for part in tries for one in part))
-    like = [command for nearness, (_, command) in near if nearness > _NEAR / 2]
-    said: Counter[str] = Counter()
-    about = {line for line in like if fits(line, request, [pair for _, pair in near]) and place.reads(line)}
+    near = nearest(known, request, _CANDIDATES)
+    lines = [command for nearness, (_, command) in near if nearness > _NEAR and place.means(command)]
+    regex = form(_programs(known, request, place), place.shell)
+    asks: list[tuple[list[dict[str, str]], Options]] = [
+        (
+            _messages(request, place, [pair for _, pair in near[len(near) - one.shown :]]),
+            {"max_new_tokens": _MOST_TOKENS, "temperature": one.temperature, "seed": seed + number, "regex": regex},
+        )
+        for number, one in enumerate(tries)
+    ]
+    for answers, (_, answer) in enumerate(engine.generate_many(asks, width=len(asks))):
+        step(answers)
+        if not isinstance(answer, Exception) and answer.finish_reason == "stop":
+            line = place.command(answer.text)
+            lines += [line] if line is not None else []
+    lines = [line for line in dict.fromkeys(lines) if place.reads(line)]
+    step(len(asks))
+    said = score(engine, [(_description(line, known), request) for line in lines])
+    shown = [pair for _, pair in near]
+    worth = {
+        line: chance + _LIKE * _built_like(line, near) - _FAULT * faults(line, request, shown)
+        for line, chance in zip(lines, said, strict=True)
+    }
+    return sorted(worth, key=lambda line: worth[line], reverse=True)[:count]
 
-    def rank(line: str) -> tuple[bool, float]:
-        return line in about, said[line] / len(first) + _built_like(line, near)
 
-    first, more = tries
-    for asked, one in enumerate([*first, *more]):
-        if len(about) >= count and (asked >= len(first) or (asked and max(map(rank, about))[1] >= _ENOUGH)):
-            break
-        shown = [pair for _, pair in near[len(near) - one.shown :]]
-        line = _ask(engine, _messages(request, place, shown), one.temperature, seed + asked, place, lambda: step(asked))  # noqa: B023
-        if line is not None:
-            said[line] += 1
-            if fits(line, request, shown):
-                about.add(line)
-    return sorted({*said, *about}, key=rank, reverse=True)[:count]
+_LIKE = 4.0
+_FAULT = 2.0
+"""What one fault weighs, in nats a token of the request."""
 
 
-def fits(line: str, request: str, shown: Sequence[Pair]) -> bool:
-    """Whether a line is about this request: it has its names and numbers and none of an example's, loses nothing that
-    nobody spoke of, and is no sentence and no stutter.
+def faults(line: str, request: str, shown: Sequence[Pair]) -> int:
+    """What speaks against a line for this request: names and numbers that it lacks, and those of an example; a loss
+    that nobody asked for; a sentence; a stutter; words that stand neither in the request nor in an example.
     """
-    if any(name not in line for name in names(request)):
-        return False
-    if any(name in names(asked) and name not in request for asked, _ in shown for name in names(line)):
-        return False
-    theirs = {word for _, command in shown for word in _QUOTED.findall(command)}
-    if any(word in theirs and word.lower() not in request.lower() for word in _QUOTED.findall(line)):
-        return False
-    if judge(line) and not _LOSS.search(request):
-        return False
+    wanted, theirs = names(request), {word for _, command in shown for word in _QUOTED.findall(command)}
+    found = sum(name not in line for name in wanted)
+    found += sum(name not in request and any(name in names(asked) for asked, _ in shown) for name in names(line))
+    found += sum(word in theirs and word.lower() not in request.lower() for word in _QUOTED.findall(line))
+    found += bool(judge(line)) and not _LOSS.search(request)
     root = parse(line)
-    said = [word.text for call in calls(root) for word in call.words[1:]] if root is not None else []
-    return max(Counter(said).values(), default=0) < _STUTTER and (not _FILLERS & set(said) or bool(_SPEAKS.match(line)))
+    words = [word.text for call in calls(root) for word in call.words[1:]] if root is not None else []
+    found += max(Counter(words).values(), default=0) >= _STUTTER
+    found += bool(_FILLERS & set(words)) and not _SPEAKS.match(line)
+    grounds = " ".join([request.lower(), *(command for _, command in shown)])
+    return found + sum(len(word) > 2 and word.lower().strip("'\"") not in grounds for word in set(words))
 
 
-_NEAR = 4.0
-"""How near an example is that asks for the same in nearly the same words."""
-
-_ENOUGH = 1.0
 _STUTTER = 4
 _QUOTED = re.compile(r"['\"]([A-Za-z]{3,})['\"]")
-_FILLERS = {
-    "in",
-    "the",
-    "of",
-    "that",
-    "with",
-    "is",
-    "are",
-    "to",
-    "which",
-    "from",
-    "and",
-    "this",
-    "your",
-    "you",
-    "file",
-    "files",
-}
+_PROSE = "in the of that with is are to which from and this your you file files"
+_FILLERS = frozenset(_PROSE.split())
 _SPEAKS = re.compile(r"echo|printf|git commit")
 _LOSS = re.compile(
     r"\b(delet|remov|eras|kill|stop|end\b|wip|clear|overwrit|mov|renam|sudo|root|force|truncat|shred|format|reset|discard|"
@@ -128,23 +129,24 @@ _LOSS = re.compile(
 
 
 def _built_like(line: str, near: Sequence[tuple[float, Pair]]) -> float:
-    """How much of a line stands in an example, times how near that one is."""
-    mine = set(line.split())
-    return max(
-        (
-            nearness / _NEAR * len(mine & set(command.split())) / len(mine | set(command.split()))
-            for nearness, (_, command) in near
-        ),
-        default=0.0,
-    )
+    """How much of a line stands in an example, in its order, times how near that one is."""
+    mine = line.split()
+    return max((n * SequenceMatcher(None, mine, command.split()).ratio() for n, (_, command) in near), default=0.0)
+
+
+def _programs(known: Sequence[Pair], request: str, place: Place) -> set[str]:
+    """What a line may call: what examples and the judge of harm know, and what the request names."""
+    told = {word.text for _, command in known for word in programs(command)}
+    asked = set(re.findall(r"[a-z][\w.+-]+", request))
+    return {name for name in told | set(HARMS) | asked if place.has(name)}
 
 
 def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[str, str]]:
     """The conversation in which the model gives a command."""
-    programs = list(dict.fromkeys(command.split()[0] for _, command in reversed(shown)))
-    programs += [word for word in re.findall(r"[a-z][\w.+-]+", request) if place.find(word)]
+    called = list(dict.fromkeys(command.split()[0] for _, command in reversed(shown)))
+    called += [word for word in re.findall(r"[a-z][\w.+-]+", request) if place.find(word)]
     system = template()[0].format(
-        shell=place.shell, system=place.system, programs=", ".join(dict.fromkeys(programs[:_PROGRAMS]))
+        shell=place.shell, system=place.system, programs=", ".join(dict.fromkeys(called[:_PROGRAMS]))
     )
     said = [{"role": "system", "content": system}]
     for asked, command in shown:
@@ -152,24 +154,11 @@ def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[st
     return [*said, {"role": "user", "content": request}]
 
 
-def _ask(
-    engine: Engine,
-    messages: list[dict[str, str]],
-    temperature: float,
-    seed: int,
-    place: Place,
-    step: Callable[[], None],
-) -> str | None:
-    """The command in one answer, which ends with its first line that is one."""
-    options: Options = {"max_new_tokens": _MOST_TOKENS, "temperature": temperature, "seed": seed}
-    session = engine.open(messages, **options)
-    for _ in engine.prefill(session):
-        step()
-    while session.finish_reason is None:
-        step()
-        engine.step([session])
-        line, _, rest = session.text.lstrip().partition("\n")
-        if rest and "```" not in session.text and (found := place.command(line)) is not None:
-            return found
-    cut = session.finish_reason == "length" and session.text.count("```") < 2
-    return None if cut else place.command(session.text)
+def _description(line: str, known: Sequence[Pair]) -> list[dict[str, str]]:
+    """The conversation in which the model says what a command does. Its examples are the same for every request, so
+    that none of them speaks for a line.
+    """
+    said = [{"role": "system", "content": _ASKED_OF_IT}]
+    for asked, command in known[3::_EVERY]:
+        said += [{"role": "user", "content": command}, {"role": "assistant", "content": asked}]
+    return [*said, {"role": "user", "content": line}]

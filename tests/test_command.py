@@ -15,14 +15,22 @@ from time import time
 from typing import Any
 
 import pytest
+import torch
 from commands import call, write_tiny
+from engines import engine as made_engine
+from engines import tiny
 
 from longspec.cli.danger import judge, programs
-from longspec.cli.examples import adapted, template
+from longspec.cli.examples import adapted, names, template
+from longspec.cli.form import form
+from longspec.cli.likeness import plain
 from longspec.cli.place import Place
-from longspec.cli.suggestion import fits, suggest
+from longspec.cli.suggestion import faults, suggest
 from longspec.cli.syntax import joined
 from longspec.engine import Engine
+from longspec.feed import Feed, run
+from longspec.score import score
+from longspec.text import encode
 
 DATA: dict[str, Any] = tomllib.loads((Path(__file__).parent / "command.toml").read_text())
 
@@ -78,7 +86,7 @@ def does(line: str, asked: dict[str, Any], folder: Path) -> bool:
     home = {**os.environ, "HOME": str(folder)}
     try:
         done = subprocess.run(
-            ["bash", "-c", line], cwd=scratch(folder), env=home, capture_output=True, text=True,
+            ["bash", "-c", line], cwd=scratch(folder), env=home, capture_output=True, text=True, errors="replace",
             stdin=subprocess.DEVNULL, timeout=10,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -151,7 +159,12 @@ def test_fish_gets_no_bash() -> None:
 def test_examples_take_the_names_of_the_request() -> None:
     pair = ("print lines 30 to 40 of code.c", "sed -n '30,40p' code.c")
     assert adapted(pair, "lines 5 to 7 of a.txt")[1] == "sed -n '5,7p' a.txt"
-    assert adapted(("find files larger than 100 MB", "find . -size +100M"), "over 2 MB")[1] == "find . -size +2M"
+    assert adapted(("find files larger than 100 MB", "find . -size +100M"), "over 2 gigabytes")[1] == "find . -size +2G"
+    assert adapted(("replace cat with dog in a.txt", "sed 's/cat/dog/' a.txt"), "replace x1 with yes in b.md")[1] == (
+        "sed 's/cat/yes/' b.md"
+    )
+    assert adapted(("find all png images", "find . -name '*.png'"), "find python files")[1] == "find . -name '*.py'"
+    assert adapted(("changed this week", "find . -mtime -7"), "changed in the last 3 weeks")[1] == "find . -mtime -21"
 
 
 def test_every_example_is_a_command_and_known_to_the_judge() -> None:
@@ -159,16 +172,91 @@ def test_every_example_is_a_command_and_known_to_the_judge() -> None:
     _, pairs = template()
     assert [pair for pair in pairs if not everywhere.means(pair[1])] == []
     flagged = [command for _, command in pairs if judge(command)]
-    assert all(re.search(r"\brm\b|-delete|\bkill\b", command) for command in flagged), flagged
+    assert all(re.search(r"\brm\b|-delete|\bp?kill\b", command) for command in flagged), flagged
 
 
-def test_a_line_that_nobody_spoke_of_does_not_fit() -> None:
+def bare(request: str) -> list[str]:
+    """A request's words without what it names, in any order: two that have the same ask for the same."""
+    said = plain(request)
+    for name in sorted(names(said), key=len, reverse=True):
+        said = said.replace(name, "_")
+    little = {"the", "a", "an", "all", "in", "of", "and", "from", "to", "for"}
+    return sorted(word for word in re.findall(r"[a-z]+|_", said.lower()) if word not in little)
+
+
+def test_no_example_is_one_of_the_requests() -> None:
+    shown = {tuple(bare(asked)): asked for asked, _ in template()[1]}
+    held = [asked["ask"] for kind in ("requests", "fresh") for asked in DATA[kind]]
+    assert len(held) == len(set(held)) == 90
+    assert {ask: shown[tuple(bare(ask))] for ask in held if tuple(bare(ask)) in shown} == {}
+
+
+def test_faults_of_a_line() -> None:
     shown = [("search for panic in kernel.log", "grep 'panic' kernel.log")]
-    assert fits("grep 'x' a.log", "lines with x in a.log", shown)
-    assert not fits("grep 'x' b.log", "lines with x in a.log", shown)
-    assert not fits("grep 'panic' a.log", "lines with x in a.log", shown)
-    assert not fits("rm a.log", "lines with x in a.log", shown)
-    assert not fits("ls -l -l -l -l a.log", "details of a.log", shown)
+    assert faults("grep 'x' a.log", "lines with x in a.log", shown) == 0
+    for line in (
+        "grep 'x' b.log",
+        "grep 'panic' a.log",
+        "rm a.log",
+        "cat -l -l -l -l a.log",
+        "cat the a.log",
+        "cat b a.log bcd",
+    ):
+        assert faults(line, "lines with x in a.log", shown) > 0, line
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("files over 2gb of this week", "files over 2 GB of within 7 days"),
+        ("the five largest", "the 5 largest"),
+        ("the third column of x", "the column 3 of x"),
+        ("changed in the last 3 hours", "changed within 180 minutes"),
+    ],
+)
+def test_requests_in_plainer_words(asked: str, said: str) -> None:
+    assert plain(asked) == said
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh", "fish"])
+def test_the_form_of_a_command(shell: str) -> None:
+    held = re.compile(form(["ls", "grep", "wc", "echo"], shell))
+    for line in ("ls", "ls -l *.txt | wc -l", 'grep "a b" x.txt > y', "echo $(ls -a) 'it is' && ls\n"):
+        assert held.fullmatch(line), line
+    for line in (
+        "list the files",
+        "ls | sort",
+        "ls 'open",
+        "ls\nls",
+        "",
+        "```ls```",
+        "ls; and then",
+        "ls `wc`",
+        "ls (all)",
+    ):
+        assert not held.fullmatch(line), line
+    assert bool(held.fullmatch('for f in *.txt; do wc -l "$f"; done')) == (shell != "fish")
+
+
+def test_every_example_has_the_form() -> None:
+    _, pairs = template()
+    held = re.compile(form({word.text for _, command in pairs for word in programs(command)}))
+    assert [command for _, command in pairs if not held.fullmatch(command)] == []
+
+
+def test_scores_are_those_of_answers_read_one_by_one(tmp_path: Path) -> None:
+    one = made_engine(tiny(tmp_path))
+    pairs = [("BCD", "EF"), ("BCDG", "EFE"), ("BC", "E"), ("BCD", "EF" * 60), ("BCD", "EG" * 60)]
+    for (prompt, answer), said in zip(pairs, score(one, pairs), strict=True):
+        vocabulary, decoder = one.model.vocabulary, one.model.decoder
+        before, tokens = encode(vocabulary, prompt), vocabulary.encode(answer, add_special=False)
+        session = one.open([{"role": "user", "content": prompt}])
+        session.tokens += tokens
+        with torch.inference_mode():
+            _, hidden = run([Feed.of(session, session.tokens)], decoder)
+            logits = decoder.logits(hidden).log_softmax(-1)[len(before) - 1 : -1]
+        assert said == pytest.approx(logits[range(len(tokens)), tokens].mean().item(), abs=1e-4)
+    assert score(one, []) == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
