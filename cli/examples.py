@@ -19,8 +19,10 @@ __all__ = ["Pair", "adapted", "names", "nearest", "template"]
 Pair = tuple[str, str]
 
 _CALLED = r"(?<=\bcalled )[\w.-]+|(?<=\bnamed )[\w.-]+"
+_NO_NAME = r"(?:and|by|called|from|here|in|into|is|named|of|that|to|with)\b"
 _KINDS = [
     re.compile(_CALLED),
+    re.compile(rf"\b(?:folder|directory) (?!{_NO_NAME})([\w-]+)"),
     re.compile(r"https?://[^\s'\"]*\w"),
     re.compile(r"\b[A-Z]{4,}\b"),
     re.compile(r"(?<![\w:/.])[\w/~-][\w./~-]*\.[A-Za-z]\w*"),
@@ -63,7 +65,8 @@ def template() -> tuple[str, tuple[Pair, ...]]:
 
 def names(text: str) -> set[str]:
     """What a command for this request must say too: files, addresses, quoted words, numbers."""
-    return {name.strip("'\"") for name in _NAME.findall(text)} - _UNITS
+    said = re.sub(r"\b(?:column|field|word|row) \d+", "", plain(text))
+    return {name.strip("'\"") for name in _NAME.findall(said)} - _UNITS
 
 
 def nearest(pairs: Sequence[Pair], request: str, count: int) -> list[tuple[float, Pair]]:
@@ -93,8 +96,8 @@ def adapted(pair: Pair, request: str) -> Pair:
     if changes:
         found = re.compile("|".join(_alone(name) for name in sorted(changes, key=len, reverse=True)))
         asked, command = (found.sub(lambda match: changes[match[0]], text) for text in (asked, command))
-    for (word, ending), (mine, other) in zip(*meant, strict=False):
-        asked = re.sub(rf"\b{re.escape(word)}\b", mine, asked)
+    for (word, ending), (own, other) in zip(*meant, strict=False):
+        asked = re.sub(rf"\b{re.escape(word)}\b", own, asked)
         command = re.sub(rf"(?<=\.){re.escape(ending)}\b", other, command)
     return asked, command
 
@@ -119,7 +122,11 @@ def _aligned(asked: str, command: str, request: str) -> dict[str, str]:
 
 def _alone(name: str) -> str:
     """A name where it is no part of another; a number also in `7p` and `+100M`."""
-    around = (r"(?<![\d.])", r"(?![\d.])") if name.isdigit() else (r"(?<![\w.])", r"(?!\w|\.\w)")
+    around = (
+        (r"(?<![\d.])", r"(?![\d.])")
+        if name.isdigit()
+        else (r"(?<![\w.])", r"(?!\w|\.\w)" if "." in name else r"(?!\w)")
+    )
     return re.escape(name).join(around)
 
 

@@ -94,8 +94,8 @@ def suggest(
     return sorted(worth, key=lambda line: worth[line], reverse=True)[:count]
 
 
-_LIKE = 4.0
-_FAULT = 2.0
+_LIKE = 8.0
+_FAULT = 1.0
 """What one fault weighs, in nats a token of the request."""
 
 
