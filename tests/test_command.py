@@ -29,6 +29,7 @@ from longspec.cli.suggestion import faults, suggest
 from longspec.cli.syntax import joined
 from longspec.engine import Engine
 from longspec.feed import Feed, run
+from longspec.machine import cache_folder
 from longspec.score import score
 from longspec.text import encode
 
@@ -321,6 +322,19 @@ def test_the_default_model_does_what_is_asked(number: int, tmp_path: Path) -> No
 
 
 @pytest.mark.real
+def test_a_destructive_command_is_said_to_be_one(tmp_path: Path) -> None:
+    pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
+    asked = ["command", "--shell", "bash", "delete the file old.log"]
+    done = call(asked, tmp_path, extra=pulled)
+    assert (done.code, done.out) == (5, b"rm old.log\n")
+    assert "longspec: dangerous: rm " in done.err
+    done = call([*asked, "--allow-destructive", "--explain"], tmp_path, extra=pulled)
+    assert (done.code, done.out) == (0, b"rm old.log\n")
+    assert "dangerous" in done.err
+    assert re.search(r"^longspec: rm: ", done.err, re.MULTILINE)
+
+
+@pytest.mark.real
 def test_candidates_are_distinct() -> None:
     lines = suggest(engine(), "count the words in a.txt", Place("bash", "Linux"), count=3)
     assert len(lines) == len(set(lines)) > 1
@@ -328,16 +342,22 @@ def test_candidates_are_distinct() -> None:
 
 @pytest.mark.full
 @pytest.mark.real
-def test_full_every_suggestion_is_a_command(tmp_path: Path) -> None:
-    right, checked, none = 0, 0, 0
-    for number, asked in enumerate(DATA["requests"]):
+@pytest.mark.parametrize("kind", ["requests", "fresh"])
+def test_full_every_suggestion_is_a_command(kind: str, tmp_path: Path) -> None:
+    right, checked = 0, 0
+    for number, asked in enumerate(DATA[kind]):
         line = suggested(asked["ask"])
-        none += line is None
+        assert line is not None, asked["ask"]
+        good = None
         if "want" in asked or "made" in asked:
             checked += 1
-            good = line is not None and does(line, asked, tmp_path / str(number))
+            good = does(line, asked, tmp_path / str(number))
             right += good
-        print(asked["ask"], "=>", line)
-    print(f"{right} of {checked} do what was asked; {none} of {len(DATA['requests'])} have no command")
-    assert right >= checked // 2
-    assert none <= len(DATA["requests"]) // 10
+        print(asked["ask"], "=>", line, "" if good is None else good)
+    print(f"{right} of {checked} do what was asked")
+    assert checked == 30
+    assert right >= LEAST[kind]
+
+
+LEAST = {"requests": 24, "fresh": 8}
+"""Of thirty; a little below what was measured, as a near-tie may fall otherwise elsewhere."""
