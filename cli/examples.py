@@ -7,12 +7,13 @@ rather than their own. Knows no model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from importlib.resources import files
 
-from longspec.cli.likeness import SIZE, endings, likenesses, plain
+from longspec.cli.likeness import SIZE, common, endings, likenesses, plain
 
 __all__ = ["Pair", "adapted", "names", "nearest", "template"]
 
@@ -73,11 +74,29 @@ def nearest(pairs: Sequence[Pair], request: str, count: int) -> list[tuple[float
     """Those whose requests ask for most of what this one asks for, and how alike each is; the nearest last."""
     near = likenesses([asked for asked, _ in pairs], request)
     order = sorted(range(len(pairs)), key=lambda i: near[i])
-    return [(near[i], adapted(pairs[i], request)) for i in order[len(order) - count :]]
+    spoken = Counter(word for asked, _ in pairs for word in set(re.findall(r"[a-z]+", asked.lower())))
+    unheard = _own(request, {word for word, times in spoken.items() if times > 1})
+    return [(near[i], adapted(pairs[i], request, unheard)) for i in order[len(order) - count :]]
 
 
-def adapted(pair: Pair, request: str) -> Pair:
-    """An example with the names of this request for its own: a small model copies what it sees."""
+def _own(request: str, spoken: set[str]) -> list[str]:
+    """What a request brings of its own: quoted texts, and words that are no names and that the examples don't speak."""
+    if quoted := re.findall(r"(?<!\w)['\"]([^'\"]+)['\"]", request):
+        return quoted
+    words = [word.strip(",;:?!()") for word in plain(request).split()]
+    marked = re.findall(r"\b(?:word|text|string) (\w+)", request)
+    return list(
+        dict.fromkeys(
+            [*marked, *(word for word in words if word.isalpha() and word.lower() not in spoken and not common(word))]
+        )
+    )
+
+
+def adapted(pair: Pair, request: str, unheard: Sequence[str] = ()) -> Pair:
+    """An example with the names of this request for its own: a small model copies what it sees.
+
+    unheard: words that fill what is left open, as no example speaks them.
+    """
     asked, command = plain(pair[0]), pair[1]
     request = plain(request)
     changes: dict[str, str] = {}
@@ -86,6 +105,8 @@ def adapted(pair: Pair, request: str) -> Pair:
         theirs = list(dict.fromkeys(match[match.lastindex or 0] for match in kind.finditer(asked)))
         changes |= dict(zip(theirs, mine, strict=False))
     changes = _aligned(asked, command, request) | changes
+    left = [word for word in _held(asked, command) if word not in changes]
+    changes |= dict(zip(left, [word for word in unheard if word not in changes.values()], strict=False))
     meant = endings(asked), endings(request)
     sizes = [re.findall(SIZE, text) for text in (asked, request)]
     for (number, unit), (other, letter) in zip(*sizes, strict=False):
@@ -100,6 +121,16 @@ def adapted(pair: Pair, request: str) -> Pair:
         asked = re.sub(rf"\b{re.escape(word)}\b", own, asked)
         command = re.sub(rf"(?<=\.){re.escape(ending)}\b", other, command)
     return asked, command
+
+
+def _held(asked: str, command: str) -> list[str]:
+    """Words of an example that its command takes over, quoted or as a name."""
+    words = [word.strip(",;:?!()") for word in asked.split()]
+    return [
+        word
+        for word in dict.fromkeys(words)
+        if word.isalpha() and word.lower() not in _EMPTY and re.search(rf"['/ ]{re.escape(word)}(?:['/]|$)", command)
+    ]
 
 
 def _aligned(asked: str, command: str, request: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-__all__ = ["ENDING", "SIZE", "endings", "likenesses", "plain"]
+__all__ = ["ENDING", "SIZE", "common", "endings", "likenesses", "plain"]
 
 SIZE = r"(?<![\w.])(\d+) ?([KMGT])(?:i?B\b|\w{2,3}bytes?\b)"
 
@@ -48,19 +48,21 @@ _NAMED = re.compile(rf"(?<![\w/-])(?:\*?\.)?([A-Za-z]\w*)(?= (?:source |code )?{
 
 _GROUPS = """
 large big bigger biggest larger largest over above greater greatest more exceeding exceed huge highest maximum
-small smaller smallest under below less lowest minimum tiny
+small smaller smallest under below less least lowest minimum tiny younger
 directory directories folder subfolder subdirectory subdirectories
-contain containing with mention mentioned match matching has have having include
+contain containing with mention mentioned match matching has have having include including hold
+occur appear happen come
 inside contents content
 unique distinct different once
-duplicate repeated repeat twice
-sum add total
+duplicate repeated repeat repeats repetition twice double
+sum add total together
 calculate compute
 times multiply multiplied
 reverse backward backwards reversed
 descending decreasing
 extract unpack uncompress decompress untar unzip
 compress pack archive tarball tar zip
+not without except excluding lacking skip ignore ignoring no never none don doesn isn but
 delete remove erase
 memory ram mem
 modified modify change changed edit edited altered updated
@@ -80,18 +82,23 @@ column field
 old older oldest ago unchanged untouched
 recent newest latest newer recently
 find search look locate
+sort order ordered arrange
+replace swap substitute exchange
+stop end kill terminate quit
 using use
 """
 _LITTLE = """
 the a an of in to and i on for that this me my all it show print display output give get by is are be was were do does
-there what which how please not from at its their them those these can here
+there what which how please from at its their them those these can here
 """
 _SILENT = frozenset(_LITTLE.split())
 
 
 def plain(request: str) -> str:
     """The same with digits for numbers in words and places in a row, days for weeks and months, minutes for hours."""
-    said = re.sub(rf"\b({'|'.join(_PLACES)}) (column|field|word|row)\b", lambda m: f"{m[2]} {_PLACES[m[1]]}", request)
+    said = re.sub(
+        rf"\b({'|'.join(_PLACES)}) (column|field|word|row|line)\b", lambda m: f"{m[2]} {_PLACES[m[1]]}", request
+    )
     said = re.sub(rf"\b({'|'.join(_NUMBERS)})\b", lambda m: str(_NUMBERS[m[1]]), said)
     said = re.sub(r"\btoday\b", "in the last 1 days", said)
     said = re.sub(r"\b(?:this|last|past) (day|week|month|year|hour)\b", r"last 1 \1s", said)
@@ -106,6 +113,11 @@ def endings(request: str) -> list[tuple[str, str]]:
     """Words that say which files are meant, and how the names of those end."""
     found = _NAMED.findall(request)
     return [(word, ending) for word in found if (ending := ENDING.get(word.lower())) is not None]
+
+
+def common(word: str) -> bool:
+    """Whether a word says what to do, whatever it is done to."""
+    return word.lower() in _SILENT or word.lower() in ENDING or _stem(word.lower()) in _same()
 
 
 def likenesses(requests: Sequence[str], request: str) -> list[float]:
@@ -125,7 +137,9 @@ def _stems(text: str) -> set[str]:
     """Words by their beginnings; for a file its kind, and one sign for all numbers."""
     said = re.sub(r"\b(?:how many|number of)\b", "count", text.lower())
     said = re.sub(r"\b(?:not|never) (?:been )?(?:modified|changed|edited|touched)\b", "unchanged", said)
-    said = re.sub(r"\b(?:remove|drop|skip) (?:the )?(?:duplicate|repeated)s?\b", "unique", said)
+    said = re.sub(
+        r"\b(?:remove|drop|skip|without|no) (?:the |any )?(?:duplicate|repeat|repetition|repeated)s?\b", "unique", said
+    )
     said = re.sub(r"\b(?:in|of|below) (?:this|the current) (?:folder|directory)\b", "", said)
     said = re.sub(r"\b(\d+) (?:to|through|and|-) (?=\d)", r"range \1 ", said)
     found = set(re.findall(r"[a-z]+", re.sub(r"\S*\w\.[a-z]\w*|\S*/\S*", _kind, said)))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from longspec.cli.danger import programs
 from longspec.cli.syntax import BEYOND_FISH, functions, joined, kinds, parse
@@ -160,11 +161,12 @@ _BEYOND_SH = {"process_substitution", "herestring_redirect", "ansi_c_string", "t
 
 @dataclass(frozen=True)
 class Place:
-    """find: the path of a program, or None."""
+    """find: the path of a program, or None. folder: in which the command is to run."""
 
     shell: str
     system: str
     find: Callable[[str], str | None] = field(default=shutil.which)
+    folder: Path = Path()
 
     def has(self, name: str) -> bool:
         """Whether the word begins a command here."""

@@ -19,6 +19,7 @@ from longspec.cli.danger import judge, programs
 from longspec.cli.examples import Pair, names, nearest, template
 from longspec.cli.form import form
 from longspec.cli.harms import HARMS
+from longspec.cli.headers import numbered
 from longspec.cli.place import Place
 from longspec.cli.syntax import calls, parse
 
@@ -68,7 +69,7 @@ def suggest(
     from longspec.score import score
 
     known = [pair for pair in template()[1] if place.means(pair[1])]
-    near = nearest(known, request, _CANDIDATES)
+    near = nearest(known, numbered(request, place.folder), _CANDIDATES)
     lines = [command for nearness, (_, command) in near if nearness > _NEAR and place.means(command)]
     regex = form(_programs(known, request, place), place.shell)
     asks: list[tuple[list[dict[str, str]], Options]] = [
