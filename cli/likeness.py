@@ -99,7 +99,7 @@ def plain(request: str) -> str:
     said = re.sub(
         rf"\b({'|'.join(_PLACES)}) (column|field|word|row|line)\b", lambda m: f"{m[2]} {_PLACES[m[1]]}", request
     )
-    said = re.sub(rf"\b({'|'.join(_NUMBERS)})\b", lambda m: str(_NUMBERS[m[1]]), said)
+    said = re.sub(rf"(?<![\w./-])({'|'.join(_NUMBERS)})(?![\w/-]|\.\w)", lambda m: str(_NUMBERS[m[1]]), said)
     said = re.sub(r"\btoday\b", "in the last 1 days", said)
     said = re.sub(r"\b(?:this|last|past) (day|week|month|year|hour)\b", r"last 1 \1s", said)
     said = re.sub(r"(\d+) (week|month|year)s?\b", lambda m: f"{int(m[1]) * _DAYS[m[2]]} days", said)

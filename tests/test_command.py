@@ -220,6 +220,7 @@ def test_columns_have_their_numbers(tmp_path: Path) -> None:
     [
         ("files over 2gb of this week", "files over 2 GB of within 7 days"),
         ("the five largest", "the 5 largest"),
+        ("one/two and two.txt", "one/two and two.txt"),
         ("the third column of x", "the column 3 of x"),
         ("changed in the last 3 hours", "changed within 180 minutes"),
     ],
