@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, train, tune
+from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, shell, train, tune
 from longspec.cli.bench import bench
 from longspec.cli.command import Command, Group, origin
 from longspec.cli.config import config
@@ -33,6 +33,7 @@ _MODULES = {
     "run": run,
     "chat": chat,
     "batch": batch,
+    "command": shell,
     "serve": serve,
     "train": train,
     "tune": tune,
@@ -67,7 +68,7 @@ the environment, the environment before the file; longspec config shows them.
 \b
 Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad input,
 3 the model can't be had or isn't supported, 4 the memory budget can't be met,
-130 interrupted (what was written stands).
+5 a suggested command may destroy something, 130 interrupted (what was written stands).
 """,
 )
 def _root(

@@ -17,7 +17,20 @@ from longspec.cli.settings import Kind, Setting, read_settings
 __all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
 
 _COMMAND_LINE_ONLY = {
-    *("context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex", "template"),
+    *(
+        "allow_destructive",
+        "context",
+        "dry_run",
+        "each_line",
+        "file",
+        "init",
+        "json_schema",
+        "output",
+        "param",
+        "prompt_cache",
+        "regex",
+        "template",
+    ),
     *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
 }
 """Belong to one call: neither the environment nor config.toml sets them."""
@@ -134,7 +147,9 @@ def _settable(command: Any) -> list[Any]:
     return [
         parameter
         for parameter in command.params
-        if parameter.param_type_name == "option" and setting_name(parameter) not in _COMMAND_LINE_ONLY
+        if parameter.param_type_name == "option"
+        and not parameter.required  # what a call can't do without belongs to that call
+        and setting_name(parameter) not in _COMMAND_LINE_ONLY
     ]
 
 

@@ -32,7 +32,7 @@ STAGES = [
     ["session"],
     ["answer", "feed", "options", "resume", "schedule", "watch"],
     ["engine"],
-    ["conversation"],
+    ["conversation", "score"],
     ["batch", "bench", "server", "training"],
     ["cli"],
 ]

@@ -1,0 +1,285 @@
+"""What a line of shell says: its commands, their words and where they read and write, by tree-sitter's bash grammar.
+
+Takes text; gives plain values. Nothing is run or expanded: a word is known where quoting alone decides what it is, and
+unknown where a variable, a substitution or a pattern does. Knows no program and no danger.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tree_sitter import Node, Parser
+
+__all__ = ["BEYOND_FISH", "Call", "Redirect", "Word", "calls", "functions", "joined", "kinds", "literal", "parse"]
+
+_LONGEST = 10_000
+"""Characters of a line that is read; a command that a person wants is a hundredth of it."""
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "v": "\v"}
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{1,2}|u[0-9a-fA-F]{1,4}|U[0-9a-fA-F]{1,8}|[0-7]{1,3}|c.|.)", re.DOTALL)
+_EXPANDS = {"simple_expansion", "expansion", "command_substitution", "process_substitution", "arithmetic_expansion"}
+_SUBSTITUTES = {"command_substitution", "process_substitution"}
+
+BEYOND_FISH = {
+    "if_statement", "while_statement", "for_statement", "c_style_for_statement", "case_statement", "compound_statement",
+    "function_definition", "subshell", "process_substitution", "heredoc_redirect", "herestring_redirect", "expansion",
+    "variable_assignment", "test_command", "ansi_c_string", "translated_string", "arithmetic_expansion",
+}  # fmt: skip
+"""Kinds of node that fish writes otherwise or not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """text: what the program gets, where `known`; else as it is written."""
+
+    text: str
+    known: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """operator: `>`, `>>`, `<`, `<<<` and so on. target: None where it closes, or is a document on following lines."""
+
+    operator: str
+    target: Word | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One command. No words: redirections or assignments alone. fed: its input is a pipe's.
+
+    feeder: the commands before it in the pipeline, as they are written.
+    """
+
+    words: tuple[Word, ...] = ()
+    redirects: tuple[Redirect, ...] = ()
+    assigned: tuple[tuple[str, Word], ...] = ()
+    fed: bool = False
+    feeder: tuple[Call, ...] = ()
+
+
+@cache
+def _parser() -> Parser:
+    import tree_sitter_bash
+    from tree_sitter import Language, Parser
+
+    return Parser(Language(tree_sitter_bash.language()))
+
+
+def parse(line: str) -> Node | None:
+    """The tree of a line; None where it isn't shell, or is empty."""
+    if len(line) > _LONGEST or "\0" in line:
+        return None
+    root = _parser().parse(line.encode(errors="replace")).root_node
+    if root.has_error or not any(child.type != "comment" for child in root.named_children):
+        return None
+    return root
+
+
+def kinds(node: Node) -> set[str]:
+    """The types of all nodes below this one."""
+    found, rest = set(), [node]
+    while rest:
+        found.add((node := rest.pop()).type)
+        rest += node.children
+    return found
+
+
+def functions(node: Node) -> set[str]:
+    """The names of functions that are defined here."""
+    found, rest = set(), [node]
+    while rest:
+        node = rest.pop()
+        if node.type == "function_definition" and (name := node.child_by_field_name("name")) is not None:
+            found.add(_source(name))
+        rest += node.children
+    return found
+
+
+def joined(text: str) -> str | None:
+    """Several lines as one, where that is provably the same: both have one tree, up to what separates commands."""
+    if "\n" not in text:
+        return text if parse(text) is not None else None
+    root = parse(text)
+    if root is None or "heredoc_redirect" in kinds(root):
+        return None
+    opened, begins, data, line = False, False, text.encode(), bytearray()
+    leaves = _leaves(root)
+    if any(b"\n" in _bytes(leaf).strip(b"\n") or (leaf.type == "comment") for leaf in leaves):
+        return None
+    ends = {leaf.end_byte: leaf for leaf in leaves if _bytes(leaf).strip()}
+    for at, byte in enumerate(data):
+        if at in ends:
+            opened = ends[at].type in _OPENING
+        if byte == ord("\n"):
+            if line.endswith(b"\\"):
+                line = bytearray(line[:-1].rstrip() + b" ")
+            else:
+                line += b" " if opened or not line.strip() else b"; "
+                opened = True
+            begins = True
+        elif not (begins and byte in b" \t"):
+            line.append(byte)
+            begins = False
+    one = line.decode().strip("; ")
+    again = parse(one)
+    if again is None or str(again) != str(root):
+        return None
+    return one if _said(again) == _said(root) else None
+
+
+_OPENING = {"do", "then", "else", "{", "(", "|", "|&", "&&", "||", ";", ";;", "&", "in"}
+
+
+def _leaves(node: Node) -> list[Node]:
+    found, rest = [], [node]
+    while rest:
+        node = rest.pop()
+        if node.children:
+            rest += reversed(node.children)
+        else:
+            found.append(node)
+    return found
+
+
+def _said(node: Node) -> list[str]:
+    """What the leaves say, without what separates commands."""
+    return [text for leaf in _leaves(node) if (text := _source(leaf).strip()) not in ("", ";")]
+
+
+def _bytes(node: Node) -> bytes:
+    return node.text or b""
+
+
+def calls(node: Node, fed: bool = False, feeder: tuple[Call, ...] = ()) -> Iterator[Call]:
+    """Every command below a node, those inside substitutions and functions too, in the order of the text.
+
+    Raises:
+        RecursionError: they are nested too deeply.
+    """
+    if node.type == "pipeline":
+        before = feeder
+        for child in node.named_children:
+            found = list(calls(child, fed, before))
+            yield from found
+            fed, before = True, (*before, *found)
+        return
+    if node.type in _SUBSTITUTES:
+        fed, feeder = False, ()
+    if node.type in ("redirected_statement", "command", "declaration_command", "unset_command", "variable_assignment"):
+        body, around = node, []
+        if node.type == "redirected_statement":
+            around = [child for child in node.named_children if child.type.endswith("_redirect")]
+            inside = [child for child in node.named_children if not child.type.endswith("_redirect")]
+            body = inside[0] if inside else node
+        call = _call(body, around)
+        if call is None:  # a loop or a group with redirections around it
+            redirects, _ = _redirects(around)
+            yield Call(redirects=redirects, fed=fed, feeder=feeder)
+            yield from calls(body, fed, feeder)
+        else:
+            yield replace(call, fed=fed, feeder=feeder)
+            for child in body.children if body is not node else ():
+                yield from _within(child)
+        for child in node.children:
+            if child.id != body.id:
+                yield from _within(child)
+        return
+    for child in node.children:
+        yield from calls(child, fed, feeder)
+
+
+def _within(node: Node) -> Iterator[Call]:
+    """The commands in the substitutions of a word."""
+    if node.type in _SUBSTITUTES:
+        yield from calls(node)
+        return
+    for child in node.children:
+        yield from _within(child)
+
+
+def _call(node: Node, around: list[Node]) -> Call | None:
+    words: list[Word] = []
+    assigned: list[tuple[str, Word]] = []
+    redirecting = list(around)
+    if node.type in ("declaration_command", "unset_command"):
+        words = [literal(child) if child.is_named else Word(_source(child)) for child in node.children]
+    elif node.type == "variable_assignment":
+        assigned.append(_assignment(node))
+    elif node.type == "command":
+        for child in node.named_children:
+            if child.type == "variable_assignment":
+                assigned.append(_assignment(child))
+            elif child.type.endswith("_redirect"):
+                redirecting.append(child)
+            elif child.type != "comment":
+                words.append(literal(child.named_children[0] if child.type == "command_name" else child))
+    elif node.type != "redirected_statement":
+        return None
+    redirects, rest = _redirects(redirecting)
+    return Call((*words, *rest), redirects, tuple(assigned))
+
+
+def _redirects(nodes: list[Node]) -> tuple[tuple[Redirect, ...], list[Word]]:
+    """The redirections, and the words behind a file's name, which the grammar counts to it: `> file command`."""
+    found, rest = [], []
+    for node in nodes:
+        operator = next((_source(child) for child in node.children if not child.is_named), "<<")
+        if node.type == "heredoc_redirect":
+            found.append(Redirect(operator, None))
+            continue
+        targets = [literal(child) for child in node.named_children if child.type != "file_descriptor"]
+        found.append(Redirect(operator, targets[0] if targets else None))
+        rest += targets[1:]
+    return tuple(found), rest
+
+
+def _assignment(node: Node) -> tuple[str, Word]:
+    name, value = node.child_by_field_name("name"), node.child_by_field_name("value")
+    return _source(name) if name else "", literal(value) if value else Word("")
+
+
+def literal(node: Node) -> Word:
+    """A word, without its quotes where they are all that hides it."""
+    source = _source(node)
+    match node.type:
+        case "word" | "number" | "variable_name" | "regex" | "extglob_pattern" | "test_operator":
+            text = re.sub(r"\\(.)", r"\1", source.replace("\\\n", ""), flags=re.DOTALL)
+            bare = re.sub(r"\\.", "", source, flags=re.DOTALL)
+            return Word(text if not set(bare) & set("*?[") else source, not set(bare) & set("*?["))
+        case "raw_string":
+            return Word(source[1:-1])
+        case "string":
+            if kinds(node) & _EXPANDS:
+                return Word(source, known=False)
+            return Word(re.sub(r'\\([$`"\\\n])', lambda m: m[1].strip("\n"), source[1:-1]))
+        case "ansi_c_string":
+            return Word(_ESCAPE.sub(_unescape, source[2:-1]))
+        case "concatenation":
+            # `{}` (two words) is what find and xargs replace; other braces make several words of one.
+            if source != "{}" and any(_source(c) == "{" for c in node.children):
+                return Word(source, known=False)
+            parts = [literal(child) for child in node.children]
+            return Word("".join(part.text for part in parts), all(part.known for part in parts))
+    return Word(source, known=not node.is_named)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    code = match[1]
+    if code[0] in "xuU" and len(code) > 1:
+        number = int(code[1:], 16)
+        return chr(number) if number < 0x110000 else ""
+    if code[0] in "01234567":
+        return chr(int(code, 8) & 255)
+    if code[0] == "c":
+        return chr(ord(code[1]) & 31) if len(code) > 1 else ""
+    return _ESCAPES.get(code, code)
+
+
+def _source(node: Node) -> str:
+    return _bytes(node).decode(errors="replace")
