@@ -18,8 +18,15 @@ MERGES = ["a n", "t h", "th e", "Ġ a"]
 SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3"}  # model_type to GGUF's architecture, where they differ
 
 
-def write_gguf(model: Any, path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda writer: None) -> Path:
-    """The model as a GGUF file in fp32. `change` may add fields before it is written."""
+def write_gguf(
+    model: Any,
+    path: Path,
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    matrices: gguf.GGMLQuantizationType | None = None,
+) -> Path:
+    """The model as a GGUF file in fp32, its matrices of another kind if one is given. `change` may add fields before it
+    is written.
+    """
     config = model.config
     kind = SUPPORTED.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, kind)
@@ -34,7 +41,11 @@ def write_gguf(model: Any, path: Path, change: Callable[[gguf.GGUFWriter], None]
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        writer.add_tensor(stored, _as_stored(tensor, name, config, kind).contiguous().numpy())
+        values = _as_stored(tensor, name, config, kind).contiguous().numpy()
+        if matrices is None or values.ndim == 1:
+            writer.add_tensor(stored, values)
+        else:
+            writer.add_tensor(stored, gguf.quantize(values, matrices), raw_dtype=matrices)
     finish(writer)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ import pytest
 import torch
 from checkpoints import oracle, write
 from engines import engine, prompts, vocabulary
+from ggufs import write_gguf
 from passes import write as feed
 from test_fused import SHAPES, SIZES, TOKENS, load, logits
 from torch import Tensor
 
 from longspec.cache import Dense
 from longspec.engine import Engine
-from longspec.errors import UsageError
+from longspec.errors import ModelError, UsageError
 from longspec.model import fused
+from longspec.model.checkpoint import Checkpoint
+from longspec.model.coded import CodedFile
 from longspec.model.config import Config
+from longspec.model.convert import write_texts
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
+from longspec.model.gguf import read_gguf
 from longspec.model.groups import GROUP, Codes, Groups, joined, of_blocks, of_values
 from longspec.model.load import Model, open_model
+from longspec.model.shard import Shard, write_shard
+from longspec.model.store import place_of_codes
 from longspec.model.weights import Weights
 from longspec.options import Options
 
@@ -186,6 +194,42 @@ def test_bets_change_no_token(folder: Path, options: Any) -> None:
     for drafter in ("ngram", "recycle+ngram", "skip", "exit"):
         got = engine(model, drafter).generate(prompts(1)[0], raw=True, max_new_tokens=40, **options)
         assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
+    """Every matrix is what the file stands for, its rows where Hugging Face has them, joined or alone."""
+    path = write_gguf(oracle("llama", **SIZES), tmp_path / "tiny.gguf", matrices=KINDS[kind])
+    file, coded_file = read_gguf(path), CodedFile(path)
+    assert file.coded
+    for part in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.down_proj"]):
+        names = [f"model.layers.1.{name}.weight" for name in part]
+        assert torch.equal(coded_file.groups(names).codes().values(), torch.cat([file.take(name) for name in names]))
+
+
+def test_auto_reads_a_files_codes_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(oracle("llama", **SIZES), tmp_path / "tiny.gguf", matrices=KINDS["Q4_1"])
+    assert open_model(str(path), dtype="bf16").dtype == "bf16"
+    opened = open_model(str(path))
+    if fused.missing(opened.config, torch.bfloat16, torch.device("cpu")) is not None:
+        assert opened.dtype in ("bf16", "fp32")
+        return
+    assert opened.dtype == "int8"
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    write_texts(read_gguf(path), pulled)
+    (pulled / "source.gguf").write_bytes(path.read_bytes())
+    texts = []
+    for _ in range(3):  # of the file alone, made and kept, kept
+        model = opened.load()
+        texts.append(Engine(model).generate("ab", raw=True, max_new_tokens=12).tokens)
+        opened = replace(opened, checkpoint=Checkpoint("pulled", pulled, pulled / "source.gguf"))
+    assert texts[0] == texts[1] == texts[2]
+    kept = place_of_codes(pulled) / "model.safetensors"
+    assert kept.exists()
+    write_shard(kept, [(name, (3,)) for name in Shard(kept).names], torch.uint8, lambda name: torch.zeros(3))
+    with pytest.raises(ModelError, match="is damaged"):
+        opened.load()
 
 
 @pytest.fixture(scope="module")

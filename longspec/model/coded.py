@@ -80,5 +80,8 @@ class CodedFile:
         kept = self._kept
         if kept is None or f"{name}.codes" not in kept.names or f"{name}.scale" not in kept.names:
             return None
-        low = kept.take(f"{name}.low").view(torch.float16) if f"{name}.low" in kept.names else None
-        return kept.take(f"{name}.codes"), kept.take(f"{name}.scale").view(torch.float16), low
+        codes, *scales = (kept.take(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in kept.names)
+        if not Groups.fit(codes, *scales):
+            raise ModelError(f"{self._place} is damaged: {name} doesn't have the shapes that it should. Remove it.")
+        scale, low = scales[0].view(torch.float16), scales[1].view(torch.float16) if scales[1:] else None
+        return codes, scale, low

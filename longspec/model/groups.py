@@ -91,6 +91,13 @@ class Groups:
         self.bits = weight.shape[2]  # as many as words
         self.size, self.width = len(weight) * STRIP, weight.shape[1] * GROUP
 
+    @staticmethod
+    def fit(weight: Tensor, *scales: Tensor) -> bool:
+        """Whether these bytes are a layer, its scale and its low: the kernel trusts their shapes."""
+        if weight.dim() != 5 or weight.shape[2] not in (4, 8) or weight.shape[3:] != (STRIP, 4):
+            return False
+        return all(each.shape == (*weight.shape[:2], 2 * STRIP) for each in scales)
+
     @classmethod
     def of(cls, codes: Codes, bias: Tensor | None = None) -> Groups:
         low = None if codes.low is None else _in_strips(codes.low)
