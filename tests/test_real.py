@@ -172,3 +172,17 @@ def test_full_every_drafter_writes_what_none_writes(kind: str, way: str) -> None
             answers = dict(made.generate_many(prompts, width=width))
             texts[name, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]
     assert [who for who, tokens in texts.items() if tokens != texts["none", 1]] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS)
+def test_full_prompts_are_answered_alike_in_any_company(way: str) -> None:
+    """64 of them: alone, four and sixteen at a time, with bets and without."""
+    prompts = [(prompt, Options(key=str(i), max_new_tokens=16, **WAYS[way])) for i, prompt in enumerate(spec_bench(64))]
+    texts = {}
+    for name in ("none", "auto"):
+        made = Engine(loaded(), drafter=name)
+        for width in (1, 4, 16):
+            answers = dict(made.generate_many(prompts, width=width))
+            texts[name, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]
+    assert [who for who, tokens in texts.items() if tokens != texts["none", 1]] == []
