@@ -1,0 +1,386 @@
+"""longspec beside transformers' generate and llama.cpp: tokens per second, time to the first token, peak of memory.
+
+Takes what each engine is (`Contender`) and cases; gives one frozen `Result` per case and engine. Each engine is a
+process of its own (`longspec.bench.worker`), which waits on its input while another one works: peaks are its own, and
+nobody's threads disturb another's. Every prompt is written by all of them in turns, the order rotated from turn to
+turn, round after round; a ratio is that of one round's rates. All get the same tokens, greedy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from longspec.drafters import DRAFT_TOKENS
+from longspec.errors import LongspecError, UsageError
+from longspec.model.checkpoint import Checkpoint
+from longspec.model.convert import converted
+from longspec.model.load import DTYPES, Opened, check_dtype, end_tokens, native_dtype
+from longspec.options import check
+from longspec.text import Vocabulary, encode
+
+__all__ = [
+    "CONTEXTS",
+    "PEERS",
+    "Case",
+    "Contender",
+    "Result",
+    "Spread",
+    "Worker",
+    "chats",
+    "contexts",
+    "ends",
+    "measure",
+    "opened",
+    "ours",
+    "peers",
+]
+
+PEERS = ("transformers", "lookup", "assistant", "llama.cpp")
+"""transformers' generate plainly, with its prompt lookup, with a draft model; and llama.cpp."""
+
+CONTEXTS = (512, 2048, 7000)
+
+_LOOKUP = 10
+"""Tokens that transformers' prompt lookup drafts: what its own documentation takes."""
+
+BATCHED = 2048
+"""Tokens of context up to which texts are written side by side too: eight of 7,000 take minutes to read."""
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An engine as its worker is told of it."""
+
+    name: str
+    kind: str  # a key of longspec.bench.worker.WRITERS
+    settings: Mapping[str, Any]
+    batches: bool  # whether it writes texts side by side
+    python: str = ""  # the interpreter that has it; this one, if empty
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is written: prompts as the worker takes them, one by one or `width` at a time."""
+
+    name: str
+    prompts: Sequence[Mapping[str, Any]]
+    new: int
+    width: int = 1
+    ends: Sequence[int] = ()
+    chat: bool = False  # a category's prompts, one by one
+
+    @property
+    def turns(self) -> list[list[Mapping[str, Any]]]:
+        """What is asked at once."""
+        return [[prompt] for prompt in self.prompts] if self.width == 1 else [list(self.prompts)]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One engine on one case; spreads are over rounds."""
+
+    case: str
+    engine: str
+    width: int
+    prompts: int
+    prompt_tokens: float  # mean
+    tokens: int  # of one round's rate
+    tokens_per_second: Spread
+    ratio: Spread  # to the base, round by round
+    first_token_seconds: Spread | None  # the median prompt's
+    peak_bytes: int  # of its process so far, everything included
+
+
+@dataclass(slots=True)
+class _Sum:
+    """A round's turns of one engine."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    firsts: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def add(self, took: Mapping[str, Any]) -> None:
+        self.tokens += took["tokens"]
+        self.seconds += took["seconds"]
+        self.firsts += [] if took["first"] is None else [took["first"]]
+
+
+class Worker:
+    """A contender's process, ready to write."""
+
+    def __init__(self, contender: Contender) -> None:
+        """Raises LongspecError where it can't be loaded, with its own words."""
+        self.contender = contender
+        own = [sys.executable, "-m", "longspec.bench.worker"]
+        script = [contender.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
+        command = script if contender.kind == "llama.cpp" else own
+        environment = dict(os.environ)
+        if "OMP_WAIT_POLICY" not in environment:  # as the command itself: threads that wait sleep soon
+            environment.setdefault("GOMP_SPINCOUNT", "10000")
+        self._heard = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [*command, contender.kind, json.dumps(dict(contender.settings))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._heard, text=True, encoding="utf-8",
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            self._heard.close()
+            raise LongspecError(f"{command[0]} can't be run for {contender.name}: {error.strerror}.") from error
+        try:
+            self.told = self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self.peak = 0
+
+    def write(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What these prompts took. Raises LongspecError where the process has ended, or couldn't."""
+        asked = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has ended: what it left says why
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+        took = self._answer()
+        self.peak = took["peak_bytes"]
+        return took
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._heard):
+            if stream is not None:
+                with suppress(OSError):  # what it didn't take any more
+                    stream.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        told: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in told:
+            raise LongspecError(f"{self.contender.name} can't be measured: {told['error'].strip().rstrip('.')}.")
+        return told
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._heard.seek(0)
+        lines = self._heard.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), f"its process ended with code {code}")
+
+
+def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: int) -> list[Contender]:
+    """Longspec itself, a contender for each setting: DRAFTER, DRAFTER/CACHE or DRAFTER/CACHE/DTYPE.
+
+    Raises:
+        UsageError: a setting has more parts, or a name in it is unknown.
+    """
+    made = []
+    for setting in settings:
+        drafter, cache, dtype, *more = [*setting.split("/"), *["auto"] * max(0, 2 - setting.count("/"))]
+        if more or not (drafter and cache and dtype):
+            raise UsageError(f"The setting {setting!r} is no drafter/cache/dtype; write it as none, or auto/int8/bf16.")
+        drafts = drafter == "auto" or "model" in drafter.split("+")
+        check(drafter, cache, False, DRAFT_TOKENS, draft_model=bool(drafts and draft_model), memory=False)
+        check_dtype(dtype)
+        told = {"model": model, "drafter": drafter, "cache": cache, "dtype": dtype, "threads": threads}
+        made.append(Contender(setting, "longspec", {**told, "draft_model": draft_model if drafts else None}, True))
+    return made
+
+
+def ends(model: Opened) -> tuple[int, ...]:
+    """The tokens that end its texts."""
+    return end_tokens(model.config, model.checkpoint.generation_config(), model.vocabulary)
+
+
+def peers(
+    wanted: Sequence[str], checkpoint: Checkpoint, smaller: Checkpoint | None, python: str, context: int, threads: int
+) -> list[Contender | str]:
+    """The other engines on the same files, or in their place why one can't be had. context: the most tokens of a text.
+    python: the interpreter that has llama-cpp-python; this one, if empty.
+    """
+    dtype = native_dtype(torch.device("cpu"))
+    found: list[Contender | str] = []
+    for name in wanted:
+        if name == "llama.cpp":
+            if checkpoint.gguf is None:
+                found.append("llama.cpp reads GGUF files, and this model has none")
+            elif not python and find_spec("llama_cpp") is None:
+                found.append("llama.cpp needs llama-cpp-python, here or in the interpreter of --llama-python")
+            else:
+                told = {"file": str(checkpoint.gguf), "threads": threads, "context": context}
+                found.append(Contender(name, name, told, False, python))
+            continue
+        assistant = smaller if name == "assistant" else None
+        if name == "assistant" and assistant is None:
+            found.append("assisted generation needs a --draft-model")
+        elif checkpoint.folder is None or (assistant is not None and assistant.folder is None):
+            found.append(f"{name} reads a model's folder, and this is a single file")
+        else:
+            told = {"folder": _readable(checkpoint, dtype), "dtype": dtype, "threads": threads}
+            told |= {"lookup": _LOOKUP if name == "lookup" else 0}
+            told |= {"assistant": _readable(assistant, dtype) if assistant is not None else None}
+            plain = name == "transformers"
+            found.append(Contender(name if plain else f"transformers {name}", "transformers", told, plain))
+    return found
+
+
+def _readable(checkpoint: Checkpoint, dtype: str) -> str:
+    """Where transformers finds a checkpoint: of one that came as GGUF, the converted copy."""
+    assert checkpoint.folder is not None
+    return str(checkpoint.folder if checkpoint.gguf is None else converted(checkpoint.folder, DTYPES[dtype]))
+
+
+def chats(
+    vocabulary: Vocabulary, suite: Mapping[str, Sequence[str]], new: int, width: int, ends: Sequence[int]
+) -> list[Case]:
+    """A case for each category, one prompt at a time, and one of all prompts side by side. Answers end where the
+    model ends them.
+    """
+    made = {
+        category: [{"text": one, "raw": False, "tokens": encode(vocabulary, one)} for one in prompts]
+        for category, prompts in suite.items()
+    }
+    cases = [Case(category, prompts, new, 1, ends, chat=True) for category, prompts in made.items()]
+    every = [prompt for prompts in made.values() for prompt in prompts]
+    return [*cases, *([Case("all", every, new, width, ends)] if width > 1 and len(every) > 1 else [])]
+
+
+def contexts(vocabulary: Vocabulary, text: str, lengths: Sequence[int], new: int, width: int) -> list[Case]:
+    """A case for each length, which goes on from that many tokens of the text, and `width` of them side by side, from
+    evenly spread places. All engines write `new` tokens.
+
+    Raises:
+        UsageError: the text is too short.
+    """
+    tokens = vocabulary.encode(text, add_special=False)
+    cases = []
+    for length in lengths:
+        if len(tokens) < length:
+            raise UsageError(
+                f"The text has {len(tokens):,} tokens, and {length:,} are needed; give a longer one, or --context."
+            )
+        cases.append(Case(f"{length:,}", [_cut(vocabulary, tokens, 0, length)], new))
+        if width > 1 and length <= BATCHED:
+            starts = [i * (len(tokens) - length) // (width - 1) for i in range(width)]
+            cases.append(Case(f"{length:,}", [_cut(vocabulary, tokens, start, length) for start in starts], new, width))
+    return cases
+
+
+def _cut(vocabulary: Vocabulary, tokens: Sequence[int], start: int, length: int) -> dict[str, Any]:
+    text = vocabulary.decode(tokens[start : start + length])
+    return {"text": text, "raw": True, "tokens": encode(vocabulary, text, raw=True)}
+
+
+def measure(
+    workers: Mapping[str, Worker], cases: Sequence[Case], rounds: int, base: str, report: Report
+) -> Iterator[list[Result]]:
+    """Results of each case as it ends; behind the last category, those of all categories."""
+    report("warming up", 0, 0)
+    warm = Case("", [min((case.prompts[0] for case in cases), key=lambda one: len(one["tokens"]))], 16)
+    for worker in workers.values():
+        worker.write(warm, warm.prompts)
+    done, total, turn = 0, rounds * sum(len(case.turns) * len(_able(workers, case)) for case in cases), 0
+    categories: list[tuple[Case, dict[str, list[_Sum]]]] = []
+    wanted = sum(case.chat for case in cases)
+    for case in cases:
+        names = _able(workers, case)
+        sums: dict[str, list[_Sum]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                sums[name].append(_Sum())
+            for prompts in case.turns:
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    report(f"{case.name}: {name}", done, total)
+                    sums[name][-1].add(workers[name].write(case, prompts))
+                    done += 1
+                turn += 1
+        yield _results(case, sums, base, workers)
+        if case.chat:
+            categories.append((case, sums))
+            if 1 < wanted == len(categories):
+                yield _together(categories, base, workers)
+
+
+def _able(workers: Mapping[str, Worker], case: Case) -> list[str]:
+    return [name for name, worker in workers.items() if case.width == 1 or worker.contender.batches]
+
+
+def _together(
+    categories: Sequence[tuple[Case, Mapping[str, Sequence[_Sum]]]], base: str, workers: Mapping[str, Worker]
+) -> list[Result]:
+    """All categories' turns as one case."""
+    first, _ = categories[0]
+    sums: dict[str, list[_Sum]] = {}
+    for name, rounds in categories[0][1].items():
+        sums[name] = [_Sum() for _ in rounds]
+        for _, others in categories:
+            for mine, other in zip(sums[name], others[name], strict=True):
+                mine.tokens, mine.seconds = mine.tokens + other.tokens, mine.seconds + other.seconds
+                mine.firsts += other.firsts
+    every = [prompt for case, _ in categories for prompt in case.prompts]
+    return _results(Case("all", every, first.new, 1, first.ends), sums, base, workers)
+
+
+def _results(case: Case, sums: Mapping[str, Sequence[_Sum]], base: str, workers: Mapping[str, Worker]) -> list[Result]:
+    against = sums[base if base in sums else next(iter(sums))]
+    return [
+        Result(
+            case.name,
+            name,
+            case.width,
+            len(case.prompts),
+            sum(len(prompt["tokens"]) for prompt in case.prompts) / len(case.prompts),
+            rounds[-1].tokens,
+            Spread.of([one.rate for one in rounds]),
+            Spread.of([one.rate / max(other.rate, 1e-9) for one, other in zip(rounds, against, strict=True)]),
+            Spread.of([median(one.firsts) for one in rounds]) if rounds[0].firsts else None,
+            workers[name].peak,
+        )
+        for name, rounds in sums.items()
+    ]
+
+
+def opened(contenders: Sequence[Contender | str], held: ExitStack, report: Report) -> Iterator[Worker | LongspecError]:
+    """Their workers, or why there is none, in their order; `held` ends them."""
+    for done, contender in enumerate(contenders):
+        if isinstance(contender, str):
+            yield UsageError(f"{contender}.")
+            continue
+        report(f"loading {contender.name}", done, len(contenders))
+        try:
+            worker = Worker(contender)
+        except LongspecError as error:
+            yield error
+        else:
+            held.callback(worker.close)
+            yield worker
