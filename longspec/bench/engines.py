@@ -306,7 +306,8 @@ def measure(
 ) -> Iterator[list[Result]]:
     """Results of each case as it ends; behind the last category, those of all categories."""
     report("warming up", 0, 0)
-    warm = Case("", [min((case.prompts[0] for case in cases), key=lambda one: len(one["tokens"]))], 16)
+    shortest = min((case.prompts[0] for case in cases), key=lambda one: len(one["tokens"]))
+    warm = Case("", [shortest], cases[0].new)  # a whole answer: what steps cost here has to be learned
     for worker in workers.values():
         worker.write(warm, warm.prompts)
     done, total, turn = 0, rounds * sum(len(case.turns) * len(_able(workers, case)) for case in cases), 0
