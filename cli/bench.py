@@ -222,6 +222,7 @@ def engines(
         progress.report("reading the prompts")
         import torch
 
+        from longspec.bench import contenders as who
         from longspec.bench import engines as work
         from longspec.bench.drafters import read_suite
         from longspec.bench.drafters import sample as sampled
@@ -232,12 +233,12 @@ def engines(
         if unknown := [name for name in category or [] if name not in asked]:
             raise UsageError(f"The suite has no category {unknown[0]!r}; it has: {', '.join(asked) or 'none'}.")
         asked = {name: prompts for name, prompts in asked.items() if not category or name in category}
-        if unknown := [name for name in peer or [] if name not in work.PEERS]:
-            raise UsageError(f"The peer {unknown[0]!r} is not known; use one of: {', '.join(work.PEERS)}.")
+        if unknown := [name for name in peer or [] if name not in who.PEERS]:
+            raise UsageError(f"The peer {unknown[0]!r} is not known; use one of: {', '.join(who.PEERS)}.")
         if threads is not None:
             torch.set_num_threads(threads)
         opened = open_model(model, device="cpu", report=progress.report)
-        most, ends = opened.config.context, work.ends(opened)
+        most, ends = opened.config.context, who.ends(opened)
         lengths = sorted(context or [length for length in work.CONTEXTS if length + new_tokens <= most])
         if lengths and max(lengths) + new_tokens > most:
             raise ContextError(f"{max(lengths):,} tokens and {new_tokens} more were asked for; the context of {model} "
@@ -248,9 +249,9 @@ def engines(
         longest = new_tokens + max(len(prompt["tokens"]) for case in cases for prompt in case.prompts)
         default = ["none", "auto", *(["none/auto/bf16"] if opened.dtype != native_dtype(opened.device) else [])]
         contenders: list[Any] = [
-            *work.ours(setting or default, model, draft_model, torch.get_num_threads()),
-            *work.peers(
-                peer or [name for name in work.PEERS if name != "assistant" or draft_model],
+            *who.ours(setting or default, model, draft_model, torch.get_num_threads()),
+            *who.peers(
+                peer or [name for name in who.PEERS if name != "assistant" or draft_model],
                 opened.checkpoint,
                 find(draft_model) if draft_model else None,
                 llama_python or "",
@@ -262,6 +263,8 @@ def engines(
         for contender in work.opened(contenders, held, progress.report):
             if isinstance(contender, work.Worker):
                 workers[contender.contender.name] = contender
+                if note := contender.told.get("note"):
+                    progress.say(f"{note} It is measured without that.")
             elif peer:
                 raise contender
             else:
@@ -276,7 +279,7 @@ def engines(
         for results in work.measure(workers, cases, rounds, against, progress.report):
             progress.stop()
             rows += [_compared(result) for result in results]
-        told = {name: {**worker.contender.settings, **worker.told} for name, worker in workers.items()}
+        told = {name: worker.report() for name, worker in workers.items()}
     if plot is not None:
         from longspec.bench.plot import draw_engines
 

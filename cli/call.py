@@ -61,6 +61,7 @@ class Call:
     as_json: bool
     stats: bool
     no_server: bool
+    trace: OutputFile | None  # where a profile goes
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:

@@ -17,8 +17,20 @@ from longspec.cli.settings import Kind, Setting, read_settings
 __all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
 
 _COMMAND_LINE_ONLY = {
-    *("context", "each_line", "file", "init", "json_schema", "output", "param", "prompt_cache", "regex", "template"),
-    *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
+    *(
+        "context",
+        "each_line",
+        "file",
+        "init",
+        "json_schema",
+        "output",
+        "param",
+        "profile",
+        "prompt_cache",
+        "regex",
+        "template",
+    ),
+    *("continue_anyway", "files_from", "limit", "null", "profile", "retry_errors", "summary", "wheel"),
 }
 """Belong to one call: neither the environment nor config.toml sets them."""
 

@@ -145,8 +145,17 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
 
 
 def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """llama.cpp as llama-cpp-python gives it: file, threads, context."""
+    """llama.cpp as llama-cpp-python gives it: file, threads, context; repacked: may lay out weights anew."""
     llama_cpp: Any = import_module("llama_cpp")
+    if not settings["repacked"]:  # no argument of the class below
+        library, defaults = llama_cpp.llama_cpp, llama_cpp.llama_cpp.llama_model_default_params
+
+        def plainly() -> Any:
+            made = defaults()
+            made.use_extra_bufts = False
+            return made
+
+        library.llama_model_default_params = plainly
     model = llama_cpp.Llama(
         settings["file"], n_ctx=settings["context"], n_threads=settings["threads"],
         n_threads_batch=settings["threads"], n_gpu_layers=0, verbose=False,
@@ -162,6 +171,7 @@ def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
                 break
         return {"tokens": len(times) - 1, "seconds": times[-1] - times[0], "first": times[0] - began}
 
+    write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # what can't be run ends here, and not later
     said = llama_cpp.llama_print_system_info().decode(errors="replace").strip()
     return write, {"system": said, "versions": {"llama-cpp-python": llama_cpp.__version__}}
 
