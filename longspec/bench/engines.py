@@ -303,8 +303,8 @@ def opened(contenders: Sequence[Contender | str], held: ExitStack, report: Repor
 
 
 def _started(contender: Contender) -> Worker:
-    """Its worker; llama.cpp's a second time with weights as they lie in the file, where its kernels for tiles end it by a
-    segmentation fault (llama.cpp's issue 20824).
+    """Its worker; llama.cpp's a second time with weights as they lie in the file, where its kernels for tiles end it
+    by a segmentation fault (llama.cpp's issue 20824).
     """
     try:
         return Worker(contender)

@@ -14,7 +14,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longspec.attention import cpu
+from longspec.cache import BLOCK, CACHES
 from longspec.engine import Engine
 from longspec.machine import available_bytes
 from longspec.session import Session
@@ -159,8 +161,11 @@ def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
     rows += [("  rest", whole - sum(mean.get(name, 0.0) for name in ("draft", "layers", "head")))]
     lines = [f"a step's time, means of {times.steps:,} steps behind {first:,} to {last:,} tokens"]
     lines += [f"{name:16} {1e3 * seconds:9.3f} ms {100 * seconds / whole:4.0f} %" for name, seconds in rows]
-    weights, cache = engine.model.decoder.pass_nbytes, session.cache
-    rows_nbytes = cache.nbytes / max(1, cache.length) * (first + last) / 2
+    decoder = engine.model.decoder
+    empty = CACHES[session.cache_name](replace(decoder.shape, device=torch.device("meta")))
+    middle = (first + last) / 2
+    blocks = ceil(middle / BLOCK) * BLOCK  # what a cache takes is told of whole ones
+    weights, rows_nbytes = decoder.pass_nbytes, empty.room(blocks).device * middle / blocks
     floor = (weights + rows_nbytes) / rate
     lines.append(
         f"{'floor':16} {1e3 * floor:9.3f} ms {100 * floor / whole:4.0f} %  {weights / 1e6:,.1f} MB of weights and "
