@@ -218,6 +218,15 @@ def engines(
     if suite is None and text is None:
         raise UsageError("There is nothing to write: give --suite for chats, --text for long contexts, or both.")
     words = _readable_text(text) if text is not None else ""
+    for path in filter(None, (output, plot)):  # now, and not after an hour
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"{path} can't be written: there is no folder {path.parent}; make it, or name another file."
+            )
+    if plot is not None:
+        from longspec.bench.plot import draw_engines, load_matplotlib
+
+        load_matplotlib()
     with Progress(model, quiet=quiet) as progress, ExitStack() as held:
         progress.report("reading the prompts")
         import torch
@@ -281,8 +290,6 @@ def engines(
             rows += [_compared(result) for result in results]
         told = {name: worker.report() for name, worker in workers.items()}
     if plot is not None:
-        from longspec.bench.plot import draw_engines
-
         draw_engines(rows, plot)
     _end(
         "engines on the same tokens, greedy, each in a process of its own, in turns",
@@ -353,7 +360,7 @@ def _end(what: str, rows: list[dict[str, Any]], output: Path | None, **more: Any
             "memory_bytes": total_bytes(),
             "threads": torch.get_num_threads(),
         },
-        "versions": {"longspec": __version__, "torch": torch.__version__, **more.pop("versions", {})},
+        "versions": {"longspec": __version__, "torch": torch.__version__},
         "results": rows,
     }
     if output is not None:

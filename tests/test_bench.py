@@ -67,6 +67,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "give --suite for chats, --text for long contexts, or both"),
+        (["--suite", "{suite}", "--output", "no/such/file"], "there is no folder no/such"),
         (["--suite", "{suite}", "--category", "songs"], "no category 'songs'; it has: sums, tales."),
         (["--suite", "{suite}", "--peer", "abacus"], "'abacus' is not known"),
         (["--suite", "{suite}", "--setting", "none/dense/fp32/x"], "is no drafter/cache/dtype"),

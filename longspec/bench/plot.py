@@ -8,7 +8,7 @@ from typing import Any
 
 from longspec.errors import UsageError
 
-__all__ = ["draw_caches", "draw_drafters", "draw_engines"]
+__all__ = ["draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -73,9 +73,14 @@ def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> Any:
+def load_matplotlib() -> Any:
+    """Its figures. Raises UsageError where it isn't installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("A plot needs matplotlib: pip install 'longspec[bench]'.") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return load_matplotlib()(figsize=(width, height), layout="constrained")
