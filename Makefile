@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full lint format types docs man clean distclean
+# What `make bench` reads, and where its results go. make bench BENCH='--llama-python PATH' adds to `bench engines`.
+SUITE ?= docs/benchmarks/prompts.jsonl
+TEXT ?= docs/design.md
+RESULTS ?= build/bench
+
+.PHONY: help bench demo test test-full lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +43,16 @@ docs: $(VENV)/installed-docs ## the site, into site/
 man: $(VENV)/installed ## the manual pages, after an option has changed
 	$(BIN)/python docs/man.py
 
+bench: $(VENV)/installed-bench ## measure engines, drafters and caches on this machine (most of an hour), into build/bench
+	mkdir -p $(RESULTS)
+	$(BIN)/longspec pull smollm2
+	$(BIN)/longspec bench engines --suite $(SUITE) --sample 2 --text $(TEXT) $(BENCH) \
+	  --output $(RESULTS)/engines.json --plot $(RESULTS)/engines.svg
+	$(BIN)/longspec bench drafters --suite $(SUITE) --prompts 5 --transformers --output $(RESULTS)/drafters.json \
+	  --plot $(RESULTS)/drafters.svg
+	$(BIN)/longspec bench cache --text $(TEXT) --context 512 --context 2048 --context 7000 \
+	  --output $(RESULTS)/cache.json --plot $(RESULTS)/cache.svg
+
 clean: ## remove what builds and checks leave behind
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find longspec cli cache prompts tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -57,6 +72,10 @@ $(BIN)/python:
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
+
+$(VENV)/installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[bench]'
+	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'

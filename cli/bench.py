@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from longspec import __version__
 from longspec.cli import options, readers
 from longspec.cli.command import Command, Group
-from longspec.errors import UsageError
-
-if TYPE_CHECKING:
-    from longspec.engine import Engine
+from longspec.cli.progress import Progress
+from longspec.errors import ContextError, UsageError
 
 __all__ = ["bench"]
 
@@ -49,11 +49,7 @@ def cache(
 
     if unknown := [name for name in kind or [] if name not in KINDS]:
         raise UsageError(f"The cache {unknown[0]!r} is not known; use one of: {', '.join(KINDS)}.")
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error.reason
-        raise UsageError(f"{text} can't be read as text: {why}.") from error
+    words = _readable_text(text)
     engine = Engine.load(model, drafter="none", dtype=dtype)
     typer.echo("cache    context  bytes/token  perplexity  needles  tokens/s")
     rows: list[dict[str, Any]] = []
@@ -68,10 +64,11 @@ def cache(
 
         draw_caches(rows, plot)
     _end(
-        engine,
         "kinds of cache: allocated bytes per committed row, perplexity, needles found, plain steps",
         rows,
         output,
+        model=engine.model.name,
+        dtype=engine.model.dtype,
     )
 
 
@@ -150,8 +147,171 @@ def drafters(
     rows += _table([replace(total, category="all") for total in totals.values()])
     if plot is not None:
         draw_drafters(rows, plot)
-    _end(engines["none"], "drafters on first turns, one prompt at a time, greedy, in turns", rows, output,
-         max_new_tokens=new_tokens, cache=engines["none"].cache_name)  # fmt: skip
+    _end("drafters on first turns, one prompt at a time, greedy, in turns", rows, output, model=loaded.name,
+         dtype=loaded.dtype, max_new_tokens=new_tokens, cache=engines["none"].cache_name)  # fmt: skip
+
+
+@bench.command("engines", cls=Command)
+def engines(
+    suite: Annotated[
+        Path | None,
+        typer.Option("--suite", metavar="FILE", help="Prompts: objects with `category` and `turns`, one a line."),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", metavar="NAME", help="Of the suite; may be repeated. All, else.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", parser=readers.whole(1), help="Of each category; else all.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="The text that is read and continued.")
+    ] = None,
+    context: Annotated[
+        list[Any] | None,
+        typer.Option(
+            "--context",
+            metavar="N",
+            parser=readers.tokens,
+            help="Tokens of the text; may be repeated. 512, 2048 and 7000, if left out.",
+        ),
+    ] = None,
+    model: options.Model = "smollm2",
+    draft_model: options.DraftModel = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            metavar="NAME",
+            help="Of this engine, as drafter/cache/dtype; may be repeated. none, auto and none/auto/bf16, if left out.",
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME",
+            help="transformers, lookup, assistant (both transformers too) or llama.cpp; may be repeated. What can be "
+            "had, if left out.",
+        ),
+    ] = None,
+    llama_python: Annotated[
+        str | None,
+        typer.Option("--llama-python", metavar="PATH", help="The interpreter that has llama-cpp-python."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="NAME", help="What ratios are to; transformers, if left out.")
+    ] = None,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", metavar="N", parser=readers.whole(1), help="Texts side by side; 1 leaves them out."),
+    ] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", parser=readers.whole(1), help="Of everything.")] = 5,
+    new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", parser=readers.whole(2), help="Of each answer.")
+    ] = 128,
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Compare this engine with transformers and llama.cpp on the CPU, each in a process of its own, in turns."""
+    if suite is None and text is None:
+        raise UsageError("There is nothing to write: give --suite for chats, --text for long contexts, or both.")
+    words = _readable_text(text) if text is not None else ""
+    for path in filter(None, (output, plot)):  # now, and not after an hour
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"{path} can't be written: there is no folder {path.parent}; make it, or name another file."
+            )
+    if plot is not None:
+        from longspec.bench.plot import draw_engines, load_matplotlib
+
+        load_matplotlib()
+    with Progress(model, quiet=quiet) as progress, ExitStack() as held:
+        progress.report("reading the prompts")
+        import torch
+
+        from longspec.bench import contenders as who
+        from longspec.bench import engines as work
+        from longspec.bench.drafters import read_suite
+        from longspec.bench.drafters import sample as sampled
+        from longspec.model.hub import find
+        from longspec.model.load import native_dtype, open_model
+
+        asked = read_suite(suite) if suite is not None else {}
+        if unknown := [name for name in category or [] if name not in asked]:
+            raise UsageError(f"The suite has no category {unknown[0]!r}; it has: {', '.join(asked) or 'none'}.")
+        asked = {name: prompts for name, prompts in asked.items() if not category or name in category}
+        if unknown := [name for name in peer or [] if name not in who.PEERS]:
+            raise UsageError(f"The peer {unknown[0]!r} is not known; use one of: {', '.join(who.PEERS)}.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        opened = open_model(model, device="cpu", report=progress.report)
+        most, ends = opened.config.context, who.ends(opened)
+        lengths = sorted(context or [length for length in work.CONTEXTS if length + new_tokens <= most])
+        if lengths and max(lengths) + new_tokens > most:
+            raise ContextError(f"{max(lengths):,} tokens and {new_tokens} more were asked for; the context of {model} "
+                               f"is {most:,}.")  # fmt: skip
+        asked = sampled(asked, sample) if sample else asked
+        cases = work.chats(opened.vocabulary, asked, new_tokens, batch, ends)
+        cases += work.contexts(opened.vocabulary, words, lengths, new_tokens, batch) if text is not None else []
+        longest = new_tokens + max(len(prompt["tokens"]) for case in cases for prompt in case.prompts)
+        default = ["none", "auto", *(["none/auto/bf16"] if opened.dtype != native_dtype(opened.device) else [])]
+        contenders: list[Any] = [
+            *who.ours(setting or default, model, draft_model, torch.get_num_threads()),
+            *who.peers(
+                peer or [name for name in who.PEERS if name != "assistant" or draft_model],
+                opened.checkpoint,
+                find(draft_model) if draft_model else None,
+                llama_python or "",
+                longest,
+                torch.get_num_threads(),
+            ),
+        ]
+        workers = {}
+        for contender in work.opened(contenders, held, progress.report):
+            if isinstance(contender, work.Worker):
+                workers[contender.contender.name] = contender
+                if note := contender.told.get("note"):
+                    progress.say(f"{note} It is measured without that.")
+            elif peer:
+                raise contender
+            else:
+                progress.say(str(contender))
+        if base is not None and base not in workers:
+            raise UsageError(f"The base {base!r} isn't measured; use one of: {', '.join(workers)}.")
+        against = base or ("transformers" if "transformers" in workers else next(iter(workers)))
+        typer.echo(
+            f"{'case':18} {'engine':24} {'tokens/s':>8} {'least':>8} {'most':>8}  ratio  first token s  peak MiB"
+        )
+        rows: list[dict[str, Any]] = []
+        for results in work.measure(workers, cases, rounds, against, progress.report):
+            progress.stop()
+            rows += [_compared(result) for result in results]
+        told = {name: worker.report() for name, worker in workers.items()}
+    if plot is not None:
+        draw_engines(rows, plot)
+    _end(
+        "engines on the same tokens, greedy, each in a process of its own, in turns",
+        rows,
+        output,
+        model=model,
+        rounds=rounds,
+        max_new_tokens=new_tokens,
+        base=against,
+        engines=told,
+    )
+
+
+def _compared(result: Any) -> dict[str, Any]:
+    """One engine on one case as a row, printed."""
+    rate, ratio, first = result.tokens_per_second, result.ratio, result.first_token_seconds
+    name = result.case if result.width == 1 else f"{result.case}, {result.width} at once"
+    typer.echo(
+        f"{name:18} {result.engine:24} {rate.median:8.1f} {rate.least:8.1f} {rate.most:8.1f}  {ratio.median:5.2f}"
+        f"  {'' if first is None else format(first.median, '.3f'):>13}  {result.peak_bytes / 2**20:8,.0f}"
+    )
+    return asdict(result)
 
 
 def _table(results: list[Any]) -> list[dict[str, Any]]:
@@ -176,17 +336,31 @@ def _readable(folder: Path, dtype: str) -> Path:
     return folder / dtype if (folder / dtype / "config.json").exists() else folder
 
 
-def _end(engine: Engine, what: str, rows: list[dict[str, Any]], output: Path | None, **more: Any) -> None:
+def _readable_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise UsageError(f"{path} can't be read as text: {why}.") from error
+
+
+def _end(what: str, rows: list[dict[str, Any]], output: Path | None, **more: Any) -> None:
     """The report, to a file and as the last line."""
     import torch
 
+    from longspec.machine import cores, processor, total_bytes
+
     report = {
         "what": what,
-        "model": engine.model.name,
-        "dtype": engine.model.dtype,
         **more,
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__},
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": processor(),
+            "cores": cores(),
+            "memory_bytes": total_bytes(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"longspec": __version__, "torch": torch.__version__},
         "results": rows,
     }
     if output is not None:

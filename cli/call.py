@@ -62,6 +62,7 @@ class Call:
     stats: bool
     no_server: bool
     hide_reasoning: bool
+    trace: OutputFile | None  # where a profile goes
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:

@@ -27,6 +27,7 @@ _COMMAND_LINE_ONLY = {
         "json_schema",
         "output",
         "param",
+        "profile",
         "prompt_cache",
         "regex",
         "template",

@@ -17,6 +17,7 @@ import typer
 from longspec import __version__
 from longspec.cli import options
 from longspec.cli.settings import config_path
+from longspec.machine import cores, processor, quota, total_bytes
 
 __all__ = ["EPILOG", "doctor"]
 
@@ -65,25 +66,17 @@ def _version(package: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = _meminfo()
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
-        "usable_cores": usable,
-        "memory_bytes": memory.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "usable_cores": cores(),
+        "core_quota": quota(),
+        "memory_bytes": total_bytes(),
         "available_bytes": memory.get("MemAvailable"),
         "limit_bytes": _memory_limit(),
     }
-
-
-def _processor() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _meminfo() -> dict[str, int]:

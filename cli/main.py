@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from longspec.cli import signals
 from longspec.errors import LongspecError
+from longspec.machine import cores, quota
 
 __all__ = ["guarded", "main"]
 
@@ -27,10 +28,7 @@ CLOSED_PIPE = 128 + 13
 def main() -> NoReturn:
     """The program `longspec`."""
     signals.catch()
-    # Threads that wait for each other spin for 10,000 turns and then sleep; the system's default is 30 times as many.
-    # Alone on two cores both decode 32 tokens/s (the default model, bf16), beside one other busy process 10 and 1.4.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _set_threads()
     try:
         _prepare_streams()
         if not sys.warnoptions:
@@ -66,6 +64,18 @@ def guarded(arguments: Sequence[str]) -> int:
         _say(error)
         return error.exit_code if isinstance(error, LongspecError) else 1
     return code
+
+
+def _set_threads() -> None:
+    """What OpenMP is told before torch is loaded, where nobody else told it."""
+    # Threads that wait for each other spin for 10,000 turns and then sleep; the system's default is 30 times as many.
+    # Alone on two cores both decode 32 tokens/s (the default model, bf16), beside one other busy process 10 and 1.4.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # torch counts the machine's processors and not what a container may use of them: threads beyond that stand still
+    # whenever the time is used up, and all others wait for them.
+    if (allowed := quota()) is not None and allowed < cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
 
 
 def _prepare_streams() -> None:

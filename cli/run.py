@@ -6,9 +6,10 @@ Reads the prompt before it loads anything, so that a wrong one costs no time. Ev
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +25,9 @@ from longspec.errors import UsageError
 
 if TYPE_CHECKING:
     from longspec.answer import Answer
+    from longspec.engine import Engine
     from longspec.options import Options
+    from longspec.session import Session
     from longspec.text import Vocabulary
 
 __all__ = ["EPILOG", "run"]
@@ -91,6 +94,15 @@ def run(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     stats: options.Stats = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="FILE",
+            rich_help_panel="Output",
+            help="Write torch's trace of the run to FILE (Chrome's JSON), and on stderr where a step's time goes.",
+        ),
+    ] = None,
 ) -> None:
     """Answer one prompt.
 
@@ -132,7 +144,13 @@ def run(
     precedence.betting(ctx, loading)
     quiet, stats = precedence.reporting(ctx, quiet, stats)
     unanswered = None
-    with Progress(model, quiet=quiet) as progress, _opened(output, progress) as out:
+    if profile is not None and each_line:
+        raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
+    with (
+        Progress(model, quiet=quiet) as progress,
+        _opened(output, progress) as out,
+        _traced(profile, progress) as trace,
+    ):
         call = Call(
             argument=prompt,
             files=file or [],
@@ -148,6 +166,7 @@ def run(
             stats=stats,
             no_server=no_server,
             hide_reasoning=hide_reasoning,
+            trace=trace,
         )
         if each_line:
             unanswered = answer_lines(call)
@@ -162,7 +181,7 @@ def _answer(call: Call) -> None:
     text = _prompt(call)
     began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
-    served = None if call.no_server else _served(call, text, began)
+    served = None if call.no_server or call.trace else _served(call, text, began)
     answer, interrupted = served or _written(call, text, began)
     if call.as_json:
         call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
@@ -198,12 +217,27 @@ def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Inter
     engine = load(call.model, loading, began, progress)
     session = engine.open(text, **call.writing)
     hide, text_too = call.hide_reasoning, not call.as_json
-    interrupted = write(engine, session, call.output, progress, stream=call.stream, text=text_too, hide=hide)
+    following = nullcontext() if call.trace is None else _profiled(call.trace, engine, session, progress)
+    with following:
+        interrupted = write(engine, session, call.output, progress, stream=call.stream, text=text_too, hide=hide)
     progress.stop()
     for note in session.notes:
         progress.say(note)
     engine.keep_costs()
     return engine.answer(session, began), interrupted
+
+
+@contextmanager
+def _profiled(trace: OutputFile, engine: Engine, session: Session, progress: Progress) -> Iterator[None]:
+    """What is written inside is followed, and at the end said."""
+    from longspec.bench.profile import profiled, read_rate, table
+
+    with profiled(engine) as times:
+        yield
+    progress.report("measuring how fast memory is read")
+    if said := table(times, engine, session, read_rate(engine.model.decoder.device)):
+        progress.say(said)
+    trace.write(times.trace)
 
 
 def _prompt(call: Call) -> str:
@@ -221,6 +255,11 @@ def _opened(name: str | None, progress: Progress) -> AbstractContextManager[Outp
     if name is None or name == "-":
         return nullcontext(Output())
     return OutputFile(checked(name, "--output"), progress.say)
+
+
+def _traced(name: str | None, progress: Progress) -> AbstractContextManager[OutputFile | None]:
+    """Where a profile goes, if one is asked for."""
+    return nullcontext() if name is None else OutputFile(checked(name, "--profile"), progress.say)
 
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:

@@ -1,4 +1,5 @@
-"""The machine: memory in bytes (what a user names, what the process takes, what is left), and where caches go.
+"""The machine: memory in bytes (what a user names, what the process takes, what is left), processors, and where caches
+go.
 
 Knows no model. Everything is read from the system at the moment of the call; nothing heavy is imported, so that the
 command can read a size before it loads anything.
@@ -7,6 +8,7 @@ command can read a size before it loads anything.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import resource
 import sys
@@ -15,7 +17,18 @@ from pathlib import Path
 
 from longspec.errors import UsageError
 
-__all__ = ["available_bytes", "cache_folder", "parse_bytes", "peak_bytes", "resident_bytes", "shown"]
+__all__ = [
+    "available_bytes",
+    "cache_folder",
+    "cores",
+    "parse_bytes",
+    "peak_bytes",
+    "processor",
+    "quota",
+    "resident_bytes",
+    "shown",
+    "total_bytes",
+]
 
 _UNITS = {
     "B": 1,
@@ -76,6 +89,34 @@ def available_bytes() -> int:
         files = sum(_field("/sys/fs/cgroup/memory.stat", name) for name in ("active_file", "inactive_file"))
         free = min(free, max(0, limit - used + files))
     return free
+
+
+def total_bytes() -> int:
+    """What the machine has, whatever a container allows of it."""
+    return _field("/proc/meminfo", "MemTotal:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor() -> str:
+    """Its name."""
+    for line in _lines("/proc/cpuinfo"):
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quota() -> int | None:
+    """How many processors' time a container allows, in whole ones; None where it doesn't say."""
+    for line in _lines("/sys/fs/cgroup/cpu.max"):
+        words = line.split()
+        if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
+            return ceil(int(words[0]) / int(words[1]))
+    return None
 
 
 def _field(path: str, name: str) -> int:

@@ -66,9 +66,9 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of the text that each pass has fed, drafts left out."""
     counts: list[int] = []
 
-    def run(feeds: list[Feed], decoder: Any) -> Any:
+    def run(feeds: list[Feed], *others: Any) -> Any:
         counts.append(sum(len(feed.lacking) for feed in feeds))
-        return longspec.feed.run(feeds, decoder)
+        return longspec.feed.run(feeds, *others)
 
     monkeypatch.setattr(longspec.engine, "run", run)
     return counts

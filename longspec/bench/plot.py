@@ -8,7 +8,7 @@ from typing import Any
 
 from longspec.errors import UsageError
 
-__all__ = ["draw_caches", "draw_drafters"]
+__all__ = ["draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -51,9 +51,36 @@ def draw_drafters(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _figure(width: float, height: float) -> Any:
+def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second of each engine by case, as groups of bars with what lies between the rounds."""
+    cases = list(dict.fromkeys((row["case"], row["width"]) for row in rows))
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    figure = _figure(max(6.0, 1.1 * len(cases) + 1), 3.8)
+    axes = figure.subplots()
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["engine"] == name]
+        rates = [row["tokens_per_second"] for row in mine]
+        below = [rate["median"] - rate["least"] for rate in rates]
+        above = [rate["most"] - rate["median"] for rate in rates]
+        places = [cases.index((row["case"], row["width"])) + i * width for row in mine]
+        axes.bar(places, [rate["median"] for rate in rates], width, yerr=[below, above], label=name,
+                 error_kw={"linewidth": 0.7})  # fmt: skip
+    said = [name if side == 1 else f"{name} x {side}" for name, side in cases]
+    axes.set_xticks([place + 0.425 - width / 2 for place in range(len(cases))], said, rotation=35, ha="right")
+    axes.set_ylabel("tokens/s")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def load_matplotlib() -> Any:
+    """Its figures. Raises UsageError where it isn't installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("A plot needs matplotlib: pip install 'longspec[bench]'.") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return load_matplotlib()(figsize=(width, height), layout="constrained")

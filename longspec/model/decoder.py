@@ -168,6 +168,11 @@ class Decoder:
         lengths = [r.first_context for r in self._rotations.values() if r.first_context is not None]
         return min(lengths, default=None)
 
+    @property
+    def pass_nbytes(self) -> int:
+        """Bytes of weights that every pass reads: of the table of embeddings only some rows, unless it is the head."""
+        return self.nbytes - (0 if self._head.weight is self._embedding else self._embedding.nbytes)
+
     def tensors(self) -> Iterator[Tensor]:
         """All weights, in an order that depends on the config alone."""
         yield self._embedding

@@ -30,6 +30,7 @@ __all__ = [
     "check_dtype",
     "choose_device",
     "choose_dtype",
+    "end_tokens",
     "load_model",
     "native_dtype",
     "open_model",
@@ -84,7 +85,7 @@ class Opened:
             dtype=self.dtype,
             decoder=decoder,
             vocabulary=self.vocabulary,
-            end_tokens=_end_tokens(self.config, defaults, self.vocabulary),
+            end_tokens=end_tokens(self.config, defaults, self.vocabulary),
             defaults=defaults,
             seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
         )
@@ -169,7 +170,7 @@ def native_dtype(device: torch.device) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("bf16") else "fp32"
 
 
-def _end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+def end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
     """All tokens that end a text: what the generation config, the config and the tokenizer name."""
     named = defaults.get("eos_token_id")
     ends = list(named) if isinstance(named, list) else [] if named is None else [named]

@@ -1,0 +1,101 @@
+"""Who is measured by `longspec bench engines`: longspec with settings of its own, transformers, llama.cpp.
+
+Takes names, files and threads; gives each as its worker is told of it, or says why it can't be had. Loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from longspec.drafters import DRAFT_TOKENS
+from longspec.errors import UsageError
+from longspec.model.checkpoint import Checkpoint
+from longspec.model.convert import converted
+from longspec.model.load import DTYPES, Opened, check_dtype, end_tokens, native_dtype
+from longspec.options import check
+
+__all__ = ["PEERS", "Contender", "ends", "ours", "peers"]
+
+PEERS = ("transformers", "lookup", "assistant", "llama.cpp")
+"""transformers' generate plainly, with its prompt lookup, with a draft model; and llama.cpp."""
+
+_LOOKUP = 10
+"""Tokens that transformers' prompt lookup drafts: what its own documentation takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An engine as its worker is told of it."""
+
+    name: str
+    kind: str  # a key of longspec.bench.worker.WRITERS
+    settings: Mapping[str, Any]
+    batches: bool  # whether it writes texts side by side
+    python: str = ""  # the interpreter that has it; this one, if empty
+
+
+def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: int) -> list[Contender]:
+    """Longspec itself, a contender for each setting: DRAFTER, DRAFTER/CACHE or DRAFTER/CACHE/DTYPE.
+
+    Raises:
+        UsageError: a setting has more parts, or a name in it is unknown.
+    """
+    made = []
+    for setting in settings:
+        drafter, cache, dtype, *more = [*setting.split("/"), *["auto"] * max(0, 2 - setting.count("/"))]
+        if more or not (drafter and cache and dtype):
+            raise UsageError(f"The setting {setting!r} is no drafter/cache/dtype; write it as none, or auto/int8/bf16.")
+        drafts = drafter == "auto" or "model" in drafter.split("+")
+        check(drafter, cache, False, DRAFT_TOKENS, draft_model=bool(drafts and draft_model), memory=False)
+        check_dtype(dtype)
+        told = {"model": model, "drafter": drafter, "cache": cache, "dtype": dtype, "threads": threads}
+        made.append(Contender(setting, "longspec", {**told, "draft_model": draft_model if drafts else None}, True))
+    return made
+
+
+def ends(model: Opened) -> tuple[int, ...]:
+    """The tokens that end its texts."""
+    return end_tokens(model.config, model.checkpoint.generation_config(), model.vocabulary)
+
+
+def peers(
+    wanted: Sequence[str], checkpoint: Checkpoint, smaller: Checkpoint | None, python: str, context: int, threads: int
+) -> list[Contender | str]:
+    """The other engines on the same files, or in their place why one can't be had. context: the most tokens of a text.
+    python: the interpreter that has llama-cpp-python; this one, if empty.
+    """
+    dtype = native_dtype(torch.device("cpu"))
+    found: list[Contender | str] = []
+    for name in wanted:
+        if name == "llama.cpp":
+            if checkpoint.gguf is None:
+                found.append("llama.cpp reads GGUF files, and this model has none")
+            elif not python and find_spec("llama_cpp") is None:
+                found.append("llama.cpp needs llama-cpp-python, here or in the interpreter of --llama-python")
+            else:
+                told = {"file": str(checkpoint.gguf), "threads": threads, "context": context}
+                found.append(Contender(name, name, {**told, "repacked": True}, False, python))
+            continue
+        assistant = smaller if name == "assistant" else None
+        if name == "assistant" and assistant is None:
+            found.append("assisted generation needs a --draft-model")
+        elif checkpoint.folder is None or (assistant is not None and assistant.folder is None):
+            found.append(f"{name} reads a model's folder, and this is a single file")
+        else:
+            told = {"folder": _readable(checkpoint, dtype), "dtype": dtype, "threads": threads}
+            told |= {"lookup": _LOOKUP if name == "lookup" else 0}
+            told |= {"assistant": _readable(assistant, dtype) if assistant is not None else None}
+            plain = name == "transformers"
+            found.append(Contender(name if plain else f"transformers {name}", "transformers", told, plain))
+    return found
+
+
+def _readable(checkpoint: Checkpoint, dtype: str) -> str:
+    """Where transformers finds a checkpoint: of one that came as GGUF, the converted copy."""
+    assert checkpoint.folder is not None
+    return str(checkpoint.folder if checkpoint.gguf is None else converted(checkpoint.folder, DTYPES[dtype]))

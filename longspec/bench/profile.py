@@ -1,0 +1,174 @@
+"""Where a step's time goes, beside what it takes at least: for `longspec run --profile`.
+
+Takes an engine, whose parts are given ranges for as long as a text is written; gives torch's trace and `Times`. Nothing
+is measured, and nothing is slower, where nobody asks: the ranges are put around the engine's parts from outside.
+
+The floor is the bytes that a pass has to read, weights and cache, over the rate at which this machine reads memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from longspec.attention import cpu
+from longspec.cache import BLOCK, CACHES
+from longspec.engine import Engine
+from longspec.machine import available_bytes
+from longspec.session import Session
+
+__all__ = ["Times", "profiled", "read_rate", "table"]
+
+_READ_NBYTES = 512 << 20
+"""More than the caches of most processors, so that what is read comes from memory."""
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds by part, over all steps of a text. `layers` and `head` are the target's; drafting has its own passes."""
+
+    steps: int = 0
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    inside: str = ""  # what runs now: a step, its drafting, or nothing of both
+    trace: str = ""  # Chrome's JSON
+
+
+@contextmanager
+def profiled(engine: Engine) -> Iterator[Times]:
+    """Inside, steps of this engine are measured and traced; at the end the trace is there."""
+    times, decoder = Times(), engine.model.decoder
+    device = decoder.device
+
+    def ranged(name: str, call: Callable[..., Any], within: str) -> Callable[..., Any]:
+        def timed(*given: Any, **more: Any) -> Any:
+            outside = times.inside
+            if within and outside != within:  # a prompt's pass, or a drafter's: in the trace, but in no step's part
+                with record_function(name):
+                    return call(*given, **more)
+            times.inside = (within and (name if name == "draft" else within)) or "step"
+            began = perf_counter()
+            try:
+                with record_function(name):
+                    return call(*given, **more)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.seconds[name] += perf_counter() - began
+                times.inside = outside
+
+        return timed
+
+    def steps(*given: Any, **more: Any) -> Any:
+        times.steps += 1
+        return step(*given, **more)
+
+    def texts(*given: Any) -> Any:
+        """A pass' texts, whose C kernel is called through Python: some 10 us a layer."""
+        made = prepare(*given)
+        if made is not None:
+            made._kernel = kernel
+        return made
+
+    step, prepare, library = ranged("step", engine.step, ""), decoder._texts, cpu.kernel()
+    kernel: Any = library if isinstance(library, str) else _Kernel(library, ranged)
+    put: list[tuple[Any, str, Callable[..., Any]]] = [
+        (engine, "step", steps),
+        (decoder, "forward", ranged("layers", decoder.forward, "step")),
+        (decoder, "logits", ranged("head", decoder.logits, "step")),
+        (decoder, "_texts", texts),
+        (decoder, "_attend", ranged("attention", decoder._attend, "step")),
+    ]
+    for drafter in engine.drafters.values():
+        put.append((drafter, "propose", ranged("draft", drafter.propose, "step")))
+    own = [(owner, name, vars(owner).get(name)) for owner, name, _ in put]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    trace = profile(activities=activities)
+    with _silent():
+        trace.start()
+    for owner, name, call in put:
+        vars(owner)[name] = call
+    try:
+        yield times
+    finally:
+        for owner, name, before in own:
+            if before is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = before
+        with _silent():
+            trace.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        trace.export_chrome_trace(str(Path(folder, "trace.json")))
+        times.trace = Path(folder, "trace.json").read_text(encoding="utf-8")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, nothing comes from stderr: some releases of torch say there that they begin and end."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class _Kernel:
+    """The attention kernel, called through a range also where another C function calls it."""
+
+    def __init__(self, kernel: ctypes.CDLL, ranged: Callable[..., Callable[..., Any]]) -> None:
+        self.texts_room, call = kernel.texts_room, ranged("attention", kernel.texts_read, "step")
+        self.texts_read = ctypes.CFUNCTYPE(None, *kernel.texts_read.argtypes)(lambda *given: call(*given) and None)
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes per second at which all threads together read memory: the best of some sums over a large tensor."""
+    nbytes = _READ_NBYTES if device.type == "cuda" else min(_READ_NBYTES, available_bytes() // 4)
+    held = torch.ones(max(1, nbytes // 4), device=device)
+    best = 0.0
+    for _ in range(5):
+        began = perf_counter()
+        held.sum().item()
+        best = max(best, held.nbytes / (perf_counter() - began))
+    return best
+
+
+def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
+    """What people read: a line for each part of a step, and the floor. Empty where there was no step."""
+    if not times.steps:
+        return ""
+    mean = {name: seconds / times.steps for name, seconds in times.seconds.items()}
+    whole, layers = mean["step"], mean.get("layers", 0.0)
+    first, last = session.prompt_length, len(session.tokens)
+    rows = [("step", whole), ("  draft", mean.get("draft", 0.0)), ("  layers", layers)]
+    if "attention" in mean:
+        rows += [("    attention", mean["attention"]), ("    products", layers - mean["attention"])]
+    rows += [("  head", mean.get("head", 0.0))]
+    rows += [("  rest", whole - sum(mean.get(name, 0.0) for name in ("draft", "layers", "head")))]
+    lines = [f"a step's time, means of {times.steps:,} steps behind {first:,} to {last:,} tokens"]
+    lines += [f"{name:16} {1e3 * seconds:9.3f} ms {100 * seconds / whole:4.0f} %" for name, seconds in rows]
+    decoder = engine.model.decoder
+    empty = CACHES[session.cache_name](replace(decoder.shape, device=torch.device("meta")))
+    middle = (first + last) / 2
+    blocks = ceil(middle / BLOCK) * BLOCK  # what a cache takes is told of whole ones
+    weights, rows_nbytes = decoder.pass_nbytes, empty.room(blocks).device * middle / blocks
+    floor = (weights + rows_nbytes) / rate
+    lines.append(
+        f"{'floor':16} {1e3 * floor:9.3f} ms {100 * floor / whole:4.0f} %  {weights / 1e6:,.1f} MB of weights and "
+        f"{rows_nbytes / 1e6:,.1f} MB of cache at {rate / 1e9:.1f} GB/s"
+    )
+    return "\n".join(lines)

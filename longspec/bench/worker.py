@@ -1,0 +1,218 @@
+"""One engine in a process of its own, for `longspec bench engines`: asked and answering in lines of JSON.
+
+    python worker.py KIND SETTINGS
+
+KIND is a key of WRITERS, SETTINGS an object of its. The first line that it says is what it is, or why it can't be; then
+each line on standard input is a case to write, and each line on standard output what that took. A process that waits
+reads a pipe and takes no processor time; its peak of memory is its own.
+
+A rate is tokens over the seconds of the passes that brought them: where the pass that ends the prompt brings tokens
+already, these don't count and neither does its time. Imports nothing of this package until an engine of it is asked
+for: the interpreter that has llama.cpp may lack everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from time import perf_counter
+from typing import Any
+
+__all__ = ["WRITERS", "main"]
+
+Case = dict[str, Any]
+"""prompts: each with text, raw and tokens; new: tokens of each answer at most; width: texts at a time; ends: tokens
+that end an answer."""
+Took = dict[str, Any]
+"""tokens and seconds of decoding; first: seconds to the first token, None where texts were written side by side."""
+Write = Callable[[Case], Took]
+Told = dict[str, Any]
+
+
+def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
+    """Longspec itself: model, drafter, cache, dtype, threads, draft_model."""
+    from dataclasses import replace
+
+    import torch
+
+    from longspec import __version__
+    from longspec.engine import Engine
+    from longspec.model.load import open_model
+    from longspec.schedule import Schedule
+
+    torch.set_num_threads(settings["threads"])
+    model = open_model(settings["model"], dtype=settings["dtype"], device="cpu").load()
+    smaller = settings["draft_model"] and open_model(settings["draft_model"], dtype=model.dtype, device="cpu").load()
+    engine = Engine(model, drafter=settings["drafter"], cache=settings["cache"], draft_model=smaller or None)
+
+    def opened(case: Case) -> list[Any]:
+        engine.model = replace(model, end_tokens=tuple(case["ends"]))
+        return [
+            engine.open(prompt["text"], raw=prompt["raw"], max_new_tokens=case["new"], temperature=0,
+                        repetition_penalty=1.0, key=str(i))
+            for i, prompt in enumerate(case["prompts"])
+        ]  # fmt: skip
+
+    def write(case: Case) -> Took:
+        began = perf_counter()
+        sessions = opened(case)
+        if case["width"] == 1:
+            (session,) = sessions
+            for _ in engine.write(session):
+                pass
+            seconds = session.last_token - (session.prefilled or began)
+            return {"tokens": len(session.answer), "seconds": seconds, "first": session.first_token - began}
+        schedule = Schedule(engine, case["width"])
+        for session in sessions:
+            for _ in engine.prefill(session):
+                pass
+            schedule.add(session)
+        began = perf_counter()
+        while schedule:
+            schedule.step()
+        seconds = perf_counter() - began
+        return {"tokens": sum(len(session.answer) for session in sessions), "seconds": seconds, "first": None}
+
+    versions = {"longspec": __version__, "torch": torch.__version__}
+    told = {"dtype": model.dtype, "drafter": engine.drafter_name, "cache": engine.cache_name}
+    return write, {**told, "drafters": list(engine.drafters), "versions": versions}
+
+
+def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
+    """Transformers' generate, its cache the dynamic one: folder, dtype, threads; lookup, a number of tokens, or
+    assistant, a folder.
+    """
+    import torch
+    from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+    library: Any = import_module("transformers")  # which has no types for half of this
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    torch.set_num_threads(settings["threads"])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings["dtype"]]
+
+    def read(folder: str) -> Any:
+        model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model.generation_config = library.GenerationConfig()  # greedy, without the penalties that a model may ask for
+        return model
+
+    model, extra = read(settings["folder"]), {}
+    if settings["lookup"]:
+        extra = {"prompt_lookup_num_tokens": settings["lookup"]}
+    elif settings["assistant"]:
+        extra = {"assistant_model": read(settings["assistant"])}
+
+    class Clock(StoppingCriteria):
+        """When each pass has brought its tokens, and how many there are then, the prompt's included."""
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, int]] = []
+
+        def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+            self.seen.append((perf_counter(), input_ids.shape[1]))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def side_by_side(case: Case, prompts: list[Any]) -> Took:
+        """As many as there are, padded to the longest."""
+        began, clock, ends = perf_counter(), Clock(), case["ends"]
+        size = max(len(prompt["tokens"]) for prompt in prompts)
+        given = torch.tensor([[0] * (size - len(one["tokens"])) + one["tokens"] for one in prompts])
+        mask = torch.tensor([[0] * (size - len(one["tokens"])) + [1] * len(one["tokens"]) for one in prompts])
+        out = model.generate(
+            given, attention_mask=mask, max_new_tokens=case["new"], do_sample=False, eos_token_id=ends or None,
+            pad_token_id=(ends or [0])[0], stopping_criteria=StoppingCriteriaList([clock]),
+            **({} if len(prompts) > 1 else extra),
+        )  # fmt: skip
+        (first, length), (last, _) = clock.seen[0], clock.seen[-1]
+        rows = out[:, size:].tolist()
+        counts = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+        tokens = sum(max(0, count - (length - size)) for count in counts)
+        return {"tokens": tokens, "seconds": last - first, "first": first - began}
+
+    def write(case: Case) -> Took:
+        if case["width"] == 1:
+            return side_by_side(case, case["prompts"])
+        starts = range(0, len(case["prompts"]), case["width"])
+        took = [side_by_side(case, case["prompts"][start : start + case["width"]]) for start in starts]
+        return {**{name: sum(one[name] for one in took) for name in ("tokens", "seconds")}, "first": None}
+
+    versions = {"transformers": library.__version__, "torch": torch.__version__}
+    return write, {"dtype": settings["dtype"], "attention": model.config._attn_implementation, "versions": versions}
+
+
+def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
+    """llama.cpp as llama-cpp-python gives it: file, threads, context; repacked: may lay out weights anew."""
+    llama_cpp: Any = import_module("llama_cpp")
+    if not settings["repacked"]:  # no argument of the class below
+        library, defaults = llama_cpp.llama_cpp, llama_cpp.llama_cpp.llama_model_default_params
+
+        def plainly() -> Any:
+            made = defaults()
+            made.use_extra_bufts = False
+            return made
+
+        library.llama_model_default_params = plainly
+    model = llama_cpp.Llama(
+        settings["file"], n_ctx=settings["context"], n_threads=settings["threads"],
+        n_threads_batch=settings["threads"], n_gpu_layers=0, verbose=False,
+    )  # fmt: skip
+
+    def write(case: Case) -> Took:
+        (prompt,) = case["prompts"]
+        began, times = perf_counter(), []
+        model.reset()  # else it begins with what it has read before
+        for token in model.generate(prompt["tokens"], temp=0.0, repeat_penalty=1.0):
+            times.append(perf_counter())
+            if len(times) == case["new"] or token in case["ends"]:
+                break
+        return {"tokens": len(times) - 1, "seconds": times[-1] - times[0], "first": times[0] - began}
+
+    write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # what can't be run ends here, and not later
+    said = llama_cpp.llama_print_system_info().decode(errors="replace").strip()
+    return write, {"system": said, "versions": {"llama-cpp-python": llama_cpp.__version__}}
+
+
+WRITERS: dict[str, Callable[[dict[str, Any]], tuple[Write, Told]]] = {
+    "longspec": longspec,
+    "transformers": transformers,
+    "llama.cpp": llama,
+}
+
+
+def peak() -> int:
+    """Bytes. Not getrusage's figure: a new process has its parent's there."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints isn't an answer
+
+    def say(told: dict[str, Any]) -> None:
+        answers.write(json.dumps(told) + "\n")
+        answers.flush()
+
+    with suppress(ValueError):  # run as a file: its neighbours are no top-level modules
+        sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        write, told = WRITERS[sys.argv[1]](json.loads(sys.argv[2]))
+        say(told)
+        for line in sys.stdin:
+            say({**write(json.loads(line)), "peak_bytes": peak()})
+    except Exception as error:  # noqa: BLE001 - whatever a library raises is told to who asked
+        say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()
