@@ -167,7 +167,9 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error))
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
-    return RefusedError(500, "The server failed at this; what happened is on its standard error.")
+    # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.
+    said = "The server failed at this; what happened is on its standard error."
+    return RefusedError(500, said, headers={"connection": "close"})
 
 
 def _failure(error: Exception) -> str:
