@@ -288,13 +288,19 @@ class DenseStage:
     ) -> tuple[int, Bounds | None]:
         chain = self._tree.is_chain
         columns = end - start + (rows.stop if staged else 0)
+        if chain and rows.stop - rows.start == 1:  # a plain step's: all columns from the first that it reads on
+            position = self.length + self.depths[rows.start]
+            first = 0 if window is None else position - window + 1
+            if self._cache.near:
+                first = max(first, near_start(position))
+            return min(max(0, first - start), columns), None
         positions = torch.tensor([self.length + depth for depth in self.depths[rows]])
         first = torch.zeros_like(positions) if window is None else positions - window + 1
         if self._cache.near:
             first = torch.maximum(first, (positions // BLOCK - 1) * BLOCK)
         first = (first - start).clamp_(0, columns)
         low = int(first.min())
-        if (chain and len(positions) == 1) or (not staged and bool((first == low).all())):
+        if not staged and bool((first == low).all()):
             return low, None  # all columns from `low` on
         device = self._cache.shape.device
         last = positions + 1 - start if chain and staged else torch.full_like(positions, columns)

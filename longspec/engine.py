@@ -28,7 +28,7 @@ from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, run
+from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, readers, run
 from longspec.goodput import Goodput
 from longspec.heads.format import shipped
 from longspec.model.decoder import Skip
@@ -281,7 +281,7 @@ class Engine:
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
         feed = self._chunk(session, stop)
-        self._fed(feed, run([feed], self.model.decoder, self.drafters.values()))
+        self._fed(feed, run([feed], self.model.decoder, readers(self.drafters.values())))
 
     @torch.inference_mode()
     def step(
@@ -301,7 +301,7 @@ class Engine:
         began = perf_counter()
         feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunk = [] if reading is None else [self._chunk(reading, stop)]
-        made = run([*feeds, *chunk], self.model.decoder, self.drafters.values())
+        made = run([*feeds, *chunk], self.model.decoder, readers(self.drafters.values()))
         logits = self.model.decoder.logits(choosing(made, feeds))
         chosen = choices_of(feeds, logits)
         wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())

@@ -6,9 +6,10 @@ rejection are one case: only the number of lacking tokens differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from longspec.sampling import choose
 from longspec.session import Session
 from longspec.types import Begun, Draft, Drafter, Reading
 
-__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "reading", "run"]
+__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "readers", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +116,14 @@ class Pass:
             reader.read(feed.session, torch.cat([own[layer] for layer in reader.layers], -1))
 
 
-def run(feeds: Sequence[Feed], decoder: Decoder, drafters: Iterable[Drafter] = ()) -> Pass:
-    """All feeds' rows in one pass through all layers. drafters: those that read what it computes are given it.
+def run(feeds: Sequence[Feed], decoder: Decoder, readers: Sequence[Reading] = ()) -> Pass:
+    """All feeds' rows in one pass through all layers. readers: they are given what it computes.
 
     Rows that a drafter has begun join at the layer that they have reached. As the older rows of a feed are never behind
     the younger ones, those that lack a layer are the last ones of their feeds. (What lies behind them isn't computed
     again: readers get their last state for it.)
     """
-    rows, readers = Rows.of([feed.chunk() for feed in feeds], decoder.device), list(reading(drafters))
+    rows = Rows.of([feed.chunk() for feed in feeds], decoder.device)
     read = {layer for reader in readers for layer in reader.layers}
     hidden, features = None, {}
     if all(feed.begun is None for feed in feeds):
@@ -146,14 +147,16 @@ def run(feeds: Sequence[Feed], decoder: Decoder, drafters: Iterable[Drafter] = (
     return Pass(rows, hidden, feeds, readers, features)
 
 
-def reading(drafters: Iterable[Drafter]) -> Iterator[Reading]:
+def readers(drafters: Iterable[Drafter]) -> list[Reading]:
     """Those that read what the target computes, also where they bet for another."""
+    found = []
     for drafter in drafters:
         inner: Drafter | None = drafter
         while inner is not None:
-            if isinstance(inner, Reading):
-                yield inner
+            if hasattr(inner, "read"):  # isinstance would look through the whole protocol, in each step
+                found.append(cast(Reading, inner))
             inner = getattr(inner, "inner", None)
+    return found
 
 
 def choosing(made: Pass, feeds: Sequence[Feed]) -> Tensor:

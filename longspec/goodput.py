@@ -11,6 +11,8 @@ goodput (Nightjar, 2512.22420), and chosen anew in each step:
   what was known before doubtful. Accounts bound what losing bets may take, whatever the text does. What a drafter must
   catch up is part of its price (Nightjar's cost of switching).
 - Now and then a step is made without a bet, so that it is known what that costs.
+- Where nothing is worth a bet and no probe is due, it rests for some steps: to think costs 0.1 ms a step, and a pass of
+  the default model 3.3.
 
 Letters: B sessions, n nodes of a draft, m a limit. A plain pass has B rows: what the step would cost without a bet.
 """
@@ -42,9 +44,10 @@ _PROBE = 4  # tokens, where they cost less than a quarter of a pass; else one
 _CATCHING_UP = 16  # steps that a drafter is expected to stay in use: what it must catch up is spread over them
 _EARLY, _OFTEN, _SELDOM = 5, 16, 128  # steps between two plain ones: at first, where bets win little, and much
 _RECENT = 1 / 32
+_REST = 4  # steps without a thought at most
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Hand:
     """One drafter's bets on one session."""
 
@@ -74,6 +77,8 @@ class Goodput:
         self._hands: WeakKeyDictionary[Writing, dict[str, _Hand]] = WeakKeyDictionary()
         self._nodes: WeakKeyDictionary[Writing, float] = WeakKeyDictionary()  # of recent drafts
         self._steps = self._plain = 0  # and the last one without a bet
+        self._wakes = self._probes = 0  # the step that ends a rest, and the one that may be the next probe's
+        self._rested, self._rests = 0, False  # steps of a rest, and whether this is one
         self._wait = _SELDOM if self.costs.report()["passes"] else _EARLY
         self._credit, self._debt = _CREDIT[0], 0.0  # plain passes
         self._brought = self._took = 1.0  # by recent steps, in plain steps
@@ -90,9 +95,12 @@ class Goodput:
 
     def bets(self, sessions: Sequence[Writing], rooms: Sequence[int]) -> list[Bet]:
         self._steps += 1
-        size = len(sessions)
+        size, batch = len(sessions), [self._hands_of(session) for session in sessions]
+        self._rests = self._steps < self._wakes and batch == self._batch
+        if self._rests:
+            return [Bet("", 0)] * size
         self._curve = curve = self.costs.curve(size, sum(len(session.tokens) for session in sessions) // size)
-        self._batch = [self._hands_of(session) for session in sessions]
+        self._batch = batch
         self._whole = [0] * size
         self._price = max(1.0, self._brought / self._took) * size / curve.seconds(size)
         nodes = [self._nodes.get(session, 0.0) for session in sessions]
@@ -168,11 +176,13 @@ class Goodput:
         users = Counter(bet.drafter for bet in chosen if bet.limit)
         saved = {name: self.costs.drafting(name, plain).seconds(1) * self._price / n for name, n in users.items()}
         row = max(0.0, self._curve.seconds(total + 1) - self._curve.seconds(total))
+        self._probes = self._steps + _WAIT
         for i, (session, hands) in enumerate(zip(sessions, self._batch, strict=True)):
             old = chosen[i]
             forgone = max(0.0, values[i] - saved[old.drafter] * old.limit) if old.limit else None
             for name, hand in hands.items():
                 if hand.due > self._steps or name == old.drafter or not rooms[i]:
+                    self._probes = min(self._probes, hand.due)
                     continue
                 drafting, behind = self.costs.drafting(name, plain), max(0, len(session.tokens) - hand.asked)
                 for m in (min(_PROBE, rooms[i]), 1):
@@ -185,8 +195,11 @@ class Goodput:
                     chosen[i], self._forgone[i] = Bet(name, m, probe=True), forgone
                     users[name] += 1
                     break
+                self._probes = min(self._probes, self._steps + 1 + int((cost - credit) / _PROBES))
 
     def trim(self, bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
+        if self._rests:
+            return list(drafts)
         self._whole = [len(draft) for draft in drafts]
         worth, rows = [], len(drafts)  # of the nodes that may go: (-tokens, session)
         for i, (bet, draft) in enumerate(zip(bets, drafts, strict=True)):
@@ -213,6 +226,9 @@ class Goodput:
         ]
 
     def observe(self, step: Step) -> None:
+        if self._rests:
+            self._rested += 1
+            return
         size, seconds = len(step.outcomes), self._curve.seconds
         if step.pass_seconds is not None and not any(outcome.draft.begun is not None for outcome in step.outcomes):
             self._curve.observe(step.rows, step.pass_seconds)
@@ -221,8 +237,10 @@ class Goodput:
         plain, drafting = seconds(size), self._observe_drafting(step)
         kept = sum(len(outcome.kept) for outcome in step.outcomes)
         took = (seconds(step.rows) + sum(drafting.values())) / plain
-        self._brought += _RECENT * (1 + kept / size - self._brought)
-        self._took += _RECENT * (took - self._took)
+        rested, self._rested = self._rested, 0
+        recent = _RECENT * (1 + rested)
+        self._brought += recent * (1 + kept / size - self._brought)
+        self._took += recent * (took - self._took)
         lost = took - 1 - kept / size
         users = Counter(outcome.bet.drafter for outcome in step.outcomes)
         for i, outcome in enumerate(step.outcomes):
@@ -233,8 +251,10 @@ class Goodput:
                 lost -= max(0.0, net)
                 self._credit -= max(0.0, net + (self._forgone[i] or 0.0) / size)
             self._learn(outcome, self._batch[i], self._whole[i], self._forgone[i] is not None)
-        self._credit = min(_CREDIT[1], self._credit + _PROBES * took)
-        self._debt = min(0.0, self._debt - lost + _LOSSES * took)
+        self._credit = min(_CREDIT[1], self._credit + _PROBES * (rested + took))
+        self._debt = min(0.0, self._debt - lost + _LOSSES * (rested + took))
+        if not any(outcome.bet.limit for outcome in step.outcomes):
+            self._wakes = min(self._steps + 1 + _REST, self._probes)
 
     def _observe_drafting(self, step: Step) -> dict[str, float]:
         """What each drafter that was asked is expected to have taken: as measured, without a moment's noise."""

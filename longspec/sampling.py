@@ -107,7 +107,9 @@ def choose(
             raise ValueError("a repetition penalty needs each row's context")
         logits = _penalised(logits.float(), sampling.repetition_penalty, contexts)
     if sampling.is_greedy:
-        return logits.max(-1).indices  # argmax gives the same and takes 1.3 ms for 16 rows of 49,152, this 0.3
+        if logits.device.type == "cpu":  # 3 us a row of 49,152 in fp32; torch's max takes 20, in bf16 40
+            return torch.from_numpy(logits.float().numpy().argmax(-1))
+        return logits.argmax(-1)
     scores = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return _pick(scores, torch.arange(scores.shape[1], device=scores.device)[None], keys)

@@ -137,7 +137,7 @@ class Kernel:
         made = rows.new_empty(len(rows), linear.size)
         matrix = fused._matrix(linear)
         self._kernel.linear(
-            ctypes.addressof(matrix), rows.data_ptr(), len(rows), made.data_ptr(), self._room.data_ptr()
+            ctypes.addressof(matrix), None, 0.0, rows.data_ptr(), len(rows), made.data_ptr(), self._room.data_ptr()
         )
         return made
 

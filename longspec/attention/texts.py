@@ -122,8 +122,8 @@ class Texts:
 
 
 def _run(run: Run, held: list[Any]) -> _Run:
-    buffers = torch.tensor([buffer.data_ptr() for buffer in run.buffers])
+    buffers = (ctypes.c_void_p * len(run.buffers))(*[buffer.data_ptr() for buffer in run.buffers])
     held.append(buffers)
     capacity = run.buffers[0].shape[2]
     limits = cpu.limits(run.bounds, held)
-    return _Run(buffers.data_ptr(), capacity, run.column, run.columns, *limits)
+    return _Run(ctypes.addressof(buffers), capacity, run.column, run.columns, *limits)

@@ -152,7 +152,7 @@ class Decoder:
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._attend = attend_strictly if strict else attend
         self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
-        self._fused = Fused(config, self._layers, self._head) if self.slow is None else None
+        self._fused = Fused(config, self._layers, self._norm.weight, self._head) if self.slow is None else None
         self._coded = coded
         self.nbytes = reader.nbytes
 
@@ -245,7 +245,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[r, width] to [r, V], in the model's dtype."""
         fused = self._kernel_for(len(hidden))
-        logits = (fused.head if fused is not None else self._head)(self._norm(hidden))
+        logits = self._head(self._norm(hidden)) if fused is None else fused.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -88,7 +88,7 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
 class Fused:
     """The layers and the head of one decoder: its own, whose tensors it keeps; in bf16 or, all of them, as codes."""
 
-    def __init__(self, config: Config, layers: Sequence[Any], head: Any) -> None:
+    def __init__(self, config: Config, layers: Sequence[Any], norm: Tensor, head: Any) -> None:
         kernel = _kernel()
         assert not isinstance(kernel, str)
         self._kernel = kernel
@@ -102,8 +102,8 @@ class Fused:
             torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
             torch.tensor([self._windows.index(window) for window in config.windows]),
         )
-        self._head = _matrix(head)
-        self._held = (layers, head)
+        self._head, self._norm = _matrix(head), norm.data_ptr()
+        self._held = (layers, norm, head)
         room = kernel.layer_room(self._pointers[0], config.width, MOST_ROWS)
         self._room = torch.empty(room, dtype=torch.uint8)
 
@@ -170,14 +170,16 @@ class Fused:
             )
         return made
 
-    def head(self, normed: Tensor) -> Tensor:
-        """Logits [r, V] of normed hidden states [r, width]."""
-        made = normed.new_empty(len(normed), self._head.size)
-        for at in range(0, len(normed), MOST_ROWS):
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [r, V] of hidden states [r, width], through the final norm."""
+        hidden, made = hidden.contiguous(), hidden.new_empty(len(hidden), self._head.size)
+        for at in range(0, len(hidden), MOST_ROWS):
             self._kernel.linear(
                 ctypes.addressof(self._head),
-                normed[at:].data_ptr(),
-                min(MOST_ROWS, len(normed) - at),
+                self._norm,
+                self._config.eps,
+                hidden[at:].data_ptr(),
+                min(MOST_ROWS, len(hidden) - at),
                 made[at:].data_ptr(),
                 self._room.data_ptr(),
             )
@@ -219,7 +221,7 @@ def _kernel() -> ctypes.CDLL | str:
         return "this processor has no tiles (AMX), or the system doesn't give them"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.layer_room.argtypes, found.layer_room.restype = (pointer, number, number), number
-    found.linear.argtypes = (pointer, pointer, number, pointer, pointer)
+    found.linear.argtypes = (pointer, pointer, ctypes.c_float, pointer, number, pointer, pointer)
     found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, pointer, number, pointer, pointer, pointer)
     found.project.argtypes = (pointer, pointer, number, pointer, pointer, number, pointer, pointer)
     found.finish.argtypes = (pointer, pointer, pointer, number, number, pointer, pointer)

@@ -3,7 +3,7 @@
  *     project   norm, then queries, keys and values, turned to their positions
  *     finish    output and residual, norm, gate and up, activation, down and residual
  *     layers    both, and attention between them, for a run of layers
- *     linear    one product alone: the head
+ *     linear    norm, if any, then one product: the head
  *
  * Weights are read where they lie, once for all rows: bf16 as a checkpoint has them, or codes (groups.h). Sums are fp32,
  * every result is rounded to bf16 where torch's operators round it. What a row sums up, and in which order, is the same
@@ -251,13 +251,19 @@ int layer_missing(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
             lay(m, x, rows, part, r.laid);                                                                      \
     }
 
-/* y [rows, size] = x [rows, width] weight^T + bias. */
-void linear(const Matrix *m, const bf16 *x, int64_t rows, bf16 *y, char *room) {
+/* y [rows, size] = x [rows, width] weight^T + bias, of norm(x) unless norm is null. */
+void linear(const Matrix *m, const bf16 *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, char *room) {
     const Room r = parted(room, m->width, rows);
+    const bf16 *given = norm ? r.hidden : x;
 #pragma omp parallel
     {
         float sums[MOST_ROWS + ROWS][BLOCK];
-        LAY(x)
+        if (norm) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++)
+                normed(x + row * m->width, norm, m->width, eps, r.hidden + row * m->width);
+        }
+        LAY(given)
 #pragma omp for schedule(static)
         for (int64_t out = 0; out < m->size; out += BLOCK) {
             product(m, out, r.laid, rows, sums);

@@ -26,15 +26,18 @@ class Rotation:
     def __init__(self, rope: Rope, device: torch.device) -> None:
         short, self._factor = frequencies(rope)
         both = torch.stack((short, frequencies(rope, long=True)[0])) if rope.kind == "longrope" else short[None]
-        self._frequencies = both.to(device)  # [1 or 2, dims / 2]
+        # [1 or 2, dims], the first half negative: the sine of a negated angle is the sine negated, to the bit.
+        self._frequencies = torch.cat((-both, both), -1).to(device)
         self.first_context = int(rope.get("original_max_position_embeddings", 0)) if len(both) == 2 else None
 
     def __call__(self, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [r, 1, dims] for `rotate`. `long` [r] bool: rows of a text planned to be long."""
         chosen = self._frequencies[long.long()] if len(self._frequencies) == 2 else self._frequencies
-        angles = positions[:, None].float() * chosen
-        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
-        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+        angles = positions[:, None, None] * chosen[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        if self._factor != 1.0:
+            cos, sin = cos * self._factor, sin * self._factor
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
