@@ -36,9 +36,9 @@ def plain(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     where = "short prompts" if length < 100 else f"{length:,} tokens"
     said = f"{report['ratio']['median']:.2f} times"
     if length < 100:
-        yield f"plain decoding, {where}", f"{said} transformers' `generate`"
+        yield f"plain decoding in {report['dtype']}, {where}", f"{said} transformers' `generate`"
     else:
-        yield f"plain decoding at {where}", said
+        yield f"the same at {where}", said
 
 
 def drafters(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -47,12 +47,39 @@ def drafters(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     overall = ratios.pop("all")
     least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     yield (
-        f"`--drafter auto`, {whole['auto']['prompts']} first turns of Spec-Bench, against `none`",
+        f"`--drafter auto` in {report['dtype']}, {whole['auto']['prompts']} first turns of Spec-Bench, against `none`",
         f"{overall:.2f} times; by category {ratios[least]:.2f} ({least}) to {ratios[most]:.2f} ({most})",
     )
     if (peer := whole.get("transformers prompt lookup")) is not None:
         times = whole["auto"]["tokens_per_second"] / peer["tokens_per_second"]
         yield "the same against transformers' prompt lookup", f"{times:.2f} times"
+
+
+def passes(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in report["results"]))
+
+    def listed(texts: list[int], rows: list[int]) -> str:
+        ms = {(row["dtype"], row["texts"], row["rows"]): row["ms"] for row in report["results"]}
+        places = [(each, row) for each in texts for row in rows]
+        return "; ".join(f"{dtype} {', '.join(f'{ms[dtype, *place]:.1f}' for place in places)}" for dtype in dtypes)
+
+    yield "ms of a pass of 1, 9, 16 and 64 rows of a text", listed([1], [1, 9, 16, 64])
+    yield "ms of a pass of 1, 8 and 16 texts", listed([1, 8, 16], [1])
+    worse = 100 * (report["perplexity"]["int8"] / report["perplexity"]["bf16"] - 1)
+    yield f"perplexity of int8 over bf16's, {report['tokens']:,} tokens of `{report['text']}`", f"{worse:+.1f} %"
+
+
+def batch(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    ratios = report["ratios"]
+    yield (
+        f"{report['prompts']} chats 16 at once in {report['dtype']}, against one at a time",
+        f"{ratios['16 over one at a time, both none']:.2f} times, with `auto` in both "
+        f"{ratios['16 over one at a time, both auto']:.2f}",
+    )
+    yield (
+        f"the same with `auto` against transformers' batches of 8 in {report['dtype of transformers']}",
+        f"{ratios['16 with auto over transformers']:.2f} times",
+    )
 
 
 def caches(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -103,9 +130,12 @@ def _listed(report: dict[str, Any], values: dict[str, str]) -> str:
 
 MAKERS = {
     "engines.json": engines,
+    "passes.json": passes,
     "plain.json": plain,
     "plain_7000.json": plain,
     "drafters.json": drafters,
+    "drafters_bf16.json": drafters,
+    "batch.json": batch,
     "cache.json": caches,
 }
 

@@ -127,15 +127,14 @@ class Engine:
             UsageError: an option is unknown or out of range.
             BudgetError: the memory doesn't hold such a text, with any cache that may be chosen.
         """
-        if threads is not None:
-            if threads < 1:
-                raise UsageError(f"threads is {threads}; it must be 1 or more.")
-            torch.set_num_threads(threads)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; it must be 1 or more.")
         # What is wrong is said before a model is loaded.
         named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
         check(drafter, cache, all_rows, num_speculative_tokens, **named)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
+        opened.set_threads(threads)
         if memory is not None:
             plan = make_plan(
                 opened,

@@ -26,13 +26,16 @@ from longspec.machine import cache_folder
 __all__ = ["library"]
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=gnu11")
+_HEADERS = Path(__file__).parent
 _SECONDS = 120
 """A compiler that takes longer is given up on."""
 
 
 @cache
-def library(source: Path, *headers: Path) -> ctypes.CDLL | str:
-    """The library of a source file and what it includes of its folder; a sentence where it can't be had."""
+def library(source: Path) -> ctypes.CDLL | str:
+    """The library of a source file, which may include headers of its folder and of this one; a sentence where it can't
+    be had.
+    """
     name = os.environ.get("LONGSPEC_COMPILER", "")
     if name == "none":
         return "LONGSPEC_COMPILER is none"
@@ -40,6 +43,7 @@ def library(source: Path, *headers: Path) -> ctypes.CDLL | str:
     if compiler is None:
         return f"no compiler named {name} was found" if name else "no C compiler (cc, gcc, clang) was found"
     try:
+        headers = sorted([*_HEADERS.glob("*.h"), *source.parent.glob("*.h")])
         code = b"".join(file.read_bytes() for file in (source, *headers))
         stamp = os.stat(compiler)
         words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, _FLAGS, platform.machine(), _processor())).encode()
@@ -69,7 +73,7 @@ def _build(compiler: str, source: Path, place: Path, threads: tuple[str, ...]) -
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made, linked = Path(folder, "made.o"), Path(folder, "made.so")
         for command in (
-            [compiler, *_FLAGS, *threads, "-c", str(source), "-o", str(made)],
+            [compiler, *_FLAGS, *threads, "-I", str(_HEADERS), "-c", str(source), "-o", str(made)],
             [compiler, "-shared", str(made), "-o", str(linked)],
         ):
             try:

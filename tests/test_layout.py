@@ -19,7 +19,8 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 STAGES = [
     ["errors", "markers", "prompts", "types"],
     ["grammar", "machine"],
-    ["loops", "native", "sampling", "template", "text", "tree", "verify"],
+    ["fit", "native"],
+    ["loops", "sampling", "template", "text", "tree", "verify"],
     ["cache", "constraint", "effort"],
     ["attention", "reasoning"],
     ["model"],

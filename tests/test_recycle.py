@@ -21,12 +21,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.mark.parametrize(("rows", "size", "count"), [(1, 49152, 8), (5, 640, 8), (3, 100, 8), (4, 512, 8), (2, 5, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_likeliest_are_those_of_topk(rows: int, size: int, count: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_likeliest_are_those_of_topk(
+    rows: int, size: int, count: int, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("longspec.sampling.library", lambda source: "none")
     logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = likeliest(logits, count)
     values = logits.topk(min(count, size)).values
     assert torch.equal(logits.gather(1, found), values)  # of equal ones, either
     assert all(len(set(row)) == len(row) for row in found.tolist())
+    assert torch.equal(logits.gather(1, likeliest(logits, 1)), values[:, :1])
 
 
 def test_a_verdict_tells_what_is_likely_after_each_row(model: Model) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import call, write_tiny
 from engines import engine, prompts
 from test_search import PLANTED, planted
 
 from longspec.bench import tune as module
+from longspec.bench.fit import Measured, best, bets, measure
 from longspec.bench.tune import NEW, prices, search, tune, verify, write
 from longspec.drafters.skip import load_skip
 from longspec.drafters.worth import Prices, gain
 from longspec.errors import UsageError
+from longspec.fit import Fit, default_threads, fit_path, keep_fit
 from longspec.model.decoder import Skip
-from longspec.model.load import Model
+from longspec.model.load import Model, open_model
 
 pytest.importorskip("optuna")
 
@@ -90,7 +94,7 @@ def test_sets_are_measured_in_turns(model: Model, monkeypatch: pytest.MonkeyPatc
         asked.append((prompt, drafter and drafter.skip))
         return 10.0 * (len(asked) // 3 + 1) * (2.0 if drafter and drafter.skip == PLANTED else 1.0)
 
-    monkeypatch.setattr(module, "_rate", rate)
+    monkeypatch.setattr(module, "rate", rate)
     ratios, plain = verify(model, [PLANTED, Skip()], 300, FOREVER, silent)
     assert ratios[0] > 1.5
     assert 0.5 < ratios[1] < 1.5
@@ -138,6 +142,9 @@ def test_the_command_keeps_a_set_where_skip_finds_it(folder: Path, tmp_path: Pat
     assert said["context"] == 512
     kept = json.loads(path.read_text())
     assert {name: kept[name] for name in ("agreement", "expected", "measured")}.items() <= said.items()
+    (fit,) = (tmp_path / "config" / "longspec" / "fit").iterdir()
+    assert {name: json.loads(fit.read_text())[name] for name in ("dtype", "threads")}.items() <= said.items()
+    assert {one["threads"] for one in said["settings"]} == {1}
     run = ["run", *model, "--raw", "--no-stdin", "--max-new-tokens", "8", "abcabc"]
     plain, skipped = call([*run, "--drafter", "none"], tmp_path), call([*run, "--drafter", "skip"], tmp_path)
     assert (skipped.code, skipped.out) == (0, plain.out)
@@ -152,7 +159,8 @@ def test_the_command_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Pa
     done = call(["tune", "-m", str(folder), "--budget", "0.5", "-c", "300", "--output", str(path)], tmp_path)
     assert (done.code, done.err) == (0, "")
     lines = done.out.decode().splitlines()
-    assert lines[1].split() == ["ATTENTIONS", "MLPS", "PASS", "AGREEMENT", "EXPECTED", "MEASURED"]
+    assert lines[0].split() == ["DTYPE", "THREADS", "1", "ROW", "9", "ROWS", "64", "ROWS", "PERPLEXITY"]
+    assert ["ATTENTIONS", "MLPS", "PASS", "AGREEMENT", "EXPECTED", "MEASURED"] in [line.split() for line in lines]
     assert ("times the tokens/s" in lines[-2]) != ("None is faster" in lines[-2])
     assert lines[-1] == f"Kept in {path}"
     load_skip(path, 4)
@@ -174,3 +182,59 @@ def test_the_command_refuses_what_cannot_be_tuned(
     assert done.code == 2
     assert said in done.err
     assert done.out == b""
+
+
+def test_the_fastest_that_writes_as_well_is_chosen() -> None:
+    found = [
+        Measured(Fit("bf16", 2), (0.012, 0.013, 0.02), 10.0),
+        Measured(Fit("bf16", 1), (0.018, 0.020, 0.04), 10.0),
+        Measured(Fit("int8", 2), (0.003, 0.007, 0.03), 10.2),
+    ]
+    assert best(found).fit == Fit("bf16", 2)  # 2 % worse is too much
+    assert best([*found, replace(found[2], perplexity=10.05)]).fit == Fit("int8", 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_auto_is_what_was_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    opened, before = open_model(str(folder)), torch.get_num_threads()
+    assert opened.fit is None
+    path = fit_path(opened.config, str(opened.device), coded=False)
+    keep_fit(path, Fit(dtype, 1), {})
+    fitted = open_model(str(folder))
+    assert (fitted.dtype, fitted.fit) == (dtype, Fit(dtype, 1))
+    assert open_model(str(folder), dtype="fp32").dtype == "fp32"
+    for text in ("", "[]", "{}", '{"kind": "longspec fit", "version": 1, "dtype": "fp64", "threads": 1}',
+                 path.read_text().replace('"threads": 1', '"threads": 1000000')):  # fmt: skip
+        path.write_text(text)
+        assert open_model(str(folder)).fit is None
+    fitted.set_threads()
+    assert torch.get_num_threads() == 1
+    fitted.set_threads(2)
+    assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    fitted.set_threads()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_a_container_lets_no_more_threads_run_than_it_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspec.fit.quota", lambda: 2)
+    assert (default_threads(64), default_threads(2), default_threads(1)) == (2, None, None)
+    monkeypatch.setattr("longspec.fit.quota", lambda: None)
+    assert default_threads(64) is None
+
+
+def test_what_is_measured_is_the_models_own(folder: Path) -> None:
+    before = torch.get_num_threads()
+    opened = open_model(str(folder), dtype="fp32")
+    found, model = measure(opened, ["fp32", "bf16"], [2, 1], silent)
+    torch.set_num_threads(before)
+    assert [one.fit for one in found][:2] == [Fit("fp32", 2), Fit("fp32", 1)]
+    assert found[2].fit.dtype == "bf16"
+    assert all(len(one.seconds) == 3 and min(one.seconds) > 0 for one in found)
+    assert found[0].perplexity == found[1].perplexity
+    assert found[2].perplexity == pytest.approx(found[0].perplexity, rel=0.05)
+    assert model.dtype == best(found).fit.dtype
+    assert bets(model, 512, 0.0, silent) > 0

@@ -80,9 +80,7 @@ class Texts:
     def read(self, layer: int, made: Tensor, output: Tensor) -> None:
         """Put keys and values of `made` [r, (H + 2 K) * D], and write attention's output to [r, H * D]."""
         texts, room, _ = self._prepared[self._shape.windows[layer]]
-        self._reading.queries, self._reading.query_row = made.data_ptr(), made.stride(0)
-        for span in self._spans:
-            span.stage.filled(layer, span.staged)
+        self.begin(made, [layer])
         self._kernel.texts_read(
             self._reading, texts, len(texts), layer, room.data_ptr(), self._threads, output.data_ptr()
         )

@@ -29,7 +29,19 @@ from longspec.model.load import Model
 from longspec.session import Session
 from longspec.text import encode
 
-__all__ = ["Tuned", "Tuning", "load_optuna", "prices", "search", "tune", "verify", "write"]
+__all__ = [
+    "CHECKS",
+    "NOTES",
+    "PROMPTS",
+    "Tuned",
+    "Tuning",
+    "load_optuna",
+    "prices",
+    "search",
+    "tune",
+    "verify",
+    "write",
+]
 
 Report = Callable[[str, int, int], None]
 
@@ -60,7 +72,7 @@ CHECKS = (
     "Write a Python class for a bank account with deposits, withdrawals and a history.",
     "What should one think of before adopting a dog? Give reasons for each point.",
 )
-_NOTES = (
+NOTES = (
     "Notes of the day. The market opened at seven and the first carts came from the river with fish, bread and early "
     "apples. At nine the rain began; the council met in the old hall and spoke about the bridge, whose two arches need "
     "new stone before winter. Forty workers were asked for, and twenty-six have agreed. In the evening the school "
@@ -229,13 +241,13 @@ def verify(
         turn = [0.0] * len(engines)
         for at in range(len(engines)):
             which = (at + len(rates)) % len(engines)
-            turn[which] = _rate(engines[which], CHECKS[len(rates) % len(CHECKS)], context)
+            turn[which] = rate(engines[which], CHECKS[len(rates) % len(CHECKS)], context)
         rates.append(turn)
     ratios = [median(turn[which] / turn[0] for turn in rates) for which in range(1, len(engines))]
     return ratios, median(turn[0] for turn in rates)
 
 
-def _rate(engine: Engine, prompt: str, context: int) -> float:
+def rate(engine: Engine, prompt: str, context: int) -> float:
     """Tokens per second from the prefill's end to the last token."""
     session = _opened(engine, prompt, context)
     for _ in engine.write(session):
@@ -262,10 +274,10 @@ def _opened(engine: Engine, question: str, context: int) -> Session:
     if room < 0:
         raise UsageError(f"A context of {context} tokens is too short to tune for: a prompt has {alone} tokens and "
                          f"{NEW} follow it; ask for {alone + NEW} or more.")  # fmt: skip
-    count = room // max(1, length(_NOTES + question) - alone)
-    while count and length(_NOTES * count + question) > context - NEW:
+    count = room // max(1, length(NOTES + question) - alone)
+    while count and length(NOTES * count + question) > context - NEW:
         count -= 1
-    return engine.open(_NOTES * count + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
+    return engine.open(NOTES * count + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
 
 
 def _cache(text: Session) -> Dense:

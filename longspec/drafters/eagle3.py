@@ -65,9 +65,7 @@ class Eagle:
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        self._follow.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
-        known = zip(sessions, limits, strict=True)
-        rooms = [limit if self._follow.last(session) is not None else 0 for session, limit in known]
+        rooms = self._follow.rooms(sessions, limits)
         return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens)
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:

@@ -69,6 +69,12 @@ class Follow:
         notes = self._notes.get(session)
         return notes.last if notes is not None and notes.done == len(session.tokens) - 1 else None
 
+    def rooms(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[int]:
+        """The limits, 0 where a text's newest row isn't known, after the layers have caught up with those that bet."""
+        self.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
+        known = (self.last(session) is not None for session in sessions)
+        return [limit if knows else 0 for limit, knows in zip(limits, known, strict=True)]
+
     def cache(self, session: Writing) -> Dense:
         return self._notes[session].cache
 

@@ -73,9 +73,7 @@ class Head:
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        self._follow.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
-        known = zip(sessions, limits, strict=True)
-        rooms = [limit if self._follow.last(session) is not None else 0 for session, limit in known]
+        rooms = self._follow.rooms(sessions, limits)
         return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:

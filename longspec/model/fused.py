@@ -214,7 +214,7 @@ def _matrix(linear: Any) -> _Matrix:
 
 
 def _kernel() -> ctypes.CDLL | str:
-    found = library(Path(__file__).with_name("layer.c"), Path(__file__).with_name("groups.h"))
+    found = library(Path(__file__).with_name("layer.c"))
     if isinstance(found, str):
         return found
     if found.layer_missing():

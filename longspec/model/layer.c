@@ -17,16 +17,11 @@
 #if !defined(__AMX_BF16__) || !defined(__AMX_INT8__) || !defined(__AVX512BW__)
 int layer_missing(void) { return 1; }
 #else
-#include <immintrin.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "tiles.h"
 
-enum { ROWS = 16, BLOCK = 32, MOST_ROWS = 64, LANES = 16 };
+enum { BLOCK = 32, MOST_ROWS = 64 };
 enum { BF16 = 0, CODES = 1 };
 enum { SILU = 0, GELU_TANH = 1 };
-
-typedef uint16_t bf16;
 
 typedef struct {
     const void *weight;          /* [size, width] bf16, or codes */
@@ -43,34 +38,6 @@ typedef struct {
     float eps;
 } Layer;
 
-/* 16 values of bf16 as floats and back, rounded to nearest even; of fewer, by a mask. */
-static __m512 load(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
-}
-static __m512 load_some(const bf16 *x, __mmask16 some) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
-}
-static __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-static __m512 rounded(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(x)), 16));
-}
-static void save(bf16 *y, __m512 x) { _mm256_storeu_si256((void *)y, narrow(x)); }
-static void save_some(bf16 *y, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(y, some, narrow(x)); }
-static __mmask16 those(int64_t left) { return left < LANES ? (__mmask16)((1 << left) - 1) : (__mmask16)-1; }
-
-/* e^x as 2^n times a polynomial on [-ln2/2, ln2/2]: Taylor to the sixth power, relative error 2e-7. */
-static __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
-    const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    __m512 p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = r * p + 4.16666667e-2f;
-    p = r * p + 1.66666667e-1f;
-    p = r * p + 0.5f;
-    p = r * p + 1.0f;
-    return _mm512_scalef_ps(r * p + 1.0f, n);
-}
-
 static __m512 activated(__m512 x, int64_t kind) {
     __m512 u = x;
     if (kind == GELU_TANH) u = 1.59576912f * (x + 0.044715f * x * x * x); /* tanh is a sigmoid of twice its argument */
@@ -81,57 +48,17 @@ static __m512 activated(__m512 x, int64_t kind) {
 static void normed(const bf16 *x, const bf16 *weight, int64_t width, float eps, bf16 *y) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t k = 0; k < width; k += LANES) {
-        const __m512 part = load_some(x + k, those(width - k));
+        const __m512 part = load_some(x + k, upto(width - k));
         squares += part * part;
     }
     const float factor = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps);
     for (int64_t k = 0; k < width; k += LANES) {
-        const __mmask16 some = those(width - k);
+        const __mmask16 some = upto(width - k);
         save_some(y + k, load_some(x + k, some) * factor * load_some(weight + k, some), some);
     }
 }
 
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} Tiles;
-
 #include "groups.h"
-
-static void configure(void) {
-    Tiles tiles = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        tiles.bytes[i] = 64;
-        tiles.rows[i] = ROWS;
-    }
-    _tile_loadconfig(&tiles);
-}
-
-/* Columns become rows, in four rounds of exchanging halves, quarters, eighths and neighbours. */
-static void transpose(float m[ROWS][ROWS]) {
-    __m512 a[ROWS], b[ROWS];
-    for (int i = 0; i < ROWS; i++) a[i] = _mm512_load_ps(m[i]);
-    for (int i = 0; i < ROWS; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < ROWS; i += 4)
-        for (int j = 0; j < 2; j++) {
-            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + 2 + j]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    for (int i = 0; i < ROWS; i += 8)
-        for (int j = 0; j < 4; j++) {
-            b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + 4 + j], 0x88);
-            b[i + 4 + j] = _mm512_shuffle_f32x4(a[i + j], a[i + 4 + j], 0xdd);
-        }
-    for (int j = 0; j < 8; j++) {
-        _mm512_store_ps(m[j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0x88));
-        _mm512_store_ps(m[8 + j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0xdd));
-    }
-}
 
 /* Part `part` of all rows x, as the tiles' right operand: the 16 words from 16 * place on, of 16 rows. Two threads never
  * write one line. */
@@ -233,8 +160,7 @@ static Room parted(char *room, int64_t most, int64_t rows) {
     return r;
 }
 
-/* 0 where the system gives leave to use tiles. */
-int layer_missing(void) { return (int)syscall(SYS_arch_prctl, 0x1023, 18); }
+int layer_missing(void) { return refused(); }
 
 /* Within a parallel region: x as matrix m's right operand. */
 #define LAY(x)                                                                                                  \
@@ -279,7 +205,7 @@ void linear(const Matrix *m, const bf16 *norm, float eps, const bf16 *x, int64_t
 static void turned(bf16 *head, const bf16 *cos, const bf16 *sin, int64_t dims) {
     const int64_t half = dims / 2;
     for (int64_t i = 0; i < half; i += LANES) {
-        const __mmask16 some = those(half - i);
+        const __mmask16 some = upto(half - i);
         const __m512 a = load_some(head + i, some), b = load_some(head + half + i, some);
         const __m512 left = rounded(a * load_some(cos + i, some)), right = rounded(b * load_some(cos + half + i, some));
         save_some(head + i, left + b * load_some(sin + i, some), some);

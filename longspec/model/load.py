@@ -6,6 +6,7 @@ checkpoint has a tokenizer.json.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from longspec.errors import UsageError
+from longspec.fit import Fit, default_threads, fit_path, read_fit
 from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -70,6 +72,16 @@ class Opened:
     dtype: str  # a key of DTYPES
     device: torch.device
     tokenizer_seconds: float
+    fit: Fit | None = None  # what `longspec tune` found for it here
+
+    def set_threads(self, threads: int | None = None) -> None:
+        """Of torch on a CPU: the given ones, else OMP_NUM_THREADS, else those that tuning found, else no more than a
+        container lets run.
+        """
+        if threads is None and "OMP_NUM_THREADS" not in os.environ:
+            threads = self.fit.threads if self.fit is not None else default_threads(torch.get_num_threads())
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def load(self, *, strict: bool = False, report: Report | None = None) -> Model:
         """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
@@ -109,12 +121,13 @@ def open_model(
     place = choose_device(device)
     checkpoint = find(name, offline=offline, report=report)
     config = Config.read(checkpoint.config())
-    kind = choose_dtype(dtype, place, checkpoint, config)
+    fit = read_fit(fit_path(config, str(place), coded=checkpoint.coded))
+    kind = choose_dtype(dtype, place, checkpoint, config, fit)
     began = perf_counter()
     special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
     vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
     seconds = perf_counter() - began
-    return Opened(checkpoint, config, vocabulary, kind, place, seconds)
+    return Opened(checkpoint, config, vocabulary, kind, place, seconds, fit)
 
 
 def load_model(
@@ -150,14 +163,20 @@ def check_dtype(name: str) -> None:
         raise UsageError(f"The dtype {name!r} is not known; use one of: auto, {', '.join(DTYPES)}.")
 
 
-def choose_dtype(name: str, device: torch.device, checkpoint: Checkpoint, config: Config) -> str:
-    """`auto` is int8 where the checkpoint holds codes and their kernel can be had, else `native_dtype`."""
+def choose_dtype(
+    name: str, device: torch.device, checkpoint: Checkpoint, config: Config, fit: Fit | None = None
+) -> str:
+    """`auto` is what tuning found, if it did; else int8 where the checkpoint holds codes and their kernel can be had,
+    and `native_dtype` elsewhere.
+    """
     check_dtype(name)
+    if name == "auto" and fit is not None and fit.dtype != "int8":
+        return fit.dtype
     if name in ("auto", "int8"):
         why = missing(config, DTYPES["int8"], device)
         if name == "int8" and why is not None:
             raise UsageError(f"The dtype int8 can't be had here: {why}. Use auto, bf16 or fp32.")
-        if name == "int8" or (why is None and checkpoint.coded):
+        if name == "int8" or (why is None and (checkpoint.coded or fit is not None)):
             return "int8"
     return native_dtype(device) if name == "auto" else name
 

@@ -1,10 +1,10 @@
 """A whole training in one folder: plan, texts, steps, report. What was done before is gone on with.
 
-DIR/config.json, model.safetensors   the best head so far: what --drafter DIR takes
-DIR/report.json, report.png          what it is worth
-DIR/work/recipe.json                 what this folder is of: another recipe is refused
-DIR/work/texts.jsonl                 what the target wrote
-DIR/work/checkpoint.safetensors      where the training is
+config.json, model.safetensors   the best head so far: what --drafter FOLDER takes
+report.json, report.png          what it is worth
+work/recipe.json                 what this folder is of: another recipe is refused
+     texts.jsonl                 what the target wrote
+     checkpoint.safetensors      where the training is
 """
 
 from __future__ import annotations
