@@ -11,7 +11,6 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import exp
 from statistics import median
 from time import perf_counter
 
@@ -98,7 +97,8 @@ def measure(
 def best(found: Sequence[Measured]) -> Measured:
     """The fastest of those that write as well as the others."""
     least = min(one.perplexity for one in found)
-    return min((one for one in found if one.perplexity <= _WORSE * least), key=lambda one: one.score)
+    # A broken model's perplexity is no number, and nothing is worse than it.
+    return min((one for one in found if not one.perplexity > _WORSE * least), key=lambda one: one.score)
 
 
 def bets(model: Model, context: int, until: float, report: Callable[[str, int, int], None]) -> float:
@@ -151,7 +151,7 @@ def _perplexity(model: Model) -> float:
     session = _session(model)
     logits = _pass(session, model, len(session.tokens) - 1)
     wanted = torch.tensor(session.tokens[1:], device=logits.device)
-    return exp(float(torch.nn.functional.cross_entropy(logits.float(), wanted)))
+    return float(torch.nn.functional.cross_entropy(logits.float(), wanted).exp())
 
 
 def _session(model: Model) -> Session:
