@@ -32,6 +32,8 @@ Took = dict[str, Any]
 Write = Callable[[Case], Took]
 Told = dict[str, Any]
 
+_LLAMA_ROWS = 512  # of a pass, as is llama.cpp's habit
+
 
 def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     """Longspec itself: model, drafter, cache, dtype, threads, draft_model."""
@@ -145,35 +147,48 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
 
 
 def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """llama.cpp as llama-cpp-python gives it: file, threads, context; repacked: may lay out weights anew."""
-    llama_cpp: Any = import_module("llama_cpp")
-    if not settings["repacked"]:  # no argument of the class below
-        library, defaults = llama_cpp.llama_cpp, llama_cpp.llama_cpp.llama_model_default_params
+    """llama.cpp: file, threads, context; repacked: may lay out weights anew. It is called by the C functions that
+    llama-cpp-python wraps, whose own `generate` takes some of a step's time.
+    """
+    numpy: Any = import_module("numpy")
+    c: Any = import_module("llama_cpp.llama_cpp")
+    c.llama_backend_init()
+    wanted = c.llama_model_default_params()
+    wanted.n_gpu_layers = 0
+    if not settings["repacked"]:
+        wanted.use_extra_bufts = False
+    model = c.llama_model_load_from_file(os.fsencode(settings["file"]), wanted)
+    shape = c.llama_context_default_params()
+    shape.n_ctx, shape.n_batch = settings["context"], _LLAMA_ROWS
+    shape.n_threads = shape.n_threads_batch = settings["threads"]
+    context = model and c.llama_init_from_model(model, shape)
+    if not context:
+        raise RuntimeError(f"{settings['file']} can't be loaded")
+    columns = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
 
-        def plainly() -> Any:
-            made = defaults()
-            made.use_extra_bufts = False
-            return made
-
-        library.llama_model_default_params = plainly
-    model = llama_cpp.Llama(
-        settings["file"], n_ctx=settings["context"], n_threads=settings["threads"],
-        n_threads_batch=settings["threads"], n_gpu_layers=0, verbose=False,
-    )  # fmt: skip
+    def after(tokens: list[int]) -> int:
+        """The likeliest token behind these, which are read."""
+        for start in range(0, len(tokens), _LLAMA_ROWS):
+            some = tokens[start : start + _LLAMA_ROWS]
+            held = (c.llama_token * len(some))(*some)  # the batch points to it
+            if c.llama_decode(context, c.llama_batch_get_one(held, len(some))):
+                raise RuntimeError("a pass failed")
+        return int(numpy.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (columns,)).argmax())
 
     def write(case: Case) -> Took:
         (prompt,) = case["prompts"]
         began, times = perf_counter(), []
-        model.reset()  # else it begins with what it has read before
-        for token in model.generate(prompt["tokens"], temp=0.0, repeat_penalty=1.0):
+        c.llama_memory_clear(c.llama_get_memory(context), True)
+        token = after(prompt["tokens"])
+        while True:
             times.append(perf_counter())
             if len(times) == case["new"] or token in case["ends"]:
-                break
-        return {"tokens": len(times) - 1, "seconds": times[-1] - times[0], "first": times[0] - began}
+                return {"tokens": len(times) - 1, "seconds": times[-1] - times[0], "first": times[0] - began}
+            token = after([token])
 
     write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # what can't be run ends here, and not later
-    said = llama_cpp.llama_print_system_info().decode(errors="replace").strip()
-    return write, {"system": said, "versions": {"llama-cpp-python": llama_cpp.__version__}}
+    said = c.llama_print_system_info().decode(errors="replace").strip()
+    return write, {"system": said, "versions": {"llama-cpp-python": import_module("llama_cpp").__version__}}
 
 
 WRITERS: dict[str, Callable[[dict[str, Any]], tuple[Write, Told]]] = {
