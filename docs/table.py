@@ -124,7 +124,7 @@ def _listed(report: dict[str, Any], values: dict[str, str]) -> str:
     for name, value in values.items():
         told = report["engines"][name]
         own = "drafter" in told
-        said.append(f"`{told['drafter']}` in {told['dtype']} {value}" if own else f"{name} {value}")
+        said.append(f"`{name.partition('/')[0]}` in {told['dtype']} {value}" if own else f"{name} {value}")
     return ", ".join(said)
 
 
