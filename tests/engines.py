@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from checkpoints import oracle, write
 from test_families import load
@@ -97,6 +99,22 @@ def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], str | D
         "always right": lambda: RandomTrees(texts, right=1.0),
         "always wrong": lambda: RandomTrees({}),
     }
+
+
+def with_heads(caches: Iterable[str]) -> list[Any]:
+    """Parameters cache, options and texts, for heads: every cache sampled with 8 texts, the dense one in all ways; the
+    rest is left to the full matrix.
+    """
+    return [
+        pytest.param(
+            cache,
+            {"temperature": 0.8, "top_p": 0.9, "seed": 3} if sampled else {},
+            texts,
+            id=f"{cache}-{'sampled' if sampled else 'greedy'}-{texts}",
+            marks=[] if cache == "dense" or (sampled and texts == 8) else pytest.mark.full,
+        )
+        for cache, sampled, texts in product(caches, (False, True), (1, 8))
+    ]
 
 
 def finish(made: Engine, sessions: Sequence[Session]) -> list[list[int]]:

@@ -52,11 +52,14 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
     return texts
 
 
+_ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
+
+
 def _matrix() -> Iterator[Any]:
     """Every drafter, cache and way, for one session and three; what is alike is left to the full matrix."""
     for drafter, kind, way, count in product(every_drafter({}), CACHES, WAYS, (1, 3)):
-        usual = way in ("greedy", "sampled") and count == 3
-        short = usual and (kind == "dense" or drafter in ("ngram", "random trees"))
+        usual = way in ("greedy", "sampled") if kind == "dense" else (drafter, way) in _ELSEWHERE
+        short = usual and count == 3
         yield pytest.param(drafter, kind, way, count, marks=[] if short else pytest.mark.full)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import oracle, write
-from engines import engine, finish, prompts, tiny, vocabulary
+from engines import engine, finish, prompts, tiny, vocabulary, with_heads
 from test_fused import SIZES, load
 from test_groups import coded
 
@@ -20,8 +20,6 @@ from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, Trained, load_head, new_head, save_head
 from longspec.heads.layers import unroll
 from longspec.model.load import Model, load_model
-
-SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +43,7 @@ def some(model: Model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("texts", [1, 8])
+@pytest.mark.parametrize(("cache", "options", "texts"), with_heads(CACHES))
 def test_a_head_never_changes_a_text(
     model: Model, kind: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

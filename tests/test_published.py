@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import engine, finish, prompts, tiny
+from engines import engine, finish, prompts, tiny, with_heads
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model
 from longspec.model.rope import rotate
 
-SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 LAYOUTS = ["authors", "speculators", "medusa", "medusa with heads"]
 
@@ -81,9 +80,7 @@ def write(folder: Path, layout: str, model: Model) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cache", ["dense", "int4", "offload"])
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("texts", [1, 8])
+@pytest.mark.parametrize(("cache", "options", "texts"), with_heads(["dense", "int4", "offload"]))
 def test_a_published_head_never_changes_a_text(
     model: Model, tmp_path: Path, layout: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
