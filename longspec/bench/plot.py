@@ -47,7 +47,7 @@ def draw_drafters(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories, rotation=35, ha="right")
     axes.set_ylabel("tokens/s, none = 1")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, and not before them
     figure.savefig(path)
 
 
@@ -69,7 +69,7 @@ def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     said = [name if side == 1 else f"{name} x {side}" for name, side in cases]
     axes.set_xticks([place + 0.425 - width / 2 for place in range(len(cases))], said, rotation=35, ha="right")
     axes.set_ylabel("tokens/s")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, and not before them
     figure.savefig(path)
 
 
