@@ -1,4 +1,4 @@
-"""`longspec tune`: find how a model is best run on this machine, and what `--drafter skip` should leave out; keep both."""
+"""`longspec tune`: find how a model is best run on this machine, and what `--drafter skip` should leave out."""
 
 from __future__ import annotations
 
