@@ -119,14 +119,16 @@ def train(
         if threads is not None:
             torch.set_num_threads(threads)
         read = read_prompts(prompts)
-        if dtype == "auto":  # codes have no gradients
-            dtype = native_dtype(choose_device(device))
+        if dtype == "auto":  # codes have no gradients, and write several times as fast
+            dtype, writer = native_dtype(choose_device(device)), load_model(model, device=device)
+        else:
+            writer = None
         loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
         recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0)
-        course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed))
+        course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed), writer)
         if int(os.environ.get("RANK", "0")) == 0:
             progress.report("measuring")
-            progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options)))
+            progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options, course.writer)))
         if dry_run:
             return
         said = course.run(progress.report, int8=int8)

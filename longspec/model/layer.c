@@ -165,7 +165,7 @@ int layer_missing(void) { return refused(); }
 /* Within a parallel region: x as matrix m's right operand. */
 #define LAY(x)                                                                                                  \
     if (m->kind == CODES) {                                                                                     \
-        configure_groups();                                                                                     \
+        configure_groups(rows);                                                                                     \
         const Coded all = coded_in(r.laid, rows, m->width);                                                     \
         _Pragma("omp for schedule(static)") for (int64_t row = 0; row < rows; row++) {                          \
             const Coded own = from_row(&all, row, m->width);                                                    \

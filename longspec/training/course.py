@@ -43,6 +43,7 @@ class Course:
     prompts: Sequence[str]  # that are distilled
     held: Sequence[str]  # that are not
     options: dict[str, Any]  # how texts are sampled
+    writer: Model  # of the texts: the model itself, or its faster form
 
     def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
         """Train to the end, or from where the folder is; gives the report, which is in the folder too.
@@ -70,6 +71,7 @@ class Course:
             "head": self.recipe.kind,
             "target": model.name,
             "dtype": model.dtype,
+            "writer": self.writer.dtype,
             "recipe": asdict(self.recipe),
             "texts": len(texts),
             "draft_vocabulary": size if head.tokens is None else len(head.tokens),
@@ -84,7 +86,7 @@ class Course:
 
     def _texts(self, report: Report) -> list[Text]:
         return distil(
-            Engine(self.model, drafter="ngram", cache="dense"),
+            Engine(self.writer, drafter="ngram", cache="dense"),
             self.prompts,
             self.folder / "work" / "texts.jsonl",
             tokens=self.recipe.tokens,
@@ -124,6 +126,7 @@ class Course:
             "recipe": asdict(self.recipe),
             "target": self.model.lineage,
             "dtype": self.model.dtype,
+            "writer": self.writer.dtype,
             "prompts": sha256("\0".join(self.prompts).encode()).hexdigest(),
             "sampling": self.options,
         }))  # fmt: skip
@@ -144,8 +147,17 @@ class Course:
                              "or name another folder.")  # fmt: skip
 
 
-def start(model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], options: dict[str, Any]) -> Course:
+def start(
+    model: Model,
+    recipe: Recipe,
+    folder: Path,
+    prompts: Sequence[str],
+    options: dict[str, Any],
+    writer: Model | None = None,
+) -> Course:
     """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands.
+
+    writer: the same model in the dtype that is to write the texts; None: as it is.
 
     Raises:
         UsageError: there are fewer than two, or the model's weights are codes.
@@ -166,4 +178,5 @@ def start(model: Model, recipe: Recipe, folder: Path, prompts: Sequence[str], op
         [prompt for i, prompt in enumerate(prompts) if i not in kept],
         [prompts[i] for i in sorted(kept)],
         options,
+        writer or model,
     )

@@ -49,10 +49,15 @@ class Plan:
 
 
 def make_plan(
-    model: Model, recipe: Recipe, prompts: Sequence[str], held: Sequence[str], options: dict[str, Any]
+    model: Model,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    held: Sequence[str],
+    options: dict[str, Any],
+    writer: Model | None = None,
 ) -> Plan:
     """Measured on a head that is dropped; nothing is written."""
-    seconds_per_token = _writing(model, prompts, options)
+    seconds_per_token = _writing(writer or model, prompts, options)
     length = min(recipe.window, model.decoder.config.context)
     size = model.decoder.config.vocabulary
     tokens = torch.randint(size, (length,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
