@@ -112,7 +112,9 @@ def drafters(
 
     asked = read_suite(suite)
     asked = sample(asked, prompts) if prompts else asked
-    loaded = open_model(model, dtype=dtype).load()
+    opened = open_model(model, dtype=dtype)
+    opened.set_threads()
+    loaded = opened.load()
     smaller = open_model(draft_model, dtype=loaded.dtype).load() if draft_model else None
     engines = {
         name: Engine(
@@ -244,9 +246,8 @@ def engines(
         asked = {name: prompts for name, prompts in asked.items() if not category or name in category}
         if unknown := [name for name in peer or [] if name not in who.PEERS]:
             raise UsageError(f"The peer {unknown[0]!r} is not known; use one of: {', '.join(who.PEERS)}.")
-        if threads is not None:
-            torch.set_num_threads(threads)
         opened = open_model(model, device="cpu", report=progress.report)
+        opened.set_threads(threads)
         most, ends = opened.config.context, who.ends(opened)
         lengths = sorted(context or [length for length in work.CONTEXTS if length + new_tokens <= most])
         if lengths and max(lengths) + new_tokens > most:

@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from longspec.cli import signals
 from longspec.errors import LongspecError
-from longspec.machine import cores, quota
 
 __all__ = ["guarded", "main"]
 
@@ -72,10 +71,6 @@ def _set_threads() -> None:
     # Alone on two cores both decode 32 tokens/s (the default model, bf16), beside one other busy process 10 and 1.4.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # torch counts the machine's processors and not what a container may use of them: threads beyond that stand still
-    # whenever the time is used up, and all others wait for them.
-    if (allowed := quota()) is not None and allowed < cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))
 
 
 def _prepare_streams() -> None:

@@ -8,16 +8,16 @@ at a time, and leaves its other lines as they are.
 from __future__ import annotations
 
 import os
-import tempfile
 import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from longspec.errors import LongspecError, UsageError
+from longspec.files import replaced
+from longspec.machine import config_folder
 
 __all__ = [
     "Kind",
@@ -44,8 +44,7 @@ class Setting:
 
 def config_path() -> Path:
     """Where the user's config.toml is, or would be."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "longspec" / "config.toml"
+    return config_folder() / "config.toml"
 
 
 def read_settings(known: Mapping[str, Kind]) -> dict[str, Setting]:
@@ -151,19 +150,7 @@ def _write(path: Path, data: bytes) -> None:
     """A whole file, with the mode of the one that was there; a new one is the user's alone, as it may hold a key."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(number, "wb") as file:
-                with suppress(FileNotFoundError):
-                    os.fchmod(number, path.stat().st_mode & 0o7777)
-                file.write(data)
-                file.flush()
-                os.fsync(number)
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        replaced(path, lambda place: place.write_bytes(data), private=True)
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}.") from error
 

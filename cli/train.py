@@ -105,10 +105,8 @@ def train(
     """Train a head that drafts for a model, on what the model answers."""
     with Progress(model, quiet=quiet) as progress:
         progress.report(f"loading {model}")
-        import torch
-
         from longspec.heads import KINDS
-        from longspec.model.load import choose_device, load_model, native_dtype
+        from longspec.model.load import load_model, native_dtype, open_model
         from longspec.training.course import start
         from longspec.training.distil import read_prompts
         from longspec.training.plan import make_plan
@@ -116,13 +114,11 @@ def train(
 
         if head not in KINDS:
             raise UsageError(f"There is no head named {head!r}; use one of: {', '.join(KINDS)}.")
-        if threads is not None:
-            torch.set_num_threads(threads)
         read = read_prompts(prompts)
+        opened, writer = open_model(model, dtype=dtype, device=device, report=progress.report), None
+        opened.set_threads(threads)
         if dtype == "auto":  # codes have no gradients, and write several times as fast
-            dtype, writer = native_dtype(choose_device(device)), load_model(model, device=device)
-        else:
-            writer = None
+            dtype, writer = native_dtype(opened.device), opened.load(report=progress.report)
         loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
         recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0)
         course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed), writer)

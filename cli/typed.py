@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 
 from longspec.errors import UsageError
+from longspec.files import replaced
+from longspec.machine import state_folder
 
 __all__ = ["PipedLines", "TypedLines", "history_path"]
 
@@ -153,8 +154,7 @@ def _woken() -> Iterator[None]:
 
 def history_path() -> Path:
     """Where messages are remembered: a JSON string per line."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "longspec" / "history"
+    return state_folder() / "history"
 
 
 def _readline() -> ModuleType | None:
@@ -187,12 +187,4 @@ def _write_history(entries: Sequence[str]) -> None:
         del lines[: 1 + len(lines) // 10]
     place = history_path()
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=".history-", dir=place.parent)
-    try:
-        with os.fdopen(number, "w", encoding="ascii") as file:
-            file.writelines(lines)
-        os.replace(name, place)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    replaced(place, lambda path: path.write_text("".join(lines), encoding="ascii"), private=True)

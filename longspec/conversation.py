@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from longspec.effort import EFFORTS
 from longspec.engine import Engine
 from longspec.errors import LongspecError, UsageError
+from longspec.files import replaced
 from longspec.sampling import Sampling
 from longspec.session import Session
 
@@ -146,7 +146,8 @@ class Conversation:
             with suppress(OSError):
                 cache_path(place).unlink(missing_ok=True)
         try:
-            _write(place, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+            text = json.dumps(whole, ensure_ascii=False, indent=1) + "\n"
+            replaced(place, lambda path: path.write_text(text, encoding="utf-8"), private=True)
         except OSError as error:
             raise LongspecError(f"The conversation {path} can't be written: {error.strerror or error}.") from error
 
@@ -205,20 +206,6 @@ def _check_ours(place: Path, beginning: bytes) -> None:
         raise UsageError(f"{place} can't be replaced: {error.strerror or error}; name another file.") from error
     if not ours:
         raise UsageError(f"{place} is there, and isn't a saved conversation; name another file.")
-
-
-def _write(place: Path, text: str) -> None:
-    number, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, place)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

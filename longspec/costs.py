@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -18,6 +17,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from longspec.files import replaced
 from longspec.machine import cache_folder
 
 __all__ = ["Costs", "Curve", "Drafting", "costs_file", "read", "write"]
@@ -195,10 +195,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(text, encoding="utf-8")
-            whole.replace(path)
+        replaced(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def _lines(logs: Sequence[float]) -> list[tuple[float, float]]:

@@ -11,16 +11,16 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longspec.errors import LongspecError
-from longspec.machine import cores, quota
+from longspec.files import replaced
+from longspec.machine import config_folder, cores
 
-__all__ = ["Fit", "default_threads", "fit_path", "keep_fit", "read_fit"]
+__all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
 
 _KIND, _VERSION = "longspec fit", 1
 _MOST_NBYTES = 1 << 16
@@ -34,21 +34,10 @@ class Fit:
     threads: int
 
 
-def default_threads(chosen: int) -> int | None:
-    """How many threads to take instead of the `chosen` ones, where a container has less time than processors.
-
-    A pool of more threads than may run is ruinous: all wait at every barrier for the one that is held back.
-    """
-    allowed = quota()
-    return allowed if allowed is not None and allowed < chosen else None
-
-
 def fit_path(config: object, device: str, *, coded: bool) -> Path:
     """Where the fit of such a model is kept, or would be. coded: its checkpoint holds codes."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".config"
     what = json.dumps([platform.node(), platform.machine(), cores(), repr(config), device, coded])
-    return folder / "longspec" / "fit" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
+    return config_folder() / "fit" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
 
 
 def read_fit(path: Path) -> Fit | None:
@@ -75,9 +64,6 @@ def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:
     said = {"kind": _KIND, "version": _VERSION, "dtype": fit.dtype, "threads": fit.threads, **measured}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(json.dumps(said) + "\n", encoding="utf-8")
-            whole.replace(path)
+        replaced(path, lambda place: place.write_text(json.dumps(said) + "\n", encoding="utf-8"))
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}.") from error

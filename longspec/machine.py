@@ -1,5 +1,5 @@
-"""The machine: memory in bytes (what a user names, what the process takes, what is left), processors, and where caches
-go.
+"""The machine: memory in bytes (what a user names, what the process takes, what is left), processors, and the user's
+folders.
 
 Knows no model. Everything is read from the system at the moment of the call; nothing heavy is imported, so that the
 command can read a size before it loads anything.
@@ -20,6 +20,7 @@ from longspec.errors import UsageError
 __all__ = [
     "available_bytes",
     "cache_folder",
+    "config_folder",
     "cores",
     "parse_bytes",
     "peak_bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "quota",
     "resident_bytes",
     "shown",
+    "state_folder",
     "total_bytes",
 ]
 
@@ -141,5 +143,20 @@ def _lines(path: str) -> list[str]:
 
 def cache_folder() -> Path:
     """The program's folder in the user's cache directory: XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "longspec"
+    return _users("XDG_CACHE_HOME", ".cache")
+
+
+def config_folder() -> Path:
+    """The program's folder in the user's config directory: XDG_CONFIG_HOME, else ~/.config."""
+    return _users("XDG_CONFIG_HOME", ".config")
+
+
+def state_folder() -> Path:
+    """The program's folder for what a user would miss little: XDG_STATE_HOME, else ~/.local/state."""
+    return _users("XDG_STATE_HOME", ".local/state")
+
+
+def _users(name: str, usual: str) -> Path:
+    """A path that isn't absolute counts as none, as the standard has it."""
+    base = os.environ.get(name, "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / usual) / "longspec"

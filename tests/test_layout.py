@@ -17,7 +17,7 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 
 # A module imports from stages above its own and, within a package, from its own package. Every module has a place here.
 STAGES = [
-    ["errors", "markers", "prompts", "types"],
+    ["errors", "files", "markers", "prompts", "types"],
     ["grammar", "machine"],
     ["fit", "native"],
     ["loops", "sampling", "template", "text", "tree", "verify"],

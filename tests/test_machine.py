@@ -1,4 +1,4 @@
-"""Processors: what a container allows bounds the threads, and what the user says goes before."""
+"""The machine: its processors, what a container allows of them, and the user's folders."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ def test_what_the_machine_has() -> None:
     assert machine.total_bytes() >= machine.available_bytes() > 0
 
 
-@pytest.mark.parametrize(
-    ("quota", "own", "threads"), [(3, None, "3"), (3, "5", "5"), (8, None, None), (9, None, None), (None, None, None)]
-)
-def test_threads_are_as_many_as_a_container_allows(
-    quota: int | None, own: str | None, threads: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = {} if own is None else {"OMP_NUM_THREADS": own}
+@pytest.mark.parametrize(("policy", "spins"), [(None, "10000"), ("PASSIVE", None)])
+def test_waiting_threads_sleep_soon(policy: str | None, spins: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {} if policy is None else {"OMP_WAIT_POLICY": policy}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(main, "quota", lambda: quota)
-    monkeypatch.setattr(main, "cores", lambda: 8)
     main._set_threads()
-    assert environment.get("OMP_NUM_THREADS") == threads
-    assert environment["GOMP_SPINCOUNT"] == "10000"
+    assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_users_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, folder in (
+        ("CACHE", machine.cache_folder),
+        ("CONFIG", machine.config_folder),
+        ("STATE", machine.state_folder),
+    ):
+        monkeypatch.setenv(f"XDG_{name}_HOME", "/somewhere")
+        assert str(folder()) == "/somewhere/longspec"
+        monkeypatch.setenv(f"XDG_{name}_HOME", "not/absolute")
+        assert folder().is_relative_to(os.path.expanduser("~"))

@@ -19,7 +19,7 @@ from longspec.bench.tune import NEW, prices, search, tune, verify, write
 from longspec.drafters.skip import load_skip
 from longspec.drafters.worth import Prices, gain
 from longspec.errors import UsageError
-from longspec.fit import Fit, default_threads, fit_path, keep_fit
+from longspec.fit import Fit, fit_path, keep_fit
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 
@@ -219,11 +219,17 @@ def test_auto_is_what_was_kept(folder: Path, tmp_path: Path, monkeypatch: pytest
     torch.set_num_threads(before)
 
 
-def test_a_container_lets_no_more_threads_run_than_it_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longspec.fit.quota", lambda: 2)
-    assert (default_threads(64), default_threads(2), default_threads(1)) == (2, None, None)
-    monkeypatch.setattr("longspec.fit.quota", lambda: None)
-    assert default_threads(64) is None
+def test_a_container_lets_no_more_threads_run_than_it_has_time_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    opened, before = open_model(str(folder)), torch.get_num_threads()
+    for allowed, chosen, threads in ((2, 64, 2), (2, 1, 1), (None, 3, 3)):
+        monkeypatch.setattr("longspec.model.load.quota", lambda allowed=allowed: allowed)
+        torch.set_num_threads(chosen)
+        opened.set_threads()
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
 
 
 def test_what_is_measured_is_the_models_own(folder: Path) -> None:

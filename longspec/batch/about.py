@@ -6,13 +6,12 @@ What can't change an answer isn't in it: the drafter, how many texts share a pas
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from longspec.errors import LongspecError, UsageError
+from longspec.files import replaced
 
 __all__ = ["About", "meta_path", "write_json"]
 
@@ -78,17 +77,9 @@ class About:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """The object is in the file whole, or the file is as it was. LongspecError where it can't be written."""
-    beside = path.with_name(f"{path.name}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=True, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        replaced(path, lambda place: place.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise LongspecError(f"{path} can't be written: {error.strerror}; make room, or name another output.") from error
 
 

@@ -46,8 +46,9 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     from longspec.model.load import open_model
     from longspec.schedule import Schedule
 
-    torch.set_num_threads(settings["threads"])
-    model = open_model(settings["model"], dtype=settings["dtype"], device="cpu").load()
+    found = open_model(settings["model"], dtype=settings["dtype"], device="cpu")
+    found.set_threads(settings["threads"])
+    model = found.load()
     smaller = settings["draft_model"] and open_model(settings["draft_model"], dtype=model.dtype, device="cpu").load()
     engine = Engine(model, drafter=settings["drafter"], cache=settings["cache"], draft_model=smaller or None)
 

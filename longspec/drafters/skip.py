@@ -10,8 +10,6 @@ A saved set is a small JSON file; one that comes from elsewhere is checked befor
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from torch import Tensor
 from longspec.drafters.grow import grow
 from longspec.drafters.search import Search
 from longspec.errors import LongspecError, UsageError
+from longspec.files import replaced
+from longspec.machine import config_folder
 from longspec.model.decoder import Decoder, Rows, Skip
 from longspec.model.identity import identity
 from longspec.model.load import Model
@@ -109,9 +109,7 @@ def usual(layers: int) -> Skip:
 
 def saved_path(model: Model) -> Path:
     """Where the model's set is kept, or would be: in the user's config directory, by a hash of config and weights."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".config"
-    return folder / "longspec" / "skip" / f"{identity(model)['model'][:32]}.json"
+    return config_folder() / "skip" / f"{identity(model)['model'][:32]}.json"
 
 
 def saved_skip(model: Model) -> Skip | None:
@@ -167,9 +165,7 @@ def save_skip(path: str | Path, skip: Skip, model: Model, measured: Mapping[str,
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
-            file.write(json.dumps(said) + "\n")
-        os.replace(file.name, path)
+        replaced(path, lambda place: place.write_text(json.dumps(said) + "\n", encoding="utf-8"))
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}; name another file (--output).") from error
 

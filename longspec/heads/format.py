@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.files import replaced
 from longspec.heads import KINDS
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
@@ -38,7 +38,6 @@ __all__ = [
     "new_head",
     "read_about",
     "read_config",
-    "replaced",
     "save_head",
     "shipped",
 ]
@@ -139,22 +138,6 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
         replaced(folder / CONFIG, lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
     except OSError as error:
         raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
-
-
-def replaced(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside the path, on the disk before it takes its place: another process reads the old or the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    made = Path(name)
-    try:
-        write(made)
-        with made.open("rb+") as file:
-            os.fsync(file.fileno())
-        made.chmod(0o644)
-        made.replace(path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

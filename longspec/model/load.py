@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from longspec.errors import UsageError
-from longspec.fit import Fit, default_threads, fit_path, read_fit
+from longspec.fit import Fit, fit_path, read_fit
+from longspec.machine import quota
 from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -76,10 +77,11 @@ class Opened:
 
     def set_threads(self, threads: int | None = None) -> None:
         """Of torch on a CPU: the given ones, else OMP_NUM_THREADS, else those that tuning found, else no more than a
-        container lets run.
+        container lets run: threads beyond that stand still whenever the time is used up, and all others wait for them.
         """
         if threads is None and "OMP_NUM_THREADS" not in os.environ:
-            threads = self.fit.threads if self.fit is not None else default_threads(torch.get_num_threads())
+            allowed = quota() or torch.get_num_threads()
+            threads = self.fit.threads if self.fit is not None else min(allowed, torch.get_num_threads())
         if threads is not None:
             torch.set_num_threads(threads)
 

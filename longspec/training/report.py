@@ -17,7 +17,8 @@ from longspec.control import Fixed
 from longspec.drafters.head import Head
 from longspec.engine import Engine
 from longspec.errors import LongspecError
-from longspec.heads.format import Trained, replaced
+from longspec.files import replaced
+from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
 from longspec.model.load import Model
 from longspec.session import Session

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.errors import LongspecError, UsageError
-from longspec.heads.format import Trained, replaced
+from longspec.files import replaced
+from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
 from longspec.model.load import Model
 from longspec.training.distil import Text
