@@ -227,6 +227,10 @@ class DenseStage:
         buffer[1, :, at] = values.transpose(0, 1)
         self.filled(layer, rows)
 
+    def is_text(self, rows: slice) -> bool:
+        """Nothing that `rows` read must be made of others while the layers run."""
+        return True
+
     def filled(self, layer: int, rows: slice) -> None:
         """Keys and values of `rows` stand in `buffers`, at `offset`, put there by someone else."""
         self._held[layer] = max(self._held[layer], rows.stop)

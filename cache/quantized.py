@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longspec.cache.codes import Codec, Codes
 from longspec.cache.dense import Dense, DenseStage, near_start
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Room, Shape, Take
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, CodedRun, Part, Room, Run, Shape, Take
 
 __all__ = ["Quantized", "QuantizedStage"]
 
@@ -175,6 +175,16 @@ class QuantizedStage:
     def depths(self) -> Sequence[int]:
         return self.near.depths
 
+    @property
+    def length(self) -> int:
+        """Of the text before it."""
+        return self._length
+
+    @property
+    def offset(self) -> int:
+        """Where row 0 stands in the last run's buffers."""
+        return self.near.offset
+
     def add(self, parents: Sequence[int]) -> slice:
         rows = self.near.add(parents)
         deepest = max(self.depths[rows], default=0)
@@ -185,6 +195,24 @@ class QuantizedStage:
 
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         self.near.put(layer, rows, keys, values)
+
+    def filled(self, layer: int, rows: slice) -> None:
+        """Keys and values of `rows` stand in the last run's buffers, put there by someone else."""
+        self.near.filled(layer, rows)
+
+    def is_text(self, rows: slice) -> bool:
+        """Whether all that `rows` read as codes is text, and so is known before any layer has run."""
+        return near_start(self._length + max(self.depths[rows])) <= self._length
+
+    def runs(self, rows: slice, window: int | None) -> list[Run | CodedRun]:
+        """All that `rows` may read in the layers of one window, where `is_text` holds; the last run is dense."""
+        cache, (blocks, bounds) = self._cache, self._far(rows, window)
+        near: list[Run | CodedRun] = [*self.near.runs(rows, window)]
+        if blocks.stop == blocks.start:
+            return near
+        for layer in range(cache.shape.layers):
+            cache.encode(layer, blocks.stop, self.rows(layer))
+        return [CodedRun(cache.codec, cache._codes, blocks, bounds), *near]
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
         blocks, bounds = self._far(rows, self._cache.shape.windows[layer])

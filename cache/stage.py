@@ -20,7 +20,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "CodedPart", "Part", "Room", "Run", "Shape", "Stage", "Take"]
+__all__ = [
+    "BLOCK",
+    "Bounds",
+    "Cache",
+    "Codec",
+    "CodedPart",
+    "CodedRun",
+    "Part",
+    "Room",
+    "Run",
+    "Shape",
+    "Stage",
+    "Take",
+]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
@@ -149,6 +162,21 @@ class Run:
     def part(self, layer: int) -> Part:
         keys, values = self.buffers[layer][:, :, self.column : self.column + self.columns]
         return Part(keys, values, self.bounds, self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRun:
+    """Coded blocks of a text that stand in the same place in every layer: a `CodedPart` of each."""
+
+    codec: Codec
+    codes: Sequence[tuple[Tensor, ...]]  # of each layer, each [K, capacity, ...]
+    blocks: slice  # of these
+    bounds: Bounds | None  # over their columns
+
+    @property
+    def columns(self) -> int:
+        count: int = self.blocks.stop - self.blocks.start
+        return count * BLOCK
 
 
 @dataclass(frozen=True, slots=True)

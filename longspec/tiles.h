@@ -7,6 +7,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 enum { ROWS = 16, LANES = 16 };
 
 typedef uint16_t bf16;

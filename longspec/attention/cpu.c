@@ -41,16 +41,19 @@ typedef struct {
     float scale, softcap; /* 0: no softcap */
 } Reading;
 
-/* Dense rows of one text that stand in the same place in every layer. */
+/* Rows of one text that stand in the same place in every layer.
+ *
+ * Dense, a place is where [2, key_heads, capacity, dim] lies, keys and then values. Coded, it is nine: keys' codes, lower
+ * codes, steps and lows, or 0, the same of values, and the capacity in blocks. */
 typedef struct {
-    const int64_t *buffers; /* of each layer: where [2, key_heads, capacity, dim] lies, keys and then values */
-    int64_t capacity, column, columns; /* of a head's rows, those from `column` on */
+    const int64_t *places; /* of each layer */
+    int64_t kind, bits, capacity, column, columns; /* of a head's rows, those from `column` on */
     const int64_t *first, *last;       /* as a part's */
     const uint8_t *tail;
     int64_t tail_columns;
 } Run;
 
-/* What one text has in a pass: rows of its own, which are put into its last run's buffers, and the runs they read. */
+/* What one text has in a pass: rows of its own, which are put where its last run is, a dense one, and the runs they read. */
 typedef struct {
     const Run *runs;
     int64_t count, at, rows, put; /* from row `at` of the pass on; into column `put` */
@@ -68,50 +71,101 @@ static __m512 capped(__m512 x, float cap) {
 static float half(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
 static float brief(float x) { return _mm512_cvtss_f32(rounded(_mm512_set1_ps(x))); }
 
-/* Codes of a head's columns from `first` on as rows of bf16 [count, dim]. Keys have their scales per block and channel,
- * values per row. `first` begins a block. */
-static void decode(const Part *p, const Side *side, int by_channel, int64_t head, int64_t first, int64_t count, int64_t dim,
-                   bf16 *rows) {
-    const int64_t bits = p->kind == DUAL ? 4 : p->bits, size = dim * bits / 8, wide = size;
-    const uint8_t *codes = (const uint8_t *)side->codes + head * side->head + first * size;
-    const uint8_t *lower = p->kind == DUAL ? (const uint8_t *)side->lower + head * side->lower_head + first * size : 0;
-    const uint16_t *steps = side->step + head * side->step_head, *lows = side->low ? side->low + head * side->low_head : 0;
-    const __m128i mask = _mm_set1_epi8((char)((1 << bits) - 1));
-    float step[MOST_DIM], low[MOST_DIM];
-    for (int64_t row = 0; row < count; row++) {
-        const int64_t at = first + row, scale = by_channel ? at / BLOCK * dim : at;
-        if (by_channel && row % BLOCK == 0)
-            for (int64_t d = 0; d < dim; d += LANES) {
-                _mm512_storeu_ps(step + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(steps + scale + d)))));
-                if (lows)
-                    _mm512_storeu_ps(low + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(lows + scale + d)))));
-            }
-        const __m512 row_step = _mm512_set1_ps(by_channel ? 0.0f : brief(half(steps[scale])));
-        const __m512 row_low = _mm512_set1_ps(by_channel || !lows ? 0.0f : brief(half(lows[scale])));
-        for (int64_t d = 0; d < dim; d += LANES) {
-            const int64_t place = d % wide, shift = d / wide * bits;
-            __m128i part = _mm_loadu_si128((const void *)(codes + row * size + place));
-            __m512i code;
-            if (p->kind == SYMMETRIC)
-                code = _mm512_cvtepi8_epi32(part);
-            else {
-                part = _mm_and_si128(_mm_srl_epi16(part, _mm_cvtsi64_si128(shift)), mask);
-                code = _mm512_cvtepu8_epi32(part);
-                if (lower) {
-                    part = _mm_loadu_si128((const void *)(lower + row * size + place));
-                    part = _mm_and_si128(_mm_srl_epi16(part, _mm_cvtsi64_si128(shift)), mask);
-                    code = _mm512_or_si512(_mm512_slli_epi32(code, 4), _mm512_cvtepu8_epi32(part));
-                }
-            }
-            __m512 value = _mm512_cvtepi32_ps(code) * (by_channel ? _mm512_loadu_ps(step + d) : row_step);
-            if (lows) value = rounded(value) + (by_channel ? _mm512_loadu_ps(low + d) : row_low);
-            _mm256_storeu_si256((void *)(rows + row * dim + d), narrow(value));
-        }
+/* 16 codes as what they stand for, before the last rounding: code times step, rounded, plus low. */
+INLINE __m512 value(const uint8_t *codes, const uint8_t *lower, int64_t shift, const int kind, const int bits, __m512 step,
+                    __m512 low) {
+    const __m128i by = _mm_cvtsi64_si128(shift), mask = _mm_set1_epi8((char)((1 << bits) - 1));
+    const __m128i part = _mm_loadu_si128((const void *)codes);
+    if (kind == SYMMETRIC) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part)) * step;
+    __m512i code = _mm512_cvtepu8_epi32(bits == 8 ? part : _mm_and_si128(_mm_srl_epi16(part, by), mask));
+    if (kind == DUAL) {
+        const __m128i more = _mm_and_si128(_mm_srl_epi16(_mm_loadu_si128((const void *)lower), by), mask);
+        code = _mm512_or_si512(_mm512_slli_epi32(code, 4), _mm512_cvtepu8_epi32(more));
     }
+    return rounded(_mm512_cvtepi32_ps(code) * step) + low;
 }
 
-/* Bytes of a thread's own room: keys and values of a chunk, laid out values, scores and weights. */
-static int64_t own_room(int64_t dim) { return CHUNK * dim * 6 + STRIDE * ROWS * 6 + 4096; }
+/* Codes of a head's columns from `first` on, which begins a block, and whole blocks of them: keys as rows of bf16 [count,
+ * dim]; values two columns interleaved, as the second product takes them. Keys have their scales per block and channel,
+ * values per row. */
+INLINE void decode_as(const Part *p, const Side *side, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *rows,
+                      const int are_keys, const int kind, const int bits) {
+    const int64_t size = dim * bits / 8, wide = are_keys ? dim : 1;
+    const uint8_t *codes = (const uint8_t *)side->codes + head * side->head + first * size;
+    const uint8_t *lower = kind == DUAL ? (const uint8_t *)side->lower + head * side->lower_head + first * size : 0;
+    const uint16_t *steps = side->step + head * side->step_head + first / (are_keys ? BLOCK : 1) * wide;
+    const uint16_t *lows = kind == SYMMETRIC ? 0 : side->low + head * side->low_head + first / (are_keys ? BLOCK : 1) * wide;
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    float step[MOST_DIM], low[MOST_DIM];
+#define NEXT                 \
+    place += LANES;          \
+    if (place == size) {     \
+        place = 0;           \
+        shift += bits;       \
+    }
+    for (int64_t row = 0; row < count; row += are_keys ? 1 : 2) {
+        if (are_keys && row % BLOCK == 0)
+            for (int64_t d = 0; d < dim; d += LANES) {
+                const int64_t at = row / BLOCK * dim + d;
+                _mm512_storeu_ps(step + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(steps + at)))));
+                if (lows) _mm512_storeu_ps(low + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(lows + at)))));
+            }
+        const __m512 none = _mm512_setzero_ps();
+        int64_t place = 0, shift = 0; /* of the codes of a row's next 16 channels */
+        if (are_keys)
+            for (int64_t d = 0; d < dim; d += 2 * LANES) {
+                __m512 both[2];
+                for (int64_t i = 0; i < 2; i++) {
+                    const int64_t at = row * size + place, channel = d + i * LANES;
+                    both[i] = value(codes + at, lower + at, shift, kind, bits, _mm512_loadu_ps(step + channel),
+                                    lows ? _mm512_loadu_ps(low + channel) : none);
+                    NEXT
+                }
+                _mm512_storeu_si512(rows + row * dim + d, (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]));
+            }
+        else {
+            __m512 by[2], plus[2] = {none, none};
+            for (int64_t i = 0; i < 2; i++) {
+                by[i] = _mm512_set1_ps(brief(half(steps[row + i])));
+                if (lows) plus[i] = _mm512_set1_ps(brief(half(lows[row + i])));
+            }
+            for (int64_t d = 0; d < dim; d += LANES) {
+                __m512 both[2];
+                for (int64_t i = 0; i < 2; i++) {
+                    const int64_t at = (row + i) * size + place;
+                    both[i] = value(codes + at, lower + at, shift, kind, bits, by[i], plus[i]);
+                }
+                NEXT
+                const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]);
+                _mm512_storeu_si512(rows + (row / 2 * dim + d) * 2, _mm512_permutexvar_epi16(order, pair));
+            }
+        }
+    }
+#undef NEXT
+}
+
+static void decode(const Part *p, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *keys, bf16 *pairs) {
+#define BOTH(kind, bits)                                                            \
+    {                                                                               \
+        decode_as(p, &p->keys, head, first, count, dim, keys, 1, kind, bits);       \
+        decode_as(p, &p->values, head, first, count, dim, pairs, 0, kind, bits);    \
+    }
+    if (p->kind == SYMMETRIC)
+        BOTH(SYMMETRIC, 8)
+    else if (p->kind == DUAL)
+        BOTH(DUAL, 4)
+    else if (p->bits == 8)
+        BOTH(ASYMMETRIC, 8)
+    else if (p->bits == 4)
+        BOTH(ASYMMETRIC, 4)
+    else
+        BOTH(ASYMMETRIC, 2)
+#undef BOTH
+}
+
+/* Bytes of a thread's own room: a chunk's keys, laid out values, scores and weights. */
+static int64_t own_room(int64_t dim) { return CHUNK * dim * 4 + STRIDE * ROWS * 6 + 4096; }
 
 static int64_t tall(const Reading *r) { return (r->rows * r->groups + ROWS - 1) / ROWS; }
 
@@ -142,26 +196,11 @@ static void lay_queries(const Reading *r, int64_t head, bf16 *laid) {
         }
 }
 
-/* One key head and the columns from `start` on, at most 512. */
-static void task(const Reading *r, const Part *p, int64_t head, int64_t start, const bf16 *queries, char *room, float *result) {
-    const int64_t count = p->columns - start < CHUNK ? p->columns - start : CHUNK, dim = r->dim;
-    const int64_t padded = (count + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS), rows = r->rows * r->groups;
-    bf16 *own_keys = (bf16 *)room, *own_values = own_keys + CHUNK * dim, *pairs = own_values + CHUNK * dim;
-    float(*scores)[STRIDE] = (void *)(pairs + CHUNK * dim);
-    bf16 *weights = (bf16 *)(scores + ROWS);
-    const bf16 *keys = own_keys, *values = own_values;
-    if (p->kind == DENSE) {
-        keys = (const bf16 *)(p->keys.codes + head * p->keys.head) + start * dim;
-        values = (const bf16 *)(p->values.codes + head * p->values.head) + start * dim;
-    } else {
-        decode(p, &p->keys, 1, head, start, count, dim, own_keys);
-        decode(p, &p->values, 0, head, start, count, dim, own_values);
-    }
-    /* Values of two columns each, interleaved: the right operand of the second product. Missing ones are zero. */
+/* Values [count, dim] of two columns each, interleaved: the right operand of the second product. Missing ones are zero. */
+static void interleave(const bf16 *values, int64_t count, int64_t padded, int64_t dim, bf16 *pairs) {
     for (int64_t j = 0; j < padded; j += 2) {
-        if (p->kind == DENSE)
-            for (int64_t d = 0; d < 2 * dim; d += 2 * LANES)
-                _mm_prefetch((const char *)(values + (j + AHEAD) * dim + d), _MM_HINT_T0);
+        for (int64_t d = 0; d < 2 * dim; d += 2 * LANES)
+            _mm_prefetch((const char *)(values + (j + AHEAD) * dim + d), _MM_HINT_T0);
         for (int64_t d = 0; d < dim; d += LANES) {
             __m512i pair = _mm512_setzero_si512();
             if (j < count) pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values + j * dim + d)));
@@ -170,6 +209,21 @@ static void task(const Reading *r, const Part *p, int64_t head, int64_t start, c
             _mm512_storeu_si512(pairs + (j / 2 * dim + d) * 2, pair);
         }
     }
+}
+
+/* One key head and the columns from `start` on, at most 512. */
+static void task(const Reading *r, const Part *p, int64_t head, int64_t start, const bf16 *queries, char *room, float *result) {
+    const int64_t count = p->columns - start < CHUNK ? p->columns - start : CHUNK, dim = r->dim;
+    const int64_t padded = (count + 2 * ROWS - 1) / (2 * ROWS) * (2 * ROWS), rows = r->rows * r->groups;
+    bf16 *own_keys = (bf16 *)room, *pairs = own_keys + CHUNK * dim;
+    float(*scores)[STRIDE] = (void *)(pairs + CHUNK * dim);
+    bf16 *weights = (bf16 *)(scores + ROWS);
+    const bf16 *keys = own_keys;
+    if (p->kind == DENSE) {
+        keys = (const bf16 *)(p->keys.codes + head * p->keys.head) + start * dim;
+        interleave((const bf16 *)(p->values.codes + head * p->values.head) + start * dim, count, padded, dim, pairs);
+    } else
+        decode(p, head, start, count, dim, own_keys, pairs);
     bf16 last_keys[ROWS * MOST_DIM] __attribute__((aligned(64)));
     const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
     for (int64_t t = 0; t < tall(r); t++) {
@@ -327,9 +381,24 @@ static Reading of_text(const Reading *all, const Text *text) {
     return r;
 }
 
+/* A side of a coded run: four of its places. Scales stand per `every` columns, `wide` of them. */
+static Side of_codes(const int64_t *at, int64_t capacity, int64_t column, int64_t size, int64_t every, int64_t wide) {
+    const int64_t codes = column * size, scale = column / every * wide, head = capacity * BLOCK / every * wide;
+    return (Side){
+        .codes = (const char *)at[0] + codes, .head = capacity * BLOCK * size,
+        .lower = at[1] ? (const char *)at[1] + codes : 0, .lower_head = capacity * BLOCK * size,
+        .step = (const uint16_t *)at[2] + scale, .step_head = head,
+        .low = at[3] ? (const uint16_t *)at[3] + scale : 0, .low_head = head};
+}
+
 static Part of_run(const Reading *r, const Run *run, int64_t layer) {
+    if (run->kind != DENSE) {
+        const int64_t *at = run->places + 9 * layer, size = r->dim * (run->kind == DUAL ? 4 : run->bits) / 8;
+        return (Part){of_codes(at, at[8], run->column, size, BLOCK, r->dim), of_codes(at + 4, at[8], run->column, size, 1, 1),
+                      run->kind, run->bits, run->columns, run->first, run->last, run->tail, run->tail_columns};
+    }
     const int64_t size = run->capacity * r->dim * (int64_t)sizeof(bf16);
-    const char *keys = (const char *)run->buffers[layer] + run->column * r->dim * (int64_t)sizeof(bf16);
+    const char *keys = (const char *)run->places[layer] + run->column * r->dim * (int64_t)sizeof(bf16);
     const Side sides[2] = {{.codes = keys, .head = size}, {.codes = keys + r->key_heads * size, .head = size}};
     return (Part){sides[0], sides[1], DENSE, 16, run->columns, run->first, run->last, run->tail, run->tail_columns};
 }
@@ -395,7 +464,7 @@ void texts_read(const Reading *all, const Text *texts, int64_t count, int64_t la
             const Run *own = text->runs + text->count - 1;
             const int64_t head = i % heads, size = own->capacity * dim;
             lay_queries(&r, head, laid[i / heads] + head * tall(&r) * dim * ROWS);
-            bf16 *keys = (bf16 *)own->buffers[layer] + head * size + text->put * dim;
+            bf16 *keys = (bf16 *)own->places[layer] + head * size + text->put * dim;
             for (int64_t row = 0; row < r.rows; row++) {
                 const bf16 *from = r.queries + row * r.query_row + wide + head * dim;
                 memcpy(keys + row * dim, from, (size_t)dim * sizeof *from);

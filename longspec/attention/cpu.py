@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,21 @@ from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import Bounds, CodedPart, Part
 from longspec.native import library
 
-__all__ = ["USE", "Reading", "attend", "kernel", "limits", "missing", "refuses", "room_for", "takes", "unfit"]
+__all__ = [
+    "DENSE",
+    "DUAL",
+    "USE",
+    "Reading",
+    "attend",
+    "kernel",
+    "kind_of",
+    "limits",
+    "missing",
+    "refuses",
+    "room_for",
+    "takes",
+    "unfit",
+]
 
 USE = "a few rows in bf16 on the CPU"
 
@@ -55,7 +70,8 @@ class Reading(ctypes.Structure):
     )
 
 
-_DENSE, _SYMMETRIC, _ASYMMETRIC, _DUAL = range(4)
+DENSE, SYMMETRIC, ASYMMETRIC, DUAL = range(4)
+"""Kinds of parts."""
 _room = torch.empty(0, dtype=torch.uint8)
 
 
@@ -166,12 +182,16 @@ def _part(part: Part | CodedPart, held: list[Tensor]) -> _Part:
     bounds = limits(part.bounds, held)
     if isinstance(part, Part):
         keys, values = _rows(part.keys, held), _rows(part.values, held)
-        return _Part(keys, values, _DENSE, 16, part.columns, *bounds)
-    codec, half = part.codec, len(part.codes) // 2
-    assert isinstance(codec, Codec)
-    kind = _DUAL if isinstance(codec, DualCodec) else _SYMMETRIC if codec.symmetric else _ASYMMETRIC
+        return _Part(keys, values, DENSE, 16, part.columns, *bounds)
+    kind, half = kind_of(part.codec), len(part.codes) // 2
     keys, values = (_codes(side, kind, held) for side in (part.codes[:half], part.codes[half:]))
-    return _Part(keys, values, kind, codec.bits, part.columns, *bounds)
+    return _Part(keys, values, kind, part.codec.bits, part.columns, *bounds)
+
+
+def kind_of(codec: Any) -> int:
+    """Of a part that it has coded."""
+    assert isinstance(codec, Codec)
+    return DUAL if isinstance(codec, DualCodec) else SYMMETRIC if codec.symmetric else ASYMMETRIC
 
 
 def _rows(rows: Tensor, held: list[Tensor]) -> _Side:
@@ -186,12 +206,12 @@ def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
     """A codec's tensors of keys or of values, each [K, b, ...]: codes, the lower plane of two, steps, lows."""
     whole = [each if each[0].is_contiguous() else each.contiguous() for each in side]
     held += whole
-    codes, lower = whole[0], whole[1] if kind == _DUAL else None
-    scales = whole[2:] if kind == _DUAL else whole[1:]
+    codes, lower = whole[0], whole[1] if kind == DUAL else None
+    scales = whole[2:] if kind == DUAL else whole[1:]
     made = _Side(codes=codes.data_ptr(), head=codes.stride(0), step=scales[0].data_ptr(), step_head=scales[0].stride(0))
     if lower is not None:
         made.lower, made.lower_head = lower.data_ptr(), lower.stride(0)
-    if kind != _SYMMETRIC:
+    if kind != SYMMETRIC:
         made.low, made.low_head = scales[1].data_ptr(), scales[1].stride(0)
     return made
 

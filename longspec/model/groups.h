@@ -13,8 +13,6 @@
 enum { GROUP = 32, WORDS = 8, FEW = 8, BY_TILES = 8, RUN = 9, SLOTS = 4, AT_ONCE = 4 };
 enum { AHEAD = 3072 }; /* bytes: 1 row of the default model takes 2.1 ms and not 2.5 with 1,024 */
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* Rows in codes: what stands behind each other in a call's room. Sixteen rows' values of a group stand side by side, so
  * that the products find them at fixed distances. */
 typedef struct {
