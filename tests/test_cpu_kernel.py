@@ -7,7 +7,7 @@ the largest output is never reached.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from longspec.attention import attend, cpu, merge, reference
 from longspec.attention.texts import Texts, reads
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense, DenseStage
-from longspec.cache.stage import Bounds, CodedPart, Part, Shape
+from longspec.cache.quantized import Quantized, QuantizedStage
+from longspec.cache.stage import Bounds, CodedPart, CodedRun, Part, Shape
 
 TOLERANCE = 0.01
 
@@ -128,15 +129,15 @@ def test_what_it_refuses() -> None:
 
 
 class Rows(NamedTuple):
-    stage: DenseStage
+    stage: DenseStage | QuantizedStage
     staged: slice
     at: slice
 
 
-def grown(shape: Shape, length: int, seed: int) -> Dense:
+def grown(shape: Shape, length: int, seed: int, codec: Codec | None = None) -> Dense | Quantized:
     """A cache of so many rows."""
-    cache = Dense(shape)
-    stage = cache.open()
+    cache = Dense(shape) if codec is None else Quantized(shape, codec)
+    stage: Any = cache.open()
     rows = stage.add(range(-1, length - 1))
     for layer in range(shape.layers):
         stage.put(layer, rows, *randn(2, length, shape.key_heads, shape.head_dim, seed=seed + layer))
@@ -144,14 +145,27 @@ def grown(shape: Shape, length: int, seed: int) -> Dense:
     return cache
 
 
+CODECS = [Codec(8, symmetric=True), Codec(4), Codec(2), DualCodec()]
+
+
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4)])
-@pytest.mark.parametrize("windows", [(None, None), (40, None)])
-def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ...]) -> None:
-    """Bit for bit what each text's parts give one by one: forks, chains, trees, stages apart, of any length."""
+@pytest.mark.parametrize("windows", [(None, None), (40, None), (150, None)])
+@pytest.mark.parametrize("codec", [None, *CODECS], ids=str)
+def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ...], codec: Codec | None) -> None:
+    """Bit for bit what each text's parts give one by one: forks, chains, trees, stages apart, of any length; coded, up
+    to a block's border and over it.
+    """
     queries, key_heads = heads
     shape = Shape(key_heads, 64, windows, torch.bfloat16, torch.device("cpu"))
-    trunk = grown(shape, 130, 5)
-    caches = [grown(shape, 1, 1), grown(shape, 700, 2), trunk.fork(130), trunk.fork(64), grown(shape, 90, 3), trunk]
+    trunk = grown(shape, 130, 5, codec)
+    lengths = (1, 700) if codec is None else (127, 703)
+    caches = [
+        *(grown(shape, n, n, codec) for n in lengths),
+        trunk.fork(130),
+        trunk.fork(64),
+        grown(shape, 90, 3),
+        trunk,
+    ]
     parents = [[-1], [-1, 0, 1], [-1, 0, 0, 1, -1], [-1], list(range(-1, 39)), [-1, 0]]
     beside = [cache.open() for cache in caches[:3]]  # their later stages stand apart
     spans, count = [], 0
@@ -159,6 +173,7 @@ def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ..
         stage = cache.open()
         spans.append(Rows(stage, stage.add(each), slice(count, count + len(each))))
         count += len(each)
+    assert codec is None or any(isinstance(run, CodedRun) for run in spans[1].stage.runs(spans[1].staged, None))
     assert all(reads(queries // key_heads, span) for span in spans)
     texts = Texts(spans, shape, queries, 0.125, None)
     for layer in range(shape.layers):
@@ -176,3 +191,18 @@ def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ..
     for cache, span in zip(caches, spans, strict=True):  # what was put can be kept
         cache.commit(span.stage, [0])
     del beside
+
+
+def test_a_chunk_that_reads_its_own_codes_is_read_layer_by_layer() -> None:
+    """What is coded while the layers run isn't known before: 512 rows behind 30, of which the later read the first."""
+    shape = Shape(3, 64, (None, None), torch.bfloat16, torch.device("cpu"))
+    cache = grown(shape, 30, 1, Codec(4))
+    stage = cache.open()
+    rows = stage.add(range(-1, 199))
+    assert not reads(3, Rows(stage, rows, slice(0, 200)))
+    for layer in range(shape.layers):
+        stage.put(layer, rows, *randn(2, 200, 3, 64, seed=layer))
+        made = randn(200, 9, 64, seed=layer + 9)
+        expected = want(made, list(stage.parts(layer, rows, made)), 0.125, None)
+        got = attend(made, stage.parts(layer, rows, made), 0.125).float()
+        assert (got - expected).abs().max() < TOLERANCE * expected.abs().max()

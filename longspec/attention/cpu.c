@@ -17,6 +17,7 @@ int attention_missing(void) { return 1; }
 
 enum { CHUNK = 512, BLOCK = 64, MOST_DIM = 256 };
 enum { AHEAD = 48 }; /* columns: asked for early, a layer at 7,000 columns takes 0.35 ms and not 0.45 */
+enum { CODES_AHEAD = 64 };
 enum { STRIDE = CHUNK + LANES }; /* of scores: rows that are a power of two apart would share cache sets */
 enum { DENSE = 0, SYMMETRIC = 1, ASYMMETRIC = 2, DUAL = 3 };
 
@@ -105,6 +106,9 @@ INLINE void decode_as(const Part *p, const Side *side, int64_t head, int64_t fir
         shift += bits;       \
     }
     for (int64_t row = 0; row < count; row += are_keys ? 1 : 2) {
+        const int64_t later = (row + CODES_AHEAD) * size;
+        _mm_prefetch((const char *)codes + later, _MM_HINT_T0);
+        if (lower) _mm_prefetch((const char *)lower + later, _MM_HINT_T0);
         if (are_keys && row % BLOCK == 0)
             for (int64_t d = 0; d < dim; d += LANES) {
                 const int64_t at = row / BLOCK * dim + d;
@@ -129,6 +133,21 @@ INLINE void decode_as(const Part *p, const Side *side, int64_t head, int64_t fir
             for (int64_t i = 0; i < 2; i++) {
                 by[i] = _mm512_set1_ps(brief(half(steps[row + i])));
                 if (lows) plus[i] = _mm512_set1_ps(brief(half(lows[row + i])));
+            }
+            if (kind == ASYMMETRIC && bits <= 4) { /* 16 values that a row's codes can be: looked up */
+                const __m512 all = _mm512_cvtepi32_ps(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+                const __m512i known = (__m512i)_mm512_cvtne2ps_pbh(rounded(all * by[1]) + plus[1], rounded(all * by[0]) + plus[0]);
+                for (int64_t d = 0; d < dim; d += LANES) {
+                    const __m128i move = _mm_cvtsi64_si128(shift), mask = _mm_set1_epi8((1 << bits) - 1);
+                    __m128i code[2];
+                    for (int64_t i = 0; i < 2; i++)
+                        code[i] = _mm_and_si128(_mm_srl_epi16(_mm_loadu_si128((const void *)(codes + (row + i) * size + place)), move), mask);
+                    code[1] = _mm_or_si128(code[1], _mm_set1_epi8(16));
+                    const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(code[0], code[1]), _mm_unpacklo_epi8(code[0], code[1]));
+                    _mm512_storeu_si512(rows + (row / 2 * dim + d) * 2, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(both), known));
+                    NEXT
+                }
+                continue;
             }
             for (int64_t d = 0; d < dim; d += LANES) {
                 __m512 both[2];
