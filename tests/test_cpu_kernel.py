@@ -159,7 +159,7 @@ def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ..
     shape = Shape(key_heads, 64, windows, torch.bfloat16, torch.device("cpu"))
     trunk = grown(shape, 130, 5, codec)
     lengths = (1, 700) if codec is None else (127, 703)
-    caches = [
+    caches: list[Any] = [
         *(grown(shape, n, n, codec) for n in lengths),
         trunk.fork(130),
         trunk.fork(64),
