@@ -183,6 +183,8 @@ class Dense:
 class DenseStage:
     """Rows behind a dense cache's text. `behind`: they stand in the cache's own buffers, right after its rows."""
 
+    by_layer = False
+
     def __init__(self, cache: Dense, behind: bool) -> None:
         self.behind = behind
         self._cache = cache
@@ -198,6 +200,10 @@ class DenseStage:
         return self._tree.depths
 
     @property
+    def layers(self) -> int:
+        return self._cache.shape.layers
+
+    @property
     def is_chain(self) -> bool:
         return self._tree.is_chain
 
@@ -207,7 +213,6 @@ class DenseStage:
 
     @property
     def offset(self) -> int:
-        """Where row 0 stands in `buffers`."""
         return self.length - self._cache._start if self.behind else 0
 
     def add(self, parents: Sequence[int]) -> slice:
@@ -227,19 +232,17 @@ class DenseStage:
         buffer[1, :, at] = values.transpose(0, 1)
         self.filled(layer, rows)
 
-    def is_text(self, rows: slice) -> bool:
-        """Nothing that `rows` read must be made of others while the layers run."""
+    def is_known(self, rows: slice) -> bool:
         return True
 
     def filled(self, layer: int, rows: slice) -> None:
-        """Keys and values of `rows` stand in `buffers`, at `offset`, put there by someone else."""
         self._held[layer] = max(self._held[layer], rows.stop)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part]:
-        return (run.part(layer) for run in self.runs(rows, self._cache.shape.windows[layer]))
+        return (run.part(layer) for run in self.runs(layer, rows))
 
-    def runs(self, rows: slice, window: int | None) -> list[Run]:
-        """All that `rows` may read in the layers of one window; the last run is of `buffers`."""
+    def runs(self, layer: int, rows: slice) -> list[Run]:
+        window = self._cache.shape.windows[layer]
         self._check_fresh()
         cache, length = self._cache, self.length
         runs = []

@@ -165,6 +165,8 @@ class Quantized:
 class QuantizedStage:
     """Rows behind a quantized cache's text."""
 
+    by_layer = False
+
     def __init__(self, cache: Quantized, near: DenseStage) -> None:
         self.near = near
         self._cache = cache
@@ -176,13 +178,15 @@ class QuantizedStage:
         return self.near.depths
 
     @property
+    def layers(self) -> int:
+        return self._cache.shape.layers
+
+    @property
     def length(self) -> int:
-        """Of the text before it."""
         return self._length
 
     @property
     def offset(self) -> int:
-        """Where row 0 stands in the last run's buffers."""
         return self.near.offset
 
     def add(self, parents: Sequence[int]) -> slice:
@@ -197,21 +201,19 @@ class QuantizedStage:
         self.near.put(layer, rows, keys, values)
 
     def filled(self, layer: int, rows: slice) -> None:
-        """Keys and values of `rows` stand in the last run's buffers, put there by someone else."""
         self.near.filled(layer, rows)
 
-    def is_text(self, rows: slice) -> bool:
-        """Whether all that `rows` read as codes is text, and so is known before any layer has run."""
+    def is_known(self, rows: slice) -> bool:
+        """Where the codes that they read are of text alone."""
         return near_start(self._length + max(self.depths[rows])) <= self._length
 
-    def runs(self, rows: slice, window: int | None) -> list[Run | CodedRun]:
-        """All that `rows` may read in the layers of one window, where `is_text` holds; the last run is dense."""
-        cache, (blocks, bounds) = self._cache, self._far(rows, window)
-        near: list[Run | CodedRun] = [*self.near.runs(rows, window)]
+    def runs(self, layer: int, rows: slice) -> list[Run | CodedRun]:
+        cache, (blocks, bounds) = self._cache, self._far(rows, self._cache.shape.windows[layer])
+        near: list[Run | CodedRun] = [*self.near.runs(layer, rows)]
         if blocks.stop == blocks.start:
             return near
-        for layer in range(cache.shape.layers):
-            cache.encode(layer, blocks.stop, self.rows(layer))
+        for each in range(cache.shape.layers):
+            cache.encode(each, blocks.stop, self.rows(each))
         return [CodedRun(cache.codec, cache._codes, blocks, bounds), *near]
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:

@@ -159,6 +159,11 @@ class Run:
     bounds: Bounds | None
     start: int
 
+    def cut(self, first: int, last: int) -> Run:
+        """Columns first..last alone."""
+        bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
+        return Run(self.buffers, self.column + first, last - first, bounds, self.start + first)
+
     def part(self, layer: int) -> Part:
         keys, values = self.buffers[layer][:, :, self.column : self.column + self.columns]
         return Part(keys, values, self.bounds, self.start)
@@ -177,6 +182,18 @@ class CodedRun:
     def columns(self) -> int:
         count: int = self.blocks.stop - self.blocks.start
         return count * BLOCK
+
+    @property
+    def start(self) -> int:
+        """The text's row in the first column."""
+        start: int = self.blocks.start
+        return start * BLOCK
+
+    def cut(self, first: int, last: int) -> CodedRun:
+        """Columns first..last alone, both at blocks."""
+        bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
+        at = self.blocks.start
+        return CodedRun(self.codec, self.codes, slice(at + first // BLOCK, at + last // BLOCK), bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +252,36 @@ class Stage(Protocol):
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
         """All that `rows` may read at `layer`, themselves included. A cache may choose by the queries [q, H, D]."""
+        ...
+
+    def is_known(self, rows: slice) -> bool:
+        """Whether it is known before any layer has run what `rows` will read: only then the rest may be asked for."""
+        ...
+
+    def runs(self, layer: int, rows: slice) -> Sequence[Run | CodedRun]:
+        """The parts of `rows` at `layer`, by where they stand. The last run is dense, and holds the staged rows."""
+        ...
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether runs differ between layers of one window."""
+        ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """Of the text before the stage."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """Where the stage's row 0 stands in the last run's buffers."""
+        ...
+
+    def filled(self, layer: int, rows: slice) -> None:
+        """Keys and values of `rows` stand in the last run's buffers, put there by someone else."""
         ...
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,19 @@ from torch import Tensor
 from longspec.cache.codes import DualCodec
 from longspec.cache.dense import near_start
 from longspec.cache.pages import block_scores
-from longspec.cache.stage import BLOCK, Cache, CodedPart, Part, Stage
+from longspec.cache.stage import BLOCK, Cache, CodedPart, CodedRun, Part, Run, Stage
 
 __all__ = ["Pages", "Upper", "View", "ViewedStage", "Window", "viewed"]
+
+Cuttable = TypeVar("Cuttable", Part | CodedPart, Run | CodedRun)
 
 
 class View(Protocol):
     """Chooses what of a part is read."""
+
+    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+        """As `read`, of what stands in the same place in every layer; None where only the layer's queries can tell."""
+        ...
 
     def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
         """What is left of the part, for rows behind a text of `length` rows."""
@@ -40,10 +46,15 @@ class Window:
     first: int = BLOCK
     last: int = 8 * BLOCK
 
+    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+        return list(_cut(run, self._ranges(run, length)))
+
     def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
+        yield from _cut(part, self._ranges(part, length))
+
+    def _ranges(self, part: Part | CodedPart | Run | CodedRun, length: int) -> list[tuple[int, int]]:
         head = -(-self.first // BLOCK) * BLOCK - part.start
-        recent = max(head, (length - self.last) // BLOCK * BLOCK - part.start)
-        yield from _cut(part, [(0, head), (recent, part.columns)])
+        return [(0, head), (max(head, (length - self.last) // BLOCK * BLOCK - part.start), part.columns)]
 
 
 @dataclass(slots=True)
@@ -51,40 +62,55 @@ class Pages:
     """Near and staged rows, and of older blocks the `count` that the queries ask for. One for each session.
 
     A block is judged by the least and the greatest of its keys per channel, which bound its scores. The choice is made
-    by the first rows that read a layer after a commit, and kept until the next. Offloaded rows aren't paged: they
-    choose by themselves.
+    by the first rows that read a layer when another block has grown old, and kept until the next one has: 64 tokens
+    later. Offloaded rows aren't paged: they choose by themselves.
     """
 
     count: int = 8
-    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # per layer: least, greatest [K, b, D]
-    _chosen: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # per layer: length of the text, blocks
+    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of a layer: least, greatest [K, b, D]
+    _chosen: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)  # of a layer
+
+    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+        old = self._old(run, length)
+        if not old:
+            return [run]
+        at, chosen = self._chosen.get(layer, (-1, []))  # of how many old blocks, and their columns
+        return list(_cut(run, [*chosen, (old * BLOCK, run.columns)])) if at == old else None
 
     def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
-        old = (near_start(length) - part.start) // BLOCK
-        if part.start or old <= self.count:  # the rows of a window, near rows, or too few to leave any out
+        old = self._old(part, length)
+        if not old:
             yield part
             return
-        old = min(old, part.columns // BLOCK)
-        yield from _cut(part, [(b * BLOCK, (b + 1) * BLOCK) for b in self._choice(layer, part, old, queries, length)])
-        yield from _cut(part, [(old * BLOCK, part.columns)])
-
-    def _choice(self, layer: int, part: Part | CodedPart, old: int, queries: Tensor, length: int) -> list[int]:
         at, chosen = self._chosen.get(layer, (-1, []))
-        if at != length:
-            least, greatest = self._bounds(layer, part, old)
-            readable = torch.ones(len(queries), old, dtype=torch.bool, device=queries.device)
-            score = block_scores(queries, least, greatest, readable).amax(0)
-            chosen = sorted(score.topk(min(self.count, old)).indices.tolist())
-            self._chosen[layer] = (length, chosen)
-        return chosen
+        if at != old:
+            chosen = self._choice(layer, part, old, queries)
+            self._chosen[layer] = old, chosen
+        yield from _cut(part, [*chosen, (old * BLOCK, part.columns)])
+
+    def _old(self, part: Part | CodedPart | Run | CodedRun, length: int) -> int:
+        """Blocks of a part of which some are left out; 0 for near rows, the rows of a window, or too few to choose."""
+        old = min((near_start(length) - part.start) // BLOCK, part.columns // BLOCK)
+        return 0 if part.start or old <= self.count else old
+
+    def _choice(self, layer: int, part: Part | CodedPart, old: int, queries: Tensor) -> list[tuple[int, int]]:
+        """Columns of the chosen blocks, neighbours together."""
+        least, greatest = self._bounds(layer, part, old)
+        readable = torch.ones(len(queries), old, dtype=torch.bool, device=queries.device)
+        score = block_scores(queries, least, greatest, readable).amax(0)
+        columns: list[tuple[int, int]] = []
+        for block in sorted(score.topk(min(self.count, old)).indices.tolist()):
+            first = columns.pop()[0] if columns and columns[-1][1] == block * BLOCK else block * BLOCK
+            columns.append((first, (block + 1) * BLOCK))
+        return columns
 
     def _bounds(self, layer: int, part: Part | CodedPart, old: int) -> tuple[Tensor, Tensor]:
         least, greatest = self._keys.get(layer, (None, None))
         done = 0 if least is None else least.shape[1]
         if done < old:
-            keys = torch.cat([piece.keys for piece in part.cut(done * BLOCK, old * BLOCK).pieces()], 1).float()
+            keys = torch.cat([piece.keys for piece in part.cut(done * BLOCK, old * BLOCK).pieces()], 1)
             blocks = keys.view(len(keys), -1, BLOCK, keys.shape[2])
-            new = blocks.amin(2), blocks.amax(2)
+            new = blocks.amin(2).float(), blocks.amax(2).float()
             least = new[0] if least is None else torch.cat((least, new[0]), 1)
             greatest = new[1] if greatest is None else torch.cat((greatest, new[1]), 1)
             self._keys[layer] = least, greatest
@@ -96,6 +122,9 @@ class Pages:
 class Upper:
     """Of a dual cache's old blocks, the upper plane: half the bytes."""
 
+    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+        return None if isinstance(run, CodedRun) else [run]
+
     def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
         if isinstance(part, CodedPart) and isinstance(part.codec, DualCodec):
             codec, codes = part.codec.upper(part.codes)
@@ -106,12 +135,27 @@ class Upper:
 class ViewedStage:
     """A stage of which a view is read. Its rows are inexact: it can't be committed."""
 
+    by_layer = True
+
     def __init__(self, stage: Stage, view: View, length: int) -> None:
         self._stage, self._view, self._length = stage, view, length
+        self._runs: dict[tuple[int, int], list[list[Run | CodedRun]] | None] = {}  # of each layer, by rows
 
     @property
     def depths(self) -> Sequence[int]:
         return self._stage.depths
+
+    @property
+    def layers(self) -> int:
+        return self._stage.layers
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def offset(self) -> int:
+        return self._stage.offset
 
     def add(self, parents: Sequence[int]) -> slice:
         return self._stage.add(parents)
@@ -119,9 +163,38 @@ class ViewedStage:
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         self._stage.put(layer, rows, keys, values)
 
+    def filled(self, layer: int, rows: slice) -> None:
+        self._stage.filled(layer, rows)
+
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
         for part in self._stage.parts(layer, rows, queries):
             yield from self._view.read(layer, part, queries, self._length)
+
+    def is_known(self, rows: slice) -> bool:
+        return self._seen(rows) is not None
+
+    def runs(self, layer: int, rows: slice) -> Sequence[Run | CodedRun]:
+        seen = self._seen(rows)
+        assert seen is not None
+        return seen[layer]
+
+    def _seen(self, rows: slice) -> list[list[Run | CodedRun]] | None:
+        key = (rows.start, rows.stop)
+        if key not in self._runs:
+            self._runs[key] = self._look(rows)
+        return self._runs[key]
+
+    def _look(self, rows: slice) -> list[list[Run | CodedRun]] | None:
+        """What is left of each layer's runs; None where one isn't known."""
+        if not self._stage.is_known(rows):
+            return None
+        layers: list[list[Run | CodedRun]] = []
+        for layer in range(self._stage.layers):
+            seen = [self._view.known(layer, run, self._length) for run in self._stage.runs(layer, rows)]
+            if None in seen:
+                return None
+            layers.append([run for runs in seen if runs for run in runs])
+        return layers
 
 
 def viewed(cache: Cache, view: View) -> ViewedStage:
@@ -129,7 +202,7 @@ def viewed(cache: Cache, view: View) -> ViewedStage:
     return ViewedStage(cache.open(), view, cache.length)
 
 
-def _cut(part: Part | CodedPart, ranges: Iterable[tuple[int, int]]) -> Iterator[Part | CodedPart]:
+def _cut(part: Cuttable, ranges: Iterable[tuple[int, int]]) -> Iterator[Cuttable]:
     for first, last in ranges:
         first, last = max(0, first), min(last, part.columns)
         if first < last:

@@ -173,7 +173,7 @@ def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ..
         stage = cache.open()
         spans.append(Rows(stage, stage.add(each), slice(count, count + len(each))))
         count += len(each)
-    assert codec is None or any(isinstance(run, CodedRun) for run in spans[1].stage.runs(spans[1].staged, None))
+    assert codec is None or any(isinstance(run, CodedRun) for run in spans[1].stage.runs(1, spans[1].staged))
     assert all(reads(queries // key_heads, span) for span in spans)
     texts = Texts(spans, shape, queries, 0.125, None)
     for layer in range(shape.layers):

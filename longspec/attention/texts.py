@@ -4,7 +4,7 @@ Takes the stages of a pass; puts the rows' keys and values, reads, and gives wha
 for bit. What costs some 60 us of Python a layer, part by part and text by text, is prepared once a pass: of the default
 model's passes with 1, 8 and 16 texts in int8 attention took 3.0, 17 and 34 ms, and takes 0.7, 2.8 and 5.9.
 
-A stage that is neither dense nor quantized in memory, or brings too many rows, is left to `attend`.
+A stage of which only the queries tell what is read, or that brings too many rows, is left to `attend`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,17 @@ import torch
 from torch import Tensor
 
 from longspec.attention import cpu
-from longspec.cache.dense import DenseStage
-from longspec.cache.quantized import QuantizedStage
-from longspec.cache.stage import BLOCK, CodedRun, Run, Shape
+from longspec.cache.stage import CodedRun, Run, Shape, Stage
 
 __all__ = ["Texts", "reads"]
 
 
-class _Run(ctypes.Structure):
-    _fields_ = (
-        ("places", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("kind", "bits", "capacity", "column", "columns")),
-        *((name, ctypes.c_void_p) for name in ("first", "last", "tail")),
-        ("tail_columns", ctypes.c_int64),
-    )
+_RUN_WORDS = 10
 
 
 class _Text(ctypes.Structure):
     _fields_ = (
-        ("runs", ctypes.POINTER(_Run)),
+        ("runs", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "at", "rows", "put")),
     )
 
@@ -44,7 +36,7 @@ class Span(Protocol):
     """The rows of one text in a pass."""
 
     @property
-    def stage(self) -> Any: ...
+    def stage(self) -> Stage: ...
     @property
     def staged(self) -> slice: ...  # their place in the stage
     @property
@@ -53,10 +45,8 @@ class Span(Protocol):
 
 def reads(groups: int, span: Span) -> bool:
     """Whether the kernel takes these rows, with so many query heads to a key head."""
-    stage, rows = span.stage, span.at.stop - span.at.start
-    if type(stage) not in (DenseStage, QuantizedStage) or not stage.is_text(span.staged):
-        return False
-    return cpu.takes(rows * groups, stage.length)
+    rows = span.at.stop - span.at.start
+    return span.stage.is_known(span.staged) and cpu.takes(rows * groups, span.stage.length)
 
 
 class Texts:
@@ -67,7 +57,7 @@ class Texts:
         kernel = cpu.kernel()
         assert not isinstance(kernel, str)
         self._kernel, self._threads = kernel, torch.get_num_threads()
-        self._spans, self._shape = spans, shape
+        self._spans = spans
         self._reading = cpu.Reading(
             key_heads=shape.key_heads,
             groups=queries // shape.key_heads,
@@ -75,14 +65,19 @@ class Texts:
             scale=scale,
             softcap=softcap or 0.0,
         )
-        self._prepared = {window: self._prepare(window) for window in set(shape.windows)}
+        kinds: Sequence[Any] = range(shape.layers) if any(span.stage.by_layer for span in spans) else shape.windows
+        different = list(dict.fromkeys(kinds))
+        self.read_of = [different.index(kind) for kind in kinds]
+        self._places: dict[int, int] = {}
+        self._held: list[Any] = []
+        self._prepared = [self._prepare(kinds.index(kind)) for kind in different]
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def read(self, layer: int, made: Tensor, output: Tensor) -> None:
         """Put keys and values of `made` [r, (H + 2 K) * D], and write attention's output to [r, H * D]."""
-        texts, room, _ = self._prepared[self._shape.windows[layer]]
+        texts, room = self._prepared[self.read_of[layer]]
         self.begin(made, [layer])
         self._kernel.texts_read(
             self._reading, texts, len(texts), layer, room.data_ptr(), self._threads, output.data_ptr()
@@ -101,38 +96,45 @@ class Texts:
         kernel = ctypes.cast(self._kernel.texts_read, ctypes.c_void_p).value
         return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads
 
-    def pointers(self, window: int | None) -> tuple[int, int]:
-        """Its arguments in the layers of one window: texts, room."""
-        texts, room, _ = self._prepared[window]
-        return ctypes.addressof(texts), room.data_ptr()
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """Its arguments in the layers of each kind, of which `read_of` says a layer's: texts, room."""
+        return [(ctypes.addressof(texts), room.data_ptr()) for texts, room in self._prepared]
 
-    def _prepare(self, window: int | None) -> tuple[ctypes.Array[_Text], Tensor, list[Any]]:
-        """All texts as the layers of one window read them, the kernel's room, and what is pointed to."""
-        held: list[Any] = []
+    def _prepare(self, layer: int) -> tuple[ctypes.Array[_Text], Tensor]:
+        """All texts as the layer reads them, and the kernel's room."""
         texts = []
         for span in self._spans:
-            stage: DenseStage | QuantizedStage = span.stage
-            runs = [_run(run, held) for run in stage.runs(span.staged, window)]
-            array = (_Run * len(runs))(*runs)
-            held.append(array)
-            put = stage.offset + span.staged.start
-            texts.append(_Text(array, len(runs), span.at.start, span.at.stop - span.at.start, put))
+            runs = span.stage.runs(layer, span.staged)
+            words = (ctypes.c_int64 * (_RUN_WORDS * len(runs)))(*[word for run in runs for word in self._run(run)])
+            self._held.append(words)
+            put = span.stage.offset + span.staged.start
+            rows = span.at.stop - span.at.start
+            texts.append(_Text(ctypes.addressof(words), len(runs), span.at.start, rows, put))
         made = (_Text * len(texts))(*texts)
-        room = cpu.room_for(self._kernel.texts_room(self._reading, made, len(made), self._threads))
-        return made, room, held
+        return made, cpu.room_for(self._kernel.texts_room(self._reading, made, len(made), self._threads))
 
+    def _run(self, run: Run | CodedRun) -> tuple[int, ...]:
+        """A run as the kernel's struct, which is ten words."""
+        limits = [word or 0 for word in cpu.limits(run.bounds, self._held)]
+        if isinstance(run, Run):
+            return self._placed(run), cpu.DENSE, 16, run.buffers[0].shape[2], run.column, run.columns, *limits
+        kind, bits = cpu.kind_of(run.codec), run.codec.bits
+        return self._placed(run), kind, bits, 0, run.start, run.columns, *limits
 
-def _run(run: Run | CodedRun, held: list[Any]) -> _Run:
-    if isinstance(run, Run):
-        places = [buffer.data_ptr() for buffer in run.buffers]
-        said = (cpu.DENSE, 16, run.buffers[0].shape[2], run.column)
-    else:
-        kind = cpu.kind_of(run.codec)
-        places = [place for codes in run.codes for place in _places(codes, kind)]
-        said = (kind, run.codec.bits, 0, run.blocks.start * BLOCK)
-    array = (ctypes.c_int64 * len(places))(*places)
-    held.append(array)
-    return _Run(ctypes.addressof(array), *said, run.columns, *cpu.limits(run.bounds, held))
+    def _placed(self, run: Run | CodedRun) -> int:
+        """Where the places of its rows in all layers stand; once for all runs of the same tensors."""
+        tensors = run.buffers if isinstance(run, Run) else run.codes
+        if id(tensors) not in self._places:
+            if isinstance(run, Run):
+                places = [buffer.data_ptr() for buffer in run.buffers]
+            else:
+                kind = cpu.kind_of(run.codec)
+                places = [place for codes in run.codes for place in _places(codes, kind)]
+            array = (ctypes.c_int64 * len(places))(*places)
+            self._held += (array, tensors)
+            self._places[id(tensors)] = ctypes.addressof(array)
+        return self._places[id(tensors)]
 
 
 def _places(codes: tuple[Tensor, ...], kind: int) -> list[int]:

@@ -96,11 +96,9 @@ class Fused:
         self._layers = [_layer(config, layer) for layer in layers]
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
         self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
-        self._windows = list(dict.fromkeys(config.windows))
         self._in_all = (
             torch.tensor(self._pointers),
             torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
-            torch.tensor([self._windows.index(window) for window in config.windows]),
         )
         self._head, self._norm = _matrix(head), norm.data_ptr()
         self._held = (layers, norm, head)
@@ -119,8 +117,9 @@ class Fused:
         turned = [
             _Turn(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in map(turns.__getitem__, self._ropes)
         ]
-        prepared = [_Read(*texts.pointers(window)) for window in self._windows]
+        prepared = [_Read(*each) for each in texts.reads]
         arrays = (
+            (ctypes.c_int64 * len(parts))(*texts.read_of),
             (ctypes.c_uint8 * len(parts))(*parts),
             (_Turn * len(turned))(*turned),
             (_Read * len(prepared))(*prepared),
