@@ -20,11 +20,14 @@ demo: $(VENV)/installed ## answer a reasoning prompt with the default model (dow
 	$(BIN)/longspec pull smollm2
 	$(BIN)/longspec run --no-stdin --stats --template demo
 
+# Most tests take one thread: they run on a few processors at once, each process with a model of its own in memory.
+ONCE := -n auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/installed-dev ## the tests, without the long matrices
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ONCE)
 
 test-full: $(VENV)/installed-dev ## every test, the long matrices too
-	$(BIN)/python -m pytest -m 'full or not full'
+	$(BIN)/python -m pytest $(ONCE) -m 'full or not full'
 
 lint: $(VENV)/installed-dev ## ruff: its rules, and the layout of the code
 	$(BIN)/ruff check

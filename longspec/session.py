@@ -106,6 +106,11 @@ class Session:
         """Keys of the noise for tokens that are chosen `depth` draft tokens behind the text."""
         return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the greatest logit is written, whatever stands before it."""
+        return self.constraint is None and self.sampling.is_greedy and not self.sampling.penalises
+
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-/* What the kernels share: bf16 as floats and back, an exponential, and the tiles (AMX) of 16 rows by 64 bytes.
+/* What the kernels share: bf16 as floats and back, an exponential, a norm, and the tiles (AMX) of 16 rows by 64 bytes.
  *
  * Rounding is to nearest even, as torch's operators do it.
  */
@@ -40,6 +40,20 @@ static inline __m512 exponential(__m512 x) {
     p = r * p + 0.5f;
     p = r * p + 1.0f;
     return _mm512_scalef_ps(r * p + 1.0f, n);
+}
+
+/* Root mean square norm of a row, of any width. */
+static inline void normed(const bf16 *x, const bf16 *weight, int64_t width, float eps, bf16 *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k += LANES) {
+        const __m512 part = load_some(x + k, upto(width - k));
+        squares += part * part;
+    }
+    const float factor = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps);
+    for (int64_t k = 0; k < width; k += LANES) {
+        const __mmask16 some = upto(width - k);
+        save_some(y + k, load_some(x + k, some) * factor * load_some(weight + k, some), some);
+    }
 }
 
 /* 0 where the system gives leave to use tiles. */

@@ -149,6 +149,9 @@ class Writing(Protocol):
     @property
     def unfed(self) -> Sequence[int]: ...  # the text's tokens that the cache lacks, at least one
 
+    @property
+    def is_plain(self) -> bool: ...  # the greatest logit is written, whatever stands before it
+
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Text:
     def __init__(self, length: int = 100) -> None:
         self.tokens = list(range(length))
 
-    key, long, cache, unfed = "", False, None, (0,)
+    key, long, cache, unfed, is_plain = "", False, None, (0,), True
 
     def rank(self, logits: Any, paths: Any, count: int, vocabulary: Any = None) -> Any:
         raise NotImplementedError

@@ -135,7 +135,7 @@ class Kernel:
 
     def __call__(self, linear: Groups, rows: Tensor) -> Tensor:
         made = rows.new_empty(len(rows), linear.size)
-        matrix = fused._matrix(linear)
+        matrix = fused.matrix_of(linear)
         self._kernel.linear(
             ctypes.addressof(matrix), None, 0.0, rows.data_ptr(), len(rows), made.data_ptr(), self._room.data_ptr()
         )

@@ -22,7 +22,7 @@ _SETTINGS = settings(deadline=None, max_examples=200)
 
 
 class _Session:
-    key, long, cache = "one", False, None
+    key, long, cache, is_plain = "one", False, None, True
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = list(tokens)

@@ -21,7 +21,7 @@ from longspec.heads.format import load_head, new_head
 from longspec.model.load import Model
 from longspec.training.course import Course, start
 from longspec.training.distil import Text, distil, read_prompts, read_texts
-from longspec.training.features import features
+from longspec.training.features import Features, features
 from longspec.training.plan import make_plan
 from longspec.training.train import Recipe, _CrossEntropy, frequent, loss_of
 
@@ -115,6 +115,16 @@ def test_features_are_those_of_decoding(model: Model) -> None:
     torch.testing.assert_close(features(model.decoder, session.tokens)[: len(rows)], rows, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("room", [None, 0])
+def test_features_are_kept_while_there_is_room(model: Model, room: int | None) -> None:
+    tokens = [5, 6, 7, 8]
+    kept = Features(model.decoder, room)
+    first, again = kept.of(3, tokens), kept.of(3, tokens)
+    assert (first is again) == (room is None)
+    assert torch.equal(first, again)
+    assert torch.equal(first, features(model.decoder, tokens))
+
+
 @pytest.mark.parametrize("kind", ["clover", "clover2"])
 def test_the_loss_falls_where_a_head_learns_one_text(model: Model, kind: str) -> None:
     text = Text(0, 4, [3 + (i * i) % 50 for i in range(40)])
@@ -123,7 +133,7 @@ def test_the_loss_falls_where_a_head_learns_one_text(model: Model, kind: str) ->
     optimizer = torch.optim.Adam(head.module.parameters(), lr=3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        loss = loss_of(model, head, rows, text)
+        loss = loss_of(model, head, rows, text, features(model.decoder, text.tokens))
         loss.backward()  # type: ignore[no-untyped-call]
         assert all(parameter.grad is not None for parameter in head.module.parameters())
         losses.append(loss.item())

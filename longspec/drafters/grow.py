@@ -22,7 +22,7 @@ from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.types import Draft, Drafter, Writing
 from longspec.verify import verify
 
-__all__ = ["BREADTH", "FLOOR", "Reader", "grow"]
+__all__ = ["BREADTH", "FLOOR", "Reader", "grow", "likeliest"]
 
 BREADTH = 3
 """Candidates of a node. The siblings of a drafted path cost a row of the verification each, and no drafting."""
@@ -134,14 +134,16 @@ class _Plant:
         return True
 
     def draft(self) -> Draft:
-        """The likeliest nodes. A child is never likelier than its parent, and stands behind it."""
-        order = sorted(range(len(self.tokens)), key=lambda node: (-self.chances[node], node))[: self.limit]
-        place = {-1: -1} | {node: i for i, node in enumerate(order)}
-        return Draft.tree(
-            [self.tokens[node] for node in order],
-            [place[self.parents[node]] for node in order],
-            [self.chances[node] for node in order],
-        )
+        return likeliest(self.tokens, self.parents, self.chances, self.limit)
+
+
+def likeliest(tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], limit: int) -> Draft:
+    """The likeliest nodes. A child is never likelier than its parent, and stands behind it."""
+    order = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
+    place = {-1: -1} | {node: i for i, node in enumerate(order)}
+    return Draft.tree(
+        [tokens[node] for node in order], [place[parents[node]] for node in order], [chances[node] for node in order]
+    )
 
 
 @torch.inference_mode()

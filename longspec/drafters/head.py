@@ -4,7 +4,8 @@ Takes a loaded target and a `Trained` head. The engine hands over each committed
 layers keep keys and values of their own; a draft runs them once over the new rows, and then the cell once per expanded
 node.
 
-The layers and the last product run through a `Decoder` of the head's size, and so through the kernels of the target.
+The layers and the last product run through a `Decoder` of the head's size, and so through the kernels of the target;
+what is around them too where it can (`cell.py`), and the whole growth of greedy texts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspec.drafters.cell import Cell, missing
 from longspec.drafters.follow import Follow
 from longspec.drafters.grow import grow
 from longspec.heads.format import Trained
@@ -57,11 +59,17 @@ class Head:
         names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
         source = _Held(names)
         weights = Weights(dict.fromkeys(names, source), model.decoder.dtype)
-        self.decoder = Decoder(config, weights, model.decoder.device, strict=model.decoder.strict)
-        self._places = None if head.tokens is None else head.tokens.to(model.decoder.device)
+        target = model.decoder
+        coded = target.coded and target.slow is None
+        self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
+        self._places = None if head.tokens is None else head.tokens.to(target.device)
         self._follow = Follow(self.decoder.shape, self._run)
-
-        self.layers = (self._target.config.layers,)
+        self._cell: Cell | None = None
+        if not target.strict and missing(head.module, self.decoder) is None:
+            with torch.inference_mode():
+                tokens = torch.arange(config.vocabulary) if self._places is None else self._places
+                self._cell = Cell(head.module, self.decoder, target.embed(tokens), coded=coded)  # type: ignore[arg-type]
+        self.layers = (target.config.layers,)
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
@@ -74,7 +82,15 @@ class Head:
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         rooms = self._follow.rooms(sessions, limits)
+        if self._cell is not None and ahead is None and all(session.is_plain for session in sessions):
+            return [self._grown(self._cell, session, room) for session, room in zip(sessions, rooms, strict=True)]
         return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
+
+    def _grown(self, cell: Cell, session: Writing, room: int) -> Draft:
+        last = self._follow.last(session)
+        if not room or last is None:
+            return Draft.chain(())
+        return cell.draft(last, room, min(room, self.head.depth), self._places)
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         pass
@@ -82,7 +98,7 @@ class Head:
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)
         assert last is not None
-        return _Growth(last), len(session.tokens) - 1, session.tokens[-1:]
+        return _Growth(self.head.module.between(last)), len(session.tokens) - 1, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
         """Node by node along each path, those of one depth together."""
@@ -118,10 +134,11 @@ class Head:
         pass
 
     def _run(self, rows: Rows, features: Tensor) -> Tensor:
+        tokens = self._target.embed(rows.tokens)
+        if self._cell is not None:
+            return self.decoder.forward(rows, self._cell.enter(features, tokens))
         module = self.head.module
-        tokens = module.token_norm(self._target.embed(rows.tokens))
-        made: Tensor = module.between(self.decoder.forward(rows, module.enter(features, tokens)))
-        return made
+        return self.decoder.forward(rows, module.enter(features, module.token_norm(tokens)))
 
 
 class _Held:

@@ -186,6 +186,15 @@ class Decoder:
         yield self._head.weight
 
     @property
+    def kernel(self) -> Fused | None:
+        """The fused kernel with this decoder's weights; None where it isn't taken."""
+        return self._fused
+
+    @property
+    def coded(self) -> bool:
+        return self._coded
+
+    @property
     def head(self) -> Tensor:
         """[V, width]: what a normed hidden state is multiplied with."""
         if isinstance(self._head, Groups):

@@ -20,7 +20,7 @@ from longspec.model.config import Config, Rope
 from longspec.model.groups import Groups
 from longspec.native import library
 
-__all__ = ["MOST_ROWS", "Fused", "missing"]
+__all__ = ["MOST_ROWS", "Fused", "Matrix", "matrix_of", "missing"]
 
 MOST_ROWS = 64
 """From here on torch is as fast: 23 ms for 64 rows against 27, 34 for 128 against 33."""
@@ -31,7 +31,7 @@ Turns = Mapping[Rope, tuple[Tensor, Tensor]]
 _BF16, _CODES = 0, 1
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
@@ -46,7 +46,7 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("before_attention", "before_mlp", "query_norm", "key_norm")),
         *((name, ctypes.c_int64) for name in ("heads", "key_heads", "head_dim", "activation")),
         ("eps", ctypes.c_float),
@@ -100,10 +100,24 @@ class Fused:
             torch.tensor(self._pointers),
             torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
         )
-        self._head, self._norm = _matrix(head), norm.data_ptr()
+        self._head, self._norm = matrix_of(head), norm.data_ptr()
         self._held = (layers, norm, head)
         room = kernel.layer_room(self._pointers[0], config.width, MOST_ROWS)
         self._room = torch.empty(room, dtype=torch.uint8)
+
+    @property
+    def linear(self) -> int | None:
+        """Where the kernel's function for one product is, for another kernel to call."""
+        return ctypes.cast(self._kernel.linear, ctypes.c_void_p).value
+
+    @property
+    def head_matrix(self) -> int:
+        return ctypes.addressof(self._head)
+
+    @property
+    def room(self) -> int:
+        """Where it works: enough for any product of this decoder's widths."""
+        return self._room.data_ptr()
 
     def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
         """Hidden [r, width] after layers first..last, r at most 64, in one call. Parts: of each layer, 1 for its
@@ -188,7 +202,7 @@ class Fused:
 def _layer(config: Config, layer: Any) -> _Layer:
     c = config
     return _Layer(
-        *(_matrix(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+        *(matrix_of(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
         layer.before_attention.weight.data_ptr(),
         layer.before_mlp.weight.data_ptr(),
         layer.query_norm.weight.data_ptr() if layer.query_norm else None,
@@ -201,15 +215,16 @@ def _layer(config: Config, layer: Any) -> _Layer:
     )
 
 
-def _matrix(linear: Any) -> _Matrix:
+def matrix_of(linear: Any) -> Matrix:
+    """A layer of weights as the kernel takes it; its tensors must be kept."""
     weight, bias = linear.weight, linear.bias
     assert weight.is_contiguous()
     at = bias.data_ptr() if bias is not None else None
     if not isinstance(linear, Groups):
-        return _Matrix(weight.data_ptr(), None, None, at, *weight.shape, _BF16)
+        return Matrix(weight.data_ptr(), None, None, at, *weight.shape, _BF16)
     low = linear.low.data_ptr() if linear.low is not None else None
     scale = linear.scale.data_ptr()
-    return _Matrix(weight.data_ptr(), scale, low, at, linear.size, linear.width, _CODES, linear.bits)
+    return Matrix(weight.data_ptr(), scale, low, at, linear.size, linear.width, _CODES, linear.bits)
 
 
 def _kernel() -> ctypes.CDLL | str:

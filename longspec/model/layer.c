@@ -44,20 +44,6 @@ static __m512 activated(__m512 x, int64_t kind) {
     return x / (1.0f + exponential(-u));
 }
 
-/* Root mean square norm of a row, of any width. */
-static void normed(const bf16 *x, const bf16 *weight, int64_t width, float eps, bf16 *y) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += LANES) {
-        const __m512 part = load_some(x + k, upto(width - k));
-        squares += part * part;
-    }
-    const float factor = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps);
-    for (int64_t k = 0; k < width; k += LANES) {
-        const __mmask16 some = upto(width - k);
-        save_some(y + k, load_some(x + k, some) * factor * load_some(weight + k, some), some);
-    }
-}
-
 #include "groups.h"
 
 /* Part `part` of all rows x, as the tiles' right operand: the 16 words from 16 * place on, of 16 rows. Two threads never

@@ -1,7 +1,8 @@
-"""The target's hidden states over a text, computed when they are needed: a head trains on them.
+"""The target's hidden states over texts: a head trains on them.
 
-Storing them would take width times two bytes a token (the default model: 1.2 GB for a million), and computing them is a
-small part of a training step, since a whole text is one wide pass.
+A whole text is one wide pass, which is two fifths of a training step of the default model. So they are kept from one
+epoch to the next, in the model's dtype and so to the same bits, while they fit into a part of the memory (of the
+default model 1.2 GB for a million tokens); the others are computed anew.
 """
 
 from __future__ import annotations
@@ -12,12 +13,34 @@ import torch
 from torch import Tensor
 
 from longspec.cache.dense import Dense
+from longspec.machine import available_bytes
 from longspec.model.decoder import Chunk, Decoder, Rows
 
-__all__ = ["features"]
+__all__ = ["Features", "features"]
 
 CHUNK = 512
 """Rows of a pass."""
+
+_SHARE = 0.25  # of the memory that is free at first
+
+
+class Features:
+    """Those of texts that come again and again. room: bytes for what is kept; a share of what is free, if left out."""
+
+    def __init__(self, decoder: Decoder, room: int | None = None) -> None:
+        self._decoder = decoder
+        self._room = int(available_bytes() * _SHARE) if room is None else room
+        self._kept: dict[int, Tensor] = {}
+
+    def of(self, number: int, tokens: Sequence[int]) -> Tensor:
+        """[n, width] of the text with this number."""
+        found = self._kept.get(number)
+        if found is None:
+            found = features(self._decoder, tokens)
+            if found.nbytes <= self._room:
+                self._room -= found.nbytes
+                self._kept[number] = found
+        return found
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from longspec.engine import Engine
 from longspec.heads.format import Trained, new_head
 from longspec.model.load import Model
 from longspec.training.distil import TOGETHER, Text
+from longspec.training.features import features
 from longspec.training.report import ANSWER, tokens_per_step
 from longspec.training.train import Recipe, frequent, loss_of, ready
 
@@ -112,5 +113,5 @@ def _training(model: Model, head: Trained, text: Text) -> float:
     rows = head.rows(model)
     for _ in range(2):
         began = perf_counter()
-        loss_of(model, replace(head), rows, text).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, replace(head), rows, text, features(model.decoder, text.tokens)).backward()  # type: ignore[no-untyped-call]
     return perf_counter() - began

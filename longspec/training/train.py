@@ -28,7 +28,7 @@ from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
 from longspec.model.load import Model
 from longspec.training.distil import Text
-from longspec.training.features import features
+from longspec.training.features import Features
 from longspec.training.together import ALONE, Together
 
 __all__ = ["Progress", "Recipe", "frequent", "loss_of", "ready", "train"]
@@ -125,7 +125,7 @@ def train(
     parameters = list(head.module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False)
     progress = _load(checkpoint, head, optimizer)
-    rows, saved = head.rows(model), perf_counter()
+    rows, hidden, saved = head.rows(model), Features(model.decoder), perf_counter()
     while progress.step < recipe.steps and progress.since < recipe.patience:
         step = progress.step
         report("training", step, recipe.steps)
@@ -136,7 +136,7 @@ def train(
         total = sum(len(text.tokens) - text.prompt for text in chosen)
         running = 0.0
         for text in company.share(chosen):
-            loss = loss_of(model, head, rows, text) / total
+            loss = loss_of(model, head, rows, text, hidden.of(text.number, text.tokens)) / total
             loss.backward()  # type: ignore[no-untyped-call]
             running += loss.item()
         running = company.add(parameters, running)
@@ -165,10 +165,11 @@ def train(
     return progress
 
 
-def loss_of(model: Model, head: Trained, rows: Tensor, text: Text) -> Tensor:
-    """Summed over the answer's rows. rows [D, width]: of the target's head, as the head uses them."""
+def loss_of(model: Model, head: Trained, rows: Tensor, text: Text, hidden: Tensor) -> Tensor:
+    """Summed over the answer's rows. rows [D, width]: of the target's head, as the head uses them; hidden [n, width]:
+    the text's, before the final norm.
+    """
     decoder, config = model.decoder, head.config(model)
-    hidden = features(decoder, text.tokens)
     with torch.no_grad():
         wanted = decoder.normed(hidden).float()  # [n, width]
         scale = wanted.square().mean().sqrt().clamp_min(1e-6)  # the smooth L1 is then the same for every target
