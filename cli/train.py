@@ -63,6 +63,16 @@ def train(
             help="Tokens that the model writes; 1000k if left out.",
         ),
     ] = 1000 * 1024,
+    invent: Annotated[
+        int,
+        typer.Option(
+            "--invent",
+            metavar="N",
+            parser=readers.whole(0),
+            rich_help_panel=_TRAINING,
+            help="Of a hundred texts, N answer a prompt that the model invents itself; 0 if left out.",
+        ),
+    ] = 0,
     depth: Annotated[
         int,
         typer.Option(
@@ -120,7 +130,7 @@ def train(
         if dtype == "auto":  # codes have no gradients, and write several times as fast
             dtype, writer = native_dtype(opened.device), opened.load(report=progress.report)
         loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
-        recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0)
+        recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0, invented=invent)
         course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed), writer)
         if int(os.environ.get("RANK", "0")) == 0:
             progress.report("measuring")

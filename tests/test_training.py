@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from longspec.errors import UsageError
 from longspec.heads.format import load_head, new_head
 from longspec.model.load import Model
 from longspec.training.course import Course, start
-from longspec.training.distil import Text, distil, read_prompts, read_texts
+from longspec.training.distil import Text, distil, opening, read_prompts, read_texts
 from longspec.training.features import Features, features
 from longspec.training.plan import make_plan
 from longspec.training.train import Recipe, _CrossEntropy, frequent, loss_of
@@ -57,6 +59,25 @@ def test_texts_are_the_same_however_often_they_are_interrupted(model: Model, tmp
     assert written(model, tmp_path / "cut", 300) == whole[: len(written(model, tmp_path / "cut", 300))]
     alone = engine(model).generate(PROMPTS[3], key="3", max_new_tokens=48 - len(PROMPTS[3]), **SAMPLED)
     assert tuple(whole[3].tokens[whole[3].prompt :]) == alone.tokens
+
+
+def templated(model: Model, template: str) -> Model:
+    own = replace(model, vocabulary=deepcopy(model.vocabulary))
+    own.vocabulary.template = template
+    return own
+
+
+def test_a_model_invents_prompts_where_its_template_has_a_user_speak(model: Model, tmp_path: Path) -> None:
+    own = templated(model, "0{% for m in messages %}1{{ m.content }}2{% endfor %}")
+    assert opening(own.vocabulary) == "01"
+    half = written(own, tmp_path / "half", 600, invented=50)
+    taken = [text for text in half if own.vocabulary.decode(text.tokens[: text.prompt]) in PROMPTS]
+    assert 0 < len(taken) < len(half)
+    (tmp_path / "cut").write_bytes(b"".join((tmp_path / "half").read_bytes().splitlines(keepends=True)[2:5]))
+    assert written(own, tmp_path / "cut", 600, invented=50) == half
+    counted = templated(model, "{% for m in messages %}{{ m.content | length }}{% endfor %}")
+    with pytest.raises(UsageError, match="can't invent prompts"):
+        written(counted, tmp_path / "none", 60, invented=1)
 
 
 def test_prompts_that_leave_no_room_are_left_out(model: Model, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longspec.engine import Engine
@@ -94,6 +95,7 @@ class Course:
             length=min(self.recipe.window, self.model.decoder.config.context),
             options=self.options,
             report=report,
+            invented=self.recipe.invented,
         )
 
     def _untrained(self, tokens: Tensor | None) -> Trained:
@@ -156,7 +158,8 @@ def start(
     options: dict[str, Any],
     writer: Model | None = None,
 ) -> Course:
-    """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands.
+    """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands. The
+    others are taken in an order of the seed's: a file may have one kind behind the other.
 
     writer: the same model in the dtype that is to write the texts; None: as it is.
 
@@ -172,11 +175,13 @@ def start(
                          "a training needs two or more, since some are kept for validation.")  # fmt: skip
     count = min(MOST_HELD, max(1, len(prompts) // 10))
     kept = {i * len(prompts) // count for i in range(count)}
+    distilled = [prompt for i, prompt in enumerate(prompts) if i not in kept]
+    order = torch.randperm(len(distilled), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return Course(
         model,
         recipe,
         folder,
-        [prompt for i, prompt in enumerate(prompts) if i not in kept],
+        [distilled[i] for i in order],
         [prompts[i] for i in sorted(kept)],
         options,
         writer or model,

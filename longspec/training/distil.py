@@ -3,6 +3,9 @@
 Takes prompts and an engine; gives texts, several written side by side. Each is a line of a file as soon as it is whole,
 and a text is a function of its prompt, its number and the seed: a run that was killed goes on where the file ends, and
 ends with the same texts.
+
+Some of the prompts may be the target's own: it goes on from where its chat template has a user speak (Magpie,
+2406.08464). They are as various as what it was trained on, where a file of prompts is of one kind.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from typing import Any
 from longspec.engine import Engine
 from longspec.errors import ContextError, LongspecError, UsageError
 from longspec.session import Session
+from longspec.text import Vocabulary
 
-__all__ = ["Text", "distil", "read_prompts", "read_texts"]
+__all__ = ["Text", "distil", "opening", "read_prompts", "read_texts"]
 
 Report = Callable[[str, int, int], None]
 
@@ -27,6 +31,7 @@ TOGETHER = 16
 
 _MOST_LINE = 1 << 20
 _MOST_PROMPTS = 1_000_000
+_MARK = "\u2042\u2042"  # asterisms: nothing that a template says itself
 _TRIES = 8  # prompts in a row that are too long to be used, times the prompts that there are
 
 
@@ -70,15 +75,21 @@ def distil(
     length: int,
     options: dict[str, Any],
     report: Report,
+    invented: int = 0,
 ) -> list[Text]:
     """Texts of at most `length` tokens, until the answers have `tokens` together. options: of `Engine.open`.
 
+    invented: of a hundred texts, how many answer a prompt that the target invents.
+
     Raises:
-        UsageError: the file isn't of such texts, or no prompt leaves room for an answer.
+        UsageError: the file isn't of such texts, no prompt leaves room for an answer, or there is no chat template to
+            invent one.
         LongspecError: the file can't be written.
     """
     texts = {text.number: text for text in read_texts(path, engine.model.decoder.config.vocabulary)}
     active: dict[int, Session] = {}
+    inventing: set[int] = set()
+    before = opening(engine.model.vocabulary) if invented else ""
     number, unusable = 0, 0
     try:
         with path.open("ab") as file:
@@ -89,10 +100,15 @@ def distil(
                 written = sum(len(text.tokens) - text.prompt for text in texts.values())
                 report("writing texts", min(written, tokens), tokens)
                 while len(active) < TOGETHER and written < tokens:
-                    if unusable > _TRIES * len(prompts):
+                    if unusable > _TRIES * (len(prompts) + 1):
                         raise UsageError(f"No prompt leaves room for an answer in {length} tokens; give shorter ones.")
                     if number not in texts:
-                        session = _opened(engine, prompts[number % len(prompts)], number, length, options)
+                        session: Session | None
+                        if number * 61 % 100 < invented:
+                            session = _inventing(engine, before, number, length // 4, options)
+                            inventing.add(number)
+                        else:
+                            session = _opened(engine, prompts[number % len(prompts)], number, length, options)
                         if session is None:
                             texts[number] = Text(number, 0, [])  # a place in the order, and nothing else
                             unusable += 1
@@ -103,12 +119,37 @@ def distil(
                     engine.step(list(active.values()))
                 for at in [at for at, session in active.items() if session.finish_reason is not None]:
                     session = active.pop(at)
+                    if at in inventing:
+                        inventing.remove(at)
+                        prompt = engine.model.vocabulary.decode(session.answer).strip()
+                        whole = session.finish_reason == "stop" and prompt != ""
+                        answering = _opened(engine, prompt, at, length, options) if whole else None
+                        if answering is not None:
+                            active[at] = answering
+                        else:
+                            texts[at] = Text(at, 0, [])
+                            unusable += 1
+                        continue
                     unusable, texts[at] = 0, Text(at, session.prompt_length, session.tokens)
                     file.write(json.dumps(asdict(texts[at])).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def opening(vocabulary: Vocabulary) -> str:
+    """What the chat template writes before a user's first words.
+
+    Raises:
+        UsageError: there is no template, or it changes what users say.
+    """
+    before, found, _ = vocabulary.chat([{"role": "user", "content": _MARK}], add_generation_prompt=False).partition(
+        _MARK
+    )
+    if not found:
+        raise UsageError("The model's chat template doesn't write a user's words as they are: it can't invent prompts.")
+    return before.removeprefix(vocabulary.special.get("bos_token") or "")  # which stands before every plain text
 
 
 def read_texts(path: Path, vocabulary: int) -> list[Text]:
@@ -152,6 +193,15 @@ def _opened(engine: Engine, prompt: str, number: int, length: int, options: dict
     if session.prompt_length > length // 2:
         return None
     session.limit = min(session.limit, length)
+    for _ in engine.prefill(session):
+        pass
+    return session
+
+
+def _inventing(engine: Engine, before: str, number: int, most: int, options: dict[str, Any]) -> Session:
+    """A session that writes a prompt, prefilled; at a temperature of 1, so that no two are alike."""
+    asked = {**options, "raw": True, "temperature": 1.0, "max_new_tokens": most}
+    session = engine.open(before, key=f"prompt {number}", **asked)
     for _ in engine.prefill(session):
         pass
     return session

@@ -61,6 +61,7 @@ class Recipe:
     texts: int = 8  # per step; their gradients are summed
     rate: float = 1e-3
     validations: int = 10
+    invented: int = 0  # of a hundred texts, how many answer a prompt of the target's own
     patience: int = 4  # validations without a better one, after which it ends
 
     @property
