@@ -366,10 +366,10 @@ class Talk:
         return seen[seen.index(begin) + len(begin) : -len(PROMPT)].removesuffix("\n")
 
     def begin(self, line: str) -> str:
-        """The first characters of a long answer."""
+        """The first characters of a long answer, behind some 300 of progress."""
         os.write(self.ours, f"{line}\r".encode())
         seen = b""
-        while len(seen) < 300:
+        while len(seen) < 600:
             seen += os.read(self.ours, 100)
         return seen.decode(errors="ignore")
 

@@ -195,8 +195,10 @@ def test_the_server_tells_it_apart(made: Engine) -> None:
         assert (status, said["error"]["param"]) == (400, "reasoning_budget")
 
 
-def test_run_hides_what_a_server_thought(thinker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_run_hides_what_a_server_thought(
+    thinker: str, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     for name in [name for name in os.environ if name.startswith("LONGSPEC_")]:
         monkeypatch.delenv(name)
     asked = ["run", "--no-stdin", "-m", thinker, *TINY, *BOUND, "--stop-loops", "hi"]

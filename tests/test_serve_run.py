@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,11 +53,11 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, runtime: Path) -> Iterator[Path]:
     """A user whose runtime folder is its own."""
     with pytest.MonkeyPatch.context() as patch:
         made = tmp_path_factory.mktemp("home")
-        patch.setenv("XDG_RUNTIME_DIR", str(made))
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
         for name in [name for name in os.environ if name.startswith("LONGSPEC_")]:
             patch.delenv(name)
         yield made
@@ -206,12 +207,13 @@ def test_others_need_a_key(home: Path) -> None:
     assert "set LONGSPEC_API_KEY" in done.err
 
 
-def test_a_folder_that_others_read_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert remote.folder() is None
-    assert remote.folder(make=True) == tmp_path / "longspec"
-    (tmp_path / "longspec").chmod(0o755)
-    assert remote.folder(make=True) is None
+def test_a_folder_that_others_read_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        assert remote.folder() is None
+        assert remote.folder(make=True) == Path(folder, "longspec")
+        Path(folder, "longspec").chmod(0o755)
+        assert remote.folder(make=True) is None
 
 
 def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -> None:
