@@ -84,7 +84,7 @@ class Engine:
         self.plan = plan
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
-        self.watch = Watch(plan, moves=cache == "auto") if plan else None
+        self.watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         self.draft_tokens = draft_tokens
         self.load_seconds: dict[str, float] = {}
 

@@ -22,6 +22,7 @@ __all__ = [
     "cache_folder",
     "config_folder",
     "cores",
+    "has_large_pages",
     "parse_bytes",
     "peak_bytes",
     "processor",
@@ -139,6 +140,12 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def has_large_pages() -> bool:
+    """Whether the system gives memory in pages of 2 MiB to who asks for them (Linux: transparent huge pages)."""
+    said = " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
+    return "[madvise]" in said or "[always]" in said
 
 
 def cache_folder() -> Path:

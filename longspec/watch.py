@@ -34,11 +34,11 @@ SMALLER = ("int8", "int4")
 
 
 class Watch:
-    """Keeps a plan's budget. `moves`: caches may become smaller ones."""
+    """Keeps a plan's budget. `moves`: caches may become smaller ones. `is_read`: all weights are in memory already."""
 
-    def __init__(self, plan: Plan, *, moves: bool) -> None:
+    def __init__(self, plan: Plan, *, moves: bool, is_read: bool = False) -> None:
         self.plan = plan
-        self.moves = moves
+        self.moves, self.is_read = moves, is_read
         self._steps = 0
         self._peak = peak_bytes()
         self._passing = 0  # what a pass was seen to take and to give back
@@ -53,9 +53,9 @@ class Watch:
         Raises:
             BudgetError: it would not fit, and there is no answer yet to end with.
         """
-        c, on_cpu = self.plan.request.config, self.plan.request.device.type == "cpu"
+        c, mapped = self.plan.request.config, self.plan.request.device.type == "cpu" and not self.is_read
         # The first step reads the pages of the head, which prefill leaves alone.
-        head = c.vocabulary * c.width * DTYPES[self.plan.request.dtype].itemsize if on_cpu else 0
+        head = c.vocabulary * c.width * DTYPES[self.plan.request.dtype].itemsize if mapped else 0
         self._learn()
         if not self._has_room([session], rows, head):
             raise BudgetError(

@@ -69,6 +69,28 @@ def test_tensors_begin_on_a_cache_line(tmp_path: Path) -> None:
     assert Shard(tmp_path / "a").take("a name of some length").data_ptr() % 64 == 0
 
 
+def test_a_file_that_is_read_gives_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a": torch.randn(7, 5).bfloat16(), "b": torch.randn(3, 5).bfloat16()}
+    path = tmp_path / "model.safetensors"
+    write_shard(
+        path, [(name, tuple(value.shape)) for name, value in values.items()], torch.bfloat16, values.__getitem__
+    )
+    shard = Shard(path)
+    assert not shard.read()  # too small to be worth it
+    monkeypatch.setattr("longspec.model.shard._LEAST_READ", 1)
+    monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: False)
+    assert not shard.read()
+    monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: True)
+    assert shard.read()
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))  # what is read is the file's no more
+    for name, value in values.items():
+        assert torch.equal(shard.take(name), value)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ModelError, match="it is being changed"):
+        shard.read()
+
+
 def test_values_are_kept_or_converted(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "model.safetensors")
     weights = Weights.of_folder(tmp_path, torch.float32)

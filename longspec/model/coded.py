@@ -52,6 +52,10 @@ class CodedFile:
         self._made[name] = Groups.of(joined(codes), bias)
         return self._made[name]
 
+    def read(self) -> bool:
+        """What is kept, into memory of large pages. Gives whether it was."""
+        return self._kept is not None and self._kept.read()
+
     def keep(self) -> None:
         """Write what was made, unless it was all there. Raises ModelError where the disk refuses."""
         if self._place is None or not self._made or self._place.is_dir():

@@ -56,6 +56,7 @@ class Model:
     end_tokens: tuple[int, ...]
     defaults: Mapping[str, Any]  # generation_config.json
     seconds: Mapping[str, float]  # tokenizer, weights
+    is_read: bool = False  # all that passes read is in memory; else pages of files come when they are touched
 
     @property
     def lineage(self) -> str:
@@ -90,6 +91,7 @@ class Opened:
         began = perf_counter()
         dtype, coded = DTYPES[self.dtype], self.dtype == "int8"
         weights = self.checkpoint.weights(dtype, report or quiet)
+        is_read = self.device.type == "cpu" and weights.read(coded=coded)
         decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
         if coded:
             weights.keep()
@@ -102,6 +104,7 @@ class Opened:
             end_tokens=end_tokens(self.config, defaults, self.vocabulary),
             defaults=defaults,
             seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
+            is_read=is_read,
         )
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.machine import has_large_pages
 
 __all__ = ["Shard", "write_shard"]
 
@@ -45,6 +46,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+_LEAST_READ = 16 << 20  # bytes
 _ALIGNMENT = 64  # bytes, a cache line: where the tensors of a file that we write begin
 
 
@@ -73,10 +75,41 @@ class Shard:
         except OSError as error:
             raise ModelError(f"{path} can't be read: {error.strerror or error}.") from error
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)  # [size of the file]; keeps the map alive
+        self._size = size
 
     @property
     def names(self) -> list[str]:
         return list(self._spans)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {span.dtype for span in self._spans.values()}
+
+    def read(self) -> bool:
+        """From here on tensors are views of the process' own memory, in large pages, and not of the file.
+
+        Who reads all of it again and again waits less for addresses: on two cores of a virtual machine the default
+        model's codes were read in 2.2 ms and not in 2.7 to 4.0, twice as many bytes in 4.5 and not in 7.5 to 8.7.
+        Nothing happens where the system has no large pages, or the file would hardly fill some. Gives whether it did.
+
+        Raises:
+            ModelError: the file can't be read.
+        """
+        if self._size < _LEAST_READ or not has_large_pages():
+            return False
+        buffer = mmap.mmap(-1, self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            with self.path.open("rb", buffering=0) as file, memoryview(buffer) as room:
+                done = 0
+                while count := file.readinto(room[done:]):
+                    done += count
+        except OSError as error:
+            raise ModelError(f"{self.path} can't be read: {error.strerror or error}.") from error
+        if done != self._size:
+            raise ModelError(f"{self.path} has {done:,} bytes, and had {self._size:,} before: it is being changed.")
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        return True
 
     def take(self, name: str) -> Tensor:
         """The tensor, as a view of the file."""

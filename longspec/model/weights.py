@@ -77,6 +77,17 @@ class Weights(Mapping[str, Tensor]):
         file = read_gguf(path)
         return cls(dict.fromkeys(file.names, file), dtype, CodedFile(path))
 
+    def read(self, *, coded: bool) -> bool:
+        """All that every pass will read into memory of large pages, where it lies in files as it is: the codes, or what
+        has the dtype already. Gives whether it was.
+        """
+        if coded:
+            return self._coded is not None and self._coded.read()
+        sources = {id(source): source for source in self._sources.values()}.values()
+        fit = [source for source in sources if isinstance(source, Shard) and source.dtypes == {self.dtype}]
+        done = [source.read() for source in fit]
+        return len(done) == len(sources) and all(done)
+
     def joined(self, names: Sequence[str]) -> Tensor:
         """The tensors one below the other (dimension 0): a view where they lie so in one file, else a copy."""
         sources = {id(source): source for source in map(self._source, names)}
