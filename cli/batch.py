@@ -14,20 +14,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from longspec import __version__
-from longspec.batch.about import About, write_json
-from longspec.batch.inputs import Input, open_input
-from longspec.batch.marks import fresh
-from longspec.batch.output import Output
-from longspec.batch.requests import Fault, Item
 from longspec.cli import BEGAN, options, precedence, reasoning_options, signals
 from longspec.cli import batch_options as own
-from longspec.cli.loop import Loop
 from longspec.cli.progress import Progress
 from longspec.cli.prompt import checked
 from longspec.cli.writing import load
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
+    from longspec.batch.inputs import Input
+    from longspec.batch.requests import Fault, Item
     from longspec.engine import Engine
     from longspec.options import Options
 
@@ -95,6 +91,12 @@ def batch(
 
     A line of the input is an object with `prompt` or `messages`, and with `id` and options of its own if it likes.
     """
+    from longspec.batch.about import About, write_json  # late, as all below: every other command starts sooner
+    from longspec.batch.inputs import open_input
+    from longspec.batch.marks import fresh
+    from longspec.batch.output import Output
+    from longspec.cli.loop import Loop
+
     if output is None:
         raise UsageError(
             f"The answers need a file: longspec batch {(inputs or ['prompts.jsonl'])[0]} -o answers.jsonl."
@@ -193,6 +195,7 @@ def batch(
 def _summarise(summary: str | None, finished: int, failed: int) -> None:
     """The summary of a run that had nothing to do."""
     if summary is not None:
+        from longspec.batch.about import write_json
         from longspec.batch.tally import Tally
 
         write_json(Path(summary), {"complete": True, **Tally(finished, failed).report("none")})
@@ -222,6 +225,8 @@ def _identity(engine: Engine) -> dict[str, str]:
 
 def _noted(records: Iterator[Item | Fault], progress: Progress) -> Iterator[Item | Fault]:
     """The records, while each new field that says nothing to us is named once."""
+    from longspec.batch.requests import Item
+
     named: set[str] = set()
     for record in records:
         for field in record.unknown if isinstance(record, Item) else ():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from longspec.batch.inputs import FORMATS
+from longspec.batch import FORMATS
 from longspec.cli.readers import whole
 
 _FILES = "Input and output"

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from longspec.cli import options, signals
-from longspec.cli.danger import judge
 from longspec.cli.output import Output
 from longspec.cli.place import SHELLS, Place, here
 from longspec.cli.progress import Progress
@@ -122,6 +121,8 @@ def command(
                 f"No answer of {model} was a command that {place.shell} reads and whose programs are here; say the "
                 "request in other words, or name a larger model with -m."
             )
+        from longspec.cli.danger import judge  # late: every other command starts sooner
+
         destructive = False
         for line in lines:
             for harm in judge(line):

@@ -24,6 +24,9 @@ static inline __m512 load_some(const bf16 *x, __mmask16 some) { return widened(_
 static inline void save(bf16 *y, __m512 x) { _mm256_storeu_si256((void *)y, narrow(x)); }
 static inline void save_some(bf16 *y, __m512 x, __mmask16 some) { _mm256_mask_storeu_epi16(y, some, narrow(x)); }
 
+/* 16 values in fp16. */
+INLINE __m512 halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)x)); }
+
 /* The first so many lanes. */
 static inline __mmask16 upto(int64_t lanes) {
     return lanes <= 0 ? 0 : lanes >= LANES ? (__mmask16)-1 : (__mmask16)((1 << lanes) - 1);

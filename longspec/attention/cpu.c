@@ -86,89 +86,107 @@ INLINE __m512 value(const uint8_t *codes, const uint8_t *lower, int64_t shift, c
     return rounded(_mm512_cvtepi32_ps(code) * step) + low;
 }
 
-/* Codes of a head's columns from `first` on, which begins a block, and whole blocks of them: keys as rows of bf16 [count,
- * dim]; values two columns interleaved, as the second product takes them. Keys have their scales per block and channel,
- * values per row. */
-INLINE void decode_as(const Part *p, const Side *side, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *rows,
-                      const int are_keys, const int kind, const int bits) {
-    const int64_t size = dim * bits / 8, wide = are_keys ? dim : 1;
-    const uint8_t *codes = (const uint8_t *)side->codes + head * side->head + first * size;
-    const uint8_t *lower = kind == DUAL ? (const uint8_t *)side->lower + head * side->lower_head + first * size : 0;
-    const uint16_t *steps = side->step + head * side->step_head + first / (are_keys ? BLOCK : 1) * wide;
-    const uint16_t *lows = kind == SYMMETRIC ? 0 : side->low + head * side->low_head + first / (are_keys ? BLOCK : 1) * wide;
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+/* A head's columns of one side from `first` on, which begins a block. */
+typedef struct {
+    const uint8_t *codes, *lower;
+    const uint16_t *steps, *lows; /* per `every` columns, `wide` of them; lows or null */
+    int64_t size;                 /* bytes of a column */
+} Columns;
+
+INLINE Columns from_column(const Side *side, int64_t head, int64_t first, int64_t size, int64_t every, int64_t wide) {
+    const int64_t scale = first / every * wide;
+    return (Columns){
+        (const uint8_t *)side->codes + head * side->head + first * size,
+        side->lower ? (const uint8_t *)side->lower + head * side->lower_head + first * size : 0,
+        side->step + head * side->step_head + scale, side->low ? side->low + head * side->low_head + scale : 0, size};
+}
+
+INLINE void ask_early(const Columns *c, int64_t column) {
+    const int64_t later = (column + CODES_AHEAD) * c->size;
+    _mm_prefetch((const char *)c->codes + later, _MM_HINT_T0);
+    if (c->lower) _mm_prefetch((const char *)c->lower + later, _MM_HINT_T0);
+}
+
+/* On to a column's next 16 channels: where their codes begin, and in which bits of the bytes. */
+INLINE void go_on(int64_t *place, int64_t *shift, int64_t size, int64_t bits) {
+    *place += LANES;
+    if (*place == size) *place = 0, *shift += bits;
+}
+
+/* Keys of `count` columns, whole blocks, as rows of bf16 [count, dim]; they have their scales per block and channel. */
+INLINE void decode_keys(const Part *p, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *keys, const int kind,
+                        const int bits) {
+    const Columns c = from_column(&p->keys, head, first, dim * bits / 8, BLOCK, dim);
     float step[MOST_DIM], low[MOST_DIM];
-#define NEXT                 \
-    place += LANES;          \
-    if (place == size) {     \
-        place = 0;           \
-        shift += bits;       \
-    }
-    for (int64_t row = 0; row < count; row += are_keys ? 1 : 2) {
-        const int64_t later = (row + CODES_AHEAD) * size;
-        _mm_prefetch((const char *)codes + later, _MM_HINT_T0);
-        if (lower) _mm_prefetch((const char *)lower + later, _MM_HINT_T0);
-        if (are_keys && row % BLOCK == 0)
-            for (int64_t d = 0; d < dim; d += LANES) {
-                const int64_t at = row / BLOCK * dim + d;
-                _mm512_storeu_ps(step + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(steps + at)))));
-                if (lows) _mm512_storeu_ps(low + d, rounded(_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(lows + at)))));
-            }
-        const __m512 none = _mm512_setzero_ps();
-        int64_t place = 0, shift = 0; /* of the codes of a row's next 16 channels */
-        if (are_keys)
-            for (int64_t d = 0; d < dim; d += 2 * LANES) {
-                __m512 both[2];
-                for (int64_t i = 0; i < 2; i++) {
-                    const int64_t at = row * size + place, channel = d + i * LANES;
-                    both[i] = value(codes + at, lower + at, shift, kind, bits, _mm512_loadu_ps(step + channel),
-                                    lows ? _mm512_loadu_ps(low + channel) : none);
-                    NEXT
-                }
-                _mm512_storeu_si512(rows + row * dim + d, (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]));
-            }
-        else {
-            __m512 by[2], plus[2] = {none, none};
+    memset(low, 0, sizeof low);
+    for (int64_t j = 0; j < count; j++) {
+        ask_early(&c, j);
+        for (int64_t d = 0; j % BLOCK == 0 && d < dim; d += LANES) {
+            const int64_t at = j / BLOCK * dim + d;
+            _mm512_storeu_ps(step + d, rounded(halves(c.steps + at)));
+            if (kind != SYMMETRIC) _mm512_storeu_ps(low + d, rounded(halves(c.lows + at)));
+        }
+        int64_t place = 0, shift = 0;
+        for (int64_t d = 0; d < dim; d += 2 * LANES) {
+            __m512 both[2];
             for (int64_t i = 0; i < 2; i++) {
-                by[i] = _mm512_set1_ps(brief(half(steps[row + i])));
-                if (lows) plus[i] = _mm512_set1_ps(brief(half(lows[row + i])));
+                const int64_t at = j * c.size + place, channel = d + i * LANES;
+                both[i] = value(c.codes + at, c.lower + at, shift, kind, bits, _mm512_loadu_ps(step + channel),
+                                _mm512_loadu_ps(low + channel));
+                go_on(&place, &shift, c.size, bits);
             }
-            if (kind == ASYMMETRIC && bits <= 4) { /* 16 values that a row's codes can be: looked up */
-                const __m512 all = _mm512_cvtepi32_ps(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-                const __m512i known = (__m512i)_mm512_cvtne2ps_pbh(rounded(all * by[1]) + plus[1], rounded(all * by[0]) + plus[0]);
-                for (int64_t d = 0; d < dim; d += LANES) {
-                    const __m128i move = _mm_cvtsi64_si128(shift), mask = _mm_set1_epi8((1 << bits) - 1);
-                    __m128i code[2];
-                    for (int64_t i = 0; i < 2; i++)
-                        code[i] = _mm_and_si128(_mm_srl_epi16(_mm_loadu_si128((const void *)(codes + (row + i) * size + place)), move), mask);
-                    code[1] = _mm_or_si128(code[1], _mm_set1_epi8(16));
-                    const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(code[0], code[1]), _mm_unpacklo_epi8(code[0], code[1]));
-                    _mm512_storeu_si512(rows + (row / 2 * dim + d) * 2, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(both), known));
-                    NEXT
-                }
-                continue;
-            }
-            for (int64_t d = 0; d < dim; d += LANES) {
-                __m512 both[2];
-                for (int64_t i = 0; i < 2; i++) {
-                    const int64_t at = (row + i) * size + place;
-                    both[i] = value(codes + at, lower + at, shift, kind, bits, by[i], plus[i]);
-                }
-                NEXT
-                const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]);
-                _mm512_storeu_si512(rows + (row / 2 * dim + d) * 2, _mm512_permutexvar_epi16(order, pair));
-            }
+            _mm512_storeu_si512(keys + j * dim + d, (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]));
         }
     }
-#undef NEXT
+}
+
+/* Values of `count` columns, two of them interleaved, as the second product takes them; they have their scales per column. */
+INLINE void decode_values(const Part *p, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *pairs,
+                          const int kind, const int bits) {
+    const Columns c = from_column(&p->values, head, first, dim * bits / 8, 1, 1);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 all = _mm512_cvtepi32_ps(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __m128i mask = _mm_set1_epi8((char)((1 << bits) - 1));
+    for (int64_t j = 0; j < count; j += 2) {
+        ask_early(&c, j);
+        __m512 step[2], low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t i = 0; i < 2; i++) {
+            step[i] = _mm512_set1_ps(brief(half(c.steps[j + i])));
+            if (kind != SYMMETRIC) low[i] = _mm512_set1_ps(brief(half(c.lows[j + i])));
+        }
+        /* What the codes of both columns can be, where they are at most 16 values: looked up. */
+        const __m512i known = (__m512i)_mm512_cvtne2ps_pbh(rounded(all * step[1]) + low[1], rounded(all * step[0]) + low[0]);
+        int64_t place = 0, shift = 0;
+        for (int64_t d = 0; d < dim; d += LANES) {
+            const uint8_t *codes = c.codes + j * c.size + place, *lower = c.lower + j * c.size + place;
+            __m512i pair;
+            if (kind == ASYMMETRIC && bits <= 4) {
+                __m128i code[2];
+                for (int64_t i = 0; i < 2; i++) {
+                    const __m128i part = _mm_loadu_si128((const void *)(codes + i * c.size));
+                    code[i] = _mm_and_si128(_mm_srl_epi16(part, _mm_cvtsi64_si128(shift)), mask);
+                }
+                code[1] = _mm_or_si128(code[1], _mm_set1_epi8(16));
+                const __m128i near = _mm_unpacklo_epi8(code[0], code[1]), far = _mm_unpackhi_epi8(code[0], code[1]);
+                pair = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_set_m128i(far, near)), known);
+            } else {
+                __m512 both[2];
+                for (int64_t i = 0; i < 2; i++)
+                    both[i] = value(codes + i * c.size, lower + i * c.size, shift, kind, bits, step[i], low[i]);
+                pair = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(both[1], both[0]));
+            }
+            _mm512_storeu_si512(pairs + (j / 2 * dim + d) * 2, pair);
+            go_on(&place, &shift, c.size, bits);
+        }
+    }
 }
 
 static void decode(const Part *p, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *keys, bf16 *pairs) {
 #define BOTH(kind, bits)                                                            \
     {                                                                               \
-        decode_as(p, &p->keys, head, first, count, dim, keys, 1, kind, bits);       \
-        decode_as(p, &p->values, head, first, count, dim, pairs, 0, kind, bits);    \
+        decode_keys(p, head, first, count, dim, keys, kind, bits);                  \
+        decode_values(p, head, first, count, dim, pairs, kind, bits);               \
     }
     if (p->kind == SYMMETRIC)
         BOTH(SYMMETRIC, 8)
@@ -223,8 +241,10 @@ static void interleave(const bf16 *values, int64_t count, int64_t padded, int64_
         for (int64_t d = 0; d < dim; d += LANES) {
             __m512i pair = _mm512_setzero_si512();
             if (j < count) pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values + j * dim + d)));
-            if (j + 1 < count)
-                pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(values + (j + 1) * dim + d))), 16));
+            if (j + 1 < count) {
+                const __m256i next = _mm256_loadu_si256((const void *)(values + (j + 1) * dim + d));
+                pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
+            }
             _mm512_storeu_si512(pairs + (j / 2 * dim + d) * 2, pair);
         }
     }
@@ -367,7 +387,8 @@ void attention_read(const Reading *r, const Part *p, int64_t begin, char *room, 
         configure();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tasks; i++)
-            task(r, p, i / chunks, i % chunks * CHUNK, queries + i / chunks * tiles * r->dim * ROWS, room + thread * own_room(r->dim), results + i * size);
+            task(r, p, i / chunks, i % chunks * CHUNK, queries + i / chunks * tiles * r->dim * ROWS,
+                 room + thread * own_room(r->dim), results + i * size);
         _tile_release();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < r->key_heads * tiles; i++) {

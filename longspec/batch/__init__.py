@@ -4,3 +4,6 @@
 
 Nothing here prints, draws or catches signals.
 """
+
+FORMATS = ("jsonl", "openai", "csv", "tsv", "lines", "files")
+"""What an input may be."""

@@ -17,15 +17,14 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from longspec.batch import FORMATS
 from longspec.batch.lines import LINE_NBYTES, Line, as_text, names, read_lines
 from longspec.batch.openai import is_openai, openai_request
 from longspec.batch.requests import Fault, Id, Item, as_object, checked_id, request
 from longspec.batch.template import Template
 from longspec.errors import UsageError
 
-__all__ = ["FORMATS", "Input", "open_input"]
-
-FORMATS = ("jsonl", "openai", "csv", "tsv", "lines", "files")
+__all__ = ["Input", "open_input"]
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "lines"}
 _CHUNK = 1 << 20

@@ -7,8 +7,9 @@
  *     state    + each head's cosine of query(state) and the token's keys, times the token's values
  *     out      join state, and what the token adds to it
  *
- * What a drafted token adds is known beforehand: its keys, values and half of the join stand in tables. The products are those of layer.c, whose function is handed over. Which leaf is expanded, and when no more is, is as in
- * grow.py: the likeliest path first.
+ * What a drafted token adds is known beforehand: its keys, values and half of the join stand in tables. The products are
+ * those of layer.c, whose function is handed over. Which leaf is expanded, and when no more is, is as in grow.py: the
+ * likeliest path first.
  */
 #include <stdint.h>
 
@@ -95,8 +96,9 @@ void cell_enter(const Cell *c, const bf16 *features, const bf16 *tokens, int64_t
  * the chances of their paths; gives how many. hidden [width] is what the layers gave; states and outs are room, [limit + 1,
  * width] each; scratch [size], at least width. Nodes of depth `deepest` are not expanded, nor those with a chance below
  * `floor`. */
-int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deepest, int64_t breadth, float floor, bf16 *states, bf16 *outs,
-                  bf16 *scratch, int64_t *tokens, int64_t *parents, float *chances, int64_t *depths, int64_t *rows) {
+int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deepest, int64_t breadth, float floor,
+                  bf16 *states, bf16 *outs, bf16 *scratch, int64_t *tokens, int64_t *parents, float *chances,
+                  int64_t *depths, int64_t *rows) {
     int64_t count = 0, at = -1;
     normed(hidden, c->between, c->width, c->eps, states);
     c->linear(c->first, 0, 0, states, 1, outs, c->room);

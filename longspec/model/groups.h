@@ -64,8 +64,6 @@ INLINE void unpack(const uint8_t *from, const int bits, __m512i words[WORDS]) {
     }
 }
 
-INLINE __m512 halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)x)); }
-
 /* What a group adds to 16 outputs of a row. Both ways come here, and so to the same bits. */
 INLINE __m512 added(__m512 sum, __m512i codes, __m512 step, __m512 low, const int has_low, const Coded *x, int64_t at) {
     sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes) * _mm512_set1_ps(x->scales[at]), step, sum);
