@@ -81,6 +81,9 @@ def test_a_file_that_is_read_gives_the_same_tensors(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: False)
     assert not shard.read()
     monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: True)
+    with monkeypatch.context() as full:
+        full.setattr("longspec.model.shard.available_bytes", lambda: path.stat().st_size)
+        assert not shard.read()
     assert shard.read()
     whole = path.read_bytes()
     path.write_bytes(bytes(len(whole)))  # what is read is the file's no more
