@@ -212,8 +212,9 @@ class QuantizedStage:
         near: list[Run | CodedRun] = [*self.near.runs(layer, rows)]
         if blocks.stop == blocks.start:
             return near
-        for each in range(cache.shape.layers):
-            cache.encode(each, blocks.stop, self.rows(each))
+        if min(cache._coded) < blocks.stop:
+            for each in range(cache.shape.layers):
+                cache.encode(each, blocks.stop, self.rows(each))
         return [CodedRun(cache.codec, cache._codes, blocks, bounds), *near]
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:

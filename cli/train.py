@@ -116,7 +116,7 @@ def train(
     with Progress(model, quiet=quiet) as progress:
         progress.report(f"loading {model}")
         from longspec.heads import KINDS
-        from longspec.model.load import load_model, native_dtype, open_model
+        from longspec.model.load import native_dtype, open_model
         from longspec.training.course import start
         from longspec.training.distil import read_prompts
         from longspec.training.plan import make_plan
@@ -127,9 +127,10 @@ def train(
         read = read_prompts(prompts)
         opened, writer = open_model(model, dtype=dtype, device=device, report=progress.report), None
         opened.set_threads(threads)
-        if dtype == "auto":  # codes have no gradients, and write several times as fast
-            dtype, writer = native_dtype(opened.device), opened.load(report=progress.report)
-        loaded = load_model(model, dtype=dtype, device=device, report=progress.report)
+        if dtype == "auto" and opened.dtype == "int8":  # codes have no gradients, and write several times as fast
+            writer, dtype = opened.load(report=progress.report), native_dtype(opened.device)
+            opened = open_model(model, dtype=dtype, device=device, report=progress.report)
+        loaded = opened.load(report=progress.report)
         recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0, invented=invent)
         course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed), writer)
         if int(os.environ.get("RANK", "0")) == 0:

@@ -34,8 +34,15 @@ _SECONDS = 120
 @cache
 def library(source: Path) -> ctypes.CDLL | str:
     """The library of a source file, which may include headers of its folder and of this one; a sentence where it can't
-    be had.
+    be had. One that needs tiles says by its function `missing` whether this processor lacks them.
     """
+    found = _loaded(source)
+    if not isinstance(found, str) and hasattr(found, "missing") and found.missing():
+        return "this processor has no tiles (AMX), or the system doesn't give them"
+    return found
+
+
+def _loaded(source: Path) -> ctypes.CDLL | str:
     name = os.environ.get("LONGSPEC_COMPILER", "")
     if name == "none":
         return "LONGSPEC_COMPILER is none"

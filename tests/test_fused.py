@@ -114,7 +114,7 @@ def test_gemma_and_fp32_take_torch(tmp_path: Path) -> None:
 
 def test_without_a_compiler_torch_is_taken(tmp_path: Path) -> None:
     source = tmp_path / "layer.c"
-    source.write_text("int layer_missing(void) { return 0; }")
+    source.write_text("int missing(void) { return 0; }")
     script = f"from pathlib import Path; from longspec.native import library; print(library(Path({str(source)!r})))"
     for name, why in {"none": "LONGSPEC_COMPILER is none", "no-such-cc": "no compiler named no-such-cc"}.items():
         done = subprocess.run(
@@ -125,6 +125,19 @@ def test_without_a_compiler_torch_is_taken(tmp_path: Path) -> None:
             check=True,
         )
         assert why in done.stdout
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_library_says_whether_the_processor_lacks_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "some.c"
+    source.write_text(f"int missing(void) {{ return {lacks}; }}")
+    found = library(source)
+    if isinstance(found, str) and "compiler" in found:
+        pytest.skip(found)
+    assert isinstance(found, str) == bool(lacks)
 
 
 def test_a_damaged_library_is_made_anew_and_a_bad_source_is_a_sentence(

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #if !defined(__AMX_BF16__) || !defined(__AVX512BW__) || !defined(__AVX512BF16__)
-int attention_missing(void) { return 1; }
+int missing(void) { return 1; }
 #else
 #include "tiles.h"
 
@@ -60,7 +60,7 @@ typedef struct {
     int64_t count, at, rows, put; /* from row `at` of the pass on; into column `put` */
 } Text;
 
-int attention_missing(void) { return refused(); }
+int missing(void) { return refused(); }
 
 static __m512 capped(__m512 x, float cap) {
     /* cap * tanh(x / cap), of the size's exponential so that nothing overflows */

@@ -225,8 +225,6 @@ def kernel() -> ctypes.CDLL | str:
     found = library(Path(__file__).with_name("cpu.c"))
     if isinstance(found, str):
         return found
-    if found.attention_missing():
-        return "this processor has no tiles (AMX), or the system doesn't give them"
     reading, part = ctypes.POINTER(Reading), ctypes.POINTER(_Part)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.attention_state.argtypes, found.attention_state.restype = (reading,), number

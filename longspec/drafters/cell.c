@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 #if !defined(__AMX_BF16__) || !defined(__AVX512BW__) || !defined(__AVX512BF16__)
-int cell_missing(void) { return 1; }
+int missing(void) { return 1; }
 #else
 #include "tiles.h"
 
@@ -33,7 +33,7 @@ typedef struct {
     float eps;
 } Cell;
 
-int cell_missing(void) { return refused(); }
+int missing(void) { return refused(); }
 
 /* The `breadth` greatest logits, best first, and the chances of their tokens. */
 static void best(const bf16 *logits, int64_t size, int64_t breadth, int64_t *tokens, float *chances) {

@@ -133,8 +133,6 @@ def _library() -> ctypes.CDLL | str:
     found = library(Path(__file__).with_name("cell.c"))
     if isinstance(found, str):
         return found
-    if found.cell_missing():
-        return "this processor has no tiles (AMX), or the system doesn't give them"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.cell_enter.argtypes = (ctypes.POINTER(_Cell), pointer, pointer, number, pointer, pointer)
     found.cell_grow.argtypes = (

@@ -60,7 +60,7 @@ class Head:
         source = _Held(names)
         weights = Weights(dict.fromkeys(names, source), model.decoder.dtype)
         target = model.decoder
-        coded = target.coded and target.slow is None
+        coded = target.coded and target.slow is None  # without the kernel codes are slower than bf16
         self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
         self._places = None if head.tokens is None else head.tokens.to(target.device)
         self._follow = Follow(self.decoder.shape, self._run)

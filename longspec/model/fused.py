@@ -231,8 +231,6 @@ def _kernel() -> ctypes.CDLL | str:
     found = library(Path(__file__).with_name("layer.c"))
     if isinstance(found, str):
         return found
-    if found.layer_missing():
-        return "this processor has no tiles (AMX), or the system doesn't give them"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.layer_room.argtypes, found.layer_room.restype = (pointer, number, number), number
     found.linear.argtypes = (pointer, pointer, ctypes.c_float, pointer, number, pointer, pointer)

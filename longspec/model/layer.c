@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #if !defined(__AMX_BF16__) || !defined(__AMX_INT8__) || !defined(__AVX512BW__)
-int layer_missing(void) { return 1; }
+int missing(void) { return 1; }
 #else
 #include "tiles.h"
 
@@ -146,7 +146,7 @@ static Room parted(char *room, int64_t most, int64_t rows) {
     return r;
 }
 
-int layer_missing(void) { return refused(); }
+int missing(void) { return refused(); }
 
 /* Within a parallel region: x as matrix m's right operand. */
 #define LAY(x)                                                                                                  \

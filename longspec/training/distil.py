@@ -100,7 +100,7 @@ def distil(
                 written = sum(len(text.tokens) - text.prompt for text in texts.values())
                 report("writing texts", min(written, tokens), tokens)
                 while len(active) < TOGETHER and written < tokens:
-                    if unusable > _TRIES * (len(prompts) + 1):
+                    if unusable > _TRIES * len(prompts):
                         raise UsageError(f"No prompt leaves room for an answer in {length} tokens; give shorter ones.")
                     if number not in texts:
                         session: Session | None
