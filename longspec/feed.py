@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import cast
 
 import torch
@@ -170,17 +170,25 @@ def choosing(made: Pass, feeds: Sequence[Feed]) -> Tensor:
 def choices_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[int]]:
     """The target's choice after every choosing row, feed by feed: one copy to the host."""
     chosen, start = [], 0
-    for feed in feeds:
-        session, end = feed.session, start + feed.choosing
+    for _, alike in groupby(feeds, _manner):
+        own = list(alike)
+        session, end = own[0].session, start + sum(feed.choosing for feed in own)
         rows, sampling = logits[start:end], session.sampling
         if session.constraint is not None:
-            rows = session.constraint.mask(rows, feed.paths())
-        keys = [] if sampling.is_greedy else session.noise_keys(feed.depths)
-        contexts = [session.seen.union(path) for path in feed.paths()] if sampling.penalises else None
+            rows = session.constraint.mask(rows, own[0].paths())
+        keys = [] if sampling.is_greedy else [key for feed in own for key in feed.session.noise_keys(feed.depths)]
+        contexts = [session.seen.union(path) for path in own[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
     flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _manner(feed: Feed) -> tuple[object, ...]:
+    """Feeds behind each other that are equal in this choose in one call; one with a text to look at, alone."""
+    session, sampling = feed.session, feed.session.sampling
+    alone = id(feed) if session.constraint is not None or sampling.penalises else None
+    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, alone
 
 
 def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:

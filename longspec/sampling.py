@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ __all__ = ["MOST_TEMPERATURE", "Sampling", "choose", "gumbel", "likeliest", "noi
 MOST_TEMPERATURE = 2.0
 """As OpenAI's API has it. Above, little but noise is written, and 7 for 0.7 is likelier meant than asked for."""
 
-_SOURCE = Path(__file__).with_name("best.c")
-_BEST, _MOST = {torch.bfloat16: "best16", torch.float32: "best32"}, 64
-"""The kernel's function for each dtype, and the most tokens that it gives."""
+_SOURCE = Path(__file__).with_name("choose.c")
+_KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
+"""How the C functions for each dtype end, and the most tokens that they look at."""
 
 _LOOKS = (128, 4096)
 """Tokens that top-p and min-p look at, before all: sorting 49,152 logits costs 3 ms a row, their best 128 about 0.2."""
@@ -115,26 +115,48 @@ def choose(
         logits = _penalised(logits.float(), sampling.repetition_penalty, contexts)
     if sampling.is_greedy:
         return likeliest(logits, 1)[:, 0]
+    kernel = _kernel(logits)
+    if kernel is None:
+        return _choose(logits, sampling, keys)
+    logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
+    own = torch.tensor(keys, dtype=torch.int64)
+    kernel(
+        "choose",
+        logits.data_ptr(),
+        *logits.shape,
+        ctypes.c_float(sampling.temperature),
+        sampling.top_k,
+        ctypes.c_float(sampling.top_p),
+        ctypes.c_float(sampling.min_p),
+        own.data_ptr(),
+        chosen.data_ptr(),
+    )
+    far = (chosen < 0).nonzero()[:, 0]
+    if len(far):  # rows that may keep more tokens than the kernel looks at
+        chosen[far] = _choose(logits[far], sampling, own[far])
+    return chosen
+
+
+def _choose(logits: Tensor, sampling: Sampling, keys: Sequence[int] | Tensor) -> Tensor:
+    """The same by torch's operators."""
     scores = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return _pick(scores, torch.arange(scores.shape[1], device=scores.device)[None], keys)
-    return _pick_among_the_best(scores, sampling, torch.tensor(keys, device=scores.device))
+    return _pick_among_the_best(scores, sampling, torch.as_tensor(keys, dtype=torch.int64, device=scores.device))
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:
     """The `count` tokens [r, count] with the greatest logits [r, V], best first.
 
-    On a CPU by the C kernel of `best.c`: 8 of 49,152 take 4 us a row, and torch 100 and more. Else each group of 64
+    On a CPU by the C kernel of `choose.c`: 8 of 49,152 take 4 us a row, and torch 100 and more. Else each group of 64
     columns can hold one only if its greatest is among the `count` greatest: half of topk's time.
     """
     rows, size = logits.shape
-    if logits.device.type == "cpu" and logits.dtype in _BEST and 0 < count <= _MOST and count <= size:
-        kernel = library(_SOURCE)
-        if not isinstance(kernel, str):
-            logits, best = logits.contiguous(), torch.empty(rows, count, dtype=torch.int64)
-            words = (ctypes.c_void_p(logits.data_ptr()), *map(ctypes.c_int64, (rows, size, count)))
-            getattr(kernel, _BEST[logits.dtype])(*words, ctypes.c_void_p(best.data_ptr()))
-            return best
+    kernel = _kernel(logits) if 0 < count <= min(_MOST, size) else None
+    if kernel is not None:
+        logits, best = logits.contiguous(), torch.empty(rows, count, dtype=torch.int64)
+        kernel("best", logits.data_ptr(), rows, size, count, best.data_ptr())
+        return best
     if count == 1:
         return logits.max(-1, keepdim=True).indices  # argmax takes four times as long
     if size % 64 or size // 64 < count:
@@ -144,6 +166,20 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     held = grouped.gather(2, groups[:, None].expand(-1, 64, -1)).flatten(1)
     best = held.topk(count).indices
     return best // count * (size // 64) + groups.gather(1, best % count)
+
+
+def _kernel(logits: Tensor) -> Callable[..., None] | None:
+    """Of `choose.c`, for these logits: given a function's name, and its arguments with addresses as integers."""
+    kernel = library(_SOURCE) if logits.device.type == "cpu" and logits.dtype in _KERNELS else ""
+    if isinstance(kernel, str):
+        return None
+    suffix = _KERNELS[logits.dtype]
+
+    def call(name: str, *words: object) -> None:
+        wide = (ctypes.c_int64(word) if isinstance(word, int) else word for word in words)
+        getattr(kernel, name + suffix)(*wide)
+
+    return call
 
 
 def rank(

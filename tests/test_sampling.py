@@ -98,6 +98,30 @@ def test_a_large_vocabulary_keeps_what_its_definition_keeps() -> None:
         assert int(together[1]) in allowed[1]
 
 
+@pytest.mark.parametrize("sampling", [*CASES[:-1], Sampling(temperature=0.05), Sampling(temperature=0.7, top_k=100),
+                                      Sampling(temperature=2.0, top_p=0.99, min_p=0.001)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_chooses_what_torch_chooses(
+    sampling: Sampling, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat and steep rows, of sizes that are no multiple of a block, some of them mostly forbidden; no two alike, so
+    that the best are the same for both.
+    """
+    generator = torch.Generator().manual_seed(6)
+    for size, spread in ((5, 1.0), (200, 0.01), (3001, 0.5), (3001, 3.0), (3001, 30.0)):
+        values = torch.tensor(sorted(set(torch.linspace(-spread, spread, size).to(dtype).tolist())), dtype=dtype)
+        rows = torch.stack([values[torch.randperm(len(values), generator=generator)] for _ in range(40)])
+        rows[7, 3:] = float("-inf")
+        keys = [noise_key(1, str(spread), position) for position in range(40)]
+        chosen = choose(rows, sampling, keys)
+        assert (chosen >= 0).all()
+        assert (chosen < rows.shape[1]).all()
+        with monkeypatch.context() as patched:
+            patched.setattr("longspec.sampling.library", lambda source: "none")
+            assert torch.equal(chosen, choose(rows, sampling, keys))
+        assert choose(rows[9:10], sampling, keys[9:10]) == chosen[9]
+
+
 def test_noise_is_standard_gumbel_and_its_own_for_each_key() -> None:
     tokens = torch.arange(50_000)[None]
     noise = gumbel([noise_key(0, "", 0), noise_key(0, "", 1), noise_key(1, "", 0), noise_key(0, "b", 0)], tokens)
