@@ -91,6 +91,7 @@ def distil(
     inventing: set[int] = set()
     before = opening(engine.model.vocabulary) if invented else ""
     number, unusable = 0, 0
+    last = max(texts, default=-1)  # numbers before it that the file lacks were unusable, or cut off
     try:
         with path.open("ab") as file:
             while True:
@@ -99,7 +100,7 @@ def distil(
                     return done
                 written = sum(len(text.tokens) - text.prompt for text in texts.values())
                 report("writing texts", min(written, tokens), tokens)
-                while len(active) < TOGETHER and written < tokens:
+                while len(active) < TOGETHER and (written < tokens or number <= last):
                     if unusable > _TRIES * len(prompts):
                         raise UsageError(f"No prompt leaves room for an answer in {length} tokens; give shorter ones.")
                     if number not in texts:
