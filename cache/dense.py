@@ -211,6 +211,10 @@ class DenseStage:
     def buffers(self) -> list[Tensor]:
         return self._cache._buffers if self.behind else self._own
 
+    def reads(self, rows: slice) -> list[int]:
+        """Of each row, a bit for each staged row that it reads."""
+        return self._tree.bits(rows)
+
     @property
     def offset(self) -> int:
         return self.length - self._cache._start if self.behind else 0

@@ -203,6 +203,9 @@ class QuantizedStage:
     def filled(self, layer: int, rows: slice) -> None:
         self.near.filled(layer, rows)
 
+    def reads(self, rows: slice) -> list[int]:
+        return self.near.reads(rows)
+
     def is_known(self, rows: slice) -> bool:
         """Where the codes that they read are of text alone."""
         return near_start(self._length + max(self.depths[rows])) <= self._length

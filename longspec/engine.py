@@ -302,6 +302,8 @@ class Engine:
         chunk = [] if reading is None else [self._chunk(reading, stop)]
         made = run([*feeds, *chunk], self.model.decoder, readers(self.drafters.values()))
         logits = self.model.decoder.logits(choosing(made, feeds))
+        if (remark := self.model.decoder.remark()) is not None:
+            sessions[0].notes.append(remark)
         chosen = choices_of(feeds, logits)
         wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
         successors = likeliest(logits, wanted).tolist() if wanted else []

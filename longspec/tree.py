@@ -56,3 +56,10 @@ class Tree:
             path = self.path(i)
             mask[i - rows.start, path if window is None else path[-window:]] = True
         return mask
+
+    def bits(self, rows: slice) -> list[int]:
+        """The same of each row without a window: bit j is set where it may read row j."""
+        made: list[int] = []
+        for row, parent in enumerate(self.parents[: rows.stop]):
+            made.append((made[parent] if parent >= 0 else 0) | 1 << row)
+        return made[rows]

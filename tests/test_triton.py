@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+TESTS = str(Path(__file__).parent)
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 if HERE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, for good: all modules are imported before a test
@@ -254,38 +255,15 @@ def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILED = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
+from compiled import targets
 from longspec.attention import kernels
 from longspec.attention.triton import read
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part
 
-
-class Driver:
-    capability = 0
-    get_current_device = lambda self: self.capability
-    get_current_target = lambda self: GPUTarget("cuda", self.capability, 32)
-    get_current_stream = lambda self, device: 0
-
-
-class Compiled:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return lambda *given, **constants: shared.append(
-            self.kernel.warmup(*given, grid=grid, **constants).metadata.shared
-        )
-
-
-driver = Driver()
-triton.runtime.driver.set_active(driver)
-for name in ("dense", "coded", "joined"):
-    setattr(kernels, name, Compiled(getattr(kernels, name)))
 zeros = torch.zeros(16, dtype=torch.int64)
-for driver.capability in (89, 90):
-    shared = []
+for made in targets(kernels, ("dense", "coded", "joined")):
     for dtype, q, dim, codec in [
         (torch.bfloat16, 1, 128, None), (torch.bfloat16, 16, 128, None), (torch.float32, 16, 256, None),
         (torch.bfloat16, 1, 128, Codec(8, symmetric=True)), (torch.bfloat16, 16, 128, Codec(4)),
@@ -298,13 +276,13 @@ for driver.capability in (89, 90):
         else:
             part = CodedPart(codec, codec.encode(*rows), dtype, bounds)
         read(torch.zeros(q, 32, dim, dtype=dtype), part, 0.1)
-    print(max(shared))
+    print(max(kernel.metadata.shared for _, kernel in made))
 """
 
 
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     """For compute capabilities 8.9 and 9.0, and what they share of a processor's memory fits it."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0", "PYTHONPATH": TESTS}
     result = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     ada, hopper = map(int, result.stdout.split())

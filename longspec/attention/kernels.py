@@ -27,7 +27,19 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["coded", "dense", "dtypes", "joined"]
+__all__ = [
+    "code_channels",
+    "coded",
+    "coded_columns",
+    "dense",
+    "dtypes",
+    "joined",
+    "query_tile",
+    "running",
+    "scored",
+    "stored",
+    "tile_rows",
+]
 
 BLOCK = tl.constexpr(64)  # longspec.cache.stage.BLOCK
 LN2 = tl.constexpr(0.6931471805599453)
@@ -44,10 +56,10 @@ def dense(
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Keys and values [K, n, D] of any strides but 1 in D. Of the last t columns, rows read those in `tail` [q, t]."""
-    row, head, real = _tile_rows(q, G, M)
+    row, head, real = tile_rows(q, G, M)
     channel = tl.arange(0, D_PADDED)
     inside = channel < D
-    query = _query(queries, row, head, real, channel, inside, query_row, query_head)
+    query = query_tile(queries, row, head, real, channel, inside, query_row, query_head)
     begins, ends, start, stop = _reach(first, last, row, real, n, chunk, BOUNDED, M, N)
     at = tl.arange(0, N)
     key_tile = keys + _head_offset(key_head) + at[:, None] * key_row + channel[None, :]
@@ -60,13 +72,13 @@ def dense(
         held = (column < n)[:, None] & inside[None, :]
         key = tl.load(key_tile + tl.cast(begin, tl.int64) * key_row, held, 0.0)
         scores = tl.dot(query.to(DOT), tl.trans(key.to(DOT)), input_precision="ieee")
-        scores = _score(scores, multiplier, softcap, CAPPED)
+        scores = scored(scores, multiplier, softcap, CAPPED)
         scores = _masked(scores, column, begins, ends, tail, row, real, n, t, tail_row, TAILED)
-        weights, kept, maximum, total = _softmax(scores, maximum, total)
+        weights, kept, maximum, total = running(scores, maximum, total)
         value = tl.load(value_tile + tl.cast(begin, tl.int64) * value_row, held, 0.0)
         weights = weights.to(ROUNDED).to(DOT)
         summed = summed * kept[:, None] + tl.dot(weights, value.to(DOT), input_precision="ieee")
-    _store(output, lse, summed, maximum, total, q, row, head, real, channel, inside, K * G, D)
+    stored(output, lse, summed, maximum, total, q, row, head, real, channel, inside, K * G, D)
 
 
 @triton.jit(do_not_specialize=["q", "n", "t", "chunk"])
@@ -83,19 +95,48 @@ def coded(
 
     A head's blocks begin `plane_blocks` blocks behind those of the head before it, its scales `scale_blocks`.
     """
+    row, head, real = tile_rows(q, G, M)
+    channel, inside = code_channels(D, D_PADDED, BITS)
+    query = query_tile(queries, row, head, real, channel, inside, query_row, query_head)
+    begins, ends, start, stop = _reach(first, last, row, real, n, chunk, BOUNDED, M, N)
+    summed, maximum, total = coded_columns(
+        query, key_codes, key_lower, key_step, key_low, value_codes, value_lower, value_step, value_low,
+        begins, ends, start, stop, tail, row, real, n, t, tail_row,
+        multiplier, softcap, _head_offset(plane_blocks), _head_offset(scale_blocks),
+        D, TAILED, CAPPED, ROUNDED, DOT, BITS, SYMMETRIC, DUAL, M, N, D_PADDED,
+    )  # fmt: skip
+    stored(output, lse, summed, maximum, total, q, row, head, real, channel, inside, K * G, D)
+
+
+@triton.jit
+def code_channels(D: tl.constexpr, D_PADDED: tl.constexpr, BITS: tl.constexpr):
+    """The channels of unpacked codes, and which there are. A byte holds codes that stand S channels apart: unpacked,
+    they stand S_PADDED apart.
+    """
+    S: tl.constexpr = D * BITS // 8
+    S_PADDED: tl.constexpr = D_PADDED * BITS // 8
+    unpacked = tl.arange(0, D_PADDED)
+    return unpacked // S_PADDED * S + unpacked % S_PADDED, unpacked % S_PADDED < S
+
+
+@triton.jit
+def coded_columns(
+    query, key_codes, key_lower, key_step, key_low, value_codes, value_lower, value_step, value_low,
+    begins, ends, start, stop, tail, row, real, n, t, tail_row, multiplier, softcap, plane, scale,
+    D: tl.constexpr, TAILED: tl.constexpr, CAPPED: tl.constexpr, ROUNDED: tl.constexpr, DOT: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DUAL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Of the columns start..stop, for a tile of rows: their running softmax's sum, maximum and total.
+
+    plane, scale: blocks before those of this program's head.
+    """
     MIDDLE: tl.constexpr = 0 if SYMMETRIC else 128 if DUAL else 1 << (BITS - 1)
     S: tl.constexpr = D * BITS // 8
     S_PADDED: tl.constexpr = D_PADDED * BITS // 8
-    # A byte holds codes that stand S channels apart: unpacked, they stand S_PADDED apart.
-    unpacked = tl.arange(0, D_PADDED)
-    channel = unpacked // S_PADDED * S + unpacked % S_PADDED
-    inside = unpacked % S_PADDED < S
+    channel, inside = code_channels(D, D_PADDED, BITS)
     byte = tl.arange(0, S_PADDED)
     at = tl.arange(0, N)
-    row, head, real = _tile_rows(q, G, M)
-    query = _query(queries, row, head, real, channel, inside, query_row, query_head)
-    begins, ends, start, stop = _reach(first, last, row, real, n, chunk, BOUNDED, M, N)
-    plane, scale = _head_offset(plane_blocks), _head_offset(scale_blocks)
 
     maximum, total = tl.full([M], NOTHING, tl.float32), tl.zeros([M], tl.float32)
     summed, alike = tl.zeros([M, D_PADDED], tl.float32), tl.zeros([M], tl.float32)
@@ -117,9 +158,9 @@ def coded(
         scores = tl.dot(scaled, tl.trans((codes.to(tl.float32) - MIDDLE).to(DOT)), input_precision="ieee")
         if not SYMMETRIC:
             scores += tl.sum(query.to(tl.float32) * key_lows[None, :], 1)[:, None]
-        scores = _score(scores, multiplier, softcap, CAPPED)
+        scores = scored(scores, multiplier, softcap, CAPPED)
         scores = _masked(scores, column, begins, ends, tail, row, real, n, t, tail_row, TAILED)
-        weights, kept, maximum, total = _softmax(scores, maximum, total)
+        weights, kept, maximum, total = running(scores, maximum, total)
 
         codes = _codes(value_codes, value_lower, codes_at, at, byte, S, BITS, DUAL)
         scaled = (weights * value_steps[None, :]).to(ROUNDED).to(DOT)
@@ -127,7 +168,7 @@ def coded(
         summed = summed * kept[:, None] + tl.dot(scaled, centred, input_precision="ieee")
         if not SYMMETRIC:
             alike = alike * kept + tl.sum(weights * value_lows[None, :], 1)
-    _store(output, lse, summed + alike[:, None], maximum, total, q, row, head, real, channel, inside, K * G, D)
+    return summed + alike[:, None], maximum, total
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -159,14 +200,14 @@ def _head_offset(distance):
 
 
 @triton.jit
-def _tile_rows(q, G: tl.constexpr, M: tl.constexpr):
+def tile_rows(q, G: tl.constexpr, M: tl.constexpr):
     """Of this tile's M rows: their numbers in the pass, their query heads, and which there are."""
     place = tl.program_id(0) * M + tl.arange(0, M)
     return place % q, tl.program_id(2) * G + place // q, place < G * q
 
 
 @triton.jit
-def _query(queries, row, head, real, channel, inside, query_row, query_head):
+def query_tile(queries, row, head, real, channel, inside, query_row, query_head):
     place = queries + (row * query_row + head * query_head)[:, None] + channel[None, :]
     return tl.load(place, real[:, None] & inside[None, :], 0.0)
 
@@ -187,7 +228,7 @@ def _reach(first, last, row, real, n, chunk, BOUNDED: tl.constexpr, M: tl.conste
 
 
 @triton.jit
-def _score(products, multiplier, softcap, CAPPED: tl.constexpr):
+def scored(products, multiplier, softcap, CAPPED: tl.constexpr):
     """Products of queries and keys as scores in base 2. With a softcap, `multiplier` is scale / softcap."""
     if CAPPED:
         ratio = products * multiplier
@@ -211,7 +252,7 @@ def _masked(scores, column, begins, ends, tail, row, real, n, t, tail_row, TAILE
 
 
 @triton.jit
-def _softmax(scores, maximum, total):
+def running(scores, maximum, total):
     """One more tile for a running softmax: its weights, what earlier sums are to be multiplied with, maximum, total."""
     new = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(new == NOTHING, 0.0, new)
@@ -245,7 +286,7 @@ def _unpacked(packed, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store(
+def stored(
     output, lse, summed, maximum, total, q, row, head, real, channel, inside, H: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """The output [q, H, D] and log-sum-exp [q, H]; zeros and -inf for a row that read nothing."""
@@ -265,5 +306,5 @@ def dtypes(queries: torch.dtype, is_coded: bool) -> dict[str, tl.dtype]:
         rounded = tl.float32
     else:
         rounded = tl.float16 if queries == torch.float16 and not is_coded else tl.bfloat16
-    interpreted = not isinstance(_store, triton.JITFunction)
+    interpreted = not isinstance(stored, triton.JITFunction)
     return {"ROUNDED": rounded, "DOT": tl.float32 if interpreted and rounded == tl.bfloat16 else rounded}

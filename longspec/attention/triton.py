@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,15 +25,28 @@ from longspec.attention.reference import no_gpu
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import BLOCK, CodedPart, Part
 
-__all__ = ["USE", "missing", "read", "refuses"]
+__all__ = [
+    "MOST_CHUNKS",
+    "OPTIONS",
+    "USE",
+    "all_of",
+    "kind_of",
+    "missing",
+    "most_chunks",
+    "power_of_2",
+    "read",
+    "refuses",
+    "score_factors",
+    "tile",
+]
 
 USE = "quantized caches and draft trees on the GPU"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_CHUNKS = 128  # as in longspec.attention.kernels
+MOST_CHUNKS = 128  # as in longspec.attention.kernels
 _LOG2E = 1.4426950408889634
 
-_OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't said
+OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't said
 
 _Arguments = tuple[str, list[Tensor], list[int], dict[str, Any]]
 """A kernel's name, its tensors between the queries and the bounds, their strides, and its own constants."""
@@ -76,8 +90,8 @@ def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float |
     coded = isinstance(part, CodedPart)
     key_heads, n = (part.codes[0] if isinstance(part, CodedPart) else part.keys).shape[0], part.columns
     rows = heads // key_heads * q
-    tile = _tile(rows, dim, queries.dtype, coded)
-    tiles = -(-rows // tile["M"])
+    own = tile(rows, dim, queries.dtype, coded)
+    tiles = -(-rows // own["M"])
     chunk = _chunk(n, tiles * key_heads, _processors(queries.device))
     chunks = -(-n // chunk)
     outputs = queries.new_empty(chunks, q, heads, dim, dtype=torch.float32)
@@ -88,33 +102,33 @@ def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float |
     first, last = (queries, queries) if bounds is None else (bounds.first.contiguous(), bounds.last.contiguous())
     tail = queries if bounds is None or bounds.tail is None else _contiguous_in_dim(bounds.tail).view(torch.uint8)
     t = 0 if tail is queries else tail.shape[1]
-    multiplier, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    multiplier, cap = score_factors(scale, softcap)
     kernel, tensors, strides, kind = _coded(part) if isinstance(part, CodedPart) else _dense(part)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
         getattr(kernels, kernel)[tiles, chunks, key_heads](
             queries, *tensors, first, last, tail, outputs, lses,
             q, n, t, chunk, multiplier, cap, *queries.stride()[:2], tail.stride(0), *strides,
             K=key_heads, G=heads // key_heads, D=dim, BOUNDED=bounds is not None, TAILED=t > 0,
-            CAPPED=softcap is not None, **kernels.dtypes(queries.dtype, coded), **kind, **tile, **_OPTIONS,
+            CAPPED=softcap is not None, **kernels.dtypes(queries.dtype, coded), **kind, **own, **OPTIONS,
         )  # fmt: skip
         if chunks == 1:
             return outputs[0], lses[0]
         output, lse = torch.empty_like(outputs[0]), torch.empty_like(lses[0])
         kernels.joined[q * heads,](
-            outputs, lses, output, lse, chunks, q * heads, D=dim, D_PADDED=tile["D_PADDED"], **_OPTIONS
+            outputs, lses, output, lse, chunks, q * heads, D=dim, D_PADDED=own["D_PADDED"], **OPTIONS
         )
     return output, lse
 
 
-def _tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int]:
+def tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int]:
     """Rows and columns of a tile: as many as a GPU of compute capability 8 has registers and shared memory for.
 
     Chosen by what the compiler reports: more rows spill registers, more columns or stages don't fit 99 KiB (8.6, 8.9).
     """
-    padded = max(16, _power_of_2(dim))
+    padded = max(16, power_of_2(dim))
     key_bytes = padded * dtype.itemsize
     most = (64 if key_bytes < 512 else 32) // (2 if coded else 1)
-    height = min(most, max(16, _power_of_2(rows)))
+    height = min(most, max(16, power_of_2(rows)))
     return {
         "M": height,
         "N": max(16, min(64, 16384 // key_bytes)),
@@ -124,11 +138,44 @@ def _tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int
     }
 
 
+def most_chunks(programs: int, device: torch.device) -> int:
+    """Chunks of a long part: two programs a processor, where so many programs read each column."""
+    return _most_chunks(programs, _processors(device))
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What the kernels take for these: a multiplier of products, and the softcap in base 2."""
+    return (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+
+
+def power_of_2(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
+
+
+def kind_of(codec: Codec) -> dict[str, Any]:
+    """The kernels' own constants for these codes."""
+    dual = isinstance(codec, DualCodec)
+    return {"BITS": 4 if dual else codec.bits, "SYMMETRIC": codec.symmetric, "DUAL": dual}
+
+
+def all_of(codes: Sequence[Tensor], codec: Codec) -> list[Tensor]:
+    """A codec's tensors as the kernels take them, eight: what it lacks is another one, and never read."""
+    dual, half = isinstance(codec, DualCodec), len(codes) // 2
+    found = []
+    for side in (codes[:half], codes[half:]):  # the lower plane is the upper one, and low is step
+        found += [side[0], side[1 if dual else 0], side[2 if dual else 1], side[-1]]
+    return found
+
+
 def _chunk(n: int, programs: int, processors: int) -> int:
-    """Columns of a chunk, whole blocks: two programs a processor, where so many programs read each column."""
+    """Columns of a chunk, whole blocks."""
     blocks = -(-n // BLOCK)
-    chunks = min(max(1, 2 * processors // programs), _MOST_CHUNKS, blocks)
-    return -(-blocks // chunks) * BLOCK
+    return -(-blocks // min(_most_chunks(programs, processors), blocks)) * BLOCK
+
+
+def _most_chunks(programs: int, processors: int) -> int:
+    return min(max(1, 2 * processors // programs), MOST_CHUNKS)
 
 
 def _processors(device: torch.device) -> int:
@@ -141,21 +188,11 @@ def _dense(part: Part) -> _Arguments:
 
 
 def _coded(part: CodedPart) -> _Arguments:
-    codec, half = part.codec, len(part.codes) // 2
-    assert isinstance(codec, Codec)
-    dual = isinstance(codec, DualCodec)
-    tensors = []
-    for codes in (part.codes[:half], part.codes[half:]):
-        # What a codec lacks is never read: the lower plane is the upper one, and low is step.
-        tensors += [codes[0], codes[1 if dual else 0], codes[2 if dual else 1], codes[-1]]
+    assert isinstance(part.codec, Codec)
+    tensors = all_of(part.codes, part.codec)
     plane_blocks, scale_blocks = (tensors[i].stride(0) // tensors[i][0, 0].numel() for i in (0, 2))
-    kind = {"BITS": 4 if dual else codec.bits, "SYMMETRIC": codec.symmetric, "DUAL": dual}
-    return "coded", tensors, [plane_blocks, scale_blocks], kind
+    return "coded", tensors, [plane_blocks, scale_blocks], kind_of(part.codec)
 
 
 def _contiguous_in_dim(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -22,6 +22,7 @@ from longspec.attention import attend, attend_strictly, cpu
 from longspec.attention.texts import Texts, reads
 from longspec.cache.stage import Shape, Stage
 from longspec.errors import ModelError
+from longspec.model import graphs
 from longspec.model.config import Config
 from longspec.model.fused import MOST_ROWS, Fused, missing
 from longspec.model.groups import Groups
@@ -83,12 +84,8 @@ class Rows:
             positions += [chunk.length + depth for depth in chunk.stage.depths[chunk.staged]]
             long += [chunk.long] * len(chunk.tokens)
             spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
-        return cls(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(long, device=device),
-            spans,
-        )
+        numbers = torch.tensor([tokens, positions, long], device=device)  # one copy
+        return cls(numbers[0], numbers[1], numbers[2].bool(), spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +151,7 @@ class Decoder:
         self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
         self._fused = Fused(config, self._layers, self._norm.weight, self._head) if self.slow is None else None
         self._coded = coded
+        self._graphs = None if strict or coded or graphs.missing(config, self.dtype, device) else self.graphs()
         self.nbytes = reader.nbytes
 
     @property
@@ -184,6 +182,15 @@ class Decoder:
                         yield tensor
         yield self._norm.weight
         yield self._head.weight
+
+    def graphs(self) -> graphs.Graphs:
+        """Recorded passes with this decoder's weights."""
+        turns = [self._rotations[rope] if rope is not None else None for rope in self.config.ropes]
+        return graphs.Graphs(self.config, self._layers, self.embed, turns, self.dtype, self.device)
+
+    def remark(self) -> str | None:
+        """What should be faster here and isn't, once, for people."""
+        return None if self._graphs is None else self._graphs.remark()
 
     @property
     def kernel(self) -> Fused | None:
@@ -224,11 +231,15 @@ class Decoder:
         Without `hidden` the rows begin at their tokens' embeddings. The final norm belongs to `logits`. A layer whose
         attention is skipped puts nothing into the stages.
         """
+        last = self.config.layers if last is None else last
+        if self._graphs is not None and hidden is None and (first, last) == (0, self.config.layers) and not skip:
+            made = self._graphs.forward(rows)
+            if made is not None:
+                return made
         if hidden is None:
             hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
-        last = self.config.layers if last is None else last
         if fused is not None and texts is not None and len(texts) == len(rows.spans) and len(hidden) <= MOST_ROWS:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, turns, texts, parts)
