@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,56 +87,87 @@ def distil(
         LongspecError: the file can't be written.
     """
     texts = {text.number: text for text in read_texts(path, engine.model.decoder.config.vocabulary)}
-    active: dict[int, Session] = {}
-    inventing: set[int] = set()
-    before = opening(engine.model.vocabulary) if invented else ""
+    desk = _Desk(engine, prompts, length, options, invented)
     number, unusable = 0, 0
     last = max(texts, default=-1)  # numbers before it that the file lacks were unusable, or cut off
     try:
         with path.open("ab") as file:
-            while True:
-                done = _enough(texts, tokens)
-                if done is not None:
-                    return done
+            while (done := _enough(texts, tokens)) is None:
                 written = sum(len(text.tokens) - text.prompt for text in texts.values())
                 report("writing texts", min(written, tokens), tokens)
-                while len(active) < TOGETHER and (written < tokens or number <= last):
+                while len(desk.active) < TOGETHER and (written < tokens or number <= last):
                     if unusable > _TRIES * len(prompts):
                         raise UsageError(f"No prompt leaves room for an answer in {length} tokens; give shorter ones.")
-                    if number not in texts:
-                        session: Session | None
-                        if number * 61 % 100 < invented:
-                            session = _inventing(engine, before, number, length // 4, options)
-                            inventing.add(number)
-                        else:
-                            session = _opened(engine, prompts[number % len(prompts)], number, length, options)
-                        if session is None:
-                            texts[number] = Text(number, 0, [])  # a place in the order, and nothing else
-                            unusable += 1
-                        else:
-                            active[number] = session
+                    if number not in texts and not desk.begin(number):
+                        texts[number] = Text(number, 0, [])  # a place in the order, and nothing else
+                        unusable += 1
                     number += 1
-                if active:
-                    engine.step(list(active.values()))
-                for at in [at for at, session in active.items() if session.finish_reason is not None]:
-                    session = active.pop(at)
-                    if at in inventing:
-                        inventing.remove(at)
-                        prompt = engine.model.vocabulary.decode(session.answer).strip()
-                        whole = session.finish_reason == "stop" and prompt != ""
-                        answering = _opened(engine, prompt, at, length, options) if whole else None
-                        if answering is not None:
-                            active[at] = answering
-                        else:
-                            texts[at] = Text(at, 0, [])
-                            unusable += 1
+                for at, session in desk.step():
+                    if session is None:
+                        texts[at] = Text(at, 0, [])
+                        unusable += 1
                         continue
                     unusable, texts[at] = 0, Text(at, session.prompt_length, session.tokens)
                     file.write(json.dumps(asdict(texts[at])).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
+            return done
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}.") from error
+
+
+class _Desk:
+    """The texts that are being written, by their numbers: of prompts that are given, or are invented first."""
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[str], length: int, options: dict[str, Any], invented: int
+    ) -> None:
+        self.active: dict[int, Session] = {}
+        self._inventing: set[int] = set()
+        self._engine, self._prompts, self._length, self._options = engine, prompts, length, options
+        self._invented = invented
+        self._before = opening(engine.model.vocabulary) if invented else ""
+
+    def begin(self, number: int) -> bool:
+        """Whether its prompt can be used, as far as that is known."""
+        if number * 61 % 100 >= self._invented:
+            return self._answer(number, self._prompts[number % len(self._prompts)])
+        # At a temperature of 1, so that no two are alike.
+        asked = {**self._options, "raw": True, "temperature": 1.0, "max_new_tokens": self._length // 4}
+        self._open(number, self._engine.open(self._before, key=f"prompt {number}", **asked))
+        self._inventing.add(number)
+        return True
+
+    def step(self) -> Iterator[tuple[int, Session | None]]:
+        """A pass; the texts that ended with it. None: the prompt that was invented can't be used."""
+        if self.active:
+            self._engine.step(list(self.active.values()))
+        for number in [number for number, session in self.active.items() if session.finish_reason is not None]:
+            session = self.active.pop(number)
+            if number not in self._inventing:
+                yield number, session
+                continue
+            self._inventing.remove(number)
+            prompt = self._engine.model.vocabulary.decode(session.answer).strip()
+            if session.finish_reason != "stop" or not prompt or not self._answer(number, prompt):
+                yield number, None
+
+    def _answer(self, number: int, prompt: str) -> bool:
+        """Not where the prompt takes more than half of the length."""
+        try:
+            session = self._engine.open(prompt, key=str(number), **self._options)
+        except ContextError:
+            return False
+        if session.prompt_length > self._length // 2:
+            return False
+        session.limit = min(session.limit, self._length)
+        self._open(number, session)
+        return True
+
+    def _open(self, number: int, session: Session) -> None:
+        for _ in self._engine.prefill(session):
+            pass
+        self.active[number] = session
 
 
 def opening(vocabulary: Vocabulary) -> str:
@@ -183,29 +214,6 @@ def _enough(texts: dict[int, Text], tokens: int) -> list[Text] | None:
         chosen.append(text)
         written += len(text.tokens) - text.prompt
     return [text for text in chosen if text.tokens]
-
-
-def _opened(engine: Engine, prompt: str, number: int, length: int, options: dict[str, Any]) -> Session | None:
-    """A session, prefilled; None where the prompt takes more than half of the length."""
-    try:
-        session = engine.open(prompt, key=str(number), **options)
-    except ContextError:
-        return None
-    if session.prompt_length > length // 2:
-        return None
-    session.limit = min(session.limit, length)
-    for _ in engine.prefill(session):
-        pass
-    return session
-
-
-def _inventing(engine: Engine, before: str, number: int, most: int, options: dict[str, Any]) -> Session:
-    """A session that writes a prompt, prefilled; at a temperature of 1, so that no two are alike."""
-    asked = {**options, "raw": True, "temperature": 1.0, "max_new_tokens": most}
-    session = engine.open(before, key=f"prompt {number}", **asked)
-    for _ in engine.prefill(session):
-        pass
-    return session
 
 
 def _text(line: bytes, vocabulary: int, place: str) -> Text:
