@@ -366,10 +366,10 @@ class Talk:
         return seen[seen.index(begin) + len(begin) : -len(PROMPT)].removesuffix("\n")
 
     def begin(self, line: str) -> str:
-        """The first characters of a long answer, behind some 300 of progress."""
+        """The first characters of a long answer, behind progress, whose end shows the cursor again."""
         os.write(self.ours, f"{line}\r".encode())
         seen = b""
-        while len(seen) < 600:
+        while len(seen) < 2000 and len(seen.partition(b"\x1b[?25h")[2]) < 200:
             seen += os.read(self.ours, 100)
         return seen.decode(errors="ignore")
 
