@@ -51,33 +51,13 @@ CONTEXT = 2048
 PROMPTS = ["What is 17 times 23, step by step?", "Write a short story about a lighthouse.", "List ten uses of a brick."]
 
 
-class Held:
-    """Tensors in memory, as a file of them."""
-
-    path = Path("memory")
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def take(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def take_run(self, names: Sequence[str]) -> Tensor | None:
-        return None
-
-
 def models(shape: str, device: torch.device) -> tuple[Model, Any]:
     """The same random weights in longspec and in transformers; each token is a character."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
     with torch.device(device):
         theirs = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    held = Held(dict(theirs.state_dict()))
-    weights = Weights(dict.fromkeys(held.names, held), torch.bfloat16)
+    weights = Weights.of_tensors(theirs.state_dict(), torch.bfloat16)
     decoder = Decoder(Config.read(config.to_dict()), weights, device)
     names = {chr(0x10000 + i): i for i in range(config.vocab_size)}
     tokenizer = Tokenizer(BPE(names, []))

@@ -10,9 +10,8 @@ what is around them too where it can (`cell.py`), and the whole growth of greedy
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +56,7 @@ class Head:
         held = {name: value.detach().to(model.decoder.dtype) for name, value in head.module.state_dict().items()}
         names = {name: value for name, value in held.items() if name.startswith("layers.")}
         names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
-        source = _Held(names)
-        weights = Weights(dict.fromkeys(names, source), model.decoder.dtype)
+        weights = Weights.of_tensors(names, model.decoder.dtype)
         target = model.decoder
         coded = target.coded and target.slow is None  # without the kernel codes are slower than bf16
         self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
@@ -139,22 +137,3 @@ class Head:
             return self.decoder.forward(rows, self._cell.enter(features, tokens))
         module = self.head.module
         return self.decoder.forward(rows, module.enter(features, module.token_norm(tokens)))
-
-
-class _Held:
-    """A head's tensors, as a checkpoint's file gives them."""
-
-    path = Path("the head")
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def take(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def take_run(self, names: Sequence[str]) -> Tensor | None:
-        return self._tensors[names[0]] if len(names) == 1 else None

@@ -77,6 +77,12 @@ class Weights(Mapping[str, Tensor]):
         file = read_gguf(path)
         return cls(dict.fromkeys(file.names, file), dtype, CodedFile(path))
 
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
+        """Weights that are in memory already."""
+        source = _Held(tensors)
+        return cls(dict.fromkeys(tensors, source), dtype)
+
     def read(self, *, coded: bool) -> bool:
         """All that every pass will read into memory of large pages, where it lies in files as it is: the codes, or what
         has the dtype already. Gives whether it was.
@@ -136,6 +142,25 @@ class Weights(Mapping[str, Tensor]):
 
     def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+class _Held:
+    """Tensors in memory, as a file gives them."""
+
+    path = Path("memory")
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def take(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def take_run(self, names: Sequence[str]) -> Tensor | None:
+        return self._tensors[names[0]] if len(names) == 1 else None
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Shard]:
