@@ -93,6 +93,15 @@ def train(
             help="Draft only the N most frequent tokens; 16384 if left out, 0 is all.",
         ),
     ] = 16384,
+    first: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="HEAD",
+            rich_help_panel=_TRAINING,
+            help="Go on from this head's folder, with the tokens that it drafts; an untrained one if left out.",
+        ),
+    ] = None,
     int8: Annotated[
         bool,
         typer.Option("--int8/--no-int8", rich_help_panel=_TRAINING, help="Store the head's matrices as int8."),
@@ -132,7 +141,8 @@ def train(
             opened = open_model(model, dtype=dtype, device=device, report=progress.report)
         loaded = opened.load(report=progress.report)
         recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0, invented=invent)
-        course = start(loaded, recipe, output, read, _sampling(loaded.defaults, temperature, recipe.seed), writer)
+        sampling = _sampling(loaded.defaults, temperature, recipe.seed)
+        course = start(loaded, recipe, output, read, sampling, writer, first)
         if int(os.environ.get("RANK", "0")) == 0:
             progress.report("measuring")
             progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options, course.writer)))

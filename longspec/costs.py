@@ -24,7 +24,8 @@ __all__ = ["Costs", "Curve", "Drafting", "costs_file", "read", "write"]
 
 _KNOTS = 11  # 1 to 1,024 rows, by powers of two; what is beyond goes on as from 512 to there
 _ROW = 0.02  # passes that one more row costs, as long as nothing was measured: too little is found out, too much is not
-_TOKEN = 0.1  # passes that a drafted token costs, as long as nothing was measured
+_START, _TOKEN = 0.05, 0.05  # passes that a draft costs, and each token of it, as long as nothing was measured
+_SOME = 2  # tokens of a draft that are as much to blame for its seconds as its start is
 _OLD = 8  # a stored or borrowed estimate counts as that many measurements
 _RELAX, _SURE = 0.2, 4.0  # by that share a knot comes back in a step, if it was measured less often than this
 _FADE = 0.99  # of a knot's measurements, in each step
@@ -118,9 +119,10 @@ class Drafting:
         expected = self.seconds(limit, behind)
         seconds = min(seconds, (2 if self.measured else 5) * expected + 1e-5)
         weight = min(behind / 64, 1.0) ** 2  # of what it had to catch up, which may be a whole prompt at first
-        step = (seconds - expected) * max(1 / (self.measured + 1), 1 / 8) / (0.25 + limit * limit + weight)
-        self.start = max(0.0, self.start + 0.25 * step)
-        self.token = max(0.0, self.token + limit * step)
+        some = limit / _SOME
+        step = (seconds - expected) * max(1 / (self.measured + 1), 1 / 8) / (1 + some * some + weight)
+        self.start = max(0.0, self.start + step)
+        self.token = max(0.0, self.token + some * step / _SOME)
         self.behind = max(0.0, self.behind + weight / max(behind, 1) * step)
         self.measured += 1
 
@@ -162,7 +164,7 @@ class Costs:
             self._drafting[name] = Drafting()
         found = self._drafting[name]
         if not found.measured:
-            found.token = _TOKEN * pass_seconds
+            found.start, found.token = _START * pass_seconds, _TOKEN * pass_seconds
         return found
 
     def report(self) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class Engine:
         self.model = model
         named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
         check(drafter, cache, all_rows, draft_tokens, **named)
-        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=tuple(shipped(model)), **named)
+        # In int8 a head's draft takes a third of the default model's pass, more than it brings; on a GPU none was run.
+        fit = model.decoder.device.type == "cpu" and not model.decoder.coded
+        heads = tuple(shipped(model)) if fit else ()
+        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=heads, **named)
         means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
         self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
         self.drafter_name = names[0] if len(names) == 1 else drafter

@@ -41,8 +41,13 @@ class Record:
         self._yields: tuple[list[float], list[float]] | None = None
         self._trusts: list[float] = []  # of the first bins
 
-    def observe(self, limit: int, kept: Sequence[int], nodes: int, chances: Sequence[float] | None, cut: bool) -> None:
-        """The first `nodes` nodes of a draft were verified. cut: it had more, which weren't worth their rows."""
+    def observe(
+        self, limit: int, kept: Sequence[int], parents: Sequence[int], chances: Sequence[float] | None, cut: bool
+    ) -> None:
+        """A draft's first nodes were verified, each given by the one that it continues, -1 the text. cut: it had more,
+        which weren't worth their rows.
+        """
+        nodes = len(parents)
         self._yields, self._trusts = None, []
         self._weight *= _NEWER
         if self._weight > 1e9:
@@ -59,7 +64,8 @@ class Record:
             self._kept[place] += weight
         if kept:
             self._went += weight * (len(kept) - 1)
-            self._could += weight * (len(kept) - (kept[-1] == nodes - 1))
+            continued = set(parents)
+            self._could += weight * sum(node in continued for node in kept)
         for place, chance in enumerate(chances or ()):
             at = _bin(chance)
             self._chances[at] += weight * chance

@@ -11,6 +11,7 @@ import pytest
 
 from longspec.control import Bet, Fixed, Outcome, Step
 from longspec.goodput import Goodput
+from longspec.record import Record
 from longspec.types import Draft
 
 
@@ -28,12 +29,16 @@ class Text:
 
 @dataclass
 class Machine:
-    """Passes cost 1 + slope * (rows - 1), a drafted token `drafting`; times are off by a tenth, and seldom tenfold."""
+    """Passes cost 1 + slope * (rows - 1), a draft `start`, a drafted token `drafting`; times are off by a tenth, and
+    seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing.
+    """
 
     acceptance: dict[str, Callable[[int], float]]  # by drafter, of the tokens so far
     drafting: dict[str, float]
     slope: float = 0.03
     noise: float = 0.1
+    start: float = 0.0
+    sure: float | None = None
     chaos: random.Random = field(default_factory=lambda: random.Random(5))
 
     def run(self, control: Any, tokens: int, sessions: int = 1, room: int = 32) -> float:
@@ -43,7 +48,7 @@ class Machine:
         total = 0.0
         while (done := min(len(t.tokens) - s for t, s in zip(texts, starts, strict=True))) < tokens:
             bets = control.bets(texts, [room] * sessions)
-            drafts = control.trim(bets, [Draft.chain([1] * bet.limit) for bet in bets])
+            drafts = control.trim(bets, [self.draft(bet.limit) for bet in bets])
             kept, rows, drafting = [], sessions, dict[str, float]()
             for bet, draft in zip(bets, drafts, strict=True):
                 rate, count = self.acceptance.get(bet.drafter, steady(0.0))(done), 0
@@ -52,7 +57,7 @@ class Machine:
                 kept.append(range(count))
                 rows += len(draft)
                 if bet.limit:  # all sessions draft in one pass of the drafter
-                    seconds = self.drafting[bet.drafter] * bet.limit
+                    seconds = self.start + self.drafting[bet.drafter] * bet.limit
                     drafting[bet.drafter] = max(drafting.get(bet.drafter, 0.0), seconds)
             true = 1 + self.slope * (rows - 1)
             seen = true * self.chaos.uniform(1 - self.noise, 1 + self.noise) * (10 if self.chaos.random() < 0.01 else 1)
@@ -62,6 +67,10 @@ class Machine:
             for text, path in zip(texts, kept, strict=True):
                 text.tokens += range(1 + len(path))
         return total
+
+    def draft(self, limit: int) -> Draft:
+        chances = None if self.sure is None else [self.sure ** (i + 1) for i in range(limit)]
+        return Draft.tree([1] * limit, range(-1, limit - 1), chances)
 
 
 def steady(rate: float) -> Callable[[int], float]:
@@ -85,6 +94,27 @@ def test_a_good_drafter_gets_nine_tenths_of_the_best_fixed_limit(drafting: float
 
     best = min(seconds(Fixed("good"), limit) for limit in (1, 2, 4, 8, 12, 16, 24, 32))
     assert seconds(Goodput(["good"], 32), 32) < best / 0.9
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.7])
+def test_a_draft_that_costs_the_same_at_any_length_is_not_kept_short(rate: float) -> None:
+    """A head's: nearly all of its seconds are its start's, and it says how sure it is of each node."""
+
+    def seconds(control: Any, room: int) -> float:
+        machine = Machine({"head": steady(rate)}, {"head": 0.005}, 0.015, start=0.1, sure=rate)
+        return machine.run(control, 1000, room=room)
+
+    best = min(seconds(Fixed("head"), limit) for limit in (1, 2, 4, 8, 15))
+    assert seconds(Goodput(["head"], 15), 15) < best / 0.9
+
+
+def test_a_kept_node_that_none_continues_says_nothing_of_going_on() -> None:
+    """Siblings: the second is not what follows the first."""
+    record, chain = Record(8), Record(8)
+    for _ in range(20):
+        record.observe(2, [0], [-1, -1], None, False)
+        chain.observe(2, [0], [-1, 0], None, False)
+    assert record.yields()[0][8] > chain.yields()[0][8] + 0.3
 
 
 @pytest.mark.parametrize("drafting", [0.0, 0.3])

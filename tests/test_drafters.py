@@ -222,7 +222,7 @@ def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
 def test_names_of_drafters(model: Model) -> None:
     for name, why in {
         "magic": r"no drafter named 'magic'; use auto or one of: none, ngram",
-        "ngram+skip": r"The drafter ngram takes no other's bets",
+        "lookahead+skip": r"The drafter lookahead takes no other's bets",
         "skip+": r"no drafter named ''",
         "model": r"needs a draft model",
     }.items():

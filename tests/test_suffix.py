@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from longspec.drafters import corpus as corpus_module
 from longspec.drafters.corpus import Corpus
 from longspec.drafters.outputs import Outputs, forget, outputs_folder
-from longspec.drafters.suffix import MOST_NBYTES, laid_over
+from longspec.drafters.over import laid_over
+from longspec.drafters.suffix import MOST_NBYTES
 from longspec.errors import UsageError
 from longspec.model.load import Model
 from longspec.options import Options
+from longspec.types import Draft
 
 _TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=5)
 _SETTINGS = settings(deadline=None, max_examples=150)
@@ -108,9 +110,11 @@ def test_a_corpus_keeps_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trees_laid_over_each_other(limit: int) -> None:
     one = ([5, 6, 7], [-1, 0, -1], [0.6, 0.5, 0.1])
     other = ([5, 8, 7], [-1, 0, -1], [0.3, 0.2, 0.4])
-    tokens, parents, chances = laid_over(one, other, limit)
-    whole = ([5, 6, 7, 8], [-1, 0, -1, 0], [0.6, 0.5, 0.4, 0.2])
-    assert (tokens, parents, chances) == tuple(part[:limit] for part in whole)
+    made = laid_over(Draft.tree(*one), Draft.tree(*other), limit)
+    assert made.chances is not None
+    assert made.tokens.tolist() == [5, 6, 7, 8][:limit]
+    assert made.parents.tolist() == [-1, 0, -1, 0][:limit]
+    assert made.chances.tolist() == pytest.approx([0.6, 0.5, 0.4, 0.2][:limit])
 
 
 def test_a_text_that_a_file_holds_is_drafted_from_it(model: Model, tmp_path: Path) -> None:

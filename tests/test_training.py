@@ -19,7 +19,7 @@ from engines import engine, tiny
 
 from longspec.drafters.head import Head
 from longspec.errors import UsageError
-from longspec.heads.format import load_head, new_head
+from longspec.heads.format import load_head, new_head, save_head
 from longspec.model.load import Model
 from longspec.training.course import Course, start
 from longspec.training.distil import Text, distil, opening, read_prompts, read_texts
@@ -203,6 +203,25 @@ def test_a_kill_changes_no_bit(model: Model, tmp_path: Path) -> None:
     assert work[0] == work[1]
     with pytest.raises(UsageError, match=r"holds another training \(its sampling differ\)"):
         start(model, RECIPE, tmp_path / "whole", PROMPTS, {**SAMPLED, "seed": 4}).run(silent)
+
+
+def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
+    """With its draft vocabulary; another head to begin with is another training."""
+    recipe = replace(RECIPE, steps=1, rate=0.0)
+    begun = new_head("clover2", model, depth=2, window=50, tokens=torch.arange(3, 35), seed=7)
+    save_head(tmp_path / "one", begun, model)
+    start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED, first=tmp_path / "one").run(silent)
+    made = load_head(tmp_path / "out", model)
+    assert (made.depth, made.window) == (recipe.depth, recipe.window)
+    assert made.tokens is not None
+    assert torch.equal(made.tokens, torch.arange(3, 35))
+    for name, value in begun.module.state_dict().items():
+        torch.testing.assert_close(made.module.state_dict()[name], value)
+    with pytest.raises(UsageError, match=r"holds another training \(its first differ\)"):
+        start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED).run(silent)
+    save_head(tmp_path / "other", new_head("clover", model), model)
+    with pytest.raises(UsageError, match=r"holds a clover head, and clover2 is to be trained"):
+        start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED, first=tmp_path / "other")
 
 
 def test_two_processes_train_as_one_does(model: Model, tmp_path: Path) -> None:

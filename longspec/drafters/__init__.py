@@ -1,8 +1,9 @@
 """The drafters, by the names that the command and the engine take.
 
 A new one is a file of its own and a line in `DRAFTERS`; the tests that hold every drafter to losslessness read it.
-`model+ngram` is a drafter over a drafter: the second bets for the first, to any depth. A trained head is named by its
-folder, or by its kind where one comes with longspec for the model.
+`model+ngram` is a drafter over a drafter, to any depth: the second bets for the first, which begins with its bets or
+lays its own over them. A trained head is named by its folder, or by its kind where one comes with longspec for the
+model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.medusa import Medusa
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
+from longspec.drafters.over import over
 from longspec.drafters.recycle import Recycle
 from longspec.drafters.skip import Skipping, saved_skip
 from longspec.drafters.smaller import Smaller
@@ -53,9 +55,9 @@ class Means:
 
 DRAFTERS: dict[str, Callable[[Means, Drafter | None], Drafter]] = {
     "none": lambda means, inner: Nothing(),
-    "ngram": lambda means, inner: Ngram(),
+    "ngram": lambda means, inner: over(Ngram(), inner),
     "lookahead": lambda means, inner: Lookahead(),
-    "suffix": lambda means, inner: remembering(means.model, means.texts, remember=means.remember),
+    "suffix": lambda means, inner: over(remembering(means.model, means.texts, remember=means.remember), inner),
     "recycle": lambda means, inner: Recycle(means.model.decoder.config.vocabulary, inner),
     "skip": lambda means, inner: Skipping(means.model.decoder, means.skip, inner, start=saved_skip(means.model)),
     "exit": lambda means, inner: Exit(means.model.decoder),
@@ -63,7 +65,7 @@ DRAFTERS: dict[str, Callable[[Means, Drafter | None], Drafter]] = {
     "model": lambda means, inner: Smaller(means.model, cast(Model, means.draft_model), inner),
 }
 
-STAGED = ("recycle", "skip", "sparse", "model")
+STAGED = ("ngram", "suffix", "recycle", "skip", "sparse", "model")
 """Those that take another drafter's bets."""
 
 

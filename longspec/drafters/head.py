@@ -58,7 +58,7 @@ class Head:
         names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
         weights = Weights.of_tensors(names, model.decoder.dtype)
         target = model.decoder
-        coded = target.coded and target.slow is None  # without the kernel codes are slower than bf16
+        coded = target.kernel is not None and not target.strict  # half the bytes; for torch codes are slower than bf16
         self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
         self._places = None if head.tokens is None else head.tokens.to(target.device)
         self._follow = Follow(self.decoder.shape, self._run)

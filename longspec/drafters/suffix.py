@@ -16,17 +16,16 @@ from weakref import WeakKeyDictionary
 from longspec.drafters.corpus import MOST_TOKENS, Corpus
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.outputs import Outputs
+from longspec.drafters.over import laid_over
 from longspec.errors import UsageError
 from longspec.model.identity import identity
 from longspec.model.load import Model
 from longspec.types import Commit, Draft, Verdict, Writing
 
-__all__ = ["MOST_NBYTES", "Suffix", "laid_over", "remembering"]
+__all__ = ["MOST_NBYTES", "Suffix", "remembering"]
 
 MOST_NBYTES = 16 << 20
 """Of a file to draft from: some four million tokens, twice what a corpus holds."""
-
-Tree = tuple[Sequence[int], Sequence[int], Sequence[float]]
 
 
 class Suffix:
@@ -53,10 +52,8 @@ class Suffix:
         trees = []
         for session, limit, guess, draft in zip(sessions, limits, guesses, drafts, strict=True):
             end = [*session.tokens[-16:], *guess]
-            chances = [] if draft.chances is None else draft.chances.tolist()
-            own = (draft.tokens.tolist(), draft.parents.tolist(), chances)
-            trees.append(laid_over(own, self.corpus.bet(end, limit, self.floor), limit))
-        return [Draft.tree(*tree) for tree in trees]
+            trees.append(laid_over(draft, Draft.tree(*self.corpus.bet(end, limit, self.floor)), limit))
+        return trees
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         self._own.observe(session, commit, verdict)
@@ -94,26 +91,3 @@ def _text(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} isn't text in UTF-8 (byte {error.start}); give a text file to draft from.") from None
-
-
-def laid_over(one: Tree, other: Tree, limit: int) -> Tree:
-    """The likeliest `limit` nodes of two trees; what both have is as likely as the surer of them says."""
-    nodes: dict[tuple[int, int], int] = {}
-    tokens: list[int] = []
-    parents: list[int] = []
-    chances: list[float] = []
-    for tree in (one, other):
-        places = [-1]
-        for token, parent, chance in zip(*tree, strict=True):
-            at = places[parent + 1]
-            node = nodes.setdefault((at, token), len(tokens))
-            if node == len(tokens):
-                tokens.append(token)
-                parents.append(at)
-                chances.append(chance)
-            else:
-                chances[node] = max(chances[node], chance)
-            places.append(node)
-    kept = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
-    new = {-1: -1, **{node: i for i, node in enumerate(kept)}}
-    return [tokens[i] for i in kept], [new[parents[i]] for i in kept], [chances[i] for i in kept]

@@ -46,6 +46,7 @@ class Course:
     held: Sequence[str]  # that are not
     options: dict[str, Any]  # how texts are sampled
     writer: Model  # of the texts: the model itself, or its faster form
+    first: Trained | None = None  # the head that it goes on from
 
     def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
         """Train to the end, or from where the folder is; gives the report, which is in the folder too.
@@ -104,12 +105,19 @@ class Course:
             recipe.kind, self.model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed
         )
 
+    def _begun(self, tokens: Tensor | None) -> Trained:
+        """Untrained, or with what the first head has learned, and then with the tokens that it drafts."""
+        head = self._untrained(tokens if self.first is None else self.first.tokens)
+        if self.first is not None:
+            head.module.load_state_dict(self.first.module.state_dict())
+        return head
+
     def _train(
         self, texts: Sequence[Text], report: Report, company: Together, *, int8: bool
     ) -> tuple[Trained, Progress]:
         """The head as it is at the end, and how it got there; the best one is in the folder."""
         model, recipe = self.model, self.recipe
-        head = self._untrained(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
+        head = self._begun(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
         progress = train(
             model,
             head,
@@ -132,6 +140,7 @@ class Course:
             "writer": self.writer.dtype,
             "prompts": sha256("\0".join(self.prompts).encode()).hexdigest(),
             "sampling": self.options,
+            "first": None if self.first is None else _digest(self.first),
         }))  # fmt: skip
         path = work / "recipe.json"
         try:
@@ -157,18 +166,25 @@ def start(
     prompts: Sequence[str],
     options: dict[str, Any],
     writer: Model | None = None,
+    first: Path | None = None,
 ) -> Course:
-    """Divide the prompts: every so many-th is kept for validation, and isn't trained on wherever else it stands. The
-    others are taken in an order of the seed's: a file may have one kind behind the other.
+    """What is to be done. Of the prompts every so many-th is kept for validation, and isn't trained on wherever else it
+    stands; the others are taken in an order of the seed's: a file may have one kind behind the other.
 
-    writer: the same model in the dtype that is to write the texts; None: as it is.
+    writer: the same model in the dtype that is to write the texts; None: as it is. first: the folder of a head to go on
+    from.
 
     Raises:
-        UsageError: there are fewer than two, or the model's weights are codes.
+        UsageError: there are fewer than two, the model's weights are codes, or the first head is of another kind or
+            model.
     """
     if model.dtype == "int8":
         raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
                          "--dtype bf16.")  # fmt: skip
+    held = None if first is None else load_head(first, model)
+    if held is not None and held.kind != recipe.kind:
+        raise UsageError(f"{first} holds a {held.kind} head, and {recipe.kind} is to be trained; name the kind or "
+                         "the head that is wanted.")  # fmt: skip
     prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
     if len(prompts) < 2:
         raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
@@ -185,4 +201,11 @@ def start(
         [prompts[i] for i in sorted(kept)],
         options,
         writer or model,
+        held,
     )
+
+
+def _digest(head: Trained) -> str:
+    """Of all that it has learned."""
+    values = (value.float().cpu().contiguous().numpy().tobytes() for value in head.module.state_dict().values())
+    return sha256(b"".join(values)).hexdigest()
