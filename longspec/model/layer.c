@@ -153,10 +153,8 @@ int missing(void) { return refused(); }
     if (m->kind == CODES) {                                                                                     \
         configure_groups(rows);                                                                                     \
         const Coded all = coded_in(r.laid, rows, m->width);                                                     \
-        _Pragma("omp for schedule(static)") for (int64_t row = 0; row < rows; row++) {                          \
-            const Coded own = from_row(&all, row, m->width);                                                    \
-            code((x) + row * m->width, m->width, m->bits, &own);                                                \
-        }                                                                                                       \
+        _Pragma("omp for schedule(static)") for (int64_t part = 0; part < coded_parts(rows, m->width); part++)  \
+            code(x, rows, m->width, m->bits, part, &all);                                                       \
     } else {                                                                                                    \
         configure();                                                                                            \
         _Pragma("omp for schedule(static)") for (int64_t part = 0; part < parts(m, rows); part++)               \
