@@ -18,20 +18,24 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Room, Shape
-from longspec.drafters import DRAFT_TOKENS
+from longspec.drafters import DRAFT_TOKENS, parts, published
 from longspec.drafters.recycle import SUCCESSORS
 from longspec.errors import BudgetError
+from longspec.heads import KINDS
+from longspec.heads.format import fitting, is_head, read_config, shipped
+from longspec.heads.format import room as head_room
 from longspec.machine import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.checkpoint import Checkpoint
 from longspec.model.config import Config
 from longspec.model.footprint import Footprint, footprint
-from longspec.model.load import DTYPES, Opened
+from longspec.model.load import DTYPES, Model, Opened
 from longspec.model.store import place_of_codes
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "budget_of",
     "choice",
     "choices",
+    "heads",
     "make_plan",
     "plan",
     "request_of",
@@ -296,6 +301,9 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     drafter = _PER_TOKEN.get(r.drafter, _PER_TOKEN["ngram"]) * r.tokens * r.texts
     if r.drafter == "auto" or "recycle" in r.drafter:
         drafter += 4 * SUCCESSORS * r.config.vocabulary
+    for folder in _heads(r):
+        fixed, each = head_room(folder, r.config)
+        drafter += fixed + each * r.tokens * r.texts
     own = r.process + _LATER
     held = drafter + room.host
     working = {
@@ -310,6 +318,29 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     need = Need(process=own, weights=r.footprint.resident, drafter=drafter, **working)
     loading = max(0, own + r.footprint.loading - need.total)
     return Choice(cache, prefill_rows, Need(own, need.weights, drafter, **working, loading=loading), disk=room.disk)
+
+
+def _heads(r: Request) -> list[Path]:
+    """Folders of the heads of ours that were asked for."""
+    names = parts(r.drafter)
+    named = [Path(name) for name in names if is_head(name) and not published(read_config(name))]
+    return named + (fitting(r.config) if set(names) & set(KINDS) else [])
+
+
+def heads(model: Model, made: Plan | None) -> tuple[str, ...]:
+    """Kinds of the heads that come along and that `auto` takes: where one was measured to win, and a plan leaves room.
+
+    In int8 a head's draft takes two fifths of the default model's pass, more than it brings; elsewhere none was
+    measured.
+    """
+    decoder, found = model.decoder, dict[str, Path]()
+    if model.dtype == "bf16" and decoder.device.type == "cpu" and not decoder.strict:
+        found = shipped(model)
+    if made is None:
+        return tuple(found)
+    spare, tokens = made.budget - made.choice.need.total, made.request.tokens * made.request.texts
+    takes = {kind: head_room(folder, decoder.config) for kind, folder in found.items()}
+    return tuple(kind for kind, (fixed, each) in takes.items() if fixed + each * tokens <= spare)
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import torch
 
 from longspec import costs
 from longspec.answer import Answer, memory, speculation, timing, usage
-from longspec.budget import CHUNKS, Plan, make_plan
+from longspec.budget import CHUNKS, Plan, heads, make_plan
 from longspec.cache import BLOCK, CACHES, LOSSLESS
 from longspec.control import Bet, Outcome, Step
 from longspec.controls import make as make_control
@@ -28,9 +28,8 @@ from longspec.drafters import DRAFT_TOKENS, Means
 from longspec.drafters import make as make_drafter
 from longspec.drafters.skip import load_skip
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, readers, run
+from longspec.feed import Feed, Pass, choices_of, choosing, entropies_of, every, readers, run
 from longspec.goodput import Goodput
-from longspec.heads.format import shipped
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 from longspec.options import Options, asked, bets_with, check, drafters, guidance, kind, most_tokens, tokens_of
@@ -75,10 +74,7 @@ class Engine:
         self.model = model
         named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
         check(drafter, cache, all_rows, draft_tokens, **named)
-        # In int8 a head's draft takes a third of the default model's pass, more than it brings; on a GPU none was run.
-        fit = model.decoder.device.type == "cpu" and not model.decoder.coded
-        heads = tuple(shipped(model)) if fit else ()
-        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=heads, **named)
+        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=heads(model, plan), **named)
         means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
         self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
         self.drafter_name = names[0] if len(names) == 1 else drafter
@@ -308,7 +304,7 @@ class Engine:
         if (remark := self.model.decoder.remark()) is not None:
             sessions[0].notes.append(remark)
         chosen = choices_of(feeds, logits)
-        wanted = max(getattr(drafter, "successors", 0) for drafter in self.drafters.values())
+        wanted = max(getattr(drafter, "successors", 0) for drafter in every(self.drafters.values()))
         successors = likeliest(logits, wanted).tolist() if wanted else []
         entropies: Sequence[list[float] | None] = [None] * len(feeds)
         if self.control.entropies:

@@ -6,7 +6,7 @@ rejection are one case: only the number of lacking tokens differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import cast
@@ -20,7 +20,7 @@ from longspec.sampling import choose
 from longspec.session import Session
 from longspec.types import Begun, Draft, Drafter, Reading
 
-__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "readers", "run"]
+__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "every", "readers", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,17 @@ def run(feeds: Sequence[Feed], decoder: Decoder, readers: Sequence[Reading] = ()
 
 def readers(drafters: Iterable[Drafter]) -> list[Reading]:
     """Those that read what the target computes, also where they bet for another."""
-    found = []
+    # isinstance would look through the whole protocol, in each step
+    return [cast(Reading, drafter) for drafter in every(drafters) if hasattr(drafter, "read")]
+
+
+def every(drafters: Iterable[Drafter]) -> Iterator[Drafter]:
+    """They, and those that bet for them."""
     for drafter in drafters:
         inner: Drafter | None = drafter
         while inner is not None:
-            if hasattr(inner, "read"):  # isinstance would look through the whole protocol, in each step
-                found.append(cast(Reading, inner))
+            yield inner
             inner = getattr(inner, "inner", None)
-    return found
 
 
 def choosing(made: Pass, feeds: Sequence[Feed]) -> Tensor:

@@ -154,8 +154,8 @@ class Goodput:
             most, best, to = 0.0, "", 0
             for name in left:
                 drafting = self.costs.drafting(name, plain)
-                for place, m in enumerate(self._ladder):
-                    gain = -price * drafting.seconds(m)
+                for place in range(len(self._ladder)):
+                    gain = -price * drafting.seconds(max(hands[name].best[place][1] for hands in self._batch))
                     for hands, value in zip(self._batch, values, strict=True):
                         gain += max(0.0, hands[name].best[place][0] - value)
                     if gain > most:
@@ -174,12 +174,14 @@ class Goodput:
         """Try what isn't in use, as far as the account allows."""
         size, credit, plain = len(sessions), self._credit, self._curve.seconds(len(sessions))
         users = Counter(bet.drafter for bet in chosen if bet.limit)
-        saved = {name: self.costs.drafting(name, plain).seconds(1) * self._price / n for name, n in users.items()}
         row = max(0.0, self._curve.seconds(total + 1) - self._curve.seconds(total))
         self._probes = self._steps + _WAIT
         for i, (session, hands) in enumerate(zip(sessions, self._batch, strict=True)):
             old = chosen[i]
-            forgone = max(0.0, values[i] - saved[old.drafter] * old.limit) if old.limit else None
+            forgone = None
+            if old.limit:
+                saved = self.costs.drafting(old.drafter, plain).seconds(old.limit) * self._price / users[old.drafter]
+                forgone = max(0.0, values[i] - saved)
             for name, hand in hands.items():
                 if hand.due > self._steps or name == old.drafter or not rooms[i]:
                     self._probes = min(self._probes, hand.due)

@@ -61,7 +61,7 @@ def drafters(
 
     memory: there are texts to draft from. nbytes: of the weights. heads: those that come with longspec for the model
     and are worth their time, of which one is taken. (Beside the same drafter without the head, as a choice of its own,
-    it brought 1.63 times plain decoding and not 1.75: the two are too much alike to be tried in turns.)
+    it brought 1.63 times plain decoding and not 1.75 on 13 prompts: the two are too much alike to be tried in turns.)
     """
     if name != "auto":
         return (name,)

@@ -18,7 +18,7 @@ from ggufs import write_gguf
 from test_cache import TOKENS, filled
 from test_families import load
 
-from longspec.budget import CHUNKS, Plan, Request, alone, choice, choices, plan
+from longspec.budget import CHUNKS, Plan, Request, alone, choice, choices, heads, plan
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized
 from longspec.engine import Engine
@@ -381,3 +381,23 @@ def test_a_dense_cache_turned_into_codes_holds_what_it_held(model: Model) -> Non
             forked: Any = filled(model.decoder, CACHES["dense"], 290).fork(270)
             assert Quantized.of_dense(forked, native.codec).length == 270
     assert len(TOKENS) == 300
+
+
+def test_a_plan_counts_a_head_that_is_named() -> None:
+    """Some 60 MiB for the one that comes with the default model, and 1.5 KiB for each token."""
+
+    def drafter(name: str) -> int:
+        return choice(request(drafter=name), "dense", 64).need.drafter
+
+    assert 60 * MIB < drafter("recycle+ngram+clover2") - drafter("recycle+ngram") < 90 * MIB
+    assert drafter("auto") == drafter("recycle+ngram")
+
+
+@pytest.mark.real
+def test_auto_takes_the_head_where_the_plan_leaves_room() -> None:
+    model = loading.load_model("smollm2", dtype="bf16")
+    asked = request(tokens=1000)
+    need = choice(asked, "dense", 512).need.total
+    assert heads(model, None) == ("clover2",)
+    assert heads(model, plan(asked, need + 80 * MIB)) == ("clover2",)
+    assert heads(model, plan(asked, need + 30 * MIB)) == ()

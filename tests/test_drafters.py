@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import engine, prompts, tiny, vocabulary
 
-from longspec.drafters import DRAFTERS, Means, check, make
+from longspec.drafters import DRAFTERS, Means, check, make, parts
 from longspec.drafters.exit import Exit
 from longspec.drafters.skip import Skipping, usual
 from longspec.drafters.smaller import Smaller, match
@@ -223,6 +223,7 @@ def test_names_of_drafters(model: Model) -> None:
     for name, why in {
         "magic": r"no drafter named 'magic'; use auto or one of: none, ngram",
         "lookahead+skip": r"The drafter lookahead takes no other's bets",
+        "recycle+exit": r"The drafter exit bets for no other",
         "skip+": r"no drafter named ''",
         "model": r"needs a draft model",
     }.items():
@@ -230,6 +231,15 @@ def test_names_of_drafters(model: Model) -> None:
             check(name, draft_model=False)
     check("skip+sparse+ngram", draft_model=False)
     assert isinstance(make("skip+sparse+ngram", Means(model)), Skipping)
+
+
+def test_the_name_of_a_folder_may_have_a_plus_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a+b"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert parts(f"recycle+ngram+{folder}") == ["recycle", "ngram", str(folder)]
+    assert parts(str(folder)) == [str(folder)]
+    assert parts("recycle+ngram") == ["recycle", "ngram"]
 
 
 def test_auto_is_several_drafters() -> None:

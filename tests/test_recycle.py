@@ -93,8 +93,9 @@ def test_over_another_drafter_its_bets_come_first(model: Model) -> None:
     prompt = prompts(1, 200)[0]
     plain = engine(model).generate(prompt, raw=True, max_new_tokens=60)
     steps = {}
-    for name in ("ngram", "recycle", "recycle+ngram"):
+    for name in ("ngram", "recycle", "recycle+ngram", "ngram+recycle"):
         answer = engine(model, name).generate(prompt, raw=True, max_new_tokens=60)
         assert answer.tokens == plain.tokens
         steps[name] = answer.speculation["steps"]
     assert steps["recycle+ngram"] <= min(steps["ngram"], steps["recycle"])
+    assert steps["ngram+recycle"] < steps["ngram"]  # it is told what the target found likely, beneath another too

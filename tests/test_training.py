@@ -217,7 +217,7 @@ def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
     assert torch.equal(made.tokens, torch.arange(3, 35))
     for name, value in begun.module.state_dict().items():
         torch.testing.assert_close(made.module.state_dict()[name], value)
-    with pytest.raises(UsageError, match=r"holds another training \(its first differ\)"):
+    with pytest.raises(UsageError, match=r"holds another training \(its recipe, first differ\)"):
         start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED).run(silent)
     save_head(tmp_path / "other", new_head("clover", model), model)
     with pytest.raises(UsageError, match=r"holds a clover head, and clover2 is to be trained"):

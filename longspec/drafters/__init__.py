@@ -35,7 +35,7 @@ from longspec.model.decoder import Skip
 from longspec.model.load import Model
 from longspec.types import Drafter
 
-__all__ = ["DRAFTERS", "DRAFT_TOKENS", "STAGED", "Means", "check", "make"]
+__all__ = ["DRAFTERS", "DRAFT_TOKENS", "STAGED", "Means", "check", "make", "parts", "published"]
 
 
 DRAFT_TOKENS = 15
@@ -69,9 +69,17 @@ STAGED = ("ngram", "suffix", "recycle", "skip", "sparse", "model")
 """Those that take another drafter's bets."""
 
 
+ALONE = ("none", "lookahead", "exit")
+"""Those that bet for no other: their drafts are more than bets, and must be verified as they are."""
+
+
 def parts(name: str) -> list[str]:
-    """The names of a drafter and of those that bet for it; a folder's own may have a plus in it."""
-    return [name] if (Path(name) / CONFIG).is_file() else name.split("+")
+    """The names of a drafter and of those that bet for it; the name of a folder may have a plus in it."""
+    found = []
+    while "+" in name and not (Path(name) / CONFIG).is_file():
+        first, name = name.split("+", 1)
+        found.append(first)
+    return [*found, name]
 
 
 def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
@@ -90,6 +98,8 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
         if part not in STAGED:
             raise UsageError(f"The drafter {part} takes no other's bets; in {name!r} one of these comes first: "
                              f"{', '.join(STAGED)}.")  # fmt: skip
+    if rest and rest[-1] in ALONE:
+        raise UsageError(f"The drafter {rest[-1]} bets for no other; name another one behind the + in {name!r}.")
     if "model" in (first, *rest) and not draft_model:
         raise UsageError("The drafter model needs a draft model: name one (--draft-model).")
     if memory and "suffix" not in (first, *rest):

@@ -1,7 +1,8 @@
 """A Clover-2 head's cell in C: one greedy text's tree in a call, where the target's layers have their kernel.
 
-Takes a head, its decoder and the embeddings of its draft tokens; gives what `grow` gives, to bf16's rounding. A drafted
-token costs three small products: 0.1 ms for the default model in int8, where torch's operators and Python take 1.2.
+Takes a head, its decoder and the embeddings of its draft tokens; gives what `grow` gives with a lower floor, to bf16's
+rounding. A drafted token costs three small products: 0.1 ms for the default model in int8, where torch's operators and
+Python take 1.2.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Cell:
     """The cell of one head, with its tables."""
 
     def __init__(self, module: Clover2, decoder: Decoder, embeddings: Tensor, *, coded: bool) -> None:
-        """Embeddings [D, width] of the draft tokens. Coded: matrices as codes, as the target's are."""
+        """Embeddings [D, width] of the draft tokens. Coded: matrices as codes."""
         found, kernel, width = _library(), decoder.kernel, decoder.config.width
         assert not isinstance(found, str)
         assert kernel is not None

@@ -22,6 +22,7 @@ from longspec.drafters.follow import Follow
 from longspec.drafters.grow import grow
 from longspec.heads.format import Trained
 from longspec.model.decoder import Decoder, Rows
+from longspec.model.fused import missing as kernel_lacks
 from longspec.model.load import Model
 from longspec.model.weights import Weights
 from longspec.tree import Tree
@@ -58,7 +59,8 @@ class Head:
         names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
         weights = Weights.of_tensors(names, model.decoder.dtype)
         target = model.decoder
-        coded = target.kernel is not None and not target.strict  # half the bytes; for torch codes are slower than bf16
+        # Half the bytes; where the kernel isn't taken codes are slower than bf16.
+        coded = not target.strict and kernel_lacks(config, target.dtype, target.device) is None
         self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
         self._places = None if head.tokens is None else head.tokens.to(target.device)
         self._follow = Follow(self.decoder.shape, self._run)

@@ -1,7 +1,7 @@
 """One drafter's bets over another's: the likeliest nodes of both trees, as `ngram+clover2` drafts.
 
-What a text repeats and what a head foresees are right in different places: of Spec-Bench's answers by the default model
-a step brought 1.6 tokens with recycle+ngram, 2.1 with recycle over a head, and 2.3 with recycle over both.
+What a text repeats and what a head foresees are right in different places: on 39 prompts of Spec-Bench a step of the
+default model, fifteen tokens always drafted, brought 1.9 with its head, 2.2 with recycle+ngram, and 2.8 with both.
 
 Takes drafters that say of each node how probably it is kept; knows no model.
 """

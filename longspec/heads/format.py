@@ -33,11 +33,13 @@ __all__ = [
     "CONFIG",
     "WEIGHTS",
     "Trained",
+    "fitting",
     "is_head",
     "load_head",
     "new_head",
     "read_about",
     "read_config",
+    "room",
     "save_head",
     "shipped",
 ]
@@ -98,7 +100,7 @@ def new_head(
 
 def is_head(name: str) -> bool:
     """Whether a drafter's name is the path of a folder with a head."""
-    return os.sep in name or (Path(name) / CONFIG).is_file()
+    return name not in KINDS and (os.sep in name or (Path(name) / CONFIG).is_file())
 
 
 def shipped(model: Model) -> dict[str, Path]:
@@ -109,6 +111,28 @@ def shipped(model: Model) -> dict[str, Path]:
         if about["target"]["lineage"] == model.lineage:
             found[str(about["kind"])] = config.parent
     return found
+
+
+def fitting(config: Config) -> list[Path]:
+    """Folders of the heads that come with longspec for models of this size, whatever their weights."""
+    sizes = {"hidden_size": config.width, "vocab_size": config.vocabulary}
+    return [
+        path.parent
+        for path in sorted(SHIPPED.glob(f"*/{CONFIG}"))
+        if sizes.items() <= read_config(path.parent).get("transformer_layer_config", {}).items()
+    ]
+
+
+def room(folder: Path, config: Config) -> tuple[int, int]:
+    """Bytes that a head takes in bf16 on a CPU, and for each token of a text beside the target's.
+
+    Its weights as they are and as codes; the rows that it writes with likewise; and what is known of each draft token.
+    """
+    about = read_about(folder)
+    stored = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).is_file() else 0
+    int8 = read_config(folder)["longspec"].get("storage") == "int8"
+    parameters, rows = stored if int8 else stored // 4, about["draft_vocabulary"] * config.width
+    return 3 * parameters + (3 + 3 * 2) * rows, KINDS[about["kind"]].LAYERS * 2 * 2 * config.key_heads * config.head_dim
 
 
 def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False) -> None:

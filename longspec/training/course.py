@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,8 @@ class Course:
             held = None
         except OSError as error:
             raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
-        if held != said:
-            other = [name for name in said if not isinstance(held, dict) or held.get(name) != said[name]]
+        other = [name for name in said if not isinstance(held, dict) or held.get(name) != said[name]]
+        if other:
             raise UsageError(f"{self.folder} holds another training (its {', '.join(other)} differ); ask for the same, "
                              "or name another folder.")  # fmt: skip
 
@@ -181,10 +181,14 @@ def start(
     if model.dtype == "int8":
         raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
                          "--dtype bf16.")  # fmt: skip
+    if first is not None and first.resolve() == folder.resolve():
+        raise UsageError(f"{first} can't be the head to go on from and the folder of the new one; name another folder.")
     held = None if first is None else load_head(first, model)
     if held is not None and held.kind != recipe.kind:
         raise UsageError(f"{first} holds a {held.kind} head, and {recipe.kind} is to be trained; name the kind or "
                          "the head that is wanted.")  # fmt: skip
+    if held is not None:
+        recipe = replace(recipe, draft_vocab=0 if held.tokens is None else len(held.tokens))
     prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
     if len(prompts) < 2:
         raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
@@ -207,5 +211,5 @@ def start(
 
 def _digest(head: Trained) -> str:
     """Of all that it has learned."""
-    values = (value.float().cpu().contiguous().numpy().tobytes() for value in head.module.state_dict().values())
-    return sha256(b"".join(values)).hexdigest()
+    learned = [*head.module.state_dict().values(), *([] if head.tokens is None else [head.tokens])]
+    return sha256(b"".join(value.double().cpu().numpy().tobytes() for value in learned)).hexdigest()
