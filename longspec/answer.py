@@ -87,13 +87,16 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
     }
 
 
-def memory(session: Session, weights: int, plan: Plan | None = None) -> dict[str, Any]:
-    """Bytes; the cache's are those allocated, per row those over the rows that it holds. `budget` if there is one."""
+def memory(session: Session, weights: int, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
+    """Bytes; the cache's are those allocated, per row those over the rows that it holds. `budget` if there is one.
+
+    The drafters' are their weights and tables; what they note of texts isn't counted.
+    """
     cache = session.cache
     budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}
     return {
         "weights_bytes": weights,
-        "drafter_bytes": 0,
+        "drafter_bytes": drafters,
         "cache_bytes": cache.nbytes,
         "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,
         "peak_bytes": peak_bytes(),

@@ -379,6 +379,7 @@ class Engine:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
         perf_counter's clock; else it is from when the session was opened.
         """
+        drafting = sum(getattr(drafter, "nbytes", 0) for drafter in every(self.drafters.values()))
         return Answer(
             text=session.said,
             reasoning=session.reasoning,
@@ -391,5 +392,5 @@ class Engine:
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder.nbytes, self.plan),
+            memory=memory(session, self.model.decoder.nbytes, drafting, self.plan),
         )

@@ -93,7 +93,8 @@ def check(name: str, *, draft_model: bool, memory: bool = False) -> None:
         if part == "auto":
             raise UsageError(f"auto isn't put over or under others, as in {name!r}: name them, or use auto alone.")
         if part not in DRAFTERS and part not in KINDS:
-            raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}.")
+            raise UsageError(f"There is no drafter named {part!r}; use auto or one of: {', '.join(DRAFTERS)}; or a "
+                             f"trained head: its folder, or {' or '.join(KINDS)} where one comes along.")  # fmt: skip
     for part in (first, *rest)[:-1]:
         if part not in STAGED:
             raise UsageError(f"The drafter {part} takes no other's bets; in {name!r} one of these comes first: "

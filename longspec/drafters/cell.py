@@ -85,6 +85,7 @@ class Cell:
         norms = [each.weight.detach() for each in (module.feature_norm, module.token_norm, module.between, module.norm)]
         matrices = [matrix_of(each) for each in layers]
         self._held = decoder, layers, matrices, norms, tables  # what is pointed to
+        self.nbytes = sum(table.nbytes for table in tables)
         self._cell = _Cell(
             kernel.linear,
             *(ctypes.addressof(each) for each in matrices),

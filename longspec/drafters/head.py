@@ -70,6 +70,8 @@ class Head:
                 tokens = torch.arange(config.vocabulary) if self._places is None else self._places
                 self._cell = Cell(head.module, self.decoder, target.embed(tokens), coded=coded)  # type: ignore[arg-type]
         self.layers = (target.config.layers,)
+        self.nbytes = self.decoder.nbytes + sum(value.nbytes for value in held.values())
+        self.nbytes += 0 if self._cell is None else self._cell.nbytes
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)

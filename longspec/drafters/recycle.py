@@ -34,6 +34,7 @@ class Recycle:
         self.successors = SUCCESSORS
         self.inner = inner
         self._table = array("i", [-1]) * (vocabulary * SUCCESSORS)  # the likeliest token first; -1: nothing is known
+        self.nbytes = self._table.itemsize * len(self._table)
         self._ranks = [0.5 ** (rank + 1) for rank in range(SUCCESSORS)]
         self._counted = _PRIOR
 

@@ -50,7 +50,7 @@ class Smaller:
     """
 
     def __init__(self, target: Model, draft: Model, inner: Drafter | None = None) -> None:
-        self.decoder = draft.decoder
+        self.decoder, self.nbytes = draft.decoder, draft.decoder.nbytes
         self.inner = inner
         self._places = match(target, draft)
         self._notes: WeakKeyDictionary[Writing, _Notes] = WeakKeyDictionary()
