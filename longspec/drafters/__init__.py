@@ -70,7 +70,7 @@ STAGED = ("ngram", "suffix", "recycle", "skip", "sparse", "model")
 
 
 ALONE = ("none", "lookahead", "exit")
-"""Those that bet for no other: their drafts are more than bets, and must be verified as they are."""
+"""Those that bet for no other: nothing, or drafts that are more than bets and must be verified as they are."""
 
 
 def parts(name: str) -> list[str]:
