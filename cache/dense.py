@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longspec.cache.stage import BLOCK, Bounds, Part, Room, Run, Shape, Take
-from longspec.tree import Tree
+from longspec.cache.tree import Tree
 
 __all__ = ["Dense", "DenseStage", "near_start"]
 

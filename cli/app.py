@@ -13,11 +13,12 @@ import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, shell, train, tune
-from longspec.cli.bench import bench
-from longspec.cli.command import Command, Group, origin
-from longspec.cli.config import config
-from longspec.cli.prompts import prompts
+from longspec.cli.commands import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, train, tune
+from longspec.cli.commands.bench import bench
+from longspec.cli.commands.config import config
+from longspec.cli.commands.prompts import prompts
+from longspec.cli.options.typer_classes import Command, Group, origin
+from longspec.cli.shell import command as shell
 from longspec.errors import UsageError
 
 __all__ = ["app", "invoke"]

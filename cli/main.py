@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from longspec.cli import signals
+from longspec.cli.io import signals
 from longspec.errors import LongspecError
 
 __all__ = ["guarded", "main"]

@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longspec.answer import Answer as Answer
-    from longspec.engine import Engine as Engine
+    from longspec.engine.answer import Answer as Answer
+    from longspec.engine.engine import Engine as Engine
+    from longspec.engine.session import Session as Session
     from longspec.errors import BudgetError as BudgetError
     from longspec.errors import ContextError as ContextError
     from longspec.errors import LongspecError as LongspecError
     from longspec.errors import ModelError as ModelError
     from longspec.errors import UsageError as UsageError
-    from longspec.sampling import Sampling as Sampling
-    from longspec.session import Session as Session
+    from longspec.sampling.sampler import Sampling as Sampling
     from longspec.types import Commit as Commit
     from longspec.types import Draft as Draft
     from longspec.types import Stats as Stats
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answer": "answer",
+    "Answer": "engine.answer",
     "BudgetError": "errors",
     "Commit": "types",
     "ContextError": "errors",
     "Draft": "types",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "LongspecError": "errors",
     "ModelError": "errors",
-    "Sampling": "sampling",
-    "Session": "session",
+    "Sampling": "sampling.sampler",
+    "Session": "engine.session",
     "Stats": "types",
     "UsageError": "errors",
 }

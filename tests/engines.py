@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from longspec.drafters import DRAFTERS
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.model.load import Model
-from longspec.session import Session
-from longspec.text import Vocabulary
+from longspec.text.tokenizer import Vocabulary
 from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspec.attention import attend, merge, reference
-from longspec.attention.strict import attend_strictly
+from longspec.attention.batch_invariant import attend_strictly
 from longspec.cache.stage import Bounds, Part
 
 SHAPES = [(1, 4, 4, 8, 1), (5, 6, 2, 16, 40), (3, 9, 3, 64, 129), (17, 8, 1, 24, 63), (64, 4, 2, 32, 64)]

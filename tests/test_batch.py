@@ -189,7 +189,7 @@ def test_too_many_errors(tiny: str, home: Path, capfd: pytest.CaptureFixture[str
 def test_a_text_that_breaks_its_pass_breaks_no_other(
     tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    from longspec.engine import Engine
+    from longspec.engine.engine import Engine
 
     source = prompts(home / "in.jsonl", 12)
     assert batch(tiny, source, home / "whole", *more) == 0
@@ -296,7 +296,7 @@ def test_interrupted(tiny: str, home: Path, signals: int) -> None:
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_input(tiny: str, home: Path) -> None:
     program = (
-        "import sys; from longspec.cli.main import guarded; from longspec.machine import peak_bytes\n"
+        "import sys; from longspec.cli.main import guarded; from longspec.machine.system import peak_bytes\n"
         "code = guarded(sys.argv[1:]); print(code, peak_bytes())"
     )
     peaks = []

@@ -18,19 +18,20 @@ from ggufs import write_gguf
 from test_cache import TOKENS, filled
 from test_families import load
 
-from longspec.budget import CHUNKS, Plan, Request, alone, choice, choices, heads, plan
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
+from longspec.engine.memory_guard import STEPS, Watch
 from longspec.errors import BudgetError, ModelError, UsageError
-from longspec.machine import available_bytes, parse_bytes, peak_bytes, resident_bytes, shown
+from longspec.machine.system import available_bytes, parse_bytes, peak_bytes, resident_bytes, shown
+from longspec.memory.plan import CHUNKS, Plan, Request, alone, choice, choices, heads, plan
+from longspec.memory.weights import Footprint, footprint, parameters
 from longspec.model import load as loading
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
-from longspec.model.footprint import Footprint, footprint, parameters
-from longspec.model.hub import find
+from longspec.model.files.hub import find
 from longspec.model.load import DTYPES, Model
-from longspec.watch import STEPS, Watch
+from longspec.text.detokenizer import decode
 
 MIB = 1 << 20
 SMOLLM2 = {
@@ -213,14 +214,14 @@ def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert offload.need.process == 0
     assert offload.host > asked.tokens * on_gpu.shape.row_bytes * 0.9
     assert offload.lacks(8 << 30) is None
-    monkeypatch.setattr("longspec.budget.available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr("longspec.memory.plan.available_bytes", lambda: 100 * MIB)
     assert "of host memory" in str(offload.lacks(8 << 30))
 
 
 def test_a_full_disk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = choice(request(), "disk", 64)
     assert disk.lacks(8 << 30) is None
-    monkeypatch.setattr("longspec.budget.shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
+    monkeypatch.setattr("longspec.memory.plan.shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
     assert "of disk" in str(disk.lacks(8 << 30))
     with pytest.raises(BudgetError, match="of disk"):
         plan(request(), 8 << 30, "disk")
@@ -295,7 +296,7 @@ class Watched(Watch):
 
 
 def watched(model: Model, monkeypatch: pytest.MonkeyPatch, *, moves: bool) -> tuple[Engine, Watched]:
-    monkeypatch.setattr("longspec.watch.peak_bytes", lambda: 0)
+    monkeypatch.setattr("longspec.engine.memory_guard.peak_bytes", lambda: 0)
     made = engine(model, "ngram")
     c = model.decoder.config
     asked = Request(c, "fp32", torch.device("cpu"), Footprint(MIB, MIB, MIB), 512, process=100 * MIB)
@@ -350,7 +351,7 @@ def test_a_text_ends_with_what_it_has(model: Model, monkeypatch: pytest.MonkeyPa
         assert [session.finish_reason for session in sessions] == [None, "length"]
         assert commit.finish_reason == "length"
         assert len(sessions[1].answer) < 200
-        assert shown[1] == sessions[1].text == model.vocabulary.decode(sessions[1].answer)
+        assert shown[1] == sessions[1].text == decode(model.vocabulary, sessions[1].answer)
         assert "the text ended after" in sessions[1].notes[-1]
         watch.seen = 200 * MIB
         finish(made, sessions[:1])

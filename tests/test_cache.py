@@ -16,8 +16,8 @@ from test_families import load
 
 from longspec.cache import BLOCK, CACHES, Dense, Shape
 from longspec.cache.stage import Cache
+from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder
-from longspec.tree import Tree
 
 TOKENS = torch.randint(3, 96, (300,), generator=torch.Generator().manual_seed(2)).tolist()
 TOLERANCE = 2e-5  # fp32; merged parts and other shapes round differently

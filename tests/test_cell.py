@@ -13,8 +13,8 @@ from test_fused import SIZES, load
 from test_groups import coded
 from test_heads import shaken
 
-from longspec.drafters import cell
-from longspec.drafters.head import Head
+from longspec.drafters.clover import Head
+from longspec.drafters.common import clover_native as cell
 from longspec.model.load import DTYPES, Model
 from longspec.training.train import ready
 from longspec.types import Draft
@@ -54,7 +54,7 @@ def head_of(model: Model) -> Head:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_it_drafts_as_torch_does(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cell, "FLOOR", 0.05)
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.05)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.05)
     model = model_of(folder, dtype)
     head = head_of(model)
     if head._cell is None:

@@ -19,15 +19,16 @@ from engines import engine, tiny
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
-import longspec.engine
+import longspec.engine.engine
 from longspec.cache import CACHES
-from longspec.cli.colour import coloured
-from longspec.conversation import Conversation, cache_path
-from longspec.engine import Engine
+from longspec.cli.io.colour import coloured
+from longspec.engine.conversation import Conversation, cache_path
+from longspec.engine.engine import Engine
+from longspec.engine.forward import Feed
 from longspec.errors import LongspecError, UsageError
-from longspec.feed import Feed
 from longspec.model.load import Model
-from longspec.text import Vocabulary, encode
+from longspec.text.prompt import encode
+from longspec.text.tokenizer import Vocabulary
 
 QUESTIONS = ["AbCdEf" * 25, "what is it", "AbCdEf" * 12 + "?"]
 
@@ -68,9 +69,9 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def run(feeds: list[Feed], *others: Any) -> Any:
         counts.append(sum(len(feed.lacking) for feed in feeds))
-        return longspec.feed.run(feeds, *others)
+        return longspec.engine.forward.run(feeds, *others)
 
-    monkeypatch.setattr(longspec.engine, "run", run)
+    monkeypatch.setattr(longspec.engine.engine, "run", run)
     return counts
 
 

@@ -16,7 +16,7 @@ import pytest
 from commands import COMMAND, ROOT, SECONDS, Terminal, call, environment, started, write_tiny
 
 from longspec.cli.main import guarded
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
 KEYS = {
@@ -395,7 +395,7 @@ def test_a_signal_while_loading_or_prefilling(tiny: str, home: Path) -> None:
 
 def test_a_reader_who_waits_is_left_at_the_first_signal(home: Path) -> None:
     program = (
-        "import sys; from longspec.cli import signals; from longspec.cli.output import Output\n"
+        "import sys; from longspec.cli import signals; from longspec.cli.io.stdout import Output\n"
         "signals.catch(); output = Output(); print('ready', file=sys.stderr, flush=True)\n"
         "try: output.write('x' * 1_000_000)\n"
         "except signals.Interrupted as end: sys.exit(end.exit_code if not output.is_ready else 1)"

@@ -20,19 +20,19 @@ from commands import call, write_tiny
 from engines import engine as made_engine
 from engines import tiny
 
-from longspec.cli.danger import judge, programs
-from longspec.cli.examples import adapted, names, template
-from longspec.cli.form import form
-from longspec.cli.headers import numbered
-from longspec.cli.likeness import plain
-from longspec.cli.place import Place
-from longspec.cli.suggestion import faults, suggest
-from longspec.cli.syntax import joined
-from longspec.engine import Engine
-from longspec.feed import Feed, run
-from longspec.machine import cache_folder
-from longspec.score import score
-from longspec.text import encode
+from longspec.cli.shell.bash_ast import joined
+from longspec.cli.shell.command_regex import form
+from longspec.cli.shell.csv_columns import numbered
+from longspec.cli.shell.danger import judge, programs
+from longspec.cli.shell.environment import Place
+from longspec.cli.shell.examples import adapted, names, template
+from longspec.cli.shell.similarity import plain
+from longspec.cli.shell.suggest import faults, suggest
+from longspec.engine.engine import Engine
+from longspec.engine.forward import Feed, run
+from longspec.engine.scoring import score
+from longspec.machine.system import cache_folder
+from longspec.text.prompt import encode
 
 DATA: dict[str, Any] = tomllib.loads((Path(__file__).parent / "command.toml").read_text())
 

@@ -14,12 +14,12 @@ import torch
 from commands import call
 from engines import engine, every_drafter, finish, prompts, tiny, vocabulary
 
-from longspec.constraint import Constraint
-from longspec.engine import Engine
+from longspec.constraints.grammar import MOST_BYTES, grammar_of
+from longspec.constraints.matcher import Constraint
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import UsageError
-from longspec.grammar import MOST_BYTES, grammar_of
 from longspec.model.load import Model
-from longspec.session import Session
 from longspec.types import Draft
 
 PATTERN = "([a-f]{2,6}=[0-9]{1,4};){2,9}(quod_erat_demonstrandum|qua_est)?"

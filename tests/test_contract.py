@@ -20,7 +20,7 @@ from _pytest.mark import ParameterSet
 from commands import COMMAND, ROOT, SECONDS, environment, write_tiny
 from reference import Page, pages
 
-from longspec.machine import cache_folder
+from longspec.machine.system import cache_folder
 
 EVENTS = ("", "SIGINT", "SIGTERM", "stdout closed")
 OUT = ("", "nothing", "text", "one line", "lines", "JSON", "what was written")

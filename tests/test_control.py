@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from longspec.control import Bet, Fixed, Outcome, Step
-from longspec.goodput import Goodput
-from longspec.record import Record
+from longspec.control.acceptance import Record
+from longspec.control.goodput import Goodput
+from longspec.control.policy import Bet, Fixed, Outcome, Step
 from longspec.types import Draft
 
 

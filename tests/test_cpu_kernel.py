@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspec.attention import attend, cpu, merge, reference
-from longspec.attention.texts import Texts, reads
+from longspec.attention import attend, merge, reference
+from longspec.attention import native as cpu
+from longspec.attention.native_batch import Texts, reads
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense, DenseStage
 from longspec.cache.quantized import Quantized, QuantizedStage

@@ -25,7 +25,7 @@ import pytest
 from commands import COMMAND, ROOT
 from figures import FIGURES, FOLDER
 
-from longspec.machine import cache_folder
+from longspec.machine.system import cache_folder
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))

@@ -11,18 +11,18 @@ import torch
 from engines import engine, prompts, tiny, vocabulary
 
 from longspec.drafters import DRAFTERS, Means, check, make, parts
-from longspec.drafters.exit import Exit
-from longspec.drafters.skip import Skipping, usual
-from longspec.drafters.smaller import Smaller, match
-from longspec.engine import Engine
+from longspec.drafters.draft_model import Smaller, match
+from longspec.drafters.early_exit import Exit
+from longspec.drafters.layer_skip import Skipping, usual
+from longspec.engine.engine import Engine
+from longspec.engine.forward import Feed, run
+from longspec.engine.options import LARGE, drafters
+from longspec.engine.session import Session
 from longspec.errors import UsageError
-from longspec.feed import Feed, run
 from longspec.model.decoder import Chunk, Rows, Skip
 from longspec.model.load import Model
-from longspec.options import LARGE, drafters
-from longspec.session import Session
+from longspec.sampling.verify import verify
 from longspec.types import Draft
-from longspec.verify import verify
 
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
 
@@ -35,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 def unsure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of random weights is never sure; chains of its best tokens are drafted all the same."""
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
-    monkeypatch.setattr("longspec.drafters.grow.BREADTH", 1)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
 
 
 def started(made: Engine, **options: Any) -> Session:

@@ -13,12 +13,13 @@ import torch
 from engines import RandomTrees, engine, every_drafter, finish, prompts, tiny
 from scipy import stats
 
-import longspec.engine as module
+import longspec.engine.engine as module
 from longspec.cache import BLOCK, CACHES
 from longspec.errors import ContextError, UsageError
 from longspec.model.load import Model
+from longspec.sampling.verify import verify
+from longspec.text.detokenizer import decode
 from longspec.types import Draft, Verdict
-from longspec.verify import verify
 
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 5}
@@ -209,7 +210,7 @@ def test_a_text_ends_at_its_end_token_wherever_it_stands(tmp_path: Path, plain: 
             sessions = opened(made, 1, SAMPLED)
             assert finish(made, sessions) == [want]
             assert sessions[0].finish_reason == "stop"
-            assert sessions[0].text == model.vocabulary.decode(want[start:-1])
+            assert sessions[0].text == decode(model.vocabulary, want[start:-1])
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "right"])
@@ -219,7 +220,7 @@ def test_a_stop_string_across_steps_ends_text_tokens_and_cache_alike(
 ) -> None:
     text = plain("sampled")["0"]
     start = len(text) - NEW
-    answer = model.vocabulary.decode(text[start:])
+    answer = decode(model.vocabulary, text[start:])
     for place in (0, 9, 23, 24, 25, 60):
         stop = answer[place : place + length]
         want = answer[: answer.index(stop)]
@@ -229,7 +230,7 @@ def test_a_stop_string_across_steps_ends_text_tokens_and_cache_alike(
         shown = "".join(commit.text for commit in made.write(session))
         assert session.finish_reason == "stop"
         assert session.text == shown == want
-        begins = [len(model.vocabulary.decode(text[start : start + i])) for i in range(NEW)]
+        begins = [len(decode(model.vocabulary, text[start : start + i])) for i in range(NEW)]
         kept = sum(begin < len(want) for begin in begins)  # tokens that begin before the stop string
         assert session.tokens == text[: start + kept]
         assert session.cache.length < len(session.tokens)
@@ -312,4 +313,4 @@ def test_an_interrupted_text_keeps_what_it_has(model: Model) -> None:
     shown += session.interrupt().text
     answer = made.answer(session)
     assert answer.finish_reason == "interrupted"
-    assert answer.text == shown == model.vocabulary.decode(answer.tokens)
+    assert answer.text == shown == decode(model.vocabulary, answer.tokens)

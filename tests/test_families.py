@@ -19,7 +19,7 @@ from longspec.cache import Dense
 from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder, Rows, Span
-from longspec.model.weights import Weights
+from longspec.model.weights.read import Weights
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(1)).tolist()

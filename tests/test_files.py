@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longspec.files import replaced
+from longspec.machine.files import replaced
 
 
 @pytest.mark.parametrize(("private", "mode"), [(True, 0o600), (False, 0o644)])

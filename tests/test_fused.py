@@ -15,11 +15,11 @@ from passes import write as feed
 from torch import Tensor
 
 from longspec.cache import Dense
+from longspec.kernels.build import library
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
-from longspec.model.fused import MOST_ROWS, missing
-from longspec.model.weights import Weights
-from longspec.native import library
+from longspec.model.native import MOST_ROWS, missing
+from longspec.model.weights.read import Weights
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,7 +115,9 @@ def test_gemma_and_fp32_take_torch(tmp_path: Path) -> None:
 def test_without_a_compiler_torch_is_taken(tmp_path: Path) -> None:
     source = tmp_path / "layer.c"
     source.write_text("int missing(void) { return 0; }")
-    script = f"from pathlib import Path; from longspec.native import library; print(library(Path({str(source)!r})))"
+    script = (
+        f"from pathlib import Path; from longspec.kernels.build import library; print(library(Path({str(source)!r})))"
+    )
     for name, why in {"none": "LONGSPEC_COMPILER is none", "no-such-cc": "no compiler named no-such-cc"}.items():
         done = subprocess.run(
             [sys.executable, "-c", script],

@@ -18,11 +18,11 @@ from passes import feed
 from longspec.cache import Dense
 from longspec.errors import ModelError
 from longspec.model.config import Config
-from longspec.model.convert import converted
 from longspec.model.decoder import Decoder
-from longspec.model.gguf import read_gguf
-from longspec.model.gguf_header import read_header
-from longspec.model.weights import Weights
+from longspec.model.files.convert import converted
+from longspec.model.gguf.file import read_gguf
+from longspec.model.gguf.header import read_header
+from longspec.model.weights.read import Weights
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -201,7 +201,7 @@ def test_the_header_is_the_packages_reading(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_supported_is_said(tmp_path: Path, field: str, value: object, said: str) -> None:
-    from longspec.model.gguf import GgufFile
+    from longspec.model.gguf.file import GgufFile
 
     header = read_header(write_gguf(oracle("llama"), tmp_path / "a.gguf"))
     if value is None:

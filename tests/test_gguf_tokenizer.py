@@ -12,9 +12,9 @@ from checkpoints import oracle
 from ggufs import write_gguf
 
 from longspec.errors import ModelError
-from longspec.model.convert import write_texts
-from longspec.model.gguf import read_gguf
-from longspec.model.gguf_tokenizer import build_tokenizer, tokenizer_config_of
+from longspec.model.files.convert import write_texts
+from longspec.model.gguf.file import read_gguf
+from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'.,Ġ"
 

@@ -27,8 +27,8 @@ from longspec.cache.quantized import Quantized  # noqa: E402
 from longspec.cache.stage import Cache, Stage  # noqa: E402
 from longspec.model.config import Config  # noqa: E402
 from longspec.model.decoder import Chunk, Decoder, Rows  # noqa: E402
-from longspec.model.graphs import Graphs, missing  # noqa: E402
-from longspec.model.weights import Weights  # noqa: E402
+from longspec.model.gpu.cuda_graphs import Graphs, missing  # noqa: E402
+from longspec.model.weights.read import Weights  # noqa: E402
 
 pytest.importorskip("triton")
 
@@ -210,13 +210,13 @@ COMPILED = """
 import sys
 import torch
 from compiled import targets
-from longspec.attention import kernels
+from longspec.attention import triton_kernels as kernels
 from longspec.cache.codes import Codec
-from longspec.model import graph_kernels
+from longspec.model.gpu import kernels as graph_kernels
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
-from longspec.model.graphs import _Inputs
-from longspec.model.weights import Weights
+from longspec.model.gpu.cuda_graphs import _Inputs
+from longspec.model.weights.read import Weights
 import json
 from pathlib import Path
 

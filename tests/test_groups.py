@@ -20,21 +20,21 @@ from test_fused import SHAPES, SIZES, TOKENS, load, logits
 from torch import Tensor
 
 from longspec.cache import Dense
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
+from longspec.engine.options import Options
 from longspec.errors import ModelError, UsageError
-from longspec.model import fused
-from longspec.model.checkpoint import Checkpoint
-from longspec.model.coded import CodedFile
+from longspec.model import native as fused
 from longspec.model.config import Config
-from longspec.model.convert import write_texts
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
-from longspec.model.gguf import read_gguf
-from longspec.model.groups import GROUP, Codes, Groups, joined, of_blocks, of_values
+from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.files.convert import write_texts
+from longspec.model.files.store import place_of_codes
+from longspec.model.gguf.file import read_gguf
 from longspec.model.load import Model, open_model
-from longspec.model.shard import Shard, write_shard
-from longspec.model.store import place_of_codes
-from longspec.model.weights import Weights
-from longspec.options import Options
+from longspec.model.weights.packed_file import CodedFile
+from longspec.model.weights.quantized import GROUP, Codes, Groups, joined, of_blocks, of_values
+from longspec.model.weights.read import Weights
+from longspec.model.weights.safetensors import Shard, write_shard
 
 
 @pytest.fixture(params=SHAPES, scope="module")

@@ -15,7 +15,7 @@ from test_fused import SIZES, load
 from test_groups import coded
 
 from longspec.cache import CACHES
-from longspec.drafters.head import Head
+from longspec.drafters.clover import Head
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, Trained, load_head, new_head, save_head
@@ -48,7 +48,7 @@ def some(model: Model) -> torch.Tensor:
 def test_a_head_never_changes_a_text(
     model: Model, kind: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
     written = []
     for drafter in ("none", Head(model, shaken(kind, model, depth=4, tokens=some(model)))):
         made = engine(model, drafter, cache=cache, draft_tokens=7)
@@ -67,8 +67,8 @@ def test_drafting_equals_the_unrolled_training(
     model: Model, kind: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind a text of several steps: the first chain's hidden states, from the head's caches and all at once."""
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
-    monkeypatch.setattr("longspec.drafters.grow.BREADTH", 1)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
     head = shaken(kind, model, depth=4, window=window)
     drafter, outs, features = Head(model, head), [], []
     made = engine(model, drafter, draft_tokens=6)

@@ -19,9 +19,9 @@ from huggingface_hub import constants, errors
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from longspec.errors import ModelError
-from longspec.model.checkpoint import Checkpoint
-from longspec.model.hub import SHORT_NAMES, fetch_config, find, installed
-from longspec.model.store import models_folder
+from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.files.hub import SHORT_NAMES, fetch_config, find, installed
+from longspec.model.files.store import models_folder
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +296,7 @@ def test_models_are_listed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_listing_models_needs_no_torch() -> None:
-    code = "import sys; from longspec.model.hub import installed; installed(); print('torch' in sys.modules)"
+    code = "import sys; from longspec.model.files.hub import installed; installed(); print('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.stdout.strip() == "False", result.stderr

@@ -11,9 +11,9 @@ import pytest
 from commands import call
 from engines import engine, every_drafter, finish, prompts, tiny
 
-from longspec.engine import Engine
-from longspec.loops import FAR, LEAST, LEAST_PLAIN, Loops
-from longspec.session import Session
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
+from longspec.text.repetition import FAR, LEAST, LEAST_PLAIN, Loops
 
 
 def ended(tokens: list[int]) -> int | None:
@@ -75,7 +75,7 @@ def test_a_token_costs_the_same_late_in_a_text() -> None:
 def test_bets_do_not_change_where_a_loop_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model that is decoded greedily repeats itself soon; here that is enough."""
     for name, value in {"LEAST": 12, "LEAST_PLAIN": 18, "REPEATS": 3}.items():
-        monkeypatch.setattr(f"longspec.loops.{name}", value)
+        monkeypatch.setattr(f"longspec.text.repetition.{name}", value)
     model = tiny(tmp_path, end_tokens=(), max_position_embeddings=4096)
 
     def opened(made: Engine) -> list[Session]:

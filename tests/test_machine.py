@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from longspec import machine
 from longspec.cli import main
+from longspec.machine import system as machine
 
 
 @pytest.mark.parametrize(

@@ -229,8 +229,8 @@ GROW = """
 import gc, sys, torch
 from longspec.cache import CACHES
 from longspec.cache.stage import Shape
-from longspec.machine import resident_bytes
-from longspec.watch import _release
+from longspec.machine.system import resident_bytes
+from longspec.engine.memory_guard import _release
 
 def filled(rows):
     cache = CACHES[sys.argv[1]](Shape(3, 64, (None,) * 30, torch.bfloat16, torch.device("cpu")))

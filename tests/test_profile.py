@@ -12,7 +12,7 @@ from engines import engine, prompts
 from engines import tiny as tiny_model
 
 from longspec.bench.profile import profiled, read_rate, table
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

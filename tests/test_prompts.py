@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from commands import COMMAND, ROOT, SECONDS, call, environment, started, write_tiny
 
+from longspec.cli.commands.prompts import folders
 from longspec.cli.main import guarded
-from longspec.cli.prompts import folders
 from longspec.errors import UsageError
-from longspec.template import find, names, parse, read
+from longspec.text.prompt_template import find, names, parse, read
 
 SHIPPED = ROOT / "prompts"
 TINY = ["--threads", "1", "--dtype", "fp32"]

@@ -84,7 +84,7 @@ def write(folder: Path, layout: str, model: Model) -> Path:
 def test_a_published_head_never_changes_a_text(
     model: Model, tmp_path: Path, layout: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
     folder, written = write(tmp_path / "head", layout, model), []
     for drafter in ("none", str(folder)):
         made = engine(model, drafter, cache=cache, draft_tokens=7)
@@ -100,8 +100,8 @@ def test_an_eagle_head_drafts_what_its_equations_say(
     model: Model, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written down once more, a whole text at once, and each drafted row appended to it."""
-    monkeypatch.setattr("longspec.drafters.grow.FLOOR", 0.0)
-    monkeypatch.setattr("longspec.drafters.grow.BREADTH", 1)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
     drafter = make(str(write(tmp_path / "head", layout, model)), Means(model))
     assert isinstance(drafter, Eagle)
     made = engine(model, drafter, draft_tokens=6)

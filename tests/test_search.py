@@ -16,14 +16,14 @@ from checkpoints import oracle, write
 from engines import engine, finish, prompts, tiny, vocabulary
 from test_families import load
 
-import longspec.drafters.search as module
-from longspec.drafters.search import SHARE, WINDOW, Search
-from longspec.drafters.skip import Skipping, load_skip, save_skip, saved_path, saved_skip, usual
-from longspec.drafters.worth import CHAIN, Prices, agreement, gain, influence, nested, united
+import longspec.drafters.common.skip_search as module
+from longspec.drafters.common.skip_search import SHARE, WINDOW, Search
+from longspec.drafters.common.skip_speedup import CHAIN, Prices, agreement, gain, influence, nested, united
+from longspec.drafters.layer_skip import Skipping, load_skip, save_skip, saved_path, saved_skip, usual
+from longspec.engine.session import Session
 from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows, Skip
 from longspec.model.load import Model
-from longspec.session import Session
 
 PLANTED = Skip(frozenset({2, 3, 4, 6}), frozenset({1, 3, 4, 5, 6}))
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 from engines import engine, prompts, tiny
 
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.server.api import MOST_NBYTES, open_to_clients
 from longspec.server.desk import Desk
 from longspec.server.guard import names

@@ -19,9 +19,9 @@ import openai
 import pytest
 from commands import COMMAND, ROOT, SECONDS, call, environment, started, write_tiny
 
-from longspec.cli import remote
-from longspec.engine import Engine
-from longspec.machine import cache_folder
+from longspec.cli.io import server_client as remote
+from longspec.engine.engine import Engine
+from longspec.machine.system import cache_folder
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
 

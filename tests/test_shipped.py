@@ -10,7 +10,7 @@ import torch
 from engines import engine, finish
 
 from longspec.cache import CACHES
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.model.load import Model, load_model
 
 pytestmark = pytest.mark.real

@@ -11,14 +11,14 @@ from engines import engine, prompts, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspec.drafters import corpus as corpus_module
-from longspec.drafters.corpus import Corpus
-from longspec.drafters.outputs import Outputs, forget, outputs_folder
-from longspec.drafters.over import laid_over
+from longspec.drafters.common import suffix_array as corpus_module
+from longspec.drafters.common.answer_store import Outputs, forget, outputs_folder
+from longspec.drafters.common.merge import laid_over
+from longspec.drafters.common.suffix_array import Corpus
 from longspec.drafters.suffix import MOST_NBYTES
+from longspec.engine.options import Options
 from longspec.errors import UsageError
 from longspec.model.load import Model
-from longspec.options import Options
 from longspec.types import Draft
 
 _TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=5)
@@ -155,7 +155,7 @@ def _outputs(path: Path) -> Outputs:
 
 
 def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longspec.drafters.outputs.MOST_TOKENS", 64)
+    monkeypatch.setattr("longspec.drafters.common.answer_store.MOST_TOKENS", 64)
     outputs = Outputs("name", 100)
     for i in range(50):
         outputs.add([i] * 7)

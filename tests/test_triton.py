@@ -257,7 +257,7 @@ def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 COMPILED = """
 import torch
 from compiled import targets
-from longspec.attention import kernels
+from longspec.attention import triton_kernels as kernels
 from longspec.attention.triton import read
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part

@@ -16,10 +16,10 @@ from test_search import PLANTED, planted
 from longspec.bench import tune as module
 from longspec.bench.fit import Measured, best, bets, measure
 from longspec.bench.tune import NEW, prices, search, tune, verify, write
-from longspec.drafters.skip import load_skip
-from longspec.drafters.worth import Prices, gain
+from longspec.drafters.common.skip_speedup import Prices, gain
+from longspec.drafters.layer_skip import load_skip
 from longspec.errors import UsageError
-from longspec.fit import Fit, fit_path, keep_fit
+from longspec.machine.tuned import Fit, fit_path, keep_fit
 from longspec.model.decoder import Skip
 from longspec.model.load import Model, open_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longspec.sampling.verify import verify
 from longspec.types import Commit, Draft, Stats, Verdict
-from longspec.verify import verify
 
 
 def test_rejected_at_once() -> None:

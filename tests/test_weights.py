@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longspec.errors import ModelError
-from longspec.model.shard import Shard, write_shard
-from longspec.model.weights import Weights
+from longspec.model.weights.read import Weights
+from longspec.model.weights.safetensors import Shard, write_shard
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -77,12 +77,12 @@ def test_a_file_that_is_read_gives_the_same_tensors(tmp_path: Path, monkeypatch:
     )
     shard = Shard(path)
     assert not shard.read()  # too small to be worth it
-    monkeypatch.setattr("longspec.model.shard._LEAST_READ", 1)
-    monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: False)
+    monkeypatch.setattr("longspec.model.weights.safetensors._LEAST_READ", 1)
+    monkeypatch.setattr("longspec.model.weights.safetensors.has_large_pages", lambda: False)
     assert not shard.read()
-    monkeypatch.setattr("longspec.model.shard.has_large_pages", lambda: True)
+    monkeypatch.setattr("longspec.model.weights.safetensors.has_large_pages", lambda: True)
     with monkeypatch.context() as full:
-        full.setattr("longspec.model.shard.available_bytes", lambda: path.stat().st_size)
+        full.setattr("longspec.model.weights.safetensors.available_bytes", lambda: path.stat().st_size)
         assert not shard.read()
     assert shard.read()
     whole = path.read_bytes()

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import transformers
 
-from longspec.engine import Engine
-from longspec.model.hub import find
+from longspec.engine.engine import Engine
+from longspec.engine.scheduler import Schedule
+from longspec.model.files.hub import find
 from longspec.model.load import DTYPES, open_model
-from longspec.schedule import Schedule
 
 
 def ours(engine: Engine, prompts: list[str], new: int, width: int) -> float:

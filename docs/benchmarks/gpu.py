@@ -30,12 +30,12 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from longspec.cache import CACHES
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.model.config import Config
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.model.load import Model
-from longspec.model.weights import Weights
-from longspec.text import Vocabulary
+from longspec.model.weights.read import Weights
+from longspec.text.tokenizer import Vocabulary
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {

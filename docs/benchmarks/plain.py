@@ -22,9 +22,10 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from longspec.engine import Engine
-from longspec.model.hub import find
+from longspec.engine.engine import Engine
+from longspec.model.files.hub import find
 from longspec.model.load import DTYPES
+from longspec.text.detokenizer import decode
 
 PROMPTS = [
     "A baker makes 36 rolls an hour, and sells two thirds of them at once. How many are left after five hours?",
@@ -80,7 +81,7 @@ def main() -> None:
     if raw:
         vocabulary = engine.model.vocabulary
         tokens = vocabulary.encode(given.text.read_text(), add_special=False)[: given.context]
-        prompts = [(vocabulary.decode(tokens), tokens)]
+        prompts = [(decode(vocabulary, tokens), tokens)]
     rounds = []
     for number in range(-1, given.rounds):  # the first warms up
         rates: dict[str, list[float]] = {"longspec": [], "transformers": []}

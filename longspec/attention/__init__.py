@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspec.attention import cpu, flash, reference, triton
-from longspec.attention.strict import attend_strictly
+from longspec.attention import flash, reference, triton
+from longspec.attention import native as cpu
+from longspec.attention.batch_invariant import attend_strictly
 from longspec.cache.stage import CodedPart, Part
 
 __all__ = ["BACKENDS", "Backend", "attend", "attend_strictly", "backends", "merge"]

@@ -1,7 +1,7 @@
 """Backend on Triton kernels of our own: quantized parts as they lie, and parts of which each row reads its own columns.
 
 Takes what `reference.read` takes and gives what it gives. It decides how a part is cut up among a GPU's processors, and
-knows nothing of what the kernels (`longspec.attention.kernels`) do with the pieces.
+knows nothing of what the kernels (`longspec.attention.triton_kernels`) do with the pieces.
 
 No hardware has run this yet: kernels and launches are tested through Triton's interpreter, and compiled for compute
 capabilities 8.9 and 9.0 (`tests/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU, and the sizes
@@ -43,7 +43,7 @@ __all__ = [
 USE = "quantized caches and draft trees on the GPU"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_CHUNKS = 128  # as in longspec.attention.kernels
+MOST_CHUNKS = 128  # as in longspec.attention.triton_kernels
 _LOG2E = 1.4426950408889634
 
 OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't said
@@ -84,7 +84,7 @@ def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float |
 
     A row that may read nothing gives zeros and -inf. CPU tensors are for Triton's interpreter (TRITON_INTERPRET=1).
     """
-    from longspec.attention import kernels  # imports triton, which not every machine has
+    from longspec.attention import triton_kernels as kernels  # imports triton, which not every machine has
 
     q, heads, dim = queries.shape
     coded = isinstance(part, CodedPart)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longspec.errors import LongspecError, UsageError
-from longspec.files import replaced
+from longspec.machine.files import replaced
 
 __all__ = ["About", "meta_path", "write_json"]
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from longspec.batch.records import Written
 from longspec.batch.requests import Fault, Item, over
+from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
-from longspec.schedule import WIDTH, Schedule
 
 if TYPE_CHECKING:
-    from longspec.engine import Engine
-    from longspec.options import Options
-    from longspec.session import Session
+    from longspec.engine.engine import Engine
+    from longspec.engine.options import Options
+    from longspec.engine.session import Session
 
 __all__ = ["Job", "Result"]
 

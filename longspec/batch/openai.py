@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from longspec.batch.requests import Fault, Id, Item, checked_id, conversation, named_options
 
 if TYPE_CHECKING:
-    from longspec.answer import Answer
+    from longspec.engine.answer import Answer
 
 __all__ = ["CHAT", "COMPLETIONS", "is_openai", "openai_request", "response"]
 

@@ -12,7 +12,7 @@ from longspec.batch.openai import response
 from longspec.batch.requests import Fault, Item, checked_id
 
 if TYPE_CHECKING:
-    from longspec.answer import Answer
+    from longspec.engine.answer import Answer
     from longspec.types import Stats
 
 __all__ = ["Past", "Written", "line", "past"]

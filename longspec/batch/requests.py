@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from longspec.batch.template import Template
 
 if TYPE_CHECKING:
-    from longspec.options import Options
+    from longspec.engine.options import Options
 
 __all__ = ["Fault", "Id", "Item", "as_object", "checked_id", "conversation", "named_options", "over", "request"]
 

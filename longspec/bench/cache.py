@@ -15,9 +15,10 @@ import torch
 
 from longspec.cache import CACHES
 from longspec.cache.stage import BLOCK, Cache
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.errors import UsageError
 from longspec.model.decoder import Rows, Span
+from longspec.text.detokenizer import decode
 
 __all__ = ["KINDS", "Result", "measure"]
 
@@ -109,7 +110,7 @@ def _finds(engine: Engine, kind: str, text: str, context: int, depth: float) -> 
     needle = _NEEDLE.format(number=number)
     hay = vocabulary.encode(text, add_special=False)[: context - 160]
     at = int(len(hay) * depth)
-    story = f"{vocabulary.decode(hay[:at])}\n\n{needle}\n\n{vocabulary.decode(hay[at:])}\n\n{_QUESTION}"
+    story = f"{decode(vocabulary, hay[:at])}\n\n{needle}\n\n{decode(vocabulary, hay[at:])}\n\n{_QUESTION}"
     prompt = vocabulary.encode(vocabulary.chat([{"role": "user", "content": story}]), add_special=False)
     cache = CACHES[kind](engine.model.decoder.shape)
     for start in range(0, len(prompt), _CHUNK):
@@ -120,4 +121,4 @@ def _finds(engine: Engine, kind: str, text: str, context: int, depth: float) -> 
         if answer[-1] in engine.model.end_tokens:
             break
         hidden = _feed(engine, cache, answer[-1:])
-    return number in vocabulary.decode(answer)
+    return number in decode(vocabulary, answer)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from longspec.drafters import DRAFT_TOKENS
+from longspec.engine.options import check
 from longspec.errors import UsageError
-from longspec.model.checkpoint import Checkpoint
-from longspec.model.convert import converted
+from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.files.convert import converted
 from longspec.model.load import DTYPES, Opened, check_dtype, end_tokens, native_dtype
-from longspec.options import check
 
 __all__ = ["PEERS", "Contender", "ends", "ours", "peers"]
 

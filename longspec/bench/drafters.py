@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.errors import UsageError
 
 __all__ = ["Result", "measure", "prompt_lookup", "read_suite", "sample"]

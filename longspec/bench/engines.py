@@ -22,7 +22,9 @@ from typing import Any
 
 from longspec.bench.contenders import Contender
 from longspec.errors import LongspecError, UsageError
-from longspec.text import Vocabulary, encode
+from longspec.text.detokenizer import decode
+from longspec.text.prompt import encode
+from longspec.text.tokenizer import Vocabulary
 
 __all__ = [
     "CONTEXTS",
@@ -212,7 +214,7 @@ def contexts(vocabulary: Vocabulary, text: str, lengths: Sequence[int], new: int
 
 
 def _cut(vocabulary: Vocabulary, tokens: Sequence[int], start: int, length: int) -> dict[str, Any]:
-    text = vocabulary.decode(tokens[start : start + length])
+    text = decode(vocabulary, tokens[start : start + length])
     return {"text": text, "raw": True, "tokens": encode(vocabulary, text, raw=True)}
 
 

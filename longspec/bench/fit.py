@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from longspec.bench.tune import CHECKS, NOTES, PROMPTS, rate
-from longspec.controls import place
-from longspec.engine import Engine
+from longspec.control.registry import place
+from longspec.engine.engine import Engine
+from longspec.engine.forward import Feed, choosing, run
+from longspec.engine.session import Session
 from longspec.errors import UsageError
-from longspec.feed import Feed, choosing, run
-from longspec.fit import Fit
-from longspec.machine import cores
+from longspec.machine.system import cores
+from longspec.machine.tuned import Fit
 from longspec.model.load import Model, Opened, choose_dtype, native_dtype
-from longspec.session import Session
+from longspec.text.detokenizer import decode
 from longspec.types import Draft
 
 __all__ = ["ROWS", "Measured", "best", "bets", "candidates", "measure", "threads_of"]
@@ -158,4 +159,4 @@ def _session(model: Model) -> Session:
     """A text of which nothing is fed, as long as the context allows."""
     text, engine = NOTES + "\n\n".join([*PROMPTS, *CHECKS]), Engine(model, drafter="none", cache="dense")
     tokens = model.vocabulary.encode(text, add_special=False)[: min(_TOKENS, engine.context - 1)]
-    return engine.open(model.vocabulary.decode(tokens), raw=True, max_new_tokens=1, temperature=0)
+    return engine.open(decode(model.vocabulary, tokens), raw=True, max_new_tokens=1, temperature=0)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from longspec.attention import cpu
+from longspec.attention import native as cpu
 from longspec.cache import BLOCK, CACHES
-from longspec.engine import Engine
-from longspec.machine import available_bytes
-from longspec.session import Session
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
+from longspec.machine.system import available_bytes
 
 __all__ = ["Times", "profiled", "read_rate", "table"]
 

@@ -6,7 +6,7 @@ are tried on the texts, random ones first and then those that optuna's TPE propo
 objective is measured speed; here it is the expected one, so that a try takes a fraction of a second). The best few then
 write other prompts, in turns with plain decoding. Of many sets the luckiest looks best: believe what was measured.
 
-Letters: a, c, r and g as in `longspec.drafters.worth`.
+Letters: a, c, r and g as in `longspec.drafters.common.skip_speedup`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from longspec.cache import Dense
-from longspec.drafters.skip import Skipping
-from longspec.drafters.worth import MOST, Prices, agreement, gain, influence, nested, united
-from longspec.engine import Engine
+from longspec.drafters.common.skip_speedup import MOST, Prices, agreement, gain, influence, nested, united
+from longspec.drafters.layer_skip import Skipping
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
 from longspec.model.load import Model
-from longspec.session import Session
-from longspec.text import encode
+from longspec.text.prompt import encode
 
 __all__ = [
     "CHECKS",

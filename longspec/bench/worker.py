@@ -42,9 +42,9 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     import torch
 
     from longspec import __version__
-    from longspec.engine import Engine
+    from longspec.engine.engine import Engine
+    from longspec.engine.scheduler import Schedule
     from longspec.model.load import open_model
-    from longspec.schedule import Schedule
 
     found = open_model(settings["model"], dtype=settings["dtype"], device="cpu")
     found.set_threads(settings["threads"])

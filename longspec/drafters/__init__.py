@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from longspec.drafters.clover import Head
+from longspec.drafters.common.merge import over
+from longspec.drafters.draft_model import Smaller
 from longspec.drafters.eagle3 import Eagle
-from longspec.drafters.exit import Exit
-from longspec.drafters.head import Head
+from longspec.drafters.early_exit import Exit
+from longspec.drafters.layer_skip import Skipping, saved_skip
 from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.medusa import Medusa
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
-from longspec.drafters.over import over
-from longspec.drafters.recycle import Recycle
-from longspec.drafters.skip import Skipping, saved_skip
-from longspec.drafters.smaller import Smaller
-from longspec.drafters.sparse import Sparse
+from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import remembering
+from longspec.drafters.token_recycling import Recycle
 from longspec.errors import UsageError
 from longspec.heads import KINDS
 from longspec.heads.eagle3 import load_eagle3

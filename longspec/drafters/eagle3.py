@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.drafters.follow import Follow
-from longspec.drafters.grow import grow
+from longspec.cache.tree import Tree
+from longspec.drafters.common.head_cache import Follow
+from longspec.drafters.common.tree_growth import grow
 from longspec.heads.eagle3 import Eagle3
 from longspec.model.decoder import Decoder, Rows, Span
 from longspec.model.load import Model
-from longspec.tree import Tree
 from longspec.types import Commit, Draft, Verdict, Writing
 
 __all__ = ["Eagle"]

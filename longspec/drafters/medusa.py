@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.drafters.grow import grow
+from longspec.cache.tree import Tree
+from longspec.drafters.common.tree_growth import grow
 from longspec.heads.medusa import Medusa as Heads
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
-from longspec.tree import Tree
 from longspec.types import Commit, Draft, Verdict, Writing
 
 __all__ = ["Medusa"]

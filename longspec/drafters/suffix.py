@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from longspec.drafters.corpus import MOST_TOKENS, Corpus
+from longspec.drafters.common.answer_store import Outputs
+from longspec.drafters.common.merge import laid_over
+from longspec.drafters.common.suffix_array import MOST_TOKENS, Corpus
 from longspec.drafters.ngram import Ngram
-from longspec.drafters.outputs import Outputs
-from longspec.drafters.over import laid_over
 from longspec.errors import UsageError
-from longspec.model.identity import identity
 from longspec.model.load import Model
 from longspec.types import Commit, Draft, Verdict, Writing
 
@@ -72,7 +71,7 @@ def remembering(model: Model, texts: Sequence[Path], *, remember: bool) -> Suffi
     """
     outputs = None
     if remember:
-        outputs = Outputs(identity(model)["tokenizer"], model.decoder.config.vocabulary)
+        outputs = Outputs(model.fingerprint["tokenizer"], model.decoder.config.vocabulary)
     tokens = [model.vocabulary.encode(_text(path), add_special=False) for path in texts]
     if (total := sum(map(len, tokens))) > MOST_TOKENS:
         raise UsageError(f"The files to draft from have {total:,} tokens together; {MOST_TOKENS:,} are held at most.")

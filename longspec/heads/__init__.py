@@ -1,6 +1,6 @@
 """Heads that are trained for a target: modules by their names, and their files.
 
-A head knows the target's widths and nothing of texts, sessions or drafts; `longspec.drafters.head` bets with one, and
+A head knows the target's widths and nothing of texts, sessions or drafts; `longspec.drafters.clover` bets with one, and
 `longspec.training` trains one.
 """
 

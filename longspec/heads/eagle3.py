@@ -25,7 +25,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
 from longspec.model.rope import Rotation, rotate
-from longspec.model.shard import Shard
+from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Eagle3", "load_eagle3"]
 

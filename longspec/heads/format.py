@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from longspec.errors import LongspecError, ModelError, UsageError
-from longspec.files import replaced
 from longspec.heads import KINDS
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
 from longspec.heads.layers import block_of
+from longspec.machine.files import replaced
 from longspec.model.config import Config
 from longspec.model.load import Model
-from longspec.model.shard import Shard
+from longspec.model.weights.safetensors import Shard
 
 __all__ = [
     "CONFIG",

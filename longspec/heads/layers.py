@@ -1,7 +1,7 @@
 """What heads are built of: modules that can be trained, and the unrolling that trains them.
 
 A head reads the target's last hidden states and the tokens behind them, and writes hidden states that the target's own
-head turns into logits. Here are the differentiable forms; in decoding `longspec.drafters.head` runs the layers
+head turns into logits. Here are the differentiable forms; in decoding `longspec.drafters.clover` runs the layers
 through the target's own decoder, which tests hold to be equal.
 
 Shapes: B texts of T rows, W the target's width.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model
-from longspec.model.shard import Shard
+from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Medusa", "load_medusa"]
 

@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.attention import attend, attend_strictly, cpu
-from longspec.attention.texts import Texts, reads
+from longspec.attention import attend, attend_strictly
+from longspec.attention import native as cpu
+from longspec.attention.native_batch import Texts, reads
 from longspec.cache.stage import Shape, Stage
 from longspec.errors import ModelError
-from longspec.model import graphs
 from longspec.model.config import Config
-from longspec.model.fused import MOST_ROWS, Fused, missing
-from longspec.model.groups import Groups
+from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.linear import Linear
+from longspec.model.native import MOST_ROWS, Fused, missing
 from longspec.model.rope import Rotation, rotate
-from longspec.model.weights import Weights
+from longspec.model.weights.quantized import Groups
+from longspec.model.weights.read import Weights
 
 __all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
 
@@ -133,7 +134,7 @@ class Decoder:
     def __init__(
         self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False, coded: bool = False
     ) -> None:
-        """Coded: matrices as codes (`longspec.model.groups`)."""
+        """Coded: matrices as codes (`longspec.model.weights.quantized`)."""
         self.config = config
         self.device = device
         self.dtype = weights.dtype

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from longspec.errors import UsageError
-from longspec.fit import Fit, fit_path, read_fit
-from longspec.machine import quota
-from longspec.model.checkpoint import Checkpoint
+from longspec.machine.system import quota
+from longspec.machine.tuned import Fit, fit_path, read_fit
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
-from longspec.model.fused import missing
-from longspec.model.hub import find
-from longspec.model.lineage import lineage
-from longspec.model.store import Report, quiet
-from longspec.text import Vocabulary
+from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.files.hub import find
+from longspec.model.files.store import Report, quiet
+from longspec.model.fingerprint import fingerprint, lineage
+from longspec.model.native import missing
+from longspec.text.tokenizer import Vocabulary
 
 __all__ = [
     "DTYPES",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
-"""What rows and the cache are in; under int8 matrices are codes (`longspec.model.groups`)."""
+"""What rows and the cache are in; under int8 matrices are codes (`longspec.model.weights.quantized`)."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -62,6 +62,11 @@ class Model:
     def lineage(self) -> str:
         """What tells it from other models, in every dtype."""
         return lineage(self.decoder)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What makes its rows another's; see `longspec.model.fingerprint`."""
+        return fingerprint(self.decoder, self.vocabulary.tokenizer, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from longspec.answer import Answer
+from longspec.engine.answer import Answer
 from longspec.errors import ContextError, LongspecError, UsageError
 from longspec.server.asks import Ask, ask, local, parsed
 from longspec.server.desk import Desk, GoneError, Texts

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from longspec.options import Options
+from longspec.engine.options import Options
 from longspec.server.replies import RefusedError
-from longspec.text import Prompt
+from longspec.text.prompt import Prompt
 
 __all__ = ["Ask", "ask", "local", "parsed"]
 

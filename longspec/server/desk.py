@@ -11,10 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from longspec.options import Options
+from longspec.engine.options import Options
 from longspec.server.replies import RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
-from longspec.text import Prompt
+from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
 __all__ = ["Desk", "GoneError", "Texts"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longspec.answer import Answer
+from longspec.engine.answer import Answer
 
 __all__ = ["RefusedError", "Reply", "encoded"]
 

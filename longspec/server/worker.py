@@ -15,12 +15,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from longspec.answer import Answer
-from longspec.engine import Engine
-from longspec.options import Options
-from longspec.schedule import WIDTH, Schedule
-from longspec.session import Session
-from longspec.text import Prompt
+from longspec.engine.answer import Answer
+from longspec.engine.engine import Engine
+from longspec.engine.options import Options
+from longspec.engine.scheduler import WIDTH, Schedule
+from longspec.engine.session import Session
+from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
 __all__ = ["Ended", "Event", "Opened", "Order", "Worker"]

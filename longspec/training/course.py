@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, UsageError
-from longspec.files import replaced
 from longspec.heads.format import Trained, load_head, new_head, save_head
+from longspec.machine.files import replaced
 from longspec.model.load import Model
 from longspec.training.distil import Text, distil
 from longspec.training.report import accuracies, tokens_per_step, write_report

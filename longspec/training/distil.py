@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import ContextError, LongspecError, UsageError
-from longspec.session import Session
-from longspec.text import Vocabulary
+from longspec.text.detokenizer import decode
+from longspec.text.tokenizer import Vocabulary
 
 __all__ = ["Text", "distil", "opening", "read_prompts", "read_texts"]
 
@@ -148,7 +149,7 @@ class _Desk:
                 yield number, session
                 continue
             self._inventing.remove(number)
-            prompt = self._engine.model.vocabulary.decode(session.answer).strip()
+            prompt = decode(self._engine.model.vocabulary, session.answer).strip()
             if session.finish_reason != "stop" or not prompt or not self._answer(number, prompt):
                 yield number, None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspec.cache.dense import Dense
-from longspec.machine import available_bytes
+from longspec.machine.system import available_bytes
 from longspec.model.decoder import Chunk, Decoder, Rows
 
 __all__ = ["Features", "features"]

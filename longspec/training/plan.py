@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longspec.engine import Engine
+from longspec.engine.engine import Engine
 from longspec.heads.format import Trained, new_head
 from longspec.model.load import Model
 from longspec.training.distil import TOGETHER, Text

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from longspec.control import Fixed
-from longspec.drafters.head import Head
-from longspec.engine import Engine
+from longspec.control.policy import Fixed
+from longspec.drafters.clover import Head
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import LongspecError
-from longspec.files import replaced
 from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
+from longspec.machine.files import replaced
 from longspec.model.load import Model
-from longspec.session import Session
 from longspec.training.distil import Text
 from longspec.training.features import features
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.errors import LongspecError, UsageError
-from longspec.files import replaced
 from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
+from longspec.machine.files import replaced
 from longspec.model.load import Model
 from longspec.training.distil import Text
 from longspec.training.features import Features

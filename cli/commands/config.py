@@ -1,0 +1,171 @@
+"""`longspec config`: the user's settings, shown with where each comes from, and changed one at a time.
+
+Knows no option by itself: names, kinds and what a value may be are those of the subcommands' own options. Changing
+reads no other setting, so that a file which stops every other command can be mended here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from longspec.cli.io.prompt_input import checked
+from longspec.cli.options import shared as options
+from longspec.cli.options.settings import (
+    Setting,
+    change,
+    config_path,
+    nearest,
+    read_settings,
+    read_table,
+    variable,
+    yes_or_no,
+)
+from longspec.cli.options.typer_classes import Command, Group, kind_of, settable, value_of
+from longspec.errors import UsageError
+
+__all__ = ["config"]
+
+config = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, help="Show and change your settings.")
+
+_HIDDEN = ("api_key",)
+"""Shown as stars: what is on a screen is seen, and what is piped is kept."""
+
+
+def known(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What a shell completes a setting's name to."""
+    return [name for name in settable(ctx.find_root().command) if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", autocompletion=known, help="A flag's name: max_new_tokens or max-new-tokens.")
+]
+Values = Annotated[
+    list[str], typer.Argument(metavar="VALUE", help="As behind the flag; 1 or 0 for a flag without a value.")
+]
+
+
+@config.command("show", cls=Command)
+def show(ctx: typer.Context, as_json: options.Json = False) -> None:
+    """Print every setting, its value, and where that comes from. In a pipe, with tabs between them."""
+    found = settable(ctx.find_root().command)
+    settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in found.items()})
+    rows: dict[str, dict[str, Any]] = {}
+    for name in sorted(found):
+        setting = settings.get(name)
+        value = value_of(ctx, *found[name], setting)
+        if setting is not None and isinstance(setting.value, str) and not isinstance(value, str):
+            value = _stored(setting.value, value)  # 6GiB says more than its bytes
+        if value is not None and name in _HIDDEN:
+            value = "***"
+        rows[name] = {"value": value, "from": _from(name, setting)}
+    if as_json:
+        typer.echo(json.dumps({"path": str(config_path()), "settings": rows}, ensure_ascii=False))
+        return
+    table = [(name, _shown(row["value"]), row["from"]) for name, row in rows.items()]
+    widths = [max(len(row[i]) for row in table) for i in range(2)]
+    for name, value, origin in table:
+        aligned = f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}"
+        typer.echo(aligned if os.isatty(1) else f"{name}\t{value}\t{origin}")
+
+
+@config.command("path", cls=Command)
+def path() -> None:
+    """Print where your config.toml is, or would be."""
+    typer.echo(str(config_path()))
+
+
+@config.command("set", cls=Command, context_settings={"ignore_unknown_options": True})  # a value may be -1
+def set_one(ctx: typer.Context, name: Name, values: Values) -> None:
+    """Set an option in config.toml: longspec config set max_new_tokens 400. Several values make a list."""
+    name, command, parameter = _named(ctx, name)
+    given = [checked(value, name) for value in values]
+    kind, flag = kind_of(parameter), f"--{name.replace('_', '-')}"
+    if kind != "list" and len(given) > 1:
+        raise UsageError(f"{name} takes one value, and {len(given)} were given; put a text with spaces in quotes.")
+    value: Any = yes_or_no(given[0], flag) if kind == "flag" else given if kind == "list" else given[0]
+    read = value_of(ctx, command, parameter, Setting(value, flag))
+    _ask_engine(name, read)
+    change(name, _stored(given[0], read) if kind == "value" else value)
+    if os.environ.get(variable(name)):
+        typer.echo(f"longspec: {variable(name)} is set too, and goes before config.toml", err=True)
+
+
+@config.command("unset", cls=Command)
+def unset(ctx: typer.Context, name: Name) -> None:
+    """Take an option out of config.toml."""
+    table = read_table()
+    if name not in table:  # what is no option, and is there all the same, can be taken out too
+        name, _, _ = _named(ctx, name)
+    if name in table:
+        change(name, None)
+    else:
+        typer.echo(f"longspec: {name} isn't set in {config_path()}", err=True)
+
+
+def _named(ctx: typer.Context, said: str) -> tuple[str, Any, Any]:
+    """The setting of a name, of a flag, or of a flag's other form: its name, a subcommand that has it, its parameter.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = settable(ctx.find_root().command)
+    name = said.removeprefix("--").replace("-", "_")
+    flag = f"--{name.replace('_', '-')}"
+    for setting, (command, parameter) in found.items():
+        if setting == name or flag in parameter.opts:
+            return setting, command, parameter
+    for command in ctx.find_root().command.commands.values():  # type: ignore[attr-defined]
+        if any(flag in parameter.opts for parameter in command.params if parameter.param_type_name == "option"):
+            raise UsageError(f"{flag} belongs to one call and can't be set; give it to longspec {command.name}.")
+    meant = nearest(name, found) or "; `longspec config show` lists them all."
+    raise UsageError(f"{said!r} is no option that can be set{meant}")
+
+
+def _ask_engine(name: str, value: Any) -> None:
+    """Names that only the engine knows, refused as it refuses them. UsageError."""
+    if name == "drafter" and value != "auto":
+        from longspec.drafters import check
+
+        check(value, draft_model="model" in value.split("+"))
+    elif name == "cache":
+        from longspec.engine.options import check as check_options
+
+        check_options("auto", value, False, 1, draft_model=False)
+    elif name == "control":
+        from longspec.control.registry import make
+
+        make(value, ["none"], 1)
+    elif name == "device":
+        from longspec.model.load import choose_device
+
+        choose_device(value)
+    elif name == "dtype":
+        from longspec.model.load import check_dtype
+
+        check_dtype(value)
+
+
+def _stored(text: str, read: Any) -> Any:
+    """A number as a number; what stands for one (6GiB, 32k) as it was written."""
+    if isinstance(read, float):
+        return read
+    return read if str(read) == text else text
+
+
+def _shown(value: Any) -> str:
+    """As config.toml would have it."""
+    if value is None:
+        return "-"
+    import tomlkit
+
+    return str(tomlkit.item(value).as_string())
+
+
+def _from(name: str, setting: Setting | None) -> str:
+    if setting is None:
+        return "default"
+    return setting.origin if setting.origin == variable(name) else "config.toml"

@@ -1,0 +1,164 @@
+"""`longspec doctor`: what this machine has, what longspec uses of it, and why not of the rest.
+
+It reports and changes nothing. What is missing or broken is a line of the report, never an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from longspec import __version__
+from longspec.cli.options import shared as options
+from longspec.cli.options.settings import config_path
+from longspec.machine.system import cores, processor, quota, total_bytes
+
+__all__ = ["EPILOG", "doctor"]
+
+EPILOG = """\b
+The report goes to stdout and the exit code is 0: it is an answer, not a verdict.
+"""
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "gguf", "typer", "rich", "numpy")
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Show what this machine has, and what longspec uses of it."""
+    report = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "torch": _torch(),
+        "attention": _attention(),
+        "model": _model(),
+        "settings": _settings(),
+    }
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    for title, values in report.items():
+        typer.echo(f"{title}:")
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            typer.echo(f"  {name.removesuffix('_bytes').replace('_', ' '):{width}}  {_shown(name, value)}".rstrip())
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "longspec": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # 15 ms, which every command would pay
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    memory = _meminfo()
+    return {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": cores(),
+        "core_quota": quota(),
+        "memory_bytes": total_bytes(),
+        "available_bytes": memory.get("MemAvailable"),
+        "limit_bytes": _memory_limit(),
+    }
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes by name; the file has KiB."""
+    fields = [line.split() for line in _lines("/proc/meminfo")]
+    return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if len(field) >= 2 and field[1].isdigit()}
+
+
+def _memory_limit() -> int | None:
+    """What a container allows."""
+    for line in _lines("/sys/fs/cgroup/memory.max"):
+        return int(line) if line.strip().isdigit() else None
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+
+        from longspec.model.load import choose_device, native_dtype
+    except (ImportError, OSError) as error:
+        return {"problem": f"torch can't be imported: {error}"}
+    device = choose_device("auto")
+    return {
+        "device": str(device),
+        "dtype": native_dtype(device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _attention() -> dict[str, str]:
+    """What computes attention, and why the others don't."""
+    try:
+        from longspec.attention import backends
+    except (ImportError, OSError) as error:
+        return {"problem": f"attention needs torch, which can't be imported: {error}"}
+    return {name: f"{'used' if usable else 'not used'}: {reason}" for name, usable, reason in backends()}
+
+
+def _model() -> dict[str, Any]:
+    from longspec.model.files.hub import SHORT_NAMES, installed
+
+    default = next(iter(SHORT_NAMES))
+    try:
+        model = next(model for model in installed() if model.name == default)
+    except OSError as error:
+        return {"name": default, "state": f"can't be read: {error}"}
+    return {
+        "name": default,
+        "state": "here" if model.here else f"not here: longspec pull {default}, or the first longspec run, fetches it",
+        "disk_bytes": model.nbytes,
+    }
+
+
+def _settings() -> dict[str, Any]:
+    path = config_path()
+    return {
+        "config_file": str(path),
+        "config_file_exists": path.is_file(),
+        "environment": sorted(
+            name for name in os.environ if name.startswith("LONGSPEC_") or name in ("HF_HOME", "HF_HUB_OFFLINE")
+        ),
+        "python": sys.executable,
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "none" if name.endswith("_bytes") else "not installed"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return str(value)

@@ -1,0 +1,41 @@
+"""`longspec models`: what there is on this machine, and what can be pulled by a short name."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import typer
+
+from longspec.cli.options import shared as options
+
+__all__ = ["EPILOG", "models"]
+
+EPILOG = """\b
+In a pipe: one line per model; name, state, bytes and description, with tabs between them.
+"""
+
+
+def models(as_json: options.Json = False) -> None:
+    """List the models that are here, and those that can be pulled."""
+    from longspec.model.files.hub import installed
+
+    found = installed()
+    if as_json:
+        keys = ("name", "description", "here", "nbytes")
+        typer.echo(json.dumps([{key: getattr(model, key) for key in keys} for model in found], ensure_ascii=False))
+        return
+    if not os.isatty(1):
+        for model in found:
+            state = "here" if model.here else "pull"
+            typer.echo("\t".join((model.name, state, str(model.nbytes), model.description)))
+        return
+    rows = [("NAME", "STATE", "DESCRIPTION")]
+    rows += [(model.name, _state(model.here, model.nbytes, model.name), model.description) for model in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, state, description in rows:
+        typer.echo(f"{name:{widths[0]}}  {state:{widths[1]}}  {description}".rstrip())
+
+
+def _state(here: bool, nbytes: int, name: str) -> str:
+    return f"here, {nbytes / 1e6:,.0f} MB" if here else f"longspec pull {name}"

@@ -1,0 +1,186 @@
+"""`longspec plan`: what each kind of cache would take for a text of some length, and what this machine holds of it.
+
+Reads a model's headers, or its config.json alone where it isn't on this machine; no weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspec.cli.io.progress import Progress
+from longspec.cli.options import parsers as readers
+from longspec.cli.options import shared as options
+from longspec.errors import ContextError, ModelError
+
+if TYPE_CHECKING:
+    from longspec.memory.plan import Request
+
+__all__ = ["EPILOG", "plan"]
+
+EPILOG = """\b
+Examples:
+  longspec plan --model smollm2 --context 4000
+  longspec plan -m Qwen/Qwen3-8B --context 32k --memory 12GiB
+
+\b
+The table goes to stdout. The exit code is 0, also where nothing fits: it is an answer.
+"""
+
+_TOKENIZER_NBYTES = 700
+"""Per token of the vocabulary: what its tokenizer takes in memory (49,152 tokens: 33 MB)."""
+
+
+def plan(
+    model: options.Model = "smollm2",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            "-c",
+            metavar="N",
+            parser=readers.tokens,
+            rich_help_panel="Model and method",
+            help="Tokens of prompt and answer; 32k is 32,768. The model's whole context if left out.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            parser=readers.size,
+            rich_help_panel="Model and method",
+            help="What has to hold it, such as 6GiB: on a CPU all that the process takes, on a GPU what is reserved "
+            "there. What is free, if left out.",
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what each kind of cache takes for a text, and which fit, without loading the model."""
+    with Progress(model) as progress:
+        progress.report(f"reading {model}")
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        request = _request(model, device, dtype, context)
+    report = {"model": model, **_report(request, memory or "auto")}
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def _request(model: str, device: str, dtype: str, context: int | None) -> Request:
+    import longspec.engine.engine  # noqa: F401 - what a run has in memory when it plans
+    from longspec.machine.system import resident_bytes
+    from longspec.memory.plan import Request, request_of, with_codes
+    from longspec.memory.weights import Footprint, parameters
+    from longspec.model.config import Config
+    from longspec.model.files.checkpoint import Checkpoint
+    from longspec.model.files.hub import fetch_config
+    from longspec.model.load import DTYPES, choose_device, choose_dtype, open_model
+
+    place = choose_device(device)
+    try:
+        opened = open_model(model, dtype=dtype, device=device, offline=True)
+        request = request_of(opened, context)
+    except ModelError:
+        raw = fetch_config(model)
+        if raw is None:
+            raise
+        config = Config.read(raw)
+        checkpoint = Checkpoint(model)
+        kind = choose_dtype(dtype, place, checkpoint, config)
+        tied = bool(raw.get("tie_word_embeddings", config.family.startswith("gemma")))
+        weights = parameters(config, tied=tied) * DTYPES[kind].itemsize
+        process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
+        footprint = Footprint(weights, weights, weights)
+        footprint = with_codes(footprint, checkpoint, config) if kind == "int8" else footprint
+        request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
+    if context is not None and context > request.config.context:
+        raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {request.config.context:,}.")
+    return request
+
+
+def _report(request: Request, memory: str | int) -> dict[str, Any]:
+    """As `--json` prints it."""
+    import torch
+
+    from longspec.cache import CACHES, LOSSLESS
+    from longspec.memory.plan import CHUNKS, alone, budget_of, choice, choices
+
+    budget = budget_of(request, memory)
+    caches = []
+    for name in CACHES:
+        tried = [choice(request, name, rows) for rows in CHUNKS]
+        fitting = next((one for one in tried if one.lacks(budget) is None), None)
+        shown = fitting or tried[-1]
+        room = CACHES[name](replace(request.shape, device=torch.device("meta"))).room(request.tokens)
+        caches.append(
+            {
+                "cache": name,
+                "cache_lossless": name in LOSSLESS,
+                "bytes_per_token": room.device / request.tokens,
+                "cache_bytes": room.device,
+                "host_bytes": room.host,
+                "disk_bytes": room.disk,
+                "total_bytes": shown.need.total,
+                "prefill_rows": shown.prefill_rows,
+                "fits": fitting is not None,
+                "lacks": shown.lacks(budget),
+            }
+        )
+    picked = next((one for one in choices(request) if one.lacks(budget) is None), None)
+    return {
+        "dtype": request.dtype,
+        "device": str(request.device),
+        "context": request.tokens,
+        "budget_bytes": budget,
+        "process_bytes": request.process,
+        "weights_bytes": request.footprint.weights,
+        "least_bytes": alone(request),
+        "picked": picked and {"cache": picked.cache, "prefill_rows": picked.prefill_rows},
+        "caches": caches,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    from longspec.machine.system import shown
+
+    typer.echo(
+        f"{report['model']} in {report['dtype']} on {report['device']}: {report['context']:,} tokens in "
+        f"{shown(report['budget_bytes'])}, of which weights {shown(report['weights_bytes'])}"
+    )
+    rows = [("CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS")]
+    for one in report["caches"]:
+        below = "".join(
+            f" + {shown(one[f'{place}_bytes'])} {word}"
+            for place, word in (("host", "host"), ("disk", "disk"))
+            if one[f"{place}_bytes"]
+        )
+        fits = "yes" if one["fits"] else f"no: {one['lacks']}"
+        if one["fits"] and one["prefill_rows"] != max(other["prefill_rows"] for other in report["caches"]):
+            fits += f", with prefill chunks of {one['prefill_rows']} rows"
+        mark = "" if one["cache_lossless"] else " *"
+        per_token, cache_bytes = f"{one['bytes_per_token']:,.0f}", shown(one["cache_bytes"]) + below
+        rows.append((one["cache"] + mark, per_token, cache_bytes, shown(one["total_bytes"]), fits))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for name, *numbers, fits in rows:
+        cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:4], strict=True)]
+        typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
+    picked = report["picked"]
+    if picked:
+        said = f"takes {picked['cache']}"
+    elif report["least_bytes"] > report["budget_bytes"]:
+        said = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
+    else:
+        said = "finds nothing that fits"
+    typer.echo(f"* the text may differ from dense's. --cache auto {said}.")

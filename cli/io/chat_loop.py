@@ -1,0 +1,254 @@
+"""One conversation between a person and a model: what is said is answered, what begins with / is a command.
+
+Takes lines; answers go to standard output as they are written, and all else to stderr. Commands are for terminals: a
+line that comes through a pipe is always said.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from longspec.cli.io import signals
+from longspec.cli.io.colour import coloured
+from longspec.cli.io.line_editor import PipedLines, TypedLines
+from longspec.cli.io.progress import Progress, thinking
+from longspec.cli.io.stdout import Output
+from longspec.cli.io.stream_answer import UNSAID, statistics, unsaid
+from longspec.errors import LongspecError, UsageError
+
+if TYPE_CHECKING:
+    from longspec.engine.conversation import Conversation
+    from longspec.engine.engine import Engine
+    from longspec.engine.session import Session
+
+__all__ = ["COMMANDS", "Dialogue"]
+
+COMMANDS = {
+    "/help": "this list",
+    "/system TEXT": "the system message from here on; without a text, none",
+    "/reset": "forget all that was said",
+    "/retry": "another answer to the last question (the same one, if nothing is sampled)",
+    "/save FILE": "keep the conversation in FILE and its cache in FILE.cache",
+    "/load FILE": "go on with a saved conversation, and its settings",
+    "/model NAME": "go on with another model",
+    "/stats": "how the last answer was written, and what the cache holds",
+    "/quit": "end, as Ctrl-D does",
+}
+_HELP = """A line is a message. Alt-Enter begins another line in it, \"\"\" begins and ends a message of several
+lines, and what is pasted stays one message. A message that begins with / is written with a space before it.
+Ctrl-C stops an answer, whose beginning stays in the conversation; at the prompt it begins the line anew."""
+
+
+class Dialogue:
+    """The loop over what is said. `load` gives the engine for a model's name."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        lines: TypedLines | PipedLines,
+        progress: Progress,
+        load: Callable[[str], Engine],
+        *,
+        colours: bool,
+        stats: bool,
+        hide: bool = False,
+    ) -> None:
+        self.conversation = conversation
+        self.lines = lines
+        self.output = Output()
+        self.progress = progress
+        self.load = load
+        self.colours = colours
+        self.stats = stats
+        self.hide = hide  # what is thought
+
+    def hold(self) -> None:
+        """Answer until there is nothing more to read.
+
+        Raises:
+            Interrupted: SIGTERM, or SIGINT where no terminal is there to go on at.
+            LongspecError: as `Engine.open` and `Engine.step`; at a terminal it is said, and the conversation goes on.
+        """
+        typed = isinstance(self.lines, TypedLines)
+        while True:
+            try:
+                text = self.lines.read()
+                if text is None:
+                    break
+                if not text.strip():
+                    continue
+                if isinstance(self.lines, TypedLines):
+                    self.lines.remember(text)
+                if not typed or not text.startswith("/"):
+                    self._answer(lambda text=text: self.conversation.ask(text.strip() if typed else text))  # type: ignore[misc]
+                elif text.strip() == "/quit":
+                    return
+                else:
+                    self._command(text.strip())
+            except signals.Interrupted as end:
+                self.progress.stop()
+                if not typed or end.signum != signal.SIGINT:
+                    raise
+                signals.answer()
+                self.output.write("\n")
+            except LongspecError as error:
+                self.progress.stop()
+                if not typed:
+                    raise
+                self._tell(f"longspec: {error}")
+        if typed:
+            self.output.write("\n")
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        wanted = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
+        if wanted is None:
+            raise UsageError(f"{name} is no command; /help lists them, and a space before the / makes it a message.")
+        if (" " in wanted) < bool(argument) or (wanted.endswith(("FILE", "NAME")) and not argument):
+            raise UsageError(f"{line.partition(' ')[0]} takes {wanted.partition(' ')[2] or 'nothing'}: {wanted}.")
+        getattr(self, f"_{name[1:]}")(*[argument] * (" " in wanted))
+
+    def _help(self) -> None:
+        self._tell(_HELP)
+        self._tell("\n".join(f"  {usage:<14}{what}" for usage, what in COMMANDS.items()))
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text or None
+
+    def _reset(self) -> None:
+        self.conversation.reset()
+
+    def _retry(self) -> None:
+        self._answer(self.conversation.again)
+
+    def _save(self, name: str) -> None:
+        path = os.path.expanduser(name)
+        with signals.deferred():
+            self.conversation.save(path)
+        self._tell(f"saved {_count(self.conversation.turns, 'turn')} in {path}")
+
+    def _load(self, name: str) -> None:
+        path = os.path.expanduser(name)
+        self.conversation = type(self.conversation).load(self.conversation.engine, path)
+        session = self.conversation.session
+        rows = _count(session.cached if session is not None else 0, "token")
+        self._tell(f"{_count(self.conversation.turns, 'turn')} from {path}, {rows} of it in the cache")
+        for note in self.conversation.notes:
+            self._tell(note)
+
+    def _model(self, name: str) -> None:
+        engine = self.load(name)
+        self.progress.stop()
+        self.conversation.move(engine)
+        self._tell(f"going on with {engine.model.name}, which reads the conversation with the next message")
+
+    def _stats(self) -> None:
+        conversation, session = self.conversation, self.conversation.session
+        if session is None or session.first_token is None:
+            self._tell("no answer was written yet")
+            return
+        answer = conversation.engine.answer(session)
+        usage, memory = answer.usage, answer.memory
+        self._tell(statistics(answer))
+        self._tell(
+            f"{_count(conversation.turns, 'turn')}; of {_count(usage['prompt_tokens'], 'prompt token')} "
+            f"{usage['cached_tokens']:,} were in the cache; it is {answer.cache}, with "
+            f"{_count(session.cache.length, 'row')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
+        )
+
+    def _answer(self, opening: Callable[[], Session]) -> None:
+        """Write an answer to its end, or to a signal, and keep what there is of it."""
+        session = opening()
+        try:
+            interrupted = self._write(session)
+        except BaseException:
+            self.conversation.session = None  # its cache may have half a step
+            raise
+        kept = self.conversation.keep()
+        for note in session.notes:
+            self.progress.say(note)
+        if self.hide and unsaid(self.conversation.engine.answer(session)):
+            self.progress.say(UNSAID)
+        if interrupted is None:
+            if self.stats:
+                self.progress.say(statistics(self.conversation.engine.answer(session)))
+            return
+        if interrupted.signum != signal.SIGINT or isinstance(self.lines, PipedLines):
+            raise interrupted
+        self.progress.say(
+            "stopped; what was written stays in the conversation, and /retry writes another answer"
+            if kept
+            else "stopped before anything was written; the conversation is as it was"
+        )
+
+    def _write(self, session: Session) -> signals.Interrupted | None:
+        """Write the session to its end, or to a signal, which is given back. Its text so far is on stdout then.
+
+        A signal is raised between steps; a second one in the midst of a step goes further up.
+        """
+        engine, output, progress = self.conversation.engine, self.output, self.progress
+        shown, drafted, interrupted, whole = 0, list[bool](), None, True
+
+        def show(text: str) -> None:
+            nonlocal shown
+            shown += len(text)
+            begin = len(session.text) - len(text)  # it is the newest
+            output.write(coloured(text, begin, session.begins, drafted) if self.colours else text)
+
+        try:
+            prefill, new = engine.prefill(session), session.prompt_length - 1 - session.cached
+            while whole:
+                with signals.deferred():
+                    whole = False
+                    done = next(prefill, None)
+                    whole = True
+                if done is None:
+                    break
+                progress.report("reading", done - session.cached, new)
+            while session.finish_reason is None:
+                with signals.deferred():
+                    whole = False
+                    [commit] = engine.step([session])
+                    whole = True
+                drafted += [i < commit.accepted for i in range(len(commit.tokens))]
+                if piece := commit.said if self.hide else commit.text:
+                    progress.stop()
+                    show(piece)
+                elif self.hide and session.section is not None and session.section.is_open:
+                    progress.report(thinking(session.section.tokens))
+                output.check()
+        except signals.Interrupted as end:
+            if not whole:
+                raise
+            interrupted = end
+            signals.answer()
+            if session.finish_reason is None:
+                session.interrupt()
+        except (Exception, BrokenPipeError) as error:
+            progress.stop()
+            if not isinstance(error, BrokenPipeError):
+                with suppress(OSError, LongspecError):
+                    output.end_line()
+            raise
+        progress.stop()
+        if interrupted is None or output.is_ready:
+            show((session.said if self.hide else session.text)[shown:])
+            output.end_line()
+        return interrupted
+
+    def _tell(self, text: str) -> None:
+        """What was asked for by a command, or went wrong: said with --quiet too. A terminal must not obey it."""
+        if sys.stderr is not None:
+            said = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+            with suppress(OSError):
+                print(said, file=sys.stderr, flush=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

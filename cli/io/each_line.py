@@ -1,0 +1,97 @@
+"""`longspec run --each-line`: every line of standard input answered by itself, on one line, as the lines come.
+
+Line n of what is written answers line n of what was read, so `paste` fits them together: a blank line gives a blank
+line, a line that can't be used too (with --json an object that says why), and what is wrong with it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from longspec.cli import BEGAN
+from longspec.cli.io.prompt_input import joined, read_head, read_lines, text_of
+from longspec.cli.io.stream_answer import UNSAID, load, statistics, unsaid, write
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+
+if TYPE_CHECKING:
+    from longspec.cli.io.progress import Progress
+    from longspec.cli.io.run_request import Call
+    from longspec.engine.engine import Engine
+    from longspec.engine.session import Session
+
+__all__ = ["answer_lines", "one_line"]
+
+
+def answer_lines(call: Call) -> LongspecError | None:
+    """Answer the lines in their order. The error that is to end the command is given if some couldn't be answered.
+
+    The model is loaded when the first line that isn't blank has come.
+
+    Raises:
+        UsageError: no line can be answered like this.
+        Interrupted: a signal came; what there was of its line's answer has been written.
+    """
+    if call.no_stdin:
+        raise UsageError("--each-line answers the lines of standard input and --no-stdin forbids it; leave one out.")
+    if not call.form.takes_input:
+        raise UsageError(f"The template {call.form.name} takes no input, so its answers are all one; drop --each-line.")
+    head, output, progress = read_head(call.argument, call.files), call.output, call.progress
+    engine, failed, number, asked = None, 0, 0, perf_counter()
+    for number, line in enumerate(read_lines(progress.say), 1):
+        if not line.strip():
+            output.write("\n")
+            continue
+        if engine is None:  # waiting for the line isn't its time
+            engine = load(call.model, call.loading, BEGAN + perf_counter() - asked, progress)
+        session = _session(engine, head, line, call)
+        if isinstance(session, LongspecError):
+            failed += 1
+            _tell(f"line {number}: {session}", progress)
+            output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
+            continue
+        interrupted = write(engine, session, output, progress, stream=False, text=False, hide=call.hide_reasoning)
+        progress.stop()
+        answer = engine.answer(session)
+        if interrupted is None or (session.answer and output.is_ready):
+            text = session.said if call.hide_reasoning else session.text
+            said = _object(answer.report()) if call.as_json else one_line(text)
+            output.write(said + "\n")
+        unseen = [UNSAID] if call.hide_reasoning and unsaid(answer) else []
+        for note in [*session.notes, *unseen, *([statistics(answer)] if call.stats else [])]:
+            progress.say(f"line {number}: {note}")
+        if interrupted is not None:
+            raise interrupted
+    return LongspecError(f"{failed:,} of {number:,} lines couldn't be answered; why is said above.") if failed else None
+
+
+def one_line(text: str) -> str:
+    """The text without line ends: each, with the white space around it, is one space."""
+    return " ".join(part for line in text.splitlines() if (part := line.strip()))
+
+
+def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session | LongspecError:
+    """A session for this line, or what is wrong with it. What is wrong with all lines is raised."""
+    try:
+        asked = call.form.fill(joined([head, text_of(line, "it")]))
+    except UsageError as error:
+        return error
+    try:
+        return engine.open(asked, **call.writing)
+    except (ContextError, BudgetError) as error:
+        return error
+
+
+def _object(report: dict[str, Any]) -> str:
+    return json.dumps(report, ensure_ascii=False)
+
+
+def _tell(sentence: str, progress: Progress) -> None:
+    """An error, which --quiet doesn't silence; it may quote a foreign text, which a terminal must not obey."""
+    progress.stop()
+    with suppress(OSError, AttributeError):
+        said = "".join(letter if letter.isprintable() else " " for letter in sentence)
+        print(f"longspec: {said}", file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""What a person sees on stderr while there is no answer yet: plain notes, and a bar where stderr is a terminal.
+
+Takes what is being done, how much of it is done, and how much there is; draws nothing for programs, logs and
+terminals without colours (NO_COLOR), and is silent where that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from longspec.cli.io import signals
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+__all__ = ["Progress", "thinking"]
+
+_NOTES = {"downloading": "{model} isn't on this machine yet: pulling it once"}
+_WAITING = "waiting"
+_FETCHING = "fetching "
+
+
+class Progress:
+    """At most one line that is drawn, and goes when it is stopped."""
+
+    def __init__(self, model: str, *, quiet: bool = False) -> None:
+        self.model = model
+        self.quiet = quiet
+        self.drawn = not quiet and _can_draw()
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def say(self, sentence: str) -> None:
+        """One plain line."""
+        if self.quiet or sys.stderr is None:
+            return
+        self.stop()
+        with suppress(OSError):
+            print(f"longspec: {sentence}", file=sys.stderr, flush=True)
+
+    def report(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Draw how far a stage is; no total draws that it goes on. What takes the network is noted, drawn or not."""
+        signals.check()
+        if stage != self._stage:
+            self._enter(stage)
+        if not self.drawn or stage.startswith(_FETCHING):
+            return
+        if self._bar is None:
+            self._bar = _bar()
+            self._task = self._bar.add_task(stage, total=None)
+            self._bar.start()
+        assert self._task is not None
+        if not total and self._bar.tasks[0].total is not None:  # rich leaves a total as it is where none is given
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=None)
+        self._bar.update(self._task, description=stage, completed=done, total=total or None)
+
+    def stop(self) -> None:
+        """Nothing is drawn when this returns."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _enter(self, stage: str) -> None:
+        self._stage = stage
+        if stage.startswith(_FETCHING):  # huggingface_hub draws bars of its own
+            self.stop()
+        elif stage in _NOTES:
+            self.say(_NOTES[stage].format(model=self.model))
+        elif stage.startswith(_WAITING) and not self.drawn:
+            self.say(stage)
+
+
+def thinking(tokens: int) -> str:
+    """What is drawn in place of thoughts that are hidden."""
+    return f"thinking… {tokens:,} tokens"
+
+
+def _can_draw() -> bool:
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def _bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Known(ProgressColumn):
+        """A column that is shown where there is a total."""
+
+        def __init__(self, column: ProgressColumn) -> None:
+            self.column = column
+            super().__init__()
+
+        def render(self, task: Task) -> Any:
+            return Text("") if task.total is None else self.column.render(task)
+
+    columns = [SpinnerColumn(finished_text="⠿"), TextColumn("{task.description}")]
+    known = [BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()]
+    return Progress(*columns, *map(Known, known), console=Console(stderr=True), transient=True)

@@ -1,0 +1,80 @@
+"""One call of `longspec run`: what is asked, how it is answered, and where the answer goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longspec.cli.commands import prompts
+from longspec.cli.io.prompt_input import checked
+from longspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from longspec.cli.io.output_file import OutputFile
+    from longspec.cli.io.progress import Progress
+    from longspec.cli.io.stdout import Output
+    from longspec.engine.options import Options
+    from longspec.text.prompt_template import Template
+
+__all__ = ["Call", "Form", "make_form"]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is made of the prompt that was given: itself, or a template filled with it."""
+
+    template: Template | None
+    values: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return "" if self.template is None else self.template.name
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the template would have the answer written with."""
+        return {} if self.template is None else dict(self.template.defaults)
+
+    @property
+    def takes_input(self) -> bool:
+        return self.template is None or self.template.takes_input
+
+    def fill(self, text: str) -> str:
+        return text if self.template is None else self.template.render(text, self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """All of it, with nothing left that contradicts anything else."""
+
+    argument: str | None
+    files: Sequence[str]
+    no_stdin: bool
+    form: Form
+    model: str
+    loading: dict[str, Any]
+    writing: Options
+    output: Output | OutputFile
+    progress: Progress
+    stream: bool
+    as_json: bool
+    stats: bool
+    no_server: bool
+    hide_reasoning: bool
+    trace: OutputFile | None  # where a profile goes
+
+
+def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:
+    """The template of this name, with its parameters.
+
+    Raises:
+        UsageError: it can't be used, or a parameter is unknown or missing.
+    """
+    if name is None:
+        if parameters:
+            raise UsageError("--param gives a template a value, and there is no --template; add one, or leave it out.")
+        return Form(None, {})
+    template = prompts.load(name)
+    values = {name: checked(value, f"--param {name}") for name, value in parameters}
+    return Form(template, template.values(values))  # what is missing is said before anything is read

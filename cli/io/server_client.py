@@ -1,0 +1,296 @@
+"""`longspec run` through a server that is up: the same answer, without loading a model.
+
+Takes what would have been loaded and written. Looks for the Unix socket of a server with the same model and settings,
+and gives what it answers; knows nothing of how. Imports only the standard library's light parts: a process that gets
+its answer here has no time for more. HTTP/1.0, whose body ends with the connection, needs no library at all.
+
+Where a socket lies, and what it is called, is said here for both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from longspec import __version__
+from longspec.cli.io import signals
+from longspec.cli.io.output_file import OutputFile
+from longspec.cli.io.progress import Progress, thinking
+from longspec.cli.io.stdout import Output
+from longspec.errors import LongspecError
+from longspec.machine.system import cache_folder
+
+__all__ = ["Reported", "address", "folder", "write"]
+
+_MOST_NBYTES = 8 << 20  # what a server takes; a longer prompt is written here
+_PATH_NBYTES = 100  # a socket's path has room for 108 bytes on Linux, 104 on macOS
+_CONNECT_SECONDS = 2.0  # and until it says whether it takes the prompt
+_LOOK_SECONDS = 1.0  # between two looks at whether anybody reads the answer
+_END_SECONDS = 5.0
+_PIECE = 1 << 16
+_FILES = ("draft_model", "skip_set", "draft_from")
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """An answer as a server reports it; the names are those of `longspec.engine.answer.Answer`."""
+
+    fields: dict[str, Any]
+
+    @property
+    def finish_reason(self) -> str:
+        return str(self.fields["finish_reason"])
+
+    @property
+    def text(self) -> str:
+        return str(self.fields["text"])
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return dict(self.fields["usage"])
+
+    @property
+    def speculation(self) -> dict[str, Any]:
+        return dict(self.fields["speculation"])
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        return dict(self.fields["timing"])
+
+    def report(self) -> dict[str, Any]:
+        return self.fields
+
+
+def folder(*, make: bool = False) -> Path | None:
+    """Where sockets lie: a folder that only this user reads; None where there is none, or somebody else's."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(base):
+        path = Path(base) / "longspec"
+    else:
+        from tempfile import gettempdir
+
+        path = Path(gettempdir()) / f"longspec-{os.getuid()}"
+    try:
+        if make:
+            path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return path if mine and len(os.fsencode(path)) <= _PATH_NBYTES - 20 else None
+
+
+def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
+    """The socket of a server for this model, loaded in this way by this very longspec.
+
+    What is a file or a folder counts with its place and time: where it was changed, a server has the old one.
+    """
+    names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "OMP_NUM_THREADS")
+    told = {
+        "longspec": [__version__, __file__, sys.executable],
+        "cache": str(cache_folder()),
+        "environment": {name: os.environ.get(name) for name in names},
+        "model": _placed(model),
+        "loading": {name: _placed(value) if name in _FILES else value for name, value in loading.items() if value},
+    }
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(errors="replace"), digest_size=8)
+    return folder / digest.hexdigest()
+
+
+def write(
+    model: str,
+    loading: Mapping[str, Any],
+    prompt: str,
+    writing: Mapping[str, Any],
+    output: Output | OutputFile,
+    progress: Progress,
+    *,
+    began: float,
+    stream: bool,
+    text: bool,
+    hide: bool,
+) -> tuple[Reported, signals.Interrupted | None] | None:
+    """The answer, written by a server that is up; None, with nothing written, where there is none that takes it.
+
+    stream: each piece as it becomes certain. text: at least at the end. hide: without what was thought. A signal ends
+    the answer and is given back.
+    """
+    if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
+        return None  # the process's own memory is meant, and its own file
+    place = folder()
+    if place is None:
+        return None
+    name = os.urandom(8).hex()
+    body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
+    path = address(place, model, loading)
+    remote = _Remote.reached(path, body) if len(body) <= _MOST_NBYTES else None
+    if remote is None:
+        return None
+    seconds, shown, interrupted = perf_counter() - began, 0, None
+    with closing(remote):
+        while remote.report is None:
+            try:
+                remote.advance(_END_SECONDS if interrupted else _LOOK_SECONDS)
+                whole = remote.said if hide else remote.text
+                if stream and interrupted is None and len(whole) > shown:
+                    progress.stop()
+                    piece, shown = whole[shown:], len(whole)
+                    output.write(piece)
+                if hide and remote.thinking:
+                    progress.report(thinking(remote.thinking))
+                elif not stream or output.is_file:
+                    progress.report(f"writing, {remote.tokens:,} tokens")
+                output.check()
+            except signals.Interrupted as end:
+                if interrupted is not None:
+                    raise
+                interrupted = end
+                signals.answer()
+                _end(path, name)
+            except LongspecError:
+                progress.stop()
+                with suppress(OSError, LongspecError):
+                    output.end_line()
+                raise
+    progress.stop()
+    if text and (interrupted is None or output.is_ready):
+        output.write((remote.said if hide else remote.text)[shown:])
+        output.end_line()
+    for note in remote.notes:
+        progress.say(note)
+    # What loading took is what coming here took: this process has loaded nothing else.
+    loaded = {"load_s": seconds, "tokenizer_s": 0.0, "weights_s": 0.0, "import_s": seconds}
+    remote.report["timing"] = loaded | {k: v for k, v in remote.report["timing"].items() if k not in loaded}
+    return Reported(remote.report), interrupted
+
+
+class _Remote:
+    """An answer that a server is writing: its text so far, and at its end the report."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.text = ""
+        self.said = ""  # what of it isn't thought
+        self.thinking = 0  # tokens of what was thought, until something is said
+        self.tokens = 0
+        self.notes: list[str] = []
+        self.report: dict[str, Any] | None = None
+        self._connection = connection
+        self._data = b""
+
+    @classmethod
+    def reached(cls, path: Path, body: bytes) -> _Remote | None:
+        """The server at that path, if it takes this."""
+        connection = _posted(path, "/run", body)
+        if connection is None:
+            return None
+        made = cls(connection)
+        with suppress(OSError):
+            while b"\r\n\r\n" not in made._data and (data := connection.recv(_PIECE)):
+                made._data += data
+            head, _, made._data = made._data.partition(b"\r\n\r\n")
+            if head.split(b" ", 2)[1:2] == [b"200"]:
+                return made
+        connection.close()
+        return None
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def advance(self, seconds: float) -> None:
+        """Take what has come, or comes in so many seconds. A signal is raised only while there is nothing to take.
+
+        Raises LongspecError: what the server says went wrong, or that it broke off.
+        """
+        ready = self._data or select.select([self._connection], [], [], seconds)[0]
+        with signals.deferred():
+            if not ready:
+                return
+            try:
+                data = self._connection.recv(_PIECE) if b"\n" not in self._data else b""
+            except OSError:
+                data = b""
+            *lines, self._data = (self._data + data).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
+            if not lines and not data:
+                raise LongspecError("The server broke off before the answer's end; ask again, or with --no-server.")
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "error" in line:
+            error = LongspecError(line["error"])
+            error.exit_code = line["exit_code"]
+            raise error
+        text = line.get("text", "")
+        self.text += text
+        self.said += line.get("said", text)
+        self.thinking = 0 if self.said else self.thinking + line.get("tokens", 0) * bool(text)
+        self.tokens += line.get("tokens", 0)
+        self.notes += line.get("notes", [])
+        self.report = line.get("answer")
+
+
+def _end(path: Path, name: str) -> None:
+    """The answer of that name is to end with what it has."""
+    connection = _posted(path, "/end", json.dumps({"id": name}).encode())
+    if connection is not None:
+        with suppress(OSError), closing(connection):
+            connection.recv(_PIECE)
+
+
+def _posted(path: Path, route: str, body: bytes) -> socket.socket | None:
+    """A connection on which the body was sent; None where no server of this user listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(_CONNECT_SECONDS)
+    head = f"POST {route} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    try:
+        connection.connect(str(path))
+        if _is_mine(connection):
+            connection.sendall(head.encode() + body)
+            return connection
+    except OSError:
+        pass
+    except BaseException:  # a signal
+        connection.close()
+        raise
+    connection.close()
+    return None
+
+
+def _is_mine(connection: socket.socket) -> bool:
+    """Linux knows who listens; elsewhere the folder's mode has to do."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", told)
+    return bool(user == os.getuid())
+
+
+def _placed(name: object) -> object:
+    """A file with its time and size, a folder with those of its files; any other name as it is."""
+    if isinstance(name, list | tuple):
+        return [_placed(each) for each in name]
+    path = os.path.expanduser(str(name))
+    try:
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                files = sorted((entry.name, _stamp(entry.stat())) for entry in entries if entry.is_file())
+            return [os.path.realpath(path), files]
+        return [os.path.realpath(path), _stamp(os.stat(path))]
+    except OSError:
+        return str(name)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int]:
+    return found.st_mtime_ns, found.st_size

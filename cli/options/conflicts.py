@@ -1,0 +1,91 @@
+"""Which of two options counts where they contradict each other: the flag, then the template, then what is set.
+
+Takes options by name and where each came from; changes them so that none contradicts another. Two flags that do are
+refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from longspec.cli.options.typer_classes import given
+from longspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from longspec.engine.options import Options
+
+__all__ = ["betting", "reporting", "writing"]
+
+
+def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> None:
+    """How the text is written; `template` holds what a template would have."""
+    chosen = {name: value for name, value in template.items() if not given(ctx, name)}
+    if "system" in chosen and not given(ctx, "raw"):
+        options["raw"] = False
+    options.update(chosen)  # type: ignore[typeddict-item]
+    if options["raw"] and options["system"] is not None:
+        if _yields(ctx, "system", to="raw"):
+            options["system"] = None
+        elif _yields(ctx, "raw", to="system"):
+            options["raw"] = False
+        else:
+            raise UsageError("--raw sends the prompt without roles, so there is no place for --system; leave one out.")
+    for idle in ("effort", "reasoning_budget"):
+        if options["raw"] and options.get(idle) is not None:
+            if _yields(ctx, idle, to="raw"):
+                options[idle] = None
+            elif _yields(ctx, "raw", to=idle):
+                options["raw"] = False
+            else:
+                flag = f"--{idle.replace('_', '-')}"
+                raise UsageError(f"--raw leaves the chat template out, which {flag} needs; leave one out.")
+    if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
+        # Greedy: what settings say of sampling gives way, and what a template says to a flag.
+        kept = chosen if "temperature" in chosen else {}
+        for name in ("top_p", "top_k", "min_p"):
+            if name not in kept and not given(ctx, name):
+                options[name] = None
+
+
+def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
+    """What is bet, and how much."""
+    drafter = options["drafter"]
+    for name, user in (("remember", "suffix"), ("draft_from", "suffix"), ("draft_model", "model")):
+        if options.get(name) and drafter != "auto" and user not in drafter.split("+"):
+            if _yields(ctx, name, to="drafter"):
+                options[name] = () if name == "draft_from" else None if name == "draft_model" else False
+            elif _yields(ctx, "drafter", to=name):
+                options["drafter"] = "auto"
+    if options["skip_set"] is not None and drafter != "auto" and "skip" not in drafter.split("+"):
+        if not given(ctx, "skip_set"):
+            options["skip_set"] = None
+        elif _yields(ctx, "drafter", to="skip_set"):
+            options["drafter"] = "skip"
+        else:
+            raise UsageError(f"--skip-set has no effect with --drafter {drafter}; use skip, or leave it out.")
+    if options["all_rows"] and options["cache"] not in ("offload", "disk") and _yields(ctx, "all_rows", to="cache"):
+        options["all_rows"] = False
+    if options["num_speculative_tokens"] is not None and options["drafter"] == "none":
+        if not _yields(ctx, "num_speculative_tokens", to="drafter"):
+            raise UsageError("--num-speculative-tokens has no effect with --drafter none; leave one out.")
+        options["num_speculative_tokens"] = None
+    if options["num_speculative_tokens"] is None:  # the engine has its own default
+        del options["num_speculative_tokens"]
+
+
+def reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
+    """What goes to stderr."""
+    if quiet and stats:
+        if _yields(ctx, "stats", to="quiet"):
+            return True, False
+        if _yields(ctx, "quiet", to="stats"):
+            return False, True
+        raise UsageError("--quiet keeps stderr empty and --stats writes there; leave one out.")
+    return quiet, stats
+
+
+def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
+    """A setting gives way to what contradicts it on the command line; two flags there are refused."""
+    return given(ctx, to) and not given(ctx, name)

@@ -1,0 +1,163 @@
+"""Options from the environment and from config.toml: what the command line leaves open.
+
+Takes the names that may be set; gives a value for each that is, and the words for where it came from. A name is its
+flag's, in snake case in the file and as LONGSPEC_NAME in the environment, which goes first. Changes the file one name
+at a time, and leaves its other lines as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from longspec.errors import LongspecError, UsageError
+from longspec.machine.files import replaced
+from longspec.machine.system import config_folder
+
+__all__ = [
+    "Kind",
+    "Setting",
+    "change",
+    "config_path",
+    "nearest",
+    "read_settings",
+    "read_table",
+    "variable",
+    "yes_or_no",
+]
+
+Kind = Literal["value", "flag", "list"]
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    value: Any
+    origin: str  # as an error names it
+
+
+def config_path() -> Path:
+    """Where the user's config.toml is, or would be."""
+    return config_folder() / "config.toml"
+
+
+def read_settings(known: Mapping[str, Kind]) -> dict[str, Setting]:
+    """All that is set.
+
+    Raises:
+        UsageError: the file can't be read, has a key that isn't known, or a value is of the wrong kind.
+    """
+    return {**_from_file(known), **_from_environment(known)}
+
+
+def _from_environment(known: Mapping[str, Kind]) -> dict[str, Setting]:
+    found = {}
+    for name, kind in known.items():
+        origin = variable(name)
+        text = os.environ.get(origin, "")
+        if not text:
+            continue
+        value: Any = yes_or_no(text, origin) if kind == "flag" else [text] if kind == "list" else text
+        found[name] = Setting(value, origin)
+    return found
+
+
+def variable(name: str) -> str:
+    """The environment variable that sets it."""
+    return f"LONGSPEC_{name.upper()}"
+
+
+def yes_or_no(text: str, origin: str) -> bool:
+    """A flag's value as a word. UsageError where it is none."""
+    value = _WORDS.get(text.strip().lower())
+    if value is None:
+        raise UsageError(f"{origin}: {text!r} is neither yes nor no; use 1 or 0.")
+    return value
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """What was probably meant, as a part of a sentence; empty where nothing is near."""
+    near = get_close_matches(name, known, 1)
+    return f"; the nearest is {near[0]}." if near else ""
+
+
+def _from_file(known: Mapping[str, Kind]) -> dict[str, Setting]:
+    path, table = config_path(), read_table()
+    found = {}
+    for name, value in table.items():
+        origin = f"{name} in {path}"
+        if name not in known:
+            meant = nearest(name, known) or f"; it may set: {', '.join(sorted(known))}."
+            raise UsageError(f"{path} sets {name!r}, which is no option{meant}")
+        if known[name] == "list" and isinstance(value, str):
+            value = [value]
+        if not _fits(value, known[name]):
+            wanted = {"flag": "true or false", "list": "a list of texts", "value": "a text or a number"}[known[name]]
+            raise UsageError(f"{origin} is {value!r}; it must be {wanted}.")
+        found[name] = Setting(value, origin)
+    return found
+
+
+def read_table() -> dict[str, Any]:
+    """What config.toml says, whether or not it makes sense; nothing where there is none.
+
+    Raises:
+        UsageError: it can't be read, or isn't TOML.
+    """
+    path = config_path()
+    try:
+        return tomllib.loads(_text(path))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise UsageError(f"{path} isn't TOML: {error}.") from error
+
+
+def change(name: str, value: Any) -> None:
+    """Set a name in config.toml, or take it out (None); another process reads the old file or the new one.
+
+    Raises:
+        UsageError: the file can't be read, or isn't TOML.
+        LongspecError: it can't be written.
+    """
+    import tomlkit
+
+    path = config_path()
+    read_table()
+    document = tomlkit.parse(_text(path))
+    if value is None:
+        del document[name]
+    else:
+        document[name] = value
+    _write(Path(os.path.realpath(path)), tomlkit.dumps(document).encode())
+
+
+def _text(path: Path) -> str:
+    """Line ends stay what they are."""
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A whole file, with the mode of the one that was there; a new one is the user's alone, as it may hold a key."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replaced(path, lambda place: place.write_bytes(data), private=True)
+    except OSError as error:
+        raise LongspecError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def _fits(value: object, kind: Kind) -> bool:
+    if kind == "flag":
+        return isinstance(value, bool)
+    if kind == "list":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str | int | float) and not isinstance(value, bool)

@@ -1,0 +1,159 @@
+"""How every subcommand reads its arguments and shows its help: plain text in groups, settings below the flags.
+
+typer draws help in boxes and colours; here it is text that reads the same in a pipe, a pager and a terminal. Uses only
+what every typer since 0.20 has, whose classes otherwise differ by release: contexts and parameters are `Any` here.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from longspec.cli.options.settings import Kind, Setting, read_settings
+
+__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
+
+_COMMAND_LINE_ONLY = {
+    *(
+        "allow_destructive",
+        "context",
+        "dry_run",
+        "each_line",
+        "file",
+        "init",
+        "json_schema",
+        "output",
+        "param",
+        "profile",
+        "prompt_cache",
+        "regex",
+        "template",
+    ),
+    *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
+}
+"""Belong to one call: neither the environment nor config.toml sets them."""
+
+_NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
+"""The metavars of what is a file, or may be one."""
+
+_ORIGINS = "longspec.settings"
+
+
+class Command(TyperCommand):
+    """A subcommand whose options can be set in the environment and in config.toml too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does it, but what settings say stands in for what `args` leave open."""
+        before_dashes = takewhile(lambda argument: argument != "--", args)
+        asks_help = set(before_dashes) & set(ctx.help_option_names)
+        # Help and completion are given whatever config.toml says, and so is what mends it.
+        if _settable(self) and not (asks_help or ctx.resilient_parsing):
+            known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
+            settings = read_settings(known)
+            mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
+            ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
+            several = {parameter.name for parameter in self.params if parameter.multiple}
+            ctx.default_map = {
+                name: [setting.value] if name in several and not isinstance(setting.value, list) else setting.value
+                for name, setting in found.items()
+            }
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            for parameter in self.params:
+                _refuse_empty(ctx, parameter, ctx.params.get(parameter.name))
+        return list(rest)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments and options under the heading that each names."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                heading = getattr(parameter, "rich_help_panel", None) or "Other"
+                text = getattr(parameter, "help", None) or record[1]  # without the marks that some releases add
+                groups.setdefault(heading, []).append((_first_name(parameter, record[0]), text))
+        width = max(len(name) for records in groups.values() for name, _ in records)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), text) for name, text in records], col_max=width + 2)
+
+
+class Group(TyperGroup):
+    """The list of subcommands."""
+
+    command_class = Command
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Commands first: they are what one looks for."""
+        self.format_commands(ctx, formatter)
+        records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in records if record is not None])
+
+
+def given(ctx: typer.Context, name: str) -> bool:
+    """Whether the command line itself said it: then it goes before what it contradicts in a setting."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def origin(ctx: Any, parameter: Any) -> str:
+    """The words for where a parameter's value came from: a flag, a variable, or a key of config.toml."""
+    setting: Setting | None = ctx.meta.get(_ORIGINS, {}).get(parameter.name)
+    if setting is not None and not given(ctx, parameter.name):
+        return setting.origin
+    return str(parameter.opts[0]) if parameter.param_type_name == "option" else str(parameter.name).upper()
+
+
+def setting_name(parameter: Any) -> str:
+    """The flag in snake case: `--max-new-tokens` is max_new_tokens."""
+    long = next(flag for flag in parameter.opts if flag.startswith("--"))
+    return str(long.removeprefix("--").replace("-", "_"))
+
+
+def settable(group: Any) -> dict[str, tuple[Any, Any]]:
+    """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for command in group.commands.values():
+        for parameter in _settable(command):
+            found.setdefault(setting_name(parameter), (command, parameter))
+    return found
+
+
+def kind_of(parameter: Any) -> Kind:
+    return "flag" if parameter.is_flag else "list" if parameter.multiple else "value"
+
+
+def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) -> Any:
+    """What the subcommand makes of a setting, or of its default; raises what it would, with the setting's origin."""
+    inner = command.context_class(command, info_name=command.name, parent=ctx.find_root())
+    inner.meta[_ORIGINS] = {} if setting is None else {parameter.name: setting}
+    inner.default_map = {} if setting is None else {parameter.name: setting.value}
+    value, _ = parameter.handle_parse_result(inner, {}, [])
+    _refuse_empty(inner, parameter, value)
+    return value
+
+
+def _refuse_empty(ctx: Any, parameter: Any, value: Any) -> None:
+    """An unset variable of a script: as a path it would be the folder that one stands in."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if parameter.metavar in _NAMES and "" in values:
+        raise typer.BadParameter("the name is empty; give one, or leave it out.", ctx=ctx, param=parameter)
+
+
+def _settable(command: Any) -> list[Any]:
+    return [
+        parameter
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+        and not parameter.required  # what a call can't do without belongs to that call
+        and setting_name(parameter) not in _COMMAND_LINE_ONLY
+    ]
+
+
+def _first_name(parameter: Any, shown: str) -> str:
+    """Without a flag's negation: each has one, and the help says so once."""
+    return shown.split(" / ")[0] if parameter.param_type_name == "option" else str(parameter.name).upper()

@@ -1,0 +1,1 @@
+"""What an answer is held to: a grammar, and a budget of reasoning tokens."""

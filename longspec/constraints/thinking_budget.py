@@ -1,0 +1,172 @@
+"""What holds an answer with a reasoning section: a budget for its thoughts, a grammar for its words.
+
+Takes a vocabulary, whose markers say how a section of reasoning begins and ends. What may follow a path of tokens
+depends on these tokens alone, so the text is the same whatever is drafted. Knows no model and no drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from longspec.constraints.matcher import Constraint, joined
+from longspec.errors import UsageError
+from longspec.text.reasoning import AFTER, BEFORE, INSIDE, Place, Reader, Section
+from longspec.text.tokenizer import Vocabulary
+from longspec.types import Draft
+
+__all__ = ["Guide", "held"]
+
+
+class Guide:
+    """What may follow an answer with a section; `constraints.matcher.Constraint` is that of one with a grammar.
+
+    budget: after so many tokens of thought the section is ended. grammar: holds what follows the section, which then
+    has to come: a text can't end in its thoughts.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        place: Place,
+        budget: int | None,
+        grammar: Constraint | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
+        self._reader = reader
+        self._budget = budget
+        self._grammar = grammar
+        self._end_tokens = list(end_tokens)
+        # An answer that is held to a grammar has no thoughts but those that the prompt has begun.
+        self._place = Place(AFTER) if grammar is not None and place.phase == BEFORE else place
+
+    def take(self, token: int) -> bool:
+        """The text has one more token: whether nothing can follow it."""
+        held = self._grammar is not None and self._place.phase == AFTER
+        self._place = self._reader.after(self._place, token)
+        return held and self._grammar is not None and self._grammar.take(token)
+
+    def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
+        """Logits [r, V] with -inf for what can't follow the text and each of r paths. vocabulary: the tokens [V] that
+        the logits are of, if they aren't of all; a row whose one token isn't among them stays open.
+        """
+        if self._place.phase == AFTER:
+            return logits if self._grammar is None else self._grammar.mask(logits, paths, vocabulary)
+        if self._grammar is None and not self._may_end(max(map(len, paths), default=0)):
+            return logits
+        places = list(self._along(paths))
+        due = {row: token for row, place in enumerate(places) if (token := self._due(place)) is not None}
+        held = [row for row, place in enumerate(places) if place.phase == AFTER] if self._grammar else []
+        if not due and self._grammar is None:
+            return logits
+        logits = logits.clone()
+        if self._grammar is not None:
+            inside = [row for row, place in enumerate(places) if place.phase == INSIDE]
+            for column in (_column(token, vocabulary) for token in self._end_tokens):
+                if column is not None:
+                    logits[inside, column] = float("-inf")
+        for row, token in due.items():
+            column = _column(token, vocabulary)
+            if column is not None:
+                kept = logits[row, column].clone()
+                logits[row] = float("-inf")
+                logits[row, column] = kept
+        if held and self._grammar is not None:
+            inner = [paths[row][len(paths[row]) - places[row].count :] for row in held]
+            logits[held] = self._grammar.mask(logits[held], inner, vocabulary)
+        return logits
+
+    def forced(self, limit: int) -> list[int]:
+        """The tokens that must come next, at most `limit`."""
+        return self._behind([], limit)
+
+    def prune(self, draft: Draft, ahead: Sequence[int]) -> Draft:
+        """The draft, made to follow the tokens `ahead`, without what a grammar forbids."""
+        if self._grammar is None or self._place.phase != AFTER:
+            return draft
+        return self._grammar.prune(draft, ahead)
+
+    def extend(self, draft: Draft, ahead: Sequence[int], limit: int) -> Draft:
+        """The tokens `ahead`, the draft behind them, and what its first path forces: at most `limit` tokens."""
+        return joined(draft, ahead, limit, self._behind)
+
+    def _behind(self, path: Sequence[int], limit: int) -> list[int]:
+        """What must follow the text and this path."""
+        if self._place.phase == AFTER:
+            return [] if self._grammar is None else self._grammar.behind(path, limit)
+        [place] = self._along([path])
+        tokens: list[int] = []
+        while len(tokens) < limit and (token := self._due(place)) is not None:
+            tokens.append(token)
+            place = self._reader.after(place, token)
+        if self._grammar is not None and place.phase == AFTER:
+            whole = [*path, *tokens]
+            tokens += self._grammar.behind(whole[len(whole) - place.count :], limit - len(tokens))
+        return tokens
+
+    def _due(self, place: Place) -> int | None:
+        """The token that must come here."""
+        if self._budget is None or place.phase != INSIDE or place.count < self._budget:
+            return None
+        return self._reader.ending[self._reader.ends(place)]
+
+    def _may_end(self, ahead: int) -> bool:
+        """Whether the budget may be used up within so many tokens."""
+        return self._budget is not None and self._place.count + ahead >= self._budget
+
+    def _along(self, paths: Sequence[Sequence[int]]) -> Iterator[Place]:
+        """The place at the end of each path."""
+        known: dict[tuple[int, ...], Place] = {(): self._place}
+        for path in map(tuple, paths):
+            start = next(n for n in range(len(path), -1, -1) if path[:n] in known)
+            for n in range(start, len(path)):
+                known[path[: n + 1]] = self._reader.after(known[path[:n]], path[n])
+            yield known[path]
+
+
+def held(
+    vocabulary: Vocabulary,
+    prompt: Sequence[int],
+    *,
+    raw: bool,
+    budget: int | None,
+    grammar: str | None,
+    size: int,
+    end_tokens: Sequence[int],
+) -> tuple[Section | None, Guide | Constraint | None]:
+    """For an answer to this prompt: what tells its thoughts from its words, and what it is held to.
+
+    grammar: one of `longspec.constraints.grammar.grammar_of`, over the tokens of a model with `size` logits.
+
+    Raises:
+        UsageError: there is a budget, and nothing that it is for; or the grammar can't be used with this model.
+    """
+    constraint = None if grammar is None else Constraint(grammar, vocabulary, size, end_tokens)
+    markers = None if raw else vocabulary.markers
+    if budget is not None:
+        if budget < 0:
+            raise UsageError(f"reasoning_budget is {budget}; it must be 0 or more.")
+        if raw:
+            raise UsageError("A raw prompt has no section of reasoning; leave the budget or --raw out.")
+        if markers is None:
+            raise UsageError(
+                "This model's chat template and tokens know no section of reasoning, such as <think>, that a budget "
+                "could end; leave --reasoning-budget out."
+            )
+    if markers is None:
+        return None, constraint
+    reader = Reader(vocabulary, markers)
+    place = reader.begun(prompt)
+    section = Section(reader, markers, place)
+    if budget is None and (constraint is None or not section.is_open):
+        return section, constraint
+    return section, Guide(reader, place, budget, constraint, end_tokens)
+
+
+def _column(token: int, vocabulary: Tensor | None) -> int | None:
+    """Where a token's logit stands."""
+    if vocabulary is None:
+        return token
+    found = (vocabulary == token).nonzero()
+    return int(found[0]) if len(found) else None

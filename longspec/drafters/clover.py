@@ -1,0 +1,143 @@
+"""A trained head as a drafter: it reads the target's hidden states, and grows a tree with its output cell.
+
+Takes a loaded target and a `Trained` head. The engine hands over each committed row's hidden state (`follow.py`). The
+layers keep keys and values of their own; a draft runs them once over the new rows, and then the cell once per expanded
+node.
+
+The layers and the last product run through a `Decoder` of the head's size, and so through the kernels of the target;
+what is around them too where it can (`cell.py`), and the whole growth of greedy texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.cache.tree import Tree
+from longspec.drafters.common.clover_native import Cell, missing
+from longspec.drafters.common.head_cache import Follow
+from longspec.drafters.common.tree_growth import grow
+from longspec.heads.format import Trained
+from longspec.model.decoder import Decoder, Rows
+from longspec.model.load import Model
+from longspec.model.native import missing as kernel_lacks
+from longspec.model.weights.read import Weights
+from longspec.types import Commit, Draft, Verdict, Writing
+
+__all__ = ["Head"]
+
+
+@dataclass(slots=True)
+class _Growth:
+    """The nodes of one session's tree, as a stage without keys: each node's state follows from its parent's."""
+
+    root: Tensor  # [width]
+    tree: Tree = field(default_factory=Tree)
+    states: list[Tensor] = field(default_factory=list)
+
+    def add(self, parents: Sequence[int]) -> slice:
+        return self.tree.add(parents)
+
+    @property
+    def depths(self) -> Sequence[int]:
+        return self.tree.depths
+
+
+class Head:
+    """Bets with a head. Without the target's hidden states (behind another drafter) it bets nothing."""
+
+    def __init__(self, model: Model, head: Trained) -> None:
+        self.head = head
+        self._target = model.decoder
+        config = head.config(model)
+        held = {name: value.detach().to(model.decoder.dtype) for name, value in head.module.state_dict().items()}
+        names = {name: value for name, value in held.items() if name.startswith("layers.")}
+        names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
+        weights = Weights.of_tensors(names, model.decoder.dtype)
+        target = model.decoder
+        # Half the bytes; where the kernel isn't taken codes are slower than bf16.
+        coded = not target.strict and kernel_lacks(config, target.dtype, target.device) is None
+        self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
+        self._places = None if head.tokens is None else head.tokens.to(target.device)
+        self._follow = Follow(self.decoder.shape, self._run)
+        self._cell: Cell | None = None
+        if not target.strict and missing(head.module, self.decoder) is None:
+            with torch.inference_mode():
+                tokens = torch.arange(config.vocabulary) if self._places is None else self._places
+                self._cell = Cell(head.module, self.decoder, target.embed(tokens), coded=coded)  # type: ignore[arg-type]
+        self.layers = (target.config.layers,)
+        self.nbytes = self.decoder.nbytes + sum(value.nbytes for value in held.values())
+        self.nbytes += 0 if self._cell is None else self._cell.nbytes
+
+    def begin(self, session: Writing) -> None:
+        self._follow.begin(session)
+
+    def read(self, session: Writing, features: Tensor) -> None:
+        self._follow.read(session, features)
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        rooms = self._follow.rooms(sessions, limits)
+        if self._cell is not None and ahead is None and all(session.is_plain for session in sessions):
+            return [self._grown(self._cell, session, room) for session, room in zip(sessions, rooms, strict=True)]
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
+
+    def _grown(self, cell: Cell, session: Writing, room: int) -> Draft:
+        last = self._follow.last(session)
+        if not room or last is None:
+            return Draft.chain(())
+        return cell.draft(last, room, min(room, self.head.depth), self._places)
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        pass
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        last = self._follow.last(session)
+        assert last is not None
+        return _Growth(self.head.module.between(last)), len(session.tokens) - 1, session.tokens[-1:]
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Node by node along each path, those of one depth together."""
+        module, tokens = self.head.module, self.head.module.token_norm(self._target.embed(rows.tokens))
+        made = torch.empty_like(tokens)
+        lacking = [(span.stage, at) for span in rows.spans for at in range(span.staged.stop - span.staged.start)]
+        starts = [span.at.start for span in rows.spans for _ in range(span.staged.stop - span.staged.start)]
+        places = [span.staged.start + at for span in rows.spans for at in range(span.staged.stop - span.staged.start)]
+        growths: list[Any] = [stage for stage, _ in lacking]
+        for growth in {id(one): one for one in growths}.values():
+            growth.states += [growth.root] * (len(growth.tree) - len(growth.states))
+        depths = [growth.depths[place] for growth, place in zip(growths, places, strict=True)]
+        for depth in sorted(set(depths)):
+            chosen = [i for i, own in enumerate(depths) if own == depth]
+            parents = [growths[i].tree.parents[places[i]] for i in chosen]
+            before = [
+                growths[i].states[parent] if parent >= 0 else growths[i].root
+                for i, parent in zip(chosen, parents, strict=True)
+            ]
+            at = [starts[i] + lacking[i][1] for i in chosen]
+            run = module.begin if depth == 0 else module.step
+            states, outs = run(torch.stack(before), tokens[at])
+            made[at] = outs
+            for i, state in zip(chosen, states, strict=True):
+                growths[i].states[places[i]] = state
+        return made
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[r, D], over the draft vocabulary."""
+        return self.decoder.logits(hidden)
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def _run(self, rows: Rows, features: Tensor) -> Tensor:
+        tokens = self._target.embed(rows.tokens)
+        if self._cell is not None:
+            return self.decoder.forward(rows, self._cell.enter(features, tokens))
+        module = self.head.module
+        return self.decoder.forward(rows, module.enter(features, module.token_norm(tokens)))

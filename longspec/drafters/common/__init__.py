@@ -1,0 +1,1 @@
+"""What drafters share: tree expansion, head caches, merging of drafts, layer-skipping search, suffix arrays."""

@@ -1,0 +1,209 @@
+"""Drafts that a model writes itself, token by token: how `skip`, `sparse` and `model` bet.
+
+Takes a `Reader`, which runs rows cheaply, and gives trees: a pass expands the likeliest leaf of each tree, all
+sessions in one pass, and the best nodes by the chance of their path are the draft (EAGLE-2's growth, 2406.16858).
+The session's own sampling and noise rank the candidates, so that a sampled draft agrees as often as a greedy one.
+
+With an inner drafter each pass verifies that one's bet on the way, so that a pass brings several tokens (staged
+speculation, 2308.04623): of that bet stays what the model itself would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longspec.cache.stage import BLOCK
+from longspec.model.decoder import Chunk, Decoder, Rows
+from longspec.sampling.verify import verify
+from longspec.types import Draft, Drafter, Writing
+
+__all__ = ["BREADTH", "FLOOR", "Reader", "grow", "likeliest"]
+
+BREADTH = 3
+"""Candidates of a node. The siblings of a drafted path cost a row of the verification each, and no drafting."""
+
+FLOOR = 0.3
+"""The least chance of a path that is worth a pass of the reader."""
+
+
+class Reader(Protocol):
+    """A model that drafts, on rows behind a session's text."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        """A stage, how many rows are committed before it, and the text's tokens that it lacks: one at least."""
+        ...
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Hidden states [r, width]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of these rows, over the target's vocabulary."""
+        ...
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        """The draft is made. Each row of the stage is given by its token and the row that it continues, or -1."""
+        ...
+
+
+@dataclass(slots=True)
+class _Plant:
+    """One session's tree while it grows."""
+
+    session: Writing
+    ahead: Sequence[int]
+    limit: int
+    deepest: int  # a node of this depth is never expanded
+    stage: Any
+    length: int
+    coming: list[int]  # tokens of the next pass
+    continued: list[int]  # the stage's row that each continues
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    leaves: list[int] = field(default_factory=list)  # nodes that were not expanded
+    at: int = -1  # the node that is being expanded; -1 is the text
+    inner: Draft | None = None
+    staged: slice = field(default_factory=lambda: slice(0, 0))
+    rows: list[tuple[int, int]] = field(default_factory=list)  # of the stage: token, and the row that it continues
+    row_of: dict[int, int] = field(default_factory=dict)  # node to its row in the stage
+
+    def path(self, node: int) -> list[int]:
+        path = []
+        while node >= 0:
+            path.append(self.tokens[node])
+            node = self.parents[node]
+        return [*self.ahead, *path[::-1]]
+
+    def depth(self, node: int) -> int:
+        return len(self.path(node)) - len(self.ahead)
+
+    @property
+    def choosing(self) -> int:
+        """Rows at the pass's end that choose: the expanded one and the inner draft's."""
+        return 1 + (len(self.inner) if self.inner is not None else 0)
+
+    def paths(self) -> list[list[int]]:
+        """Of the choosing rows, the guessed tokens up to each."""
+        paths = [self.path(self.at)]
+        if self.inner is not None:
+            for token, parent in zip(self.inner.tokens.tolist(), self.inner.parents.tolist(), strict=True):
+                paths.append([*paths[parent + 1], token])
+        return paths
+
+    def take(self, ranked: list[list[int]], chances: list[list[float]]) -> None:
+        """The candidates of the choosing rows, best first."""
+        last = self.staged.stop - self.choosing  # the row of the expanded node
+        kept: Sequence[int] = ()
+        if self.inner is not None:
+            choices = [row[0] for row in ranked]
+            kept = verify(self.inner.tokens.tolist(), self.inner.parents.tolist(), choices).kept
+        at, row = self.at, 0
+        for following in (*kept, None):
+            self.row_of[at] = last + row
+            base = self.chances[at] if at >= 0 else 1.0
+            first = len(self.tokens)
+            self.tokens += ranked[row]
+            self.parents += [at] * len(ranked[row])
+            self.chances += [base * chance for chance in chances[row]]
+            self.leaves += range(first, len(self.tokens))
+            if following is not None:  # the row behind the best candidate is there already
+                self.leaves.remove(first)
+                at, row = first, following + 1
+
+    def choose_next(self) -> bool:
+        """Find the leaf that is worth a pass and lay its row; False where there is none."""
+        self.leaves.sort(key=lambda leaf: -self.chances[leaf])
+        best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.deepest), None)
+        if best is None or self.chances[best] < FLOOR:
+            return False
+        better = sum(chance >= self.chances[best] for chance in self.chances)
+        if better - 1 >= self.limit:  # what it brings would not be among the best
+            return False
+        self.leaves.remove(best)
+        self.at = best
+        self.coming, self.continued = [self.tokens[best]], [self.row_of[self.parents[best]]]
+        return True
+
+    def draft(self) -> Draft:
+        return likeliest(self.tokens, self.parents, self.chances, self.limit)
+
+
+def likeliest(tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], limit: int) -> Draft:
+    """The likeliest nodes. A child is never likelier than its parent, and stands behind it."""
+    order = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
+    place = {-1: -1} | {node: i for i, node in enumerate(order)}
+    return Draft.tree(
+        [tokens[node] for node in order], [place[parents[node]] for node in order], [chances[node] for node in order]
+    )
+
+
+@torch.inference_mode()
+def grow(
+    reader: Reader,
+    sessions: Sequence[Writing],
+    limits: Sequence[int],
+    ahead: Sequence[Sequence[int]] | None = None,
+    *,
+    inner: Drafter | None = None,
+    depth: int | None = None,
+    vocabulary: Tensor | None = None,
+) -> list[Draft]:
+    """A draft for each session. inner: who bets for the reader.
+
+    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of
+    the target's, if left out.
+    """
+    drafts = [Draft.chain(()) for _ in sessions]
+    plants: dict[int, _Plant] = {}
+    for i, (session, limit) in enumerate(zip(sessions, limits, strict=True)):
+        if limit > 0:
+            guess = ahead[i] if ahead else ()
+            stage, length, lacking = reader.open(session)
+            coming = [*lacking, *guess]
+            deepest, continued = min(limit, depth or limit), list(range(-1, len(coming) - 1))
+            plants[i] = _Plant(session, guess, limit, deepest, stage, length, coming, continued)
+    growing = list(plants.values())
+    while growing:
+        _pass(reader, growing, inner, vocabulary)
+        growing = [plant for plant in growing if plant.choose_next()]
+    for i, plant in plants.items():
+        reader.grown(plant.session, plant.stage, plant.rows)
+        drafts[i] = plant.draft()
+    return drafts
+
+
+def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None, vocabulary: Tensor | None) -> None:
+    if inner is not None:
+        rooms = [min(plant.limit - plant.depth(plant.at), BLOCK) - 1 for plant in plants]
+        guesses = [plant.path(plant.at) for plant in plants]
+        bets = inner.propose([plant.session for plant in plants], rooms, guesses)
+        for plant, bet in zip(plants, bets, strict=True):
+            plant.inner = bet if len(bet) else None
+    chunks = []
+    for plant in plants:
+        if plant.inner is not None:
+            last = len(plant.rows) + len(plant.coming) - 1
+            plant.coming += plant.inner.tokens.tolist()
+            plant.continued += [last + 1 + parent for parent in plant.inner.parents.tolist()]
+        plant.staged = plant.stage.add(plant.continued)
+        plant.rows += zip(plant.coming, plant.continued, strict=True)
+        chunks.append(Chunk(plant.stage, plant.staged, plant.coming, plant.length, plant.session.long))
+    rows = Rows.of(chunks, reader.decoder.device)
+    hidden = reader.forward(rows)
+    choosing = torch.cat([hidden[span.at][-plant.choosing :] for span, plant in zip(rows.spans, plants, strict=True)])
+    logits = reader.logits(choosing)
+    start = 0
+    for plant in plants:
+        own = logits[start : start + plant.choosing]
+        tokens, chances = plant.session.rank(own, plant.paths(), BREADTH, vocabulary)
+        start += plant.choosing
+        plant.take(tokens.tolist(), chances.tolist())

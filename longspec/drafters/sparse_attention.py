@@ -1,0 +1,58 @@
+"""The target over a cheap view of its own cache (SparseSpec, 2512.01278; TriForce, 2404.11912; QuantSpec, 2502.10424).
+
+All layers run; only what they read is less: the text's first and last rows, the pages that the queries ask for, or
+the upper plane of a dual cache. It pays where reading the cache is most of a pass: on long texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from longspec.cache.views import Pages, Upper, View, Window, viewed
+from longspec.drafters.common.tree_growth import grow
+from longspec.model.decoder import Decoder, Rows
+from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+
+__all__ = ["VIEWS", "Sparse"]
+
+VIEWS: dict[str, Callable[[], View]] = {"window": Window, "pages": Pages, "upper": Upper}
+
+
+class Sparse:
+    """Drafts by passes that read less. view: one of VIEWS. `inner` bets for it in turn."""
+
+    def __init__(self, decoder: Decoder, view: str = "pages", inner: Drafter | None = None) -> None:
+        self.decoder = decoder
+        self.view = VIEWS[view]
+        self.inner = inner
+        self._views: WeakKeyDictionary[Writing, View] = WeakKeyDictionary()
+
+    def begin(self, session: Writing) -> None:
+        self._views[session] = self.view()
+        if self.inner is not None:
+            self.inner.begin(session)
+
+    def propose(
+        self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
+    ) -> list[Draft]:
+        return grow(self, sessions, limits, ahead, inner=self.inner)
+
+    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
+        if self.inner is not None:
+            self.inner.observe(session, commit, verdict)
+
+    def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
+        return viewed(session.cache, self._views[session]), session.cache.length, session.unfed
+
+    def forward(self, rows: Rows) -> Tensor:
+        return self.decoder.forward(rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden)
+
+    def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
+        pass

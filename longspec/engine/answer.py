@@ -1,0 +1,104 @@
+"""One finished text and what it took, as the object that `--json` prints and every line of a batch holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longspec.engine.session import Session
+from longspec.machine.system import peak_bytes
+from longspec.memory.plan import Plan
+
+__all__ = ["Answer", "memory", "speculation", "timing", "usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A text, what was thought before it, why it ended, and its figures. Seconds, bytes; names as in docs/cli.md."""
+
+    text: str
+    reasoning: str | None  # None where there is none
+    tokens: tuple[int, ...]
+    finish_reason: str
+    model: str
+    dtype: str
+    cache: str
+    cache_lossless: bool
+    usage: dict[str, int]
+    speculation: dict[str, Any]
+    timing: dict[str, Any]
+    memory: dict[str, Any]
+
+    def report(self) -> dict[str, Any]:
+        """What `longspec run --json` prints."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "text": self.text,
+            "reasoning": self.reasoning,
+            "finish_reason": self.finish_reason,
+            "exactness": "exact",
+            "cache": self.cache,
+            "cache_lossless": self.cache_lossless,
+            "usage": self.usage,
+            "speculation": self.speculation,
+            "timing": self.timing,
+            "memory": self.memory,
+        }
+
+
+def usage(session: Session) -> dict[str, int]:
+    return {
+        "prompt_tokens": session.prompt_length,
+        "completion_tokens": len(session.answer),
+        "cached_tokens": session.cached,
+        "reasoning_tokens": 0 if session.section is None else min(session.section.tokens, len(session.answer)),
+    }
+
+
+def speculation(session: Session, drafter: str) -> dict[str, Any]:
+    stats = session.stats
+    return {
+        "drafter": drafter,
+        "steps": stats.steps,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_step": stats.tokens_per_step,
+        "steps_without_a_bet": stats.steps_without_a_bet,
+    }
+
+
+def timing(session: Session, began: float | None = None) -> dict[str, Any]:
+    """Decoding runs from the first token to the last; a step's later tokens count, its first one was the prefill's.
+
+    began: from when the first token was waited for, on perf_counter's clock; else from when the session was opened.
+    """
+    prefilled = session.prefilled or session.began
+    first, last = session.first_token, session.last_token
+    decode = last - first if first is not None and last is not None else 0.0
+    tokens = len(session.answer)
+    return {
+        "prefill_s": prefilled - session.began,
+        "decode_s": decode,
+        "draft_s": session.drafting,
+        "verify_s": session.verifying,
+        "time_to_first_token_s": None if first is None else first - (session.began if began is None else began),
+        "tokens_per_second": (tokens - 1) / decode if decode > 0 and tokens > 1 else None,
+    }
+
+
+def memory(session: Session, weights: int, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
+    """Bytes; the cache's are those allocated, per row those over the rows that it holds. `budget` if there is one.
+
+    The drafters' are their weights and tables; what they note of texts isn't counted.
+    """
+    cache = session.cache
+    budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}
+    return {
+        "weights_bytes": weights,
+        "drafter_bytes": drafters,
+        "cache_bytes": cache.nbytes,
+        "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,
+        "peak_bytes": peak_bytes(),
+        **budget,
+    }

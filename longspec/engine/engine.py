@@ -1,0 +1,398 @@
+"""The engine: a model, its drafter and its caches; runs steps for one or many sessions.
+
+    prompt -> tokens -> chunked prefill -> cache                                      once
+    propose -> Draft -> target forward over all rows -> choices -> verify -> commit   each step
+
+It never prints and never draws: progress goes to a callback, text to whoever iterates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Unpack
+
+import torch
+
+from longspec.cache import BLOCK, CACHES, LOSSLESS
+from longspec.control import latency as costs
+from longspec.control.goodput import Goodput
+from longspec.control.policy import Bet, Outcome, Step
+from longspec.control.registry import make as make_control
+from longspec.control.registry import place
+from longspec.drafters import DRAFT_TOKENS, Means
+from longspec.drafters import make as make_drafter
+from longspec.drafters.layer_skip import load_skip
+from longspec.engine.answer import Answer, memory, speculation, timing, usage
+from longspec.engine.forward import Feed, Pass, choices_of, choosing, entropies_of, every, readers, run
+from longspec.engine.memory_guard import Watch
+from longspec.engine.options import Options, asked, bets_with, check, drafters, guidance, kind, most_tokens, tokens_of
+from longspec.engine.prefix_cache import keep, resume, take_over
+from longspec.engine.scheduler import WIDTH, Schedule
+from longspec.engine.session import Session
+from longspec.errors import LongspecError, UsageError
+from longspec.memory.plan import CHUNKS, Plan, heads, make_plan
+from longspec.model.decoder import Skip
+from longspec.model.load import Model, open_model
+from longspec.sampling.sampler import Sampling, likeliest
+from longspec.sampling.verify import verify
+from longspec.text.detokenizer import Transcript
+from longspec.text.prompt import Prompt
+from longspec.text.tokenizer import Vocabulary
+from longspec.types import Commit, Draft, Drafter
+
+__all__ = ["Engine"]
+
+PREFILL_ROWS = CHUNKS[0]
+"""Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
+
+
+class Engine:
+    """A loaded model and what it bets with.
+
+    engine = Engine.load("smollm2")
+    print(engine.generate("Why is the sky blue?").text)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        drafter: str = "auto",
+        cache: str = "auto",
+        all_rows: bool = False,
+        draft_tokens: int = DRAFT_TOKENS,
+        draft_model: Model | None = None,
+        skip: Skip | None = None,
+        draft_from: Sequence[str | Path] = (),
+        remember: bool = False,
+        control: str = "goodput",
+        costs_file: Path | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.model = model
+        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
+        check(drafter, cache, all_rows, draft_tokens, **named)
+        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=heads(model, plan), **named)
+        means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
+        self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
+        self.drafter_name = names[0] if len(names) == 1 else drafter
+        self.costs_file, learned = costs_file, costs.read(costs_file) if costs_file else None
+        self.control = make_control(control, names, draft_tokens, learned)
+        self.plan = plan
+        self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
+        self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
+        self.watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
+        self.draft_tokens = draft_tokens
+        self.load_seconds: dict[str, float] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "smollm2",
+        *,
+        drafter: str = "auto",
+        cache: str = "auto",
+        all_rows: bool = False,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        strict: bool = False,
+        num_speculative_tokens: int = DRAFT_TOKENS,
+        draft_model: str | None = None,
+        skip_set: str | Path | None = None,
+        draft_from: Sequence[str | Path] = (),
+        remember: bool = False,
+        control: str = "goodput",
+        memory: str | int | None = None,
+        tokens: int | Callable[[Vocabulary], int | None] | None = None,
+        texts: int = 1,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Engine:
+        """Load a model by short name, path or Hugging Face id.
+
+        all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
+        it (slower). draft_model: what the drafter `model` drafts with, named like a model. skip_set: what `skip` leaves
+        out, a file of `longspec tune`; read where a drafter skips. draft_from: text files that the answer may repeat.
+        remember: draft from earlier answers too, and keep the new ones. control: how much is bet, one of CONTROLS.
+        memory: what the process may have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what
+        the machine has left; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the
+        memory is planned for, as a number or told from the vocabulary; the model's context if left out. texts: how many
+        are written side by side. report: told of what is fetched: stage, done, total.
+
+        Raises:
+            ModelError: the model can't be found, read, or isn't supported.
+            UsageError: an option is unknown or out of range.
+            BudgetError: the memory doesn't hold such a text, with any cache that may be chosen.
+        """
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; it must be 1 or more.")
+        # What is wrong is said before a model is loaded.
+        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
+        check(drafter, cache, all_rows, num_speculative_tokens, **named)
+        began = perf_counter()
+        opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
+        opened.set_threads(threads)
+        if memory is not None:
+            plan = make_plan(
+                opened,
+                memory,
+                tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
+                cache=kind(cache, all_rows),
+                draft_tokens=num_speculative_tokens,
+                drafter=drafter,
+                strict=strict,
+                texts=texts,
+            )
+        loaded = opened.load(strict=strict, report=report)
+        smaller = None
+        if draft_model is not None:
+            smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report).load(strict=strict)
+        skips = bets_with("skip", drafter, nbytes=loaded.decoder.nbytes, **named)
+        engine = cls(
+            loaded,
+            drafter=drafter,
+            cache=cache,
+            all_rows=all_rows,
+            draft_tokens=num_speculative_tokens,
+            draft_model=smaller,
+            skip=load_skip(skip_set, loaded.decoder.config.layers) if skip_set is not None and skips else None,
+            draft_from=draft_from,
+            remember=remember,
+            control=control,
+            costs_file=place(loaded),
+            plan=plan,
+        )
+        engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
+        return engine
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self.model.decoder.config.context
+
+    def keep_costs(self) -> None:
+        """Keep what steps cost here, so that the next process bets well from its first step."""
+        if self.costs_file is not None and isinstance(self.control, Goodput):
+            costs.write(self.costs_file, self.control.report())
+
+    def save(self, session: Session, path: str | Path) -> None:
+        """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
+
+        Raises:
+            LongspecError: it can't be written.
+        """
+        keep(session, self.model, Path(path))
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        """Write one answer to its end."""
+        session = self.open(prompt, **options)
+        for _ in self.write(session):
+            pass
+        return self.answer(session)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """Write one answer, giving its text as it becomes certain."""
+        for commit in self.write(self.open(prompt, **options)):
+            if commit.text:
+                yield commit.text
+
+    def generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        """Write many answers side by side, `width` at a time: each prompt's place and answer, as they finish.
+
+        A prompt may bring options of its own. One that can't be written gives the error in its answer's place. Prompts
+        are taken from the iterable as they are needed; the noise of a text is keyed by its place, unless it has a key.
+        """
+        schedule, numbers, coming = Schedule(self, width), {}, enumerate(prompts)
+        while True:
+            for number, prompt in islice(coming, schedule.wants):
+                text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
+                try:
+                    session = self.open(text, **{"key": str(number), **options, **own})
+                except LongspecError as error:
+                    yield number, error
+                else:
+                    numbers[session] = number
+                    schedule.add(session)
+            if not schedule:
+                return
+            for session, commit in schedule.step():
+                if commit.finish_reason is not None:
+                    yield numbers.pop(session), self.answer(session)
+
+    def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
+        """A session for this prompt; nothing is computed yet.
+
+        Raises:
+            ContextError: the prompt, or the prompt with the tokens asked for, is longer than the model's context.
+            UsageError: an option is out of range, or the prompt has no token.
+        """
+        began = perf_counter()
+        tokens = tokens_of(self.model.vocabulary, prompt, options)
+        decoder, sampling = self.model.decoder, Sampling.over(self.model.defaults, asked(options))
+        planned = self.plan.request.tokens if self.plan else None
+        limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
+        stop = options.get("stop", ())
+        long = decoder.first_context is not None and limit > decoder.first_context
+        cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
+        if (after := options.get("after")) is not None:
+            cache = take_over(after, cache, tokens, long=long)
+        if path is not None and not cache.length:
+            resume(cache, self.cache_name, self.model, Path(path), tokens, limit=limit, long=long)
+        session = Session(
+            tokens,
+            cache,
+            Transcript(self.model.vocabulary, [stop] if isinstance(stop, str) else stop),
+            key=options.get("key", ""),
+            sampling=sampling,
+            end_tokens=self.model.end_tokens,
+            limit=limit,
+            long=long,
+            cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
+            began=began,
+            **guidance(self.model, tokens, options),
+        )
+        if path is not None and session.unfed[1:]:
+            session.prompt_cache = Path(path)
+        for drafter in self.drafters.values():
+            drafter.begin(session)
+        return session
+
+    def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
+        """Prefill, then step to the text's end. `progress` is told of prompt rows done and in all."""
+        for done in self.prefill(session):
+            if progress is not None:
+                progress(done, session.prompt_length - 1)
+        while session.finish_reason is None:
+            yield from self.step([session])
+
+    def prefill(self, session: Session) -> Iterator[int]:
+        """Feed all unfed tokens but the last, chunk by chunk; after each, the cache's length."""
+        while session.unfed[1:]:
+            self.read(session)
+            yield session.cache.length
+
+    @torch.inference_mode()
+    def read(self, session: Session, stop: int | None = None) -> None:
+        """A pass for the next chunk of a prompt, up to row `stop`."""
+        feed = self._chunk(session, stop)
+        self._fed(feed, run([feed], self.model.decoder, readers(self.drafters.values())))
+
+    @torch.inference_mode()
+    def step(
+        self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
+    ) -> list[Commit]:
+        """Draft, one target forward, verify, commit: what each session got.
+
+        reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
+        """
+        rooms = [min(self.draft_tokens, session.room - 1) for session in sessions]
+        guides = [session.constraint if self.drafter_name != "none" else None for session in sessions]
+        forced = [guide.forced(room) if guide else [] for guide, room in zip(guides, rooms, strict=True)]
+        bets = self.control.bets(sessions, [room - len(ahead) for room, ahead in zip(rooms, forced, strict=True)])
+        own, draft_seconds = self._drafts(sessions, bets, forced)
+        parts = zip(guides, own, forced, rooms, strict=True)
+        drafts = [guide.extend(draft, ahead, room) if guide else draft for guide, draft, ahead, room in parts]
+        began = perf_counter()
+        feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
+        chunk = [] if reading is None else [self._chunk(reading, stop)]
+        made = run([*feeds, *chunk], self.model.decoder, readers(self.drafters.values()))
+        logits = self.model.decoder.logits(choosing(made, feeds))
+        if (remark := self.model.decoder.remark()) is not None:
+            sessions[0].notes.append(remark)
+        chosen = choices_of(feeds, logits)
+        wanted = max(getattr(drafter, "successors", 0) for drafter in every(self.drafters.values()))
+        successors = likeliest(logits, wanted).tolist() if wanted else []
+        entropies: Sequence[list[float] | None] = [None] * len(feeds)
+        if self.control.entropies:
+            entropies = entropies_of(feeds, logits)
+        pass_seconds, staged = perf_counter() - began, sum(len(feed.tokens) for feed in feeds)
+        commits, outcomes = [], []
+        each = zip(feeds, bets, own, forced, chosen, entropies, strict=True)
+        for feed, bet, draft, ahead, choices, entropy in each:
+            session = feed.session
+            verdict = verify(feed.draft, feed.parents, choices)
+            if successors:
+                after = [feed.lacking[-1], *feed.draft]
+                verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
+            commits.append(session.take(verdict, feed.draft))
+            made.commit(feed, verdict.kept)
+            session.drafting += sum(draft_seconds.values())
+            session.verifying += pass_seconds
+            for drafter in self.drafters.values():
+                drafter.observe(session, commits[-1], verdict)
+            last = verdict.kept[-1] + 1 if verdict.kept else 0
+            kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
+            outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
+        for feed in chunk:
+            self._fed(feed, made)
+        self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
+        if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
+            at = list(sessions).index(ending)
+            commits[at] += ending.interrupt("length")
+        return commits
+
+    def _chunk(self, session: Session, stop: int | None) -> Feed:
+        """The next rows of a prompt, up to the end of a block; its last token is the first step's."""
+        start = session.cache.length
+        end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
+        return Feed.of(session, session.tokens[start:end])
+
+    def _fed(self, feed: Feed, made: Pass) -> None:
+        """A chunk has been through the pass."""
+        session = feed.session
+        made.commit(feed, [])
+        if self.watch is not None:
+            self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
+        if session.unfed[1:]:
+            return
+        if session.prompt_cache is not None:
+            path, session.prompt_cache = session.prompt_cache, None
+            try:
+                self.save(session, path)
+            except LongspecError as error:  # the answer is what was asked for first
+                session.notes.append(str(error))
+        session.prefilled = perf_counter()
+
+    def _drafts(
+        self, sessions: Sequence[Session], bets: Sequence[Bet], forced: Sequence[Sequence[int]]
+    ) -> tuple[list[Draft], dict[str, float]]:
+        """Each session's draft by its bet, behind what is forced, and the seconds of every drafter that was asked."""
+        drafts, seconds = [Draft.chain(()) for _ in sessions], {}
+        for name, drafter in self.drafters.items():
+            asked = [i for i, bet in enumerate(bets) if bet.drafter == name and bet.limit > 0]
+            if asked:
+                began = perf_counter()
+                ahead = [forced[i] for i in asked]
+                limits = [bets[i].limit for i in asked]
+                made = drafter.propose([sessions[i] for i in asked], limits, ahead if any(ahead) else None)
+                seconds[name] = perf_counter() - began
+                for i, draft in zip(asked, made, strict=True):
+                    constraint = sessions[i].constraint
+                    drafts[i] = constraint.prune(draft, forced[i]) if constraint else draft
+        return self.control.trim(bets, drafts), seconds
+
+    def answer(self, session: Session, began: float | None = None) -> Answer:
+        """What the session wrote so far, and what it took. began: from when the first token was waited for, on
+        perf_counter's clock; else it is from when the session was opened.
+        """
+        drafting = sum(getattr(drafter, "nbytes", 0) for drafter in every(self.drafters.values()))
+        return Answer(
+            text=session.said,
+            reasoning=session.reasoning,
+            tokens=tuple(session.answer),
+            finish_reason=session.finish_reason or "interrupted",
+            model=self.model.name,
+            dtype=self.model.dtype,
+            cache=session.cache_name,
+            cache_lossless=session.cache_name in LOSSLESS,
+            usage=usage(session),
+            speculation=speculation(session, self.drafter_name),
+            timing={**self.load_seconds, **timing(session, began)},
+            memory=memory(session, self.model.decoder.nbytes, drafting, self.plan),
+        )

@@ -1,0 +1,161 @@
+"""What an engine and its texts may be asked for: the options' names, what `auto` stands for, what is refused.
+
+Takes options as they were given; loads nothing, so that what is wrong is said before a model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from longspec.cache import BLOCK, CACHES
+from longspec.constraints.grammar import grammar_of
+from longspec.constraints.thinking_budget import held
+from longspec.drafters import check as check_drafter
+from longspec.engine.session import Session
+from longspec.errors import BudgetError, ContextError, UsageError
+from longspec.model.load import Model
+from longspec.text.prompt import Prompt, encode
+from longspec.text.reasoning_effort import variables
+from longspec.text.repetition import Loops
+from longspec.text.tokenizer import Vocabulary
+
+__all__ = ["Options", "asked", "bets_with", "check", "drafters", "guidance", "kind", "most_tokens", "tokens_of"]
+
+LARGE = 2 << 30
+"""Bytes of weights from which `auto` tries to leave layers out too: smaller models have none to spare."""
+
+
+class Options(TypedDict, total=False):
+    """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
+
+    prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
+    after: Session | None  # a text that is over, whose cache this one takes as far as both begin alike
+    system: str | None  # a system message before the prompt
+    raw: bool  # the prompt as it is, without the chat template
+    key: str  # names the text in the noise of its sampling
+    max_new_tokens: int | None  # None: up to the end of text, or of the model's context
+    stop: str | Sequence[str]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
+    regex: str | None  # or a regular expression, for the whole of it
+    reasoning_budget: int | None  # tokens of reasoning, after which the section is ended and the answer follows
+    effort: str | None  # how much to think, one of reasoning_effort.EFFORTS; the chat template has to know it
+    stop_loops: bool  # end an answer that only repeats itself
+
+
+def kind(cache: str, all_rows: bool) -> str:
+    """The name in CACHES."""
+    return f"{cache} --all-rows" if all_rows else cache
+
+
+def drafters(
+    name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0, heads: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The names in DRAFTERS that this one stands for; of several, each step takes the one that promises most.
+
+    memory: there are texts to draft from. nbytes: of the weights. heads: those that come with longspec for the model
+    and are worth their time, of which one is taken. (Beside the same drafter without the head, as a choice of its own,
+    it brought 1.63 times plain decoding and not 1.75 on 13 prompts: the two are too much alike to be tried in turns.)
+    """
+    if name != "auto":
+        return (name,)
+    text = "recycle+suffix" if memory else "recycle+ngram"
+    more = ["model+ngram"] if draft_model else ["skip+ngram"] if nbytes >= LARGE else []
+    return ("+".join((text, *heads[:1])), *more)
+
+
+def bets_with(part: str, drafter: str, *, draft_model: bool, memory: bool, nbytes: int) -> bool:
+    """Whether one of the drafters that this name stands for is `part`, or has it below or above another."""
+    names = drafters(drafter, draft_model=draft_model, memory=memory, nbytes=nbytes)
+    return any(part in name.split("+") for name in names)
+
+
+def check(
+    drafter: str, cache: str, all_rows: bool, draft_tokens: int, *, draft_model: bool, memory: bool = False
+) -> None:
+    """Raises UsageError: a name isn't known, or options don't go together."""
+    if drafter != "auto":
+        check_drafter(drafter, draft_model=draft_model, memory=memory)
+    if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
+        raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
+    if all_rows and f"{cache} --all-rows" not in CACHES:
+        raise UsageError(
+            f"--all-rows is for the caches offload and disk, and the cache is {cache}; add --cache disk or "
+            "--cache offload, or leave --all-rows out."
+        )
+    if not 1 <= draft_tokens <= BLOCK:
+        raise UsageError(
+            f"num_speculative_tokens is {draft_tokens}; it must be 1 to {BLOCK} (--drafter none bets on nothing)."
+        )
+
+
+def most_tokens(prompt: int, asked: int | None, context: int, planned: int | None) -> int:
+    """How many tokens prompt and answer may have together; planned: those that a memory plan is for.
+
+    Raises:
+        ContextError: the model's context is too short.
+        BudgetError: the plan is for fewer.
+    """
+    planned = context if planned is None else planned
+    if prompt >= context:
+        raise ContextError(f"The prompt has {prompt} tokens; the model's context for prompt and answer is {context}.")
+    if prompt >= planned:
+        raise BudgetError(f"The prompt has {prompt} tokens; the memory was planned for {planned} with the answer.")
+    if asked is None:
+        return min(planned, context)
+    if asked < 1:
+        raise UsageError(f"max_new_tokens is {asked}; it must be 1 or more.")
+    if prompt + asked > context:
+        raise ContextError(
+            f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
+            f"the model's context is {context}."
+        )
+    if prompt + asked > planned:
+        raise BudgetError(
+            f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
+            f"the memory was planned for {planned}."
+        )
+    return prompt + asked
+
+
+def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[int]:
+    """The tokens of a prompt that is asked with these options.
+
+    Raises:
+        UsageError: it has none, or the options make no sense with it.
+    """
+    told = variables(vocabulary, options.get("effort"))
+    return encode(vocabulary, prompt, options.get("system"), raw=options.get("raw", False), variables=told)
+
+
+def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str, Any]:
+    """What a session with this prompt is told of its answer: what it is held to, and what is seen in it.
+
+    Raises:
+        UsageError: the options make no sense together, or with this model.
+    """
+    section, constraint = held(
+        model.vocabulary,
+        tokens,
+        raw=options.get("raw", False),
+        budget=options.get("reasoning_budget"),
+        grammar=grammar_of(options.get("json_schema"), options.get("regex")),
+        size=model.decoder.config.vocabulary,
+        end_tokens=model.end_tokens,
+    )
+    return {"section": section, "constraint": constraint, "loops": Loops() if options.get("stop_loops") else None}
+
+
+def asked(options: Options) -> dict[str, Any]:
+    """What was said of sampling."""
+    return {name: value for name, value in options.items() if name in _SAMPLING and value is not None}
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -1,0 +1,69 @@
+"""How a model is best run on this machine: the dtype and the threads that `longspec tune` found the fastest.
+
+Takes a config and a device; gives what was kept for them, which is what `auto` means from then on. One small JSON file
+for each in the user's config directory. What can't be read or can't be had any more counts for nothing: it is about
+speed alone, and tuning again writes it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longspec.errors import LongspecError
+from longspec.machine.files import replaced
+from longspec.machine.system import config_folder, cores
+
+__all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
+
+_KIND, _VERSION = "longspec fit", 1
+_MOST_NBYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What `auto` stands for."""
+
+    dtype: str
+    threads: int
+
+
+def fit_path(config: object, device: str, *, coded: bool) -> Path:
+    """Where the fit of such a model is kept, or would be. coded: its checkpoint holds codes."""
+    what = json.dumps([platform.node(), platform.machine(), cores(), repr(config), device, coded])
+    return config_folder() / "fit" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
+
+
+def read_fit(path: Path) -> Fit | None:
+    """The fit that is kept there."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_MOST_NBYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or (found.get("kind"), found.get("version")) != (_KIND, _VERSION):
+        return None
+    dtype, threads = found.get("dtype"), found.get("threads")
+    if dtype not in ("fp32", "bf16", "int8") or type(threads) is not int or not 1 <= threads <= (os.cpu_count() or 1):
+        return None
+    return Fit(dtype, threads)
+
+
+def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:
+    """Write it, atomically. measured: what speaks for it.
+
+    Raises:
+        LongspecError: it can't be written.
+    """
+    said = {"kind": _KIND, "version": _VERSION, "dtype": fit.dtype, "threads": fit.threads, **measured}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replaced(path, lambda place: place.write_text(json.dumps(said) + "\n", encoding="utf-8"))
+    except OSError as error:
+        raise LongspecError(f"{path} can't be written: {error.strerror}.") from error

@@ -1,0 +1,1 @@
+"""Where a model is found: the hub, this machine, a folder; what is pulled and kept."""

@@ -1,0 +1,138 @@
+"""A checkpoint: the files of one model, and what they say.
+
+Takes a folder in Hugging Face's layout, a GGUF file, or both (a pulled model: texts in the folder, weights converted
+from the file once per dtype). Gives its config, templates, tokenizer and weights; knows not where they came from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspec.errors import ModelError
+from longspec.model.files.store import Report, place_of_codes, quiet
+
+if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
+    import torch
+    from tokenizers import Tokenizer
+
+    from longspec.model.gguf.file import GgufFile
+    from longspec.model.weights.read import Weights
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's files. At least one of `folder` and `gguf` is there; every method raises ModelError on a bad file."""
+
+    name: str  # as it was asked for
+    folder: Path | None = None
+    gguf: Path | None = None
+
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self._file.config() if self.folder is None else _json(self.folder / "config.json")
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json; {} where there is none."""
+        return self._file.generation_config() if self.folder is None else self._optional("generation_config.json")
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json; {} where there is none."""
+        return self._file.tokenizer_config() if self.folder is None else self._optional("tokenizer_config.json")
+
+    def chat_template(self) -> str | None:
+        """What turns messages into a prompt: chat_template.jinja, else the template in the tokenizer's config."""
+        if self.folder is not None and (path := self.folder / "chat_template.jinja").is_file():
+            return _text(path)
+        template = self.tokenizer_config().get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, as its file describes it, but never cutting or padding a text."""
+        if self.folder is None:
+            return self._file.tokenizer()
+        path = self.folder / "tokenizer.json"
+        tokenizer = _tokenizer(path) if path.is_file() else _through_transformers(self.folder)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @property
+    def coded(self) -> bool:
+        """Whether its file holds codes that are taken as they are (`longspec.model.weights.quantized`)."""
+        if self.gguf is None:
+            return False
+        return (self.folder is not None and place_of_codes(self.folder).is_dir()) or self._file.coded
+
+    def weights(self, dtype: torch.dtype, report: Report = quiet) -> Weights:
+        """The weights in `dtype`. A pulled model is converted to it the first time; `report` says how far that is."""
+        from longspec.model.weights.read import Weights
+
+        if self.folder is None:
+            assert self.gguf is not None
+            return Weights.of_gguf(self.gguf, dtype)
+        if self.gguf is None:
+            return Weights.of_folder(self.folder, dtype)
+        from longspec.model.files.convert import converted
+        from longspec.model.weights.packed_file import CodedFile
+
+        folder = converted(self.folder, dtype, report)
+        return Weights.of_folder(folder, dtype, CodedFile(self.gguf, self.folder))
+
+    @cached_property
+    def _file(self) -> GgufFile:
+        from longspec.model.gguf.file import read_gguf
+
+        assert self.gguf is not None
+        return read_gguf(self.gguf)
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        assert self.folder is not None
+        path = self.folder / name
+        return _json(path) if path.is_file() else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} can't be read: {error}.") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} isn't JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} should hold a JSON object and holds a {type(value).__name__}.")
+    return value
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"{path} isn't a usable tokenizer: {error}.") from error
+
+
+def _through_transformers(folder: Path) -> Tokenizer:
+    """From the older files (vocab.json and merges.txt, tokenizer.model), which transformers can convert."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        backend: Tokenizer = tokenizer.backend_tokenizer
+    except Exception as error:  # anything at all, out of foreign files
+        raise ModelError(f"{folder} holds no usable tokenizer: add its tokenizer.json ({error}).") from error
+    return backend

@@ -1,0 +1,74 @@
+"""The user's folder of pulled models, and how a folder in it comes to be.
+
+Knows paths, locks and disk space, and no model. A folder is made under another name and renamed when it is whole, by
+one process at a time: what exists is complete, and what a killed process left behind is removed by the next one.
+
+    ~/.cache/longspec/models/NAME/              config.json, tokenizer.json, ..., source.gguf
+    ~/.cache/longspec/models/NAME/{fp32,bf16}/  the same texts and model.safetensors, made when first used
+    ~/.cache/longspec/models/NAME/codes-1/      matrices as codes, made when first used
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longspec.errors import ModelError
+from longspec.machine.system import cache_folder
+
+__all__ = ["SOURCE", "Report", "models_folder", "need_room", "place_of_codes", "quiet", "workspace"]
+
+SOURCE = "source.gguf"
+"""What a pulled model's weights are made of."""
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is (0 where that isn't known)."""
+
+
+def place_of_codes(folder: Path) -> Path:
+    """Where a pulled model's layers of codes are, or will be; 1 is their order in `model.weights.quantized`."""
+    return folder / "codes-1"
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """A report that nobody reads."""
+
+
+def models_folder() -> Path:
+    """In the user's cache directory."""
+    return cache_folder() / "models"
+
+
+@contextmanager
+def workspace(folder: Path, report: Report) -> Iterator[Path]:
+    """A temporary folder beside `folder`, for one process at a time; gone afterwards, with any that were left behind.
+
+    Raises ModelError where the disk refuses.
+    """
+    import fcntl
+
+    beside, name = folder.parent, folder.name
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with (beside / f".{name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report("waiting for another longspec", 0, 0)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for stale in beside.glob(f".{name}-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=beside) as temporary:
+                yield Path(temporary)
+    except OSError as error:
+        raise ModelError(f"{name} can't be stored in {beside}: {error.strerror or error}.") from error
+
+
+def need_room(folder: Path, nbytes: int) -> None:
+    """Raises ModelError where the disk of `folder` has less than this left."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ModelError(f"{models_folder()} needs {nbytes / 1e6:,.0f} MB of disk and has {free / 1e6:,.0f} MB left.")

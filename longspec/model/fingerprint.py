@@ -1,0 +1,66 @@
+"""Fingerprints of models: hashes that tell their rows, their tokenizers and their weights apart.
+
+`fingerprint` is exact: a snapshot's rows are of use to that model alone. `lineage` doesn't depend on the dtype: a head
+that was trained for a model serves it in each. Weights are sampled, not read whole: two models of one shape differ in
+nearly every tensor's first values, and one that was fine-tuned in some layers differs in theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from longspec.model.decoder import Decoder
+
+__all__ = ["fingerprint", "lineage"]
+
+_RUN = 512  # values of a sample: a page of a mapped file or two
+
+
+def fingerprint(decoder: Decoder, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:
+    """Values that must be equal, by the words for what they tell apart; the dtype, in which all differ, first."""
+    return {
+        "dtype": dtype,
+        "model": _weights(decoder),
+        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "strictness": "strict" if decoder.strict else "not strict",
+    }
+
+
+def lineage(decoder: Decoder) -> str:
+    """A hash of the config, 16 samples of the embedding, and all norms and biases, rounded to bf16: what every dtype
+    keeps as it is. Norms that were shifted before they are rounded (Gemma's) don't count.
+    """
+    digest = hashlib.sha256(repr(decoder.config).encode())
+    embedding, *others = decoder.tensors()
+    samples = [_sample(embedding, 16)]
+    if not decoder.config.norm_offset:
+        samples += [tensor for tensor in others if tensor.dim() == 1]
+    for sample in samples:
+        digest.update(_bytes(sample.to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def _weights(decoder: Decoder) -> str:
+    """Of the config, and of every tensor's shape and four samples of its values."""
+    digest = hashlib.sha256(repr(decoder.config).encode())
+    for tensor in decoder.tensors():
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(_bytes(_sample(tensor, 4)))
+    return digest.hexdigest()
+
+
+def _sample(tensor: Tensor, runs: int) -> Tensor:
+    """Evenly spread runs of a tensor's values, the first and the last among them."""
+    flat = tensor.reshape(-1)
+    starts = [i * max(0, len(flat) - _RUN) // (runs - 1) for i in range(runs)]
+    return torch.cat([flat[start : start + _RUN] for start in starts])
+
+
+def _bytes(values: Tensor) -> Any:
+    array: Any = values.cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(array)

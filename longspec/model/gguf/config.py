@@ -1,0 +1,239 @@
+"""A GGUF header's fields as a config.json: the shape of the model in Hugging Face's terms.
+
+Takes a header; gives a dict that transformers and our own `Config` read alike. Knows the architectures that the decoder
+speaks, what llama.cpp leaves out of its files because it has it in code, and no tensor but the rope factors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longspec.errors import ModelError
+from longspec.model.gguf.header import GgufHeader
+
+__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_of", "generation_config_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a GGUF architecture is called elsewhere, and what llama.cpp did to its tensors."""
+
+    model_type: str
+    name: str  # transformers' class
+    permuted: bool = False  # rows of q and k lie in pairs, for llama.cpp's kind of rotation
+    norm_offset: float = 0.0  # is in the norm weights here, and not in the checkpoint's
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),  # Mistral too
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", permuted=True),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=1.0),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM"),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
+}
+"""By `general.architecture`."""
+
+_TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_MOST_LAYERS = 10_000  # a list is made of them
+_WIDEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
+
+
+def architecture_of(header: GgufHeader) -> Architecture:
+    """Raises ModelError, with the supported list, for any other."""
+    name = header.fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ModelError(
+            f"{header.path} holds the architecture {name!r}, which is not supported as GGUF; "
+            f"longspec reads {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[name]
+
+
+def config_of(header: GgufHeader) -> dict[str, Any]:
+    """The config.json that the file's fields describe. Raises ModelError where one is missing or makes no sense."""
+    fields = _Fields(header)
+    architecture = architecture_of(header)
+    kind = fields.kind
+    if header.fields.get("split.count", 1) > 1:
+        raise ModelError(f"{header.path} is one part of a split GGUF: join the parts with llama-gguf-split --merge.")
+    if header.fields.get(f"{kind}.expert_count"):
+        raise ModelError(f"{header.path} is a mixture of experts, which is not supported.")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelError(f"The tensor token_embd.weight is missing from {header.path}: the file is incomplete.")
+
+    width, heads = fields.size("embedding_length"), fields.size("attention.head_count")
+    head_dim = fields.size("attention.key_length", width // heads)
+    context, layers = fields.size("context_length"), fields.size("block_count")
+    if layers > _MOST_LAYERS:
+        raise ModelError(f"{header.path} says that it has {layers:,} layers; at most {_MOST_LAYERS:,} were expected.")
+    config: dict[str, Any] = {
+        "model_type": architecture.model_type,
+        "architectures": [architecture.name],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": width,
+        "intermediate_size": fields.size("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.size("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": context,
+        "rope_theta": fields.number("rope.freq_base", 10_000.0),
+        "rope_scaling": _rope_scaling(header, fields, context),
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        **generation_config_of(header),
+    }
+    rotated = fields.size("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        config["partial_rotary_factor"] = rotated / head_dim
+    return config | _peculiar(fields, config)
+
+
+def generation_config_of(header: GgufHeader) -> dict[str, Any]:
+    """The generation_config.json: which tokens begin and end a text.
+
+    llama.cpp knows by their names the tokens that end a turn, and many files leave them to that.
+    """
+    fields = header.fields
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, kinds = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.token_type", [])
+    if isinstance(tokens, list) and isinstance(kinds, list):
+        pairs = enumerate(zip(tokens, kinds, strict=False))
+        ends += [i for i, (token, kind) in pairs if kind == 3 and token in _TURN_ENDS]  # 3 is a control token
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    return {
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": unique[0] if len(unique) == 1 else unique or None,
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+class _Fields:
+    """Fields of the file's own architecture, as the numbers that they must be."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self._header = header
+        self.kind = str(header.fields["general.architecture"])
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; a value of 32 bits comes as the short decimal that it was written from (1e-05)."""
+        value = self._header.fields.get(f"{self.kind}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            seen = "lacks" if value is None else f"has the value {value!r} in"
+            raise ModelError(f"{self._header.path} {seen} the field {self.kind}.{name}, where a number was expected.")
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.number(name, default)
+        if value < 1 or value != int(value):
+            raise ModelError(f"{self._header.path} says {value} in {self.kind}.{name}, where a size was expected.")
+        return int(value)
+
+    def optional(self, name: str) -> float | None:
+        return self.number(name) if f"{self.kind}.{name}" in self._header.fields else None
+
+
+def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
+    """What one family's config has and the others' don't."""
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    window = fields.optional("attention.sliding_window")
+    match fields.kind:
+        case "gemma2" | "gemma3":
+            every = 2 if fields.kind == "gemma2" else 6  # is in llama.cpp's code; the last of so many reads everything
+            full = [window is None or (i + 1) % every == 0 for i in range(layers)]
+            wide = layers == _WIDEST_GEMMA[fields.kind]
+            peculiar = {
+                "hidden_activation": "gelu_pytorch_tanh",
+                "sliding_window": window,
+                "layer_types": ["full_attention" if whole else "sliding_attention" for whole in full],
+                "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if wide else head_dim,
+                "attn_logit_softcapping": fields.optional("attn_logit_softcapping"),
+                "final_logit_softcapping": fields.optional("final_logit_softcapping"),
+            }
+            if fields.kind == "gemma3":
+                peculiar["rope_theta"] = fields.number("rope.freq_base", 1_000_000.0)
+                peculiar["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10_000.0)
+            return peculiar
+        case "phi3":
+            original = fields.size("rope.scaling.original_context_length", config["max_position_embeddings"])
+            return {"sliding_window": window or None, "original_max_position_embeddings": original}
+        case "smollm3":
+            return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # is in llama.cpp's code
+        case "olmo2" if window is not None:
+            raise ModelError("This GGUF is an OLMo 3 (olmo2 with a sliding window), which is not supported.")
+        case _:
+            return {}
+
+
+def _rope_scaling(header: GgufHeader, fields: _Fields, context: int) -> dict[str, Any] | None:
+    kind = header.fields.get(f"{fields.kind}.rope.scaling.type")
+    original = fields.size("rope.scaling.original_context_length", context)
+    if "rope_factors_long.weight" in header.tensors:
+        return {
+            "rope_type": "longrope",
+            "long_factor": _factors(header, "rope_factors_long.weight"),
+            "short_factor": _factors(header, "rope_factors_short.weight"),
+            "original_max_position_embeddings": original,
+        }
+    if "rope_freqs.weight" in header.tensors:
+        return _from_frequencies(_factors(header, "rope_freqs.weight"), fields.number("rope.freq_base"), context)
+    match kind:
+        case None | "none":
+            return None
+        case "linear":
+            return {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
+        case "yarn":
+            values = {
+                "beta_fast": fields.optional("rope.scaling.yarn_beta_fast"),
+                "beta_slow": fields.optional("rope.scaling.yarn_beta_slow"),
+                "attention_factor": fields.optional("rope.scaling.yarn_attn_factor"),
+            }
+            return {
+                "rope_type": "yarn",
+                "factor": fields.number("rope.scaling.factor"),
+                "original_max_position_embeddings": original,
+                **{name: value for name, value in values.items() if value is not None},
+            }
+        case _:
+            raise ModelError(f"{header.path} has the rope scaling {kind!r}, which is not supported.")
+
+
+def _factors(header: GgufHeader, name: str) -> list[float]:
+    tensor = header.tensors.get(name)
+    if tensor is None or tensor.kind != 0 or len(tensor.shape) != 1:  # 0 is F32
+        raise ModelError(f"{header.path} should hold {name} as one row of 32-bit floats, and doesn't.")
+    values = header.bytes[tensor.begin : tensor.begin + tensor.nbytes].view("<f4")
+    return [float(str(value)) for value in values]
+
+
+def _from_frequencies(factors: list[float], theta: float, context: int) -> dict[str, Any]:
+    """What each wavelength is stretched by, as `llama3` where Llama 3's constants give just these factors.
+
+    Any other factors are a longrope whose two sets are the same and which leaves the scores alone.
+    """
+    known = {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
+    low, high, original = _LLAMA3.values()
+    turns = original * theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # within the first context
+    blend = ((turns - low) / (high - low)).clip(0, 1)
+    if np.allclose(1 / ((1 - blend) / max(factors) + blend), factors, rtol=1e-4):
+        return known
+    return {
+        "rope_type": "longrope",
+        "long_factor": factors,
+        "short_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+    }

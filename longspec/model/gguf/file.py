@@ -1,0 +1,162 @@
+"""A GGUF file as a checkpoint: Hugging Face names, fp32 values.
+
+Takes a path; gives tensors one at a time, dequantized by the gguf package. What llama.cpp's converter did to them is
+undone: the rows of q and k are put back in halves (Llama, SmolLM3), Gemma's norm weights are lessened by 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from longspec.errors import ModelError
+from longspec.model.gguf.config import architecture_of, config_of, generation_config_of
+from longspec.model.gguf.header import GgufHeader, read_header
+from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
+from longspec.model.weights.quantized import BLOCKS, Codes, of_blocks
+
+__all__ = ["GgufFile", "read_gguf"]
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+# In the order in which a converted file holds them: q, k and v as neighbours, and gate and up.
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OTHERWISE = {
+    "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
+_IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
+_PLACE = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Raises ModelError where the file is damaged, or of an architecture or with tensors that aren't supported."""
+    return GgufFile(read_header(path))
+
+
+class GgufFile:
+    """A GGUF file's tensors, by the names that they have in a Hugging Face checkpoint."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.path = header.path
+        self.fields = header.fields
+        self._header = header
+        self._architecture = architecture_of(header)
+        self._config = config_of(header)
+        self._stored = self._names()  # Hugging Face's name to GGUF's, in the order in which to write them
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def config(self) -> dict[str, Any]:
+        return dict(self._config)
+
+    def generation_config(self) -> dict[str, Any]:
+        return generation_config_of(self._header)
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises ModelError where the file's kind of tokenizer, or of split, isn't known."""
+        return build_tokenizer(self.fields)
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return tokenizer_config_of(self.fields) | {"model_max_length": self._config["max_position_embeddings"]}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header.tensors[self._stored[name]].shape
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in fp32, one at a time."""
+        return ((name, self.take(name)) for name in self._stored)
+
+    def take(self, name: str) -> Tensor:
+        """One tensor in fp32. Raises ModelError where the gguf package can't dequantize its type."""
+        place = self._header.tensors[self._stored[name]]
+        rows = self._header.bytes[place.begin : place.begin + place.nbytes].reshape(*place.shape[:-1], -1)
+        try:
+            tensor = torch.from_numpy(gguf.dequantize(rows, place.kind)).view(place.shape)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{self.path} holds {self._stored[name]} as {place.kind.name}, which the gguf package can't dequantize."
+            ) from error
+        if self._architecture.norm_offset and name.endswith("norm.weight"):
+            return tensor - self._architecture.norm_offset
+        if self._architecture.permuted and (heads := self._rotated_heads(name)):
+            return _in_halves(tensor, heads)
+        return tensor
+
+    @property
+    def coded(self) -> bool:
+        """Whether most of its weights are codes in groups of 32."""
+        total = sum(place.nbytes for place in self._header.tensors.values())
+        return 2 * sum(p.nbytes for p in self._header.tensors.values() if p.kind.name in BLOCKS) > total
+
+    def codes(self, name: str) -> Codes | None:
+        """A matrix as the codes that the file holds; None where they aren't in groups of 32."""
+        place = self._header.tensors[self._stored[name]]
+        if len(place.shape) != 2:
+            return None
+        rows = torch.from_numpy(self._header.bytes[place.begin : place.begin + place.nbytes]).view(place.shape[0], -1)
+        if self._architecture.permuted and (heads := self._rotated_heads(name)):
+            rows = _in_halves(rows, heads)
+        return of_blocks(place.kind.name, rows)
+
+    def take_run(self, names: Sequence[str]) -> Tensor | None:
+        """None: dequantized tensors have no neighbours."""
+        return None
+
+    def _rotated_heads(self, name: str) -> int:
+        if ".q_proj." in name:
+            return int(self._config["num_attention_heads"])
+        return int(self._config["num_key_value_heads"]) if ".k_proj." in name else 0
+
+    def _names(self) -> dict[str, str]:
+        kind, layers = str(self.fields["general.architecture"]), int(self._config["num_hidden_layers"])
+        stems = {**_LAYER, **_OTHERWISE.get(kind, {})}
+        order = list(stems)
+        placed = []
+        for stored, tensor in self._header.tensors.items():
+            if _IN_CONFIG.fullmatch(stored):
+                continue
+            match = _PLACE.fullmatch(stored)
+            number, stem, suffix = match.groups() if match else (None, "", "")
+            if number is None and stem in _TOP:
+                placed.append(((-1 if stem == "token_embd" else layers, 0, 0), f"{_TOP[stem]}.{suffix}", stored))
+            elif number is not None and int(number) < layers and stem in stems:
+                where = (int(number), int(suffix == "bias"), order.index(stem))
+                placed.append((where, f"model.layers.{number}.{stems[stem]}.{suffix}", stored))
+            else:
+                raise ModelError(f"{self.path} holds the tensor {stored}, which {kind} models don't have.")
+            rotated = self._rotated_heads(placed[-1][1])
+            if self._architecture.permuted and rotated and tensor.shape[0] % (2 * rotated):
+                raise ModelError(f"{self.path} holds {stored} with {tensor.shape[0]} rows for {rotated} heads.")
+        return {name: stored for _, name, stored in sorted(placed)}
+
+
+def _in_halves(tensor: Tensor, heads: int) -> Tensor:
+    """Rows from pairs (0, d/2, 1, d/2 + 1, ...), as llama.cpp rotates them, to halves (0, 1, ..., d/2, ...)."""
+    pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

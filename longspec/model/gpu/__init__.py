@@ -1,0 +1,1 @@
+"""CUDA graphs of the decoder, and their Triton kernels."""

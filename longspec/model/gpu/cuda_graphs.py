@@ -1,0 +1,291 @@
+"""Passes on a GPU as CUDA graphs: one text's few rows through all layers, launched at once.
+
+Takes a decoder's weights and the rows of a pass; gives their hidden states, and their keys and values are in the stage.
+A pass of few rows is hundreds of launches that each take a few microseconds of the host, which a graph leaves out: it
+is recorded once for each number of rows in `BUCKETS` and each kind of codes, and replayed for any text, since all that
+changes between two passes (tokens, lengths, which rows read which, where rows and codes stand) lies on the device. One
+copy brings it there.
+
+Not taken: several texts, more rows, texts in several pieces, caches that only a query can ask, passes that begin or
+stop between layers. These go through torch's operators one by one.
+
+No hardware has run this yet. Without a GPU the same launches run one by one through Triton's interpreter, which is how
+`tests/test_graphs.py` holds them against the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+
+from longspec.attention import triton
+from longspec.attention.native_batch import Span
+from longspec.attention.triton import MOST_CHUNKS, OPTIONS
+from longspec.cache.codes import Codec
+from longspec.cache.dense import DenseStage
+from longspec.cache.quantized import QuantizedStage
+from longspec.cache.stage import CodedRun, Run
+from longspec.model.config import Config
+from longspec.model.rope import Rotation
+
+__all__ = ["BUCKETS", "Graphs", "missing"]
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Rows of a recorded pass; others take the next one."""
+
+_MOST_STAGED = 63
+"""A row's bits of staged rows are one signed word."""
+
+_WARM = 2
+"""Passes before one is recorded: kernels are compiled and libraries take their memory in these."""
+
+_NEAR = 3
+"""Chunks of a coded cache's dense rows, which with what is staged are three blocks at most."""
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_WIDE = 1024  # channels of a program between gate_up and down
+
+
+class Pass(Protocol):
+    """The rows of a pass."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # [r]
+    @property
+    def positions(self) -> Tensor: ...  # [r]
+    @property
+    def long(self) -> Tensor: ...  # [r] bool: of a text that is planned to be long
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+
+class _Inputs(NamedTuple):
+    """What a pass of R rows reads on the device; see `longspec.model.gpu.kernels`."""
+
+    text: Tensor  # [6]
+    rows: Tensor  # [4, R]
+    places: Tensor  # [layers, 1], or 10 with codes
+    codec: Codec | None
+
+
+def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why such a decoder records no passes; None where it does."""
+    if device.type != "cuda":
+        return f"CUDA graphs are for a GPU, and this is {device.type}"
+    if config.query_norm == "width" or config.head_dim > 256:
+        return f"they don't know the heads of {config.family}"
+    return triton.missing()
+
+
+class Graphs:
+    """The recorded passes of one decoder."""
+
+    def __init__(
+        self,
+        config: Config,
+        layers: Sequence[Any],
+        embed: Callable[[Tensor], Tensor],
+        rotations: Sequence[Rotation | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """rotations: of each layer."""
+        self._config, self._layers, self._embed, self._rotations = config, layers, embed, rotations
+        self._dtype, self._device = dtype, device
+        # What any layer reads of a text, the one that looks furthest back does.
+        self._widest = max(range(config.layers), key=lambda i: config.windows[i] or config.context)
+        self._passes: dict[tuple[int, Codec | None], tuple[_Inputs, Callable[[], Tensor]]] = {}
+        self._pool: Any = None
+        self.broken: str | None = None  # why no pass is recorded any more
+        self._said = False
+
+    def forward(self, rows: Pass) -> Tensor | None:
+        """Hidden states [r, width] behind all layers; None where these rows aren't taken."""
+        (span, *others), count = rows.spans, len(rows.tokens)
+        stage, staged = span.stage, span.staged
+        if self.broken is not None or others or not self._takes(stage, staged) or count > BUCKETS[-1]:
+            return None
+        *far, near = stage.runs(self._widest, staged)
+        coded = [run for run in far if isinstance(run, CodedRun)]
+        if len(far) > 1 or len(coded) != len(far) or not isinstance(near, Run):
+            return None  # a fork: it begins with rows that it shares
+        codec, places = None, [[buffer.data_ptr()] for buffer in near.buffers]
+        for run in coded:
+            assert isinstance(run.codec, Codec)
+            codec = run.codec
+            for place, codes in zip(places, run.codes, strict=True):
+                place += [each.data_ptr() for each in triton.all_of(codes, codec)]
+                place.append(codes[0].stride(0) // codes[0].stride(1))
+        first = near.start - near.column  # the text's row in the buffers' first column
+        text = [stage.length - first, staged.start, count, near.buffers[0].shape[2], first]
+        text.append(sum(run.start + run.columns for run in coded))
+        bucket = next(each for each in BUCKETS if each >= count)
+        try:
+            inputs, replay = self._pass(bucket, codec)
+            words = torch.tensor([*text, *chain.from_iterable(places), *stage.reads(staged)])
+            if self._device.type == "cuda":
+                words = words.pin_memory()  # held by torch until it is copied
+            words = words.to(self._device, non_blocking=True)
+            inputs.text.copy_(words[: len(text)])
+            inputs.places.copy_(words[len(text) : -count].view_as(inputs.places))
+            for own, new in zip(inputs.rows, (rows.tokens, rows.positions, rows.long, words[-count:]), strict=True):
+                own[:count] = new
+            hidden = replay()[:count].clone()  # the next replay writes over it
+        except RuntimeError as error:
+            self.broken = f"a pass of {bucket} rows can't be recorded: {str(error).splitlines()[0]}"
+            return None
+        for layer in range(len(places)):
+            stage.filled(layer, staged)
+        return hidden
+
+    def remark(self) -> str | None:
+        """Why no pass is recorded any more, once."""
+        if self.broken is None or self._said:
+            return None
+        self._said = True
+        return f"passes go to the GPU operator by operator, which is slower: {self.broken}"
+
+    def _takes(self, stage: object, staged: slice) -> TypeGuard[DenseStage | QuantizedStage]:
+        """Whether the rows are few enough, and it is known what they read."""
+        narrow = any(window is not None and window < _MOST_STAGED for window in self._config.windows)
+        if narrow or staged.stop > _MOST_STAGED:
+            return False
+        return type(stage) is DenseStage or (type(stage) is QuantizedStage and stage.is_known(staged))
+
+    def _pass(self, bucket: int, codec: Codec | None) -> tuple[_Inputs, Callable[[], Tensor]]:
+        found = self._passes.get((bucket, codec))
+        if found is None:
+            sizes = ((6,), (4, bucket), (len(self._layers), 1 if codec is None else 10))
+            text, rows, places = (torch.zeros(*size, dtype=torch.int64, device=self._device) for size in sizes)
+            inputs = _Inputs(text, rows, places, codec)
+            found = self._passes[bucket, codec] = inputs, self._recorded(inputs)
+        return found
+
+    def _recorded(self, inputs: _Inputs) -> Callable[[], Tensor]:
+        """What runs such a pass, and gives hidden states [R, width] that the next run overwrites."""
+        step = partial(self._step, inputs)
+        if self._device.type != "cuda":
+            return step
+        with torch.cuda.device(self._device):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM):
+                    step()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                hidden = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return hidden
+
+        return replay
+
+    def _step(self, inputs: _Inputs) -> Tensor:
+        """All layers: four products each, and between them a kernel, or two for attention."""
+        tokens, positions, long, _ = inputs.rows
+        hidden = self._embed(tokens)
+        turns = {id(turn): turn(positions, long != 0, hidden.dtype) for turn in self._rotations if turn is not None}
+        norms = [layer.before_attention for layer in self._layers]
+        hidden, x = self._added(hidden, None, norms[0])
+        for i, (layer, rotation) in enumerate(zip(self._layers, self._rotations, strict=True)):
+            turn = None if rotation is None else turns[id(rotation)]
+            x = layer.output(self._attention(i, self._normed_heads(layer, layer.qkv(x)), turn, inputs))
+            if layer.after_attention:
+                _, x = self._added(x, None, layer.after_attention)
+            hidden, x = self._added(hidden, x, layer.before_mlp)
+            x = layer.down(self._gated(layer.gate_up(x)))
+            if layer.after_mlp:
+                _, x = self._added(x, None, layer.after_mlp)
+            hidden, x = self._added(hidden, x, norms[i + 1] if i + 1 < len(norms) else None)
+        return hidden
+
+    def _added(self, hidden: Tensor, x: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm; without a norm the sum twice."""
+        from longspec.model.gpu import kernels
+
+        if norm is None:
+            total = hidden if x is None else hidden + x
+            return total, total
+        rows, width = hidden.shape
+        output, total = torch.empty_like(hidden), hidden if x is None else torch.empty_like(hidden)
+        kernels.added[rows,](
+            hidden, hidden if x is None else x, norm.weight, total, output, norm.eps, width,
+            ADDED=x is not None, W_PADDED=triton.power_of_2(width), num_warps=8, **OPTIONS,
+        )  # fmt: skip
+        return total, output
+
+    def _normed_heads(self, layer: Any, made: Tensor) -> Tensor:
+        """Queries, keys and values [R, (H + 2 K) * D]; with a norm of each head, its."""
+        c = self._config
+        if c.query_norm is None:
+            return made
+        queries, keys, values = made.view(len(made), -1, c.head_dim).tensor_split((c.heads, c.heads + c.key_heads), 1)
+        return torch.cat((layer.query_norm(queries), layer.key_norm(keys), values), 1).flatten(1)
+
+    def _attention(self, index: int, made: Tensor, turn: tuple[Tensor, Tensor] | None, inputs: _Inputs) -> Tensor:
+        """[R, H * D] of queries, keys and values [R, (H + 2 K) * D]; the latter are in the layer's buffer then."""
+        from longspec.attention.triton_kernels import dtypes, joined
+        from longspec.model.gpu import kernels
+
+        c, rows, codec = self._config, len(made), inputs.codec
+        cos, sin = turn or (made, made)
+        heads = {"P": inputs.places.shape[1], "K": c.key_heads, "D": c.head_dim}
+        padded = max(16, triton.power_of_2(c.head_dim))
+        queries = made.new_empty(rows, c.heads, c.head_dim)
+        kernels.put[rows, c.heads + 2 * c.key_heads](
+            made, cos, sin, inputs.text, inputs.places, index, queries,
+            **heads, H=c.heads, DIMS=cos.shape[-1] if turn else 0, D_PADDED=padded, num_warps=1, **OPTIONS,
+        )  # fmt: skip
+        groups, window = c.heads // c.key_heads, c.windows[index]
+        launches = [self._chunks(kernels.read, rows, coded=False, most=MOST_CHUNKS if codec is None else _NEAR)]
+        kinds: list[dict[str, Any]] = [{"NEAR": codec is not None}]
+        if codec is not None:
+            launches.append(self._chunks(kernels.read_codes, rows, coded=True, most=MOST_CHUNKS - _NEAR))
+            kinds.append(triton.kind_of(codec))
+        chunks = sum(each for _, (_, each, _), _ in launches)
+        outputs = made.new_empty(chunks, rows, c.heads, c.head_dim, dtype=torch.float32)
+        lses = made.new_empty(chunks, rows, c.heads, dtype=torch.float32)
+        at = 0
+        for (kernel, grid, tile), kind in zip(launches, kinds, strict=True):
+            kernel[grid](
+                queries, inputs.text, inputs.rows, inputs.places, index, outputs[at:], lses[at:], rows, window or 0,
+                *triton.score_factors(c.scale, c.attention_softcap), **heads, G=groups, WINDOWED=window is not None,
+                CAPPED=c.attention_softcap is not None, **dtypes(made.dtype, at > 0), **kind, **tile, **OPTIONS,
+            )  # fmt: skip
+            at += grid[1]
+        output, lse = made.new_empty(rows, c.heads * c.head_dim), torch.empty_like(lses[0])
+        joined[rows * c.heads,](
+            outputs, lses, output, lse, chunks, rows * c.heads, D=c.head_dim, D_PADDED=padded, **OPTIONS
+        )
+        return output
+
+    def _chunks(
+        self, kernel: Any, rows: int, *, coded: bool, most: int
+    ) -> tuple[Any, tuple[int, int, int], dict[str, int]]:
+        """The kernel, its programs (tiles of rows, chunks of columns, key heads), and a tile's size."""
+        c = self._config
+        grouped = c.heads // c.key_heads * rows
+        tile = triton.tile(grouped, c.head_dim, self._dtype, coded)
+        tiles = -(-grouped // tile["M"])
+        return kernel, (tiles, min(most, triton.most_chunks(tiles * c.key_heads, self._device)), c.key_heads), tile
+
+    def _gated(self, made: Tensor) -> Tensor:
+        """[R, mlp width], of gate and up behind each other."""
+        from longspec.model.gpu import kernels
+
+        rows, width = len(made), made.shape[1] // 2
+        output = made.new_empty(rows, width)
+        kernels.gated[rows, -(-width // _WIDE)](
+            made, output, width, ACTIVATION=_ACTIVATIONS[self._config.activation], N=_WIDE, **OPTIONS
+        )
+        return output

@@ -1,0 +1,1 @@
+"""Weights from safetensors and packed files, dense and as quantized codes."""

@@ -1,0 +1,182 @@
+"""Weights: tensors by name, out of safetensors files or a GGUF file, in the dtype that is wanted.
+
+Takes a folder or a file; gives tensors when they are asked for. Knows nothing of architectures: names are those of the
+Hugging Face checkpoint, and which of them a model needs is the decoder's question. Pickled files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longspec.errors import ModelError
+from longspec.model.weights.quantized import Groups, of_values
+from longspec.model.weights.safetensors import Shard
+
+if TYPE_CHECKING:
+    from longspec.model.weights.packed_file import CodedFile
+
+__all__ = ["Weights"]
+
+
+class _Source(Protocol):
+    """A file that tensors can be taken from."""
+
+    path: Path
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def take(self, name: str) -> Tensor: ...
+
+    def take_run(self, names: Sequence[str]) -> Tensor | None: ...
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, each taken from its file when it is asked for, and not kept.
+
+    Floating tensors come as `dtype`; others as they are. Where the file already holds `dtype`, a tensor of a
+    safetensors file is a view of the mapped file: no copy, and no memory until its values are read. Writing to such a
+    tensor changes this process' pages only, never the file.
+    """
+
+    def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype, coded: CodedFile | None = None) -> None:
+        """Coded: where layers of codes come from, if not from these values."""
+        self.dtype = dtype
+        self._sources = sources
+        self._coded = coded
+
+    @classmethod
+    def of_folder(cls, folder: Path, dtype: torch.dtype, coded: CodedFile | None = None) -> Weights:
+        """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+        Raises ModelError where there are none, or one is missing, damaged or outside the folder.
+        """
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if single.is_file():
+            shard = Shard(single)
+            return cls(dict.fromkeys(shard.names, shard), dtype, coded)
+        if index.is_file():
+            return cls(_shards(folder, index), dtype, coded)
+        raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
+
+    @classmethod
+    def of_gguf(cls, path: Path, dtype: torch.dtype) -> Weights:
+        """The weights of a GGUF file, dequantized each time one is taken.
+
+        Raises ModelError where the file is damaged or its architecture isn't supported.
+        """
+        from longspec.model.gguf.file import read_gguf
+        from longspec.model.weights.packed_file import CodedFile
+
+        file = read_gguf(path)
+        return cls(dict.fromkeys(file.names, file), dtype, CodedFile(path))
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
+        """Weights that are in memory already."""
+        source = _Held(tensors)
+        return cls(dict.fromkeys(tensors, source), dtype)
+
+    def read(self, *, coded: bool) -> bool:
+        """All that every pass will read into memory of large pages, where it lies in files as it is: the codes, or what
+        has the dtype already. Gives whether it was.
+        """
+        if coded:
+            return self._coded is not None and self._coded.read()
+        sources = {id(source): source for source in self._sources.values()}.values()
+        fit = [source for source in sources if isinstance(source, Shard) and source.dtypes == {self.dtype}]
+        done = [source.read() for source in fit]
+        return len(done) == len(sources) and all(done)
+
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """The tensors one below the other (dimension 0): a view where they lie so in one file, else a copy."""
+        sources = {id(source): source for source in map(self._source, names)}
+        if len(sources) == 1:
+            run = next(iter(sources.values())).take_run(names)
+            if run is not None:
+                return self._converted(run)
+        tensors = [self[name] for name in names]
+        if any(not tensor.ndim or tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(names, tensors, strict=True))
+            raise ModelError(f"These weights should have rows of one length, and don't: {shapes}.")
+        return torch.cat(tensors)
+
+    def groups(self, names: Sequence[str], bias: Tensor | None = None) -> Groups:
+        """The matrices one below the other as a layer of 4 or 8 bits: as a GGUF file has them, or of their values."""
+        if self._coded is not None:
+            return self._coded.groups(names, bias)
+        return Groups.of(of_values(self.joined(names)), bias)
+
+    def keep(self) -> None:
+        """All layers of codes were asked for: a pulled model's are kept for the next time."""
+        if self._coded is not None:
+            self._coded.keep()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._converted(self._source(name).take(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._sources else default  # Mapping's own waits for a KeyError
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def _source(self, name: str) -> _Source:
+        try:
+            return self._sources[name]
+        except KeyError:
+            where = ", ".join(sorted({str(source.path) for source in self._sources.values()})) or "the checkpoint"
+            raise ModelError(f"The tensor {name} is missing from {where}: the files are incomplete.") from None
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+class _Held:
+    """Tensors in memory, as a file gives them."""
+
+    path = Path("memory")
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def take(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def take_run(self, names: Sequence[str]) -> Tensor | None:
+        return self._tensors[names[0]] if len(names) == 1 else None
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Shard]:
+    try:
+        files = json.loads(index.read_bytes())["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} isn't an index of safetensors files ({error!r}). Fetch it again.") from error
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ModelError(f"{index} has no weight_map from tensor names to file names. Fetch it again.")
+    shards: dict[str, Shard] = {}
+    for file in sorted(set(files.values())):
+        # Cached snapshots are links to files elsewhere, so it is the name that is held to the folder, not its target.
+        if Path(file).name != file or file in ("", "..") or not file.endswith(".safetensors"):
+            raise ModelError(f"{index} names the file {file!r}, which isn't a safetensors file of its folder.")
+        shards[file] = Shard(folder / file)
+    for name, file in files.items():
+        if name not in shards[file].names:
+            raise ModelError(f"{index} says that {file} holds the tensor {name}, and it doesn't. Fetch it again.")
+    return {name: shards[file] for name, file in files.items()}

@@ -1,0 +1,1 @@
+"""From logits to tokens: the fixed noise, the sampler, and the verification that is token equality."""

@@ -1,0 +1,1 @@
+"""Between characters and tokens: tokenizer, chat templates, prompt templates, reasoning sections, repetition."""

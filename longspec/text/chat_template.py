@@ -1,0 +1,92 @@
+"""Conversations as a checkpoint's chat template writes them.
+
+Takes a template's source with the tokenizer's special tokens, and messages; gives text. A template is a
+stranger's program: it runs in jinja2's sandbox, and whatever it raises becomes one sentence. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from longspec.errors import UsageError
+
+__all__ = ["ChatTemplate"]
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, by its source; compiled when it is first used."""
+
+    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+        self.source = source
+        self._special = dict(special)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The messages as the template writes them; `variables` are its own switches.
+
+        Raises:
+            UsageError: the template refuses the messages, or fails.
+        """
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._compiled.render({**self._special, **given, **variables})
+        except Exception as error:  # a template is a stranger's program, and may raise anything
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UsageError(
+                f"The model's chat template failed ({reason}); change the messages, or send plain text (--raw)."
+            ) from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the template reads and doesn't set itself; nothing where it can't be parsed."""
+        try:
+            return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
+        except Exception:  # noqa: BLE001  what is wrong with it is said when it is used
+            return frozenset()
+
+    @cached_property
+    def _compiled(self) -> Template:
+        return _environment().from_string(self.source)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here it is only a scope."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment
+
+
+def _refuse(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    """As chat templates expect it: jinja's own would escape what HTML can't hold."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
