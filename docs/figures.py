@@ -1,6 +1,6 @@
 """The drawings of docs/how.md: what a step does, what a draft tree is, how a cache keeps its blocks.
 
-`python docs/figures.py` writes docs/figures/*.svg; tests/test_docs.py holds that they are what this draws.
+`python docs/figures.py` writes docs/figures/*.svg; tests/project/test_docs.py holds that they are what this draws.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python docs/man.py            # writes docs/man/*.1, which the wheel installs below share/man/man1
 
-They are committed, since a wheel is built where nothing of longspec can be imported; tests/test_man.py holds that they
-say what the command says.
+They are committed, since a wheel is built where nothing of longspec can be imported; tests/project/test_man.py
+holds that they say what the command says.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def suggest(
 _LIKE = 8.0
 _FAULT = 1.0
 """What likeness to an example and a fault weigh, in nats a token of the request: halving or doubling either changes one
-or two of the thirty requests that tests/command.toml runs.
+or two of the thirty requests that tests/cli/command.toml runs.
 """
 
 

@@ -4,8 +4,8 @@ Its kernel reads a prefix in splits and gives the log-sum-exp, by which `longspe
 codes that others read. It takes parts that all rows read whole, and the causal square of a prefill chunk; a part that
 all rows read from and to the same columns comes without bounds, since caches cut it.
 
-No hardware has run this yet: `tests/test_flash.py` calls it with a stand-in of the same signature, and `tests/gpu`
-waits for a GPU.
+No hardware has run this yet: `tests/attention/test_flash.py` calls it with a stand-in of the same signature, and
+`tests/gpu` waits for a GPU.
 """
 
 from __future__ import annotations

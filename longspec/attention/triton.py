@@ -4,8 +4,8 @@ Takes what `reference.read` takes and gives what it gives. It decides how a part
 knows nothing of what the kernels (`longspec.attention.triton_kernels`) do with the pieces.
 
 No hardware has run this yet: kernels and launches are tested through Triton's interpreter, and compiled for compute
-capabilities 8.9 and 9.0 (`tests/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU, and the sizes
-of tiles here wait for `docs/benchmarks/gpu_attention.py`.
+capabilities 8.9 and 9.0 (`tests/attention/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU, and
+the sizes of tiles here wait for `docs/benchmarks/gpu_attention.py`.
 """
 
 from __future__ import annotations

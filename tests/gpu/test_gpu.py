@@ -1,4 +1,4 @@
-"""Attention on hardware: what `tests/test_triton.py` and `tests/test_flash.py` hold, on Llama-3-8B's heads and lengths.
+"""Attention on hardware: what test_triton.py and test_flash.py hold, on Llama-3-8B's heads and lengths.
 
 No hardware has run these yet: they were written on a machine without a GPU, where they are skipped.
 """

@@ -10,7 +10,7 @@ Not taken: several texts, more rows, texts in several pieces, caches that only a
 stop between layers. These go through torch's operators one by one.
 
 No hardware has run this yet. Without a GPU the same launches run one by one through Triton's interpreter, which is how
-`tests/test_graphs.py` holds them against the decoder.
+`tests/model/test_graphs.py` holds them against the decoder.
 """
 
 from __future__ import annotations

@@ -1,0 +1,317 @@
+"""`longspec batch` as a user has it: resumed after every kind of end, every id once, one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import COMMAND, ROOT, SECONDS, environment, started, write_tiny
+
+from longspec.cli.main import guarded
+
+SETTINGS = ["--threads", "1", "--dtype", "fp32", "--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in list(os.environ):
+        if name.startswith("LONGSPEC_"):
+            monkeypatch.delenv(name)
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def prompts(path: Path, count: int, **options: Any) -> Path:
+    lines = [{"id": f"n{i}", "prompt": f"Line {i * 7919 % 997} of {i % 13}.", **options} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def batch(tiny: str, source: Path, out: Path, *more: str) -> int:
+    return guarded(["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, *more])
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    data = out.read_bytes()
+    assert data.endswith(b"\n") or not data
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def answers(out: Path) -> dict[Any, str]:
+    read = lines(out)
+    assert len({line["id"] for line in read}) == len(read)
+    return {line["id"]: line["text"] for line in read}
+
+
+def test_every_line_is_the_object_of_run_with_its_id(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, out = prompts(home / "in.jsonl", 20), home / "out.jsonl"
+    wrong = ["broken", '{"id": "n3", "prompt": "again"}', '{"prompt": "x", "max_new_tokens": 0}']
+    source.write_text(source.read_text() + "\n".join(wrong))
+    assert batch(tiny, source, out, "--summary", str(home / "sum.json"), "--drafter", "ngram") == 1
+    stdout, stderr = capfd.readouterr()
+    assert stdout == ""
+    assert "20 written, 3 failed" in stderr
+    read = lines(out)
+    assert sorted(line["index"] for line in read) == list(range(23))
+    failed = {line["index"]: line["error"]["code"] for line in read if "error" in line}
+    assert failed == {20: "invalid_line", 21: "duplicate_id", 22: "invalid_request"}
+    assert guarded(["run", "--no-stdin", "--json", "-m", tiny, *SETTINGS, "Line 0 of 0."]) == 0
+    alone = json.loads(capfd.readouterr().out)
+    first = next(line for line in read if line["index"] == 0)
+    assert list(first) == ["id", "index", *alone]
+    assert first["text"] == alone["text"]
+    summary = json.loads((home / "sum.json").read_text())
+    assert (summary["written"], summary["failed"], summary["complete"]) == (20, 3, True)
+    before = out.read_bytes()
+    assert batch(tiny, source, out) == 1  # the errors stand
+    assert out.read_bytes() == before
+    assert "nothing is left to do" in capfd.readouterr().err
+    assert batch(tiny, source, out, "--retry-errors") == 1
+    assert sorted(line["index"] for line in lines(out)) == list(range(23))
+
+
+def test_answers_depend_on_ids_not_on_places_or_companions(tiny: str, home: Path) -> None:
+    sampled = ["--temperature", "0.9", "--seed", "3"]
+    source = prompts(home / "in.jsonl", 9)
+    assert batch(tiny, source, home / "a", *sampled) == 0
+    turned = home / "turned.jsonl"
+    turned.write_text("".join(reversed(source.read_text().splitlines(keepends=True))))
+    assert batch(tiny, turned, home / "b", *sampled, "--batch-size", "2", "--drafter", "none") == 0
+    assert answers(home / "a") == answers(home / "b")
+    assert len(set(answers(home / "a").values())) == 9
+
+
+def test_in_order(tiny: str, home: Path) -> None:
+    source, out = home / "in.jsonl", home / "out"
+    asked = [{"prompt": f"n {i}", "max_new_tokens": 1 + i * 37 % 30} for i in range(40)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    assert batch(tiny, source, out, "--in-order", "--batch-size", "3") == 0
+    assert [line["index"] for line in lines(out)] == list(range(40))
+    assert batch(tiny, source, home / "free", "--batch-size", "3") == 0
+    assert [line["index"] for line in lines(home / "free")] != list(range(40))
+    assert answers(home / "free") == answers(out)
+
+
+def test_openai_in_openai_out(tiny: str, home: Path) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    asked = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"prompt": "hi", "max_tokens": 3}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": {**chat, "n": 2}},
+    ]
+    source, out = home / "in.jsonl", home / "out"
+    source.write_text("\n".join(map(json.dumps, asked)))
+    assert batch(tiny, source, out) == 1
+    a, b, c = sorted(lines(out), key=lambda line: str(line["custom_id"]))
+    assert a["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    assert a["response"]["body"]["usage"]["completion_tokens"] == 4
+    assert b["response"]["body"]["object"] == "text_completion"
+    assert b["response"]["body"]["usage"]["completion_tokens"] == 3
+    assert (c["response"], c["error"]["code"]) == (None, "invalid_line")
+    before = out.read_bytes()
+    assert batch(tiny, source, out) == 1
+    assert out.read_bytes() == before
+
+
+def test_a_torn_line_is_cut_and_written_again(tiny: str, home: Path) -> None:
+    source, out = prompts(home / "in.jsonl", 8), home / "out"
+    assert batch(tiny, source, out) == 0
+    whole, data = answers(out), out.read_bytes()
+    for end in (len(data) - 1, len(data) - 40, data.index(b"\n") + 2, 5):
+        out.write_bytes(data[:end])
+        assert batch(tiny, source, out) == 0
+        assert answers(out) == whole
+
+
+def test_other_settings_are_refused(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, out = prompts(home / "in.jsonl", 3), home / "out"
+    assert batch(tiny, source, out, "--limit", "2") == 0
+    before = out.read_bytes()
+    others = {"another seed": ["--seed", "5"], "another order": ["--in-order"], "another strictness": ["--strict"]}
+    for said, more in others.items():
+        assert batch(tiny, source, out, *more) == 2
+        assert said in capfd.readouterr().err
+    prompts(source, 4)
+    assert batch(tiny, source, out) == 2
+    assert "another input" in capfd.readouterr().err
+    assert out.read_bytes() == before
+    assert batch(tiny, source, out, "--continue-anyway") == 0
+    assert len(answers(out)) == 4
+    assert json.loads((home / "out.meta.json").read_text())["mixed"] is True
+
+
+def test_what_is_not_ours_is_left_alone(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, out = prompts(home / "in.jsonl", 3), home / "out"
+    out.write_text("a letter\nto keep")
+    for more, said in (([], "doesn't say what it was made from"), (["--continue-anyway"], "Line 1 of")):
+        assert batch(tiny, source, out, *more) == 2
+        assert said in capfd.readouterr().err
+        assert out.read_text() == "a letter\nto keep"
+    for path, said in ((source, "is the output too"), (home, "isn't a file"), (Path("/dev/full"), "isn't a file")):
+        assert batch(tiny, source, path) == 2
+        assert said in capfd.readouterr().err
+
+
+def test_one_process_at_a_time(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, out = prompts(home / "in.jsonl", 3), home / "out"
+    with out.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert batch(tiny, source, out) == 2
+    assert "Another process is writing" in capfd.readouterr().err
+    assert batch(tiny, source, out) == 0
+
+
+def test_too_many_errors(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (home / "in.jsonl").write_text("broken\n" * 9)
+    assert batch(tiny, home / "in.jsonl", home / "out", "--max-errors", "2") == 1
+    assert "3 lines failed, and --max-errors is 2" in capfd.readouterr().err
+    assert len(lines(home / "out")) == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--in-order"]])
+def test_a_text_that_breaks_its_pass_breaks_no_other(
+    tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    from longspec.engine.engine import Engine
+
+    source = prompts(home / "in.jsonl", 12)
+    assert batch(tiny, source, home / "whole", *more) == 0
+    step = Engine.step
+
+    def failing(self: Engine, sessions: Sequence[Any], *rest: Any) -> Any:
+        if any(session.key == "n3" and len(session.answer) > 4 for session in sessions):
+            raise RuntimeError("the third is heavy")
+        return step(self, sessions, *rest)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    assert batch(tiny, source, home / "out", *more) == 1
+    read = {line["id"]: line.get("text", line.get("error")) for line in lines(home / "out")}
+    assert read.pop("n3") == {"code": "failed", "message": "the third is heavy"}
+    whole = answers(home / "whole")
+    assert read == {name: text for name, text in whole.items() if name != "n3"}
+
+
+def test_memory_is_planned_for_all_texts_of_a_pass(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = prompts(home / "in.jsonl", 3)
+    assert batch(tiny, source, home / "out", "--memory", "4GiB", "--batch-size", "2") == 0
+    assert "in each of 2 texts" in capfd.readouterr().err
+    assert batch(tiny, source, home / "small", "--memory", "4GiB", "--batch-size", "4096") == 4
+    assert "tokens need at least" in capfd.readouterr().err
+
+
+# --- ends that nobody asked for
+
+
+def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int) -> None:
+    source, out = prompts(home / "in.jsonl", count), home / "out"
+    assert batch(tiny, source, home / "whole", "--temperature", "1") == 0
+    arguments = ["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, "--temperature", "1", "-q"]
+    generator, lived = random.Random(seed), 0
+    for _ in range(kills):
+        with started(arguments, home) as process:
+            begun = out.stat().st_size if out.exists() else 0
+            end = time.monotonic() + SECONDS
+            while process.poll() is None and (not out.exists() or out.stat().st_size == begun):
+                assert time.monotonic() < end
+                time.sleep(0.001)
+            time.sleep(generator.random() * 0.05)
+            lived += process.poll() is None
+            process.kill()
+            process.wait()
+    assert lived, "every run had ended before it was killed"
+    assert batch(tiny, source, out, "--temperature", "1") == 0
+    assert answers(out) == answers(home / "whole")
+
+
+def test_killed_four_times(tiny: str, home: Path) -> None:
+    kill_and_resume(tiny, home, count=120, kills=4, seed=1)
+
+
+@pytest.mark.full
+def test_killed_twenty_times(tiny: str, home: Path) -> None:
+    kill_and_resume(tiny, home, count=600, kills=20, seed=2)
+
+
+def limited(arguments: Sequence[str], home: Path, nbytes: int) -> subprocess.CompletedProcess[bytes]:
+    """The command where no file may grow beyond so many bytes."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        cwd=ROOT,
+        env=environment(home, {"LONGSPEC_COMPILER": "none", "PYTHONDONTWRITEBYTECODE": "1"}),
+        timeout=SECONDS,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes)),
+    )
+
+
+def test_a_full_disk_leaves_whole_lines(tiny: str, home: Path) -> None:
+    source, out = prompts(home / "in.jsonl", 20), home / "out"
+    done = limited(["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS], home, 5000)
+    assert done.returncode == 1
+    assert b"File too large" in done.stderr or b"no space is left" in done.stderr
+    assert b"Traceback" not in done.stderr
+    there = answers(out)
+    assert 0 < len(there) < 20
+    assert batch(tiny, source, out) == 0
+    assert len(answers(out)) == 20
+    assert there.items() <= answers(out).items()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_interrupted(tiny: str, home: Path, signals: int) -> None:
+    source, out = prompts(home / "in.jsonl", 400), home / "out"
+    arguments = ["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, "--max-new-tokens", "60"]
+    with started(arguments, home) as process:
+        end = time.monotonic() + SECONDS
+        while not out.exists() or not out.stat().st_size:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 130
+    there = answers(out)
+    assert 0 < len(there) < 400
+    assert batch(tiny, source, out, "--max-new-tokens", "60", "--limit", str(len(there) + 3)) == 0
+    assert there.items() <= answers(out).items()
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_input(tiny: str, home: Path) -> None:
+    program = (
+        "import sys; from longspec.cli.main import guarded; from longspec.machine.system import peak_bytes\n"
+        "code = guarded(sys.argv[1:]); print(code, peak_bytes())"
+    )
+    peaks = []
+    for count in (2_000, 20_000):
+        source = prompts(home / f"{count}.jsonl", count)
+        arguments = ["batch", str(source), "-o", str(home / f"{count}.out"), "-m", tiny, *SETTINGS]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments, "--max-new-tokens", "1"],
+            capture_output=True,
+            cwd=ROOT,
+            env=environment(home),
+            check=True,
+        )
+        code, peak = done.stdout.split()
+        assert code == b"0"
+        peaks.append(int(peak))
+        assert len(answers(home / f"{count}.out")) == count
+    assert peaks[1] < peaks[0] + (24 << 20)

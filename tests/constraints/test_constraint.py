@@ -1,0 +1,274 @@
+"""Answers held to a JSON schema or a regular expression: what is written, how it ends, and that bets change nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from support.commands import call
+from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
+
+from longspec.constraints.grammar import MOST_BYTES, grammar_of
+from longspec.constraints.matcher import Constraint
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
+from longspec.errors import UsageError
+from longspec.model.load import Model
+from longspec.types import Draft
+
+PATTERN = "([a-f]{2,6}=[0-9]{1,4};){2,9}(quod_erat_demonstrandum|qua_est)?"
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.3, "seed": 5},
+    "penalised": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny(tmp_path_factory.mktemp("llama"))
+
+
+def held(made: Engine, pattern: str | None = PATTERN, new: int = 40, **options: Any) -> list[Session]:
+    """Three sessions side by side; the middle one is free."""
+    return [
+        made.open(text, raw=True, key=str(i), max_new_tokens=new, regex=None if i == 1 else pattern, **options)
+        for i, text in enumerate(prompts(3, 60))
+    ]
+
+
+def constraint(pattern: str) -> Constraint:
+    grammar = grammar_of(regex=pattern)
+    assert grammar is not None
+    return Constraint(grammar, vocabulary(99), 99, (2,))
+
+
+def ids(text: str) -> list[int]:
+    return [3 + ord(letter) - 48 for letter in text]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bets_do_not_change_a_held_answer(llama: Model, way: str) -> None:
+    plain = held(engine(llama), **WAYS[way])
+    wanted = finish(engine(llama), plain)
+    for session in plain[::2]:
+        if session.finish_reason == "stop":
+            assert re.fullmatch(PATTERN, session.text)
+        else:
+            assert session.finish_reason == "length"
+            assert re.match("([a-f]{2,6}=[0-9]{1,4};)|[a-f]{2,6}=", session.text)
+    texts = {str(i): tokens for i, tokens in enumerate(wanted)}
+    for name, drafter in every_drafter(texts).items():
+        made = engine(llama, drafter())
+        made.drafter_name = name  # what is forced is drafted with these too
+        sessions = held(made, **WAYS[way])
+        assert finish(made, sessions) == wanted, name
+        assert [session.finish_reason for session in sessions] == [session.finish_reason for session in plain], name
+        assert [session.text for session in sessions] == [session.text for session in plain], name
+
+
+def test_goodput_learns_beside_forced_tokens(llama: Model) -> None:
+    wanted = finish(engine(llama), held(engine(llama)))
+    made = engine(llama, "ngram", control="goodput")
+    assert finish(made, held(made)) == wanted
+
+
+def test_an_answer_ends_where_the_grammar_does(llama: Model) -> None:
+    for drafter in ("none", "ngram"):
+        made = engine(llama, drafter)
+        answer = made.generate("What?", raw=True, regex="[a-c]{5}", max_new_tokens=50)
+        assert re.fullmatch("[a-c]{5}", answer.text)
+        assert answer.finish_reason == "stop"
+        assert len(answer.tokens) == 5  # no end of text had to be written
+        short = made.generate("What?", raw=True, regex="[a-c]{5}", max_new_tokens=3)
+        assert (short.finish_reason, len(short.tokens)) == ("length", 3)
+
+
+def test_the_end_of_text_stands_only_where_the_grammar_accepts(llama: Model) -> None:
+    for seed in range(8):
+        options: Any = {"raw": True, "temperature": 2.0, "seed": seed, "max_new_tokens": 200}
+        answer = engine(llama, "ngram").generate("What?", regex="(ab|cd?)*", **options)
+        assert answer.finish_reason == "length" or re.fullmatch("(ab|cd?)*", answer.text)
+
+
+def test_what_is_forced_is_drafted_and_kept(llama: Model) -> None:
+    pattern = "abcdefghijklmnopqrstuvwxyz[0-9]abcdefghijklmnopqrstuvwxyz"
+    made = engine(llama, "ngram")
+    session = made.open("What?", raw=True, regex=pattern)
+    finish(made, [session])
+    assert re.fullmatch(pattern, session.text)
+    assert session.stats.steps < 12  # 53 tokens
+    plain = engine(llama)
+    assert plain.generate("What?", raw=True, regex=pattern).speculation["drafted"] == 0
+
+
+def test_a_vocabulary_without_a_way_on_ends_the_answer(llama: Model) -> None:
+    for drafter in ("none", "ngram"):
+        made = engine(llama, drafter)
+        session = made.open("What?", raw=True, regex="ab é!")  # it has neither space nor é
+        finish(made, [session])
+        assert session.text == "ab"
+        assert session.finish_reason == "stop"
+
+
+def test_a_dead_end_in_a_draft_is_not_the_texts() -> None:
+    rule = constraint("[ab]+ é!|x")
+    for _ in range(2):
+        logits = rule.mask(torch.zeros(3, 99), [[], ids("a"), ids("x")])
+        assert [[i for i in range(99) if row[i] == 0] for row in logits] == [ids("abx"), ids("ab"), [2]]
+    rule = constraint("ab é!|x")
+    for _ in range(2):
+        logits = rule.mask(torch.zeros(3, 99), [[], ids("ab"), ids("x")])
+        assert [[i for i in range(99) if row[i] == 0] for row in logits] == [ids("ax"), [2], [2]]
+
+
+def test_a_draft_loses_what_is_forbidden() -> None:
+    rule = constraint("ab[0-9]+x?")
+    assert rule.forced(8) == ids("ab")
+    tree = Draft.tree(ids("1z2x33"), [-1, 0, 0, 2, 3, 2], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    pruned = rule.prune(tree, ids("ab"))
+    assert pruned.tokens.tolist() == ids("12x3")  # z doesn't follow a digit, nor anything an x
+    assert pruned.parents.tolist() == [-1, 0, 1, 1]
+    assert pruned.chances is not None
+    assert [round(chance, 1) for chance in pruned.chances.tolist()] == [0.9, 0.7, 0.6, 0.4]
+    whole = rule.extend(pruned, ids("ab"), 8)
+    assert whole.tokens.tolist() == ids("ab12x3")
+    assert whole.parents.tolist() == [-1, 0, 1, 2, 3, 3]
+    assert rule.forced(8) == ids("ab")  # the matcher stands at the text's end again
+
+
+def test_what_a_draft_forces_is_put_behind_it() -> None:
+    rule = constraint("(yes_indeed|no_never)")
+    whole = rule.extend(Draft.chain(ids("n")), [], 6)
+    assert whole.tokens.tolist() == ids("no_nev")
+    assert whole.parents.tolist() == [-1, 0, 1, 2, 3, 4]
+
+
+def test_rows_are_masked_by_their_own_paths() -> None:
+    rule = constraint("a(b|c[0-9])")
+    logits = rule.mask(torch.zeros(5, 99), [[], ids("a"), ids("ac"), ids("zz"), ids("ab")])
+    open_to = [[i for i in range(99) if row[i] == 0] for row in logits]
+    assert open_to[:3] == [ids("a"), ids("bc"), ids("0123456789")]
+    assert len(open_to[3]) == 99  # nothing gets there
+    assert open_to[4] == [2]
+    assert not rule.take(ids("a")[0])
+    assert rule.take(ids("b")[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"regex": "x("}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"regex": "a" * (MOST_BYTES + 1)}, "at most"),
+        ({"regex": "a", "json_schema": {}}, "both"),
+        ({"json_schema": '{"type": '}, "not JSON"),
+        ({"json_schema": {"type": "strin"}}, "Invalid type: strin"),
+        ({"json_schema": {"$ref": "http://localhost/x"}}, "not present"),
+        ({"json_schema": {"not": {}}}, "Unimplemented"),
+        ({"json_schema": "no-such-file.json"}, "can't be read"),
+        ({"json_schema": '{"title": "%s"}' % ("x" * MOST_BYTES)}, "larger"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        grammar_of(**given)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_schema_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "integer"}')
+    assert grammar_of(path) == grammar_of(str(path)) == grammar_of({"type": "integer"})
+    for wrong in (b"[1]", b"\xff\xfe", b" " * (MOST_BYTES + 1)):
+        path.write_bytes(wrong)
+        with pytest.raises(UsageError):
+            grammar_of(path)
+
+
+def test_a_schema_may_not_switch_the_library(tmp_path: Path) -> None:
+    switched = {"type": "object", "x-guidance": {"whitespace_flexible": True, "lenient": True}}
+    assert grammar_of(switched) == grammar_of({"type": "object"})
+
+
+def test_the_command_refuses_before_it_looks_for_a_model(tmp_path: Path) -> None:
+    for given in (["--regex", "x("], ["--json-schema", "{"], ["--json-schema", "{}", "--regex", "a"]):
+        result = call(["run", "--no-stdin", "-m", "no/such/model", *given, "Hello"], tmp_path)
+        assert result.code == 2, result.err
+        assert result.err.count("\n") == 1
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+_NAME = {"type": "string", "maxLength": 24}
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 120}
+SCHEMAS: list[dict[str, Any]] = [
+    _object(name=_NAME, age=_COUNT),
+    _object(city=_NAME, country=_NAME, capital={"type": "boolean"}),
+    {"type": "array", "items": _NAME, "minItems": 2, "maxItems": 4},
+    {"type": "array", "items": _COUNT, "minItems": 1, "maxItems": 6},
+    {"enum": ["yes", "no", "maybe"]},
+    _object(colour={"enum": ["red", "green", "blue"]}, shade={"enum": ["light", "dark", None]}),
+    _object(zip={"type": "string", "pattern": "^[0-9]{5}$"}, day={"type": "string", "format": "date"}),
+    _object(title=_NAME, author=_object(first=_NAME, last=_NAME)),
+    {"anyOf": [_object(kind={"const": "dog"}, legs={"const": 4}), _object(kind={"const": "bird"}, wings={"const": 2})]},
+    {
+        "$defs": {"node": _object(label=_NAME, size=_COUNT)},
+        "type": "object",
+        "properties": {"left": {"$ref": "#/$defs/node"}, "right": {"$ref": "#/$defs/node"}},
+        "required": ["left", "right"],
+        "additionalProperties": False,
+    },
+]
+ASKED = [
+    "Describe Ada Lovelace as JSON.",
+    "Describe a book that you like as JSON.",
+    "Give an example as JSON.",
+    "Where does the Danube begin? Answer in JSON.",
+    "Make up a record for a test, in JSON.",
+]
+
+
+@cache
+def real(drafter: str) -> Engine:
+    torch.set_num_threads(2)
+    return Engine.load("smollm2", dtype="fp32", drafter=drafter)
+
+
+def _validates(schema: dict[str, Any], asked: str, **options: Any) -> None:
+    plain, bet = (
+        real(name).generate(asked, json_schema=schema, max_new_tokens=300, **options) for name in ("none", "auto")
+    )
+    assert plain.tokens == bet.tokens
+    assert plain.finish_reason == bet.finish_reason == "stop"
+    jsonschema.validate(json.loads(bet.text), schema, format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("place", range(len(SCHEMAS)))
+def test_the_default_model_keeps_a_schema(place: int) -> None:
+    options = {"temperature": 0.8, "seed": 3} if place % 2 else {}
+    _validates(SCHEMAS[place], ASKED[place % len(ASKED)], **options)
+
+
+@pytest.mark.real
+@pytest.mark.full
+@pytest.mark.parametrize("place", range(len(SCHEMAS)))
+def test_the_default_model_keeps_every_schema(place: int) -> None:
+    for asked in ASKED:
+        _validates(SCHEMAS[place], asked)

@@ -1,0 +1,118 @@
+"""Lookahead against a simulation that knows no tree: rows in every pass, tokens kept, and what its limits are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from support.engines import engine, prompts, tiny
+
+from longspec.cache import CACHES
+from longspec.drafters.lookahead import Lookahead
+from longspec.model.decoder import Chunk, Rows
+from longspec.model.load import Model, open_model
+
+Choose = Callable[[Sequence[int]], int]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny(tmp_path_factory.mktemp("model"))
+
+
+def chooser(model: Model) -> Choose:
+    """The greedy token after a text, by a pass over all of it."""
+    known: dict[tuple[int, ...], int] = {}
+
+    @torch.inference_mode()
+    def choose(text: Sequence[int]) -> int:
+        if (key := tuple(text)) not in known:
+            decoder = model.decoder
+            stage = CACHES["dense"](decoder.shape).open()
+            staged = stage.add(range(-1, len(text) - 1))
+            rows = Rows.of([Chunk(stage, staged, list(text), 0, False)], decoder.device)
+            known[key] = int(decoder.logits(decoder.forward(rows)[-1:]).argmax())
+        return known[key]
+
+    return choose
+
+
+def simulated(
+    choose: Choose, prompt: list[int], new: int, limit: int, window: int, length: int, guesses: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The text, and each step's draft tokens and kept ones. A draft is a set of runs behind the text; its rows are the
+    runs' distinct beginnings.
+    """
+    text, steps = list(prompt), []
+    size = window + length - 2
+    line = (prompt[-size:] * size)[:size]
+    columns = [line[j : j + length - 1] for j in range(window)]
+    pool: dict[int, list[list[int]]] = {}
+    while len(text) < len(prompt) + new:
+        branches = min(limit, len(prompt) + new - len(text) - 1) // (length - 1)
+        bets = pool.get(text[-1], [])[::-1][: min(guesses, branches // 2)]
+        sent = columns[: branches - len(bets)]
+        paths = [[column[0] for column in sent[:j]] + sent[j] for j in range(len(sent))]
+        rows = {tuple(path[: n + 1]) for path in [*bets, *paths] for n in range(len(path))}
+        ends = [choose([*text, *path]) for path in paths]
+        kept: tuple[int, ...] = ()
+        while (*kept, choose([*text, *kept])) in rows:
+            kept = (*kept, choose([*text, *kept]))
+        steps.append((len(rows), len(kept)))
+        text = [*text, *kept, choose([*text, *kept])]
+        for j, end in enumerate(ends):
+            first, run = columns[j][0], [*columns[j][1:], end]
+            older = [other for other in pool.get(first, []) if other != run]
+            pool[first] = [*older, run][-guesses:]
+            columns[j] = run
+    return text, steps
+
+
+def stepped(
+    model: Model, drafter: Lookahead, prompt: str, new: int, limit: int, *, raw: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    made = engine(model, drafter, draft_tokens=limit)
+    session = made.open(prompt, raw=raw, max_new_tokens=new, temperature=0)
+    commits = list(made.write(session))
+    return session.tokens, [(commit.drafted, commit.accepted) for commit in commits]
+
+
+@pytest.mark.parametrize(
+    ("limit", "window", "length", "guesses"), [(64, 5, 4, 5), (12, 7, 3, 7), (9, 2, 4, 1), (3, 5, 4, 5)]
+)
+def test_rows_and_kept_tokens_are_those_of_a_simulation(
+    model: Model, limit: int, window: int, length: int, guesses: int
+) -> None:
+    prompt, new = prompts(1, 60)[0], 40
+    made = stepped(model, Lookahead(window, length, guesses), prompt, new, limit, raw=True)
+    tokens = engine(model).open(prompt, raw=True).tokens
+    assert made == simulated(chooser(model), tokens, new, limit, window, length, guesses)
+
+
+def test_something_is_kept(model: Model) -> None:
+    """A tiny random model falls into a loop, which its guesses find."""
+    _, steps = stepped(model, Lookahead(), prompts(1, 60)[0], 80, 42, raw=True)
+    assert sum(kept for _, kept in steps) > len(steps) / 4
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_a_limit_below_a_run_is_no_bet(model: Model, limit: int) -> None:
+    session = engine(model).open(prompts(1)[0], raw=True)
+    drafter = Lookahead()
+    drafter.begin(session)
+    assert [len(draft) for draft in drafter.propose([session], [limit])] == [0]
+
+
+def test_a_prompt_of_one_token_will_do(model: Model) -> None:
+    made = engine(model, Lookahead(), draft_tokens=24)
+    plain = engine(model).generate("A", raw=True, max_new_tokens=12)
+    assert made.generate("A", raw=True, max_new_tokens=12).tokens == plain.tokens
+
+
+@pytest.mark.real
+def test_counts_on_a_text_of_the_default_model() -> None:
+    real = open_model("smollm2", dtype="fp32").load()
+    made = stepped(real, Lookahead(4, 4, 4), "Count from one to five.", 16, 24, raw=False)
+    tokens = engine(real).open("Count from one to five.").tokens
+    assert made == simulated(chooser(real), tokens, 16, 24, 4, 4, 4)

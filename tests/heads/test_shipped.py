@@ -1,0 +1,71 @@
+"""The head that comes with longspec, on the model that it is for: no token may differ, and fewer passes are needed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.engines import engine, finish
+
+from longspec.cache import CACHES
+from longspec.engine.engine import Engine
+from longspec.model.load import Model, load_model
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "A train leaves at 9:40 and arrives at 13:05. It stops for 12 minutes, twice. How long does it move?",
+    "Write a polite e-mail that asks a neighbour to turn the music down after ten in the evening.",
+    "Repeat this list three times: apple, pear, cherry, plum, quince, apricot.",
+    "What are three ways to keep bread fresh?",
+    "Translate into English: Der Hund schläft unter dem Tisch.",
+    "Who wrote Faust, and when?",
+    "Explain to a child why the moon doesn't fall down.",
+    "Write a Python function that counts the words of a file.",
+]
+USUAL = ("dense", "int4")  # the other caches in the full run
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
+
+
+@cache
+def model(dtype: str) -> Model:
+    torch.set_num_threads(2)
+    return load_model("smollm2", dtype=dtype)
+
+
+def written(made: Engine, prompts: list[str], new: int, **options: Any) -> tuple[list[list[int]], float]:
+    """All side by side: their tokens, and tokens per step."""
+    sessions = [made.open(prompt, key=prompt, max_new_tokens=new, **options) for prompt in prompts]
+    texts = finish(made, sessions)
+    steps = sum(session.stats.steps for session in sessions)
+    return texts, sum(session.stats.committed for session in sessions) / steps
+
+
+@pytest.mark.parametrize("drafter", ["clover2", "recycle+ngram+clover2"])
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.full) for kind in CACHES]
+)
+def test_it_changes_no_token(kind: str, options: dict[str, Any], drafter: str) -> None:
+    """In fp32, 1 and 8 texts at once."""
+    plain, _ = written(engine(model("fp32"), cache=kind), PROMPTS, 24, **options)
+    made = engine(model("fp32"), drafter, cache=kind, draft_tokens=6)
+    assert written(made, PROMPTS, 24, **options)[0] == plain
+    for prompt, text in zip(PROMPTS[:2], plain, strict=False):
+        assert written(made, [prompt], 24, **options)[0] == [text]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_step_brings_more_than_a_token(dtype: str) -> None:
+    made = engine(model(dtype), "clover2", draft_tokens=6)
+    assert written(made, PROMPTS, 64)[1] > 1.4
+
+
+def test_auto_takes_it_where_it_pays() -> None:
+    made = Engine(model("bf16"))
+    assert list(made.drafters) == ["recycle+ngram+clover2"]
+    held = made.generate("Say a word.", max_new_tokens=2).memory["drafter_bytes"]
+    assert 40 << 20 < held < 90 << 20  # the head as it is and as codes, its tables, and what recycle keeps
+    assert list(Engine(model("int8")).drafters) == ["recycle+ngram"]

@@ -1,0 +1,240 @@
+"""GGUF files against the transformers models that they were written from, and files that mustn't be believed."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import FAMILIES, oracle
+from support.ggufs import add_tokenizer, finish, write_gguf
+from support.passes import feed
+
+from longspec.cache import Dense
+from longspec.errors import ModelError
+from longspec.model.config import Config
+from longspec.model.decoder import Decoder
+from longspec.model.files.convert import converted
+from longspec.model.gguf.file import read_gguf
+from longspec.model.gguf.header import read_header
+from longspec.model.weights.read import Weights
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "sliding_window": 24}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: FAMILIES[name] for name in ("llama", "llama-tied-biased", "llama-linear", "llama-yarn", "llama-llama3")},
+    **{name: FAMILIES[name] for name in ("qwen2", "qwen3", "smollm3", "phi3", "phi3-longrope", "olmo2")},
+    "llama-as-meta": (
+        "Llama",
+        {"head_dim": 16, "max_position_embeddings": 32768, "rope_parameters": dict(_LLAMA3)},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "gemma2": ("Gemma2", _GEMMA | {"tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", _GEMMA | {"tie_word_embeddings": True}),
+}
+TOKENS = torch.randint(3, 70, (1, 60), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A transformers model, and the folder of its GGUF file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, request.param, MODELS[request.param])
+        model = oracle(request.param)
+    folder = tmp_path_factory.mktemp("pulled") / "model"
+    folder.mkdir()
+    write_gguf(model, folder / "source.gguf")
+    return model, folder
+
+
+def test_tensors_come_back(pair: tuple[Any, Path]) -> None:
+    model, folder = pair
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    file = read_gguf(folder / "source.gguf")
+    seen = dict(file.tensors())
+    assert seen.keys() == state.keys() == set(file.names)
+    rounding = 1e-6 if "gemma" in model.config.model_type else 0.0  # (w + 1) - 1
+    for name, tensor in seen.items():
+        assert file.shape(name) == tuple(tensor.shape)
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=rounding)
+
+
+def test_a_converted_folder_is_the_same_model_to_transformers(pair: tuple[Any, Path]) -> None:
+    import transformers
+
+    model, folder = pair
+    folder = converted(folder, torch.float32)
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert type(other) is type(model) or model.config.model_type == "mistral"
+    with torch.inference_mode():
+        torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=2e-5)
+
+
+def test_our_decoder_reads_it_without_a_folder(pair: tuple[Any, Path]) -> None:
+    model, folder = pair
+    path = folder / "source.gguf"
+    decoder = Decoder(Config.read(read_gguf(path).config()), Weights.of_gguf(path, torch.float32), torch.device("cpu"))
+    with torch.inference_mode():
+        _, logits = feed(decoder, Dense(decoder.shape), TOKENS[0].tolist())
+        torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
+
+
+def test_llama3s_own_constants_are_recognized(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "llama-as-meta", MODELS["llama-as-meta"])
+        path = write_gguf(oracle("llama-as-meta"), tmp_path / "a.gguf")
+    config = read_gguf(path).config()
+    assert config["rope_scaling"] | {"rope_theta": config["rope_theta"]} == _LLAMA3
+
+
+def test_neighbours_are_read_as_one(pair: tuple[Any, Path]) -> None:
+    _, folder = pair
+    weights = Weights.of_folder(converted(folder, torch.float32), torch.float32)
+    for names in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
+        full = [f"model.layers.1.{name}.weight" for name in names]
+        if full[0] in weights:  # Phi-3's are one matrix already
+            assert weights.joined(full).data_ptr() == weights[full[0]].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_values_are_the_packages_dequantization(tmp_path: Path, kind: str) -> None:
+    values = np.random.default_rng(0).standard_normal((80, 64)).astype(np.float32)
+    quantized = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+    path = _one_tensor(tmp_path / "a.gguf", quantized, gguf.GGMLQuantizationType[kind])
+    expected = torch.from_numpy(gguf.dequantize(quantized, gguf.GGMLQuantizationType[kind]).copy())
+    assert torch.equal(read_gguf(path).take("model.embed_tokens.weight"), expected)
+    weights = Weights.of_gguf(path, torch.bfloat16)
+    assert torch.equal(weights["model.embed_tokens.weight"], expected.to(torch.bfloat16))
+
+
+def test_a_type_that_cannot_be_dequantized_is_named(tmp_path: Path) -> None:
+    path = _one_tensor(tmp_path / "a.gguf", np.zeros((80, 64), np.int8), gguf.GGMLQuantizationType.I8)
+    with pytest.raises(ModelError, match=r"token_embd\.weight as I8"):
+        read_gguf(path).take("model.embed_tokens.weight")
+
+
+def test_a_type_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    path = _one_tensor(tmp_path / "a.gguf", np.zeros((80, 64), np.float32))
+    place = path.read_bytes().index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
+    _patch(path, place, struct.pack("<I", 255))
+    with pytest.raises(ModelError, match=r"token_embd\.weight has the type 255"):
+        read_gguf(path)
+
+
+def test_a_truncated_file_says_what_is_missing(tmp_path: Path) -> None:
+    path = _one_tensor(tmp_path / "a.gguf", np.zeros((80, 64), np.float32))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4096])
+    with pytest.raises(ModelError, match=r"expected at least [\d,]+ bytes because of token_embd\.weight, found"):
+        read_gguf(path)
+    for length in (0, 3, 10, 23, 100, 400, 1000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match="GGUF"):
+            read_gguf(path)
+
+
+@pytest.mark.parametrize("count", [2**62, 10**12, 10**6])
+def test_a_lying_length_costs_nothing(tmp_path: Path, count: int) -> None:
+    """The package's own reader would loop over it."""
+    for code in (gguf.GGUFValueType.STRING, gguf.GGUFValueType.INT32):
+        field = struct.pack("<Q1sIIQ", 1, b"a", gguf.GGUFValueType.ARRAY, code, count)
+        path = tmp_path / "a.gguf"
+        path.write_bytes(struct.pack("<IIQQ", gguf.GGUF_MAGIC, 3, 0, 1) + field + b"x" * 100)
+        with pytest.raises(ModelError, match="usable GGUF file"):
+            read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"GGML" + bytes(40), "doesn't begin with GGUF"),
+        (struct.pack("<IIQQ", gguf.GGUF_MAGIC, 1, 0, 0) + bytes(40), "version 1"),
+        (struct.pack("<IIQQ", gguf.GGUF_MAGIC, 3, 2**60, 0) + bytes(40), "0 dimensions"),
+        (struct.pack("<IIQQQ1sI", gguf.GGUF_MAGIC, 3, 0, 1, 1, b"a", 77) + bytes(40), "type 77"),
+        (struct.pack("<IIQQQ1s", gguf.GGUF_MAGIC, 3, 0, 1, 1, b"\xff") + bytes(40), "isn't UTF-8"),
+    ],
+)
+def test_a_bad_header_is_refused(tmp_path: Path, head: bytes, said: str) -> None:
+    (tmp_path / "a.gguf").write_bytes(head)
+    with pytest.raises(ModelError, match=said):
+        read_header(tmp_path / "a.gguf")
+
+
+def test_the_header_is_the_packages_reading(tmp_path: Path) -> None:
+    path = write_gguf(oracle("llama"), tmp_path / "a.gguf", lambda writer: writer.add_array("some.list", [1.5, 2.5]))
+    ours, theirs = read_header(path), gguf.GGUFReader(path)
+    assert ours.fields == {n: f.contents() for n, f in theirs.fields.items() if not n.startswith("GGUF.")}
+    for tensor in theirs.tensors:
+        place = ours.tensors[tensor.name]
+        assert (place.begin, place.nbytes, place.kind) == (tensor.data_offset, tensor.n_bytes, tensor.tensor_type)
+        assert place.shape == tuple(tensor.shape.tolist()[::-1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("general.architecture", "mamba", "'mamba', which is not supported as GGUF; longspec reads llama, qwen2"),
+        ("general.architecture", ["llama"], "not supported as GGUF"),
+        ("llama.block_count", None, r"lacks the field llama\.block_count"),
+        ("llama.attention.head_count", [6, 6], r"has the value \[6, 6\] in"),
+        ("llama.embedding_length", 0, "where a size was expected"),
+        ("llama.block_count", 2**31, r"2,147,483,648 layers"),
+        ("llama.expert_count", 8, "mixture of experts"),
+        ("split.count", 3, "one part of a split GGUF"),
+        ("llama.rope.scaling.type", "dynamic", "'dynamic'"),
+        ("llama.block_count", 3, r"holds the tensor blk\.3\.\S+, which llama models don't have"),
+        ("llama.attention.head_count", 5, "48 rows for 5 heads"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path: Path, field: str, value: object, said: str) -> None:
+    from longspec.model.gguf.file import GgufFile
+
+    header = read_header(write_gguf(oracle("llama"), tmp_path / "a.gguf"))
+    if value is None:
+        del header.fields[field]
+    else:
+        header.fields[field] = value
+    with pytest.raises(ModelError, match=said):
+        GgufFile(header)
+
+
+def test_turn_ends_join_the_end_of_text(tmp_path: Path) -> None:
+    path = write_gguf(oracle("llama"), tmp_path / "a.gguf", lambda writer: writer.add_eot_token_id(9))
+    file = read_gguf(path)
+    assert file.generation_config() == {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": 0}
+    assert file.config()["eos_token_id"] == [2, 9]
+    json.dumps(file.config())
+
+
+def _one_tensor(path: Path, data: Any, kind: gguf.GGMLQuantizationType | None = None) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add_tokenizer(writer, 80)
+    writer.add_tensor("token_embd.weight", data, raw_dtype=kind)
+    finish(writer)
+    return path
+
+
+def _patch(path: Path, at: int, new: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + len(new)] = new
+    path.write_bytes(content)

@@ -1,0 +1,118 @@
+"""The shape of the repository: the five folders, the links, the direction of imports, what a bare import costs."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import longspec
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ["cache", "cli", "longspec", "prompts", "tests"]
+LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked so that the checkout reads the same
+
+# A room imports from rooms of the lines above its own and, within a line, from itself alone.
+ROOMS = [
+    ["errors", "prompts", "types"],
+    ["machine"],
+    ["kernels"],
+    ["sampling", "text"],
+    ["cache", "constraints"],
+    ["attention"],
+    ["model"],
+    ["heads"],
+    ["drafters"],
+    ["memory"],
+    ["control"],
+    ["engine"],
+    ["batch", "bench", "server", "training"],
+    ["cli"],
+]
+STAGE_OF = {name: number for number, names in enumerate(ROOMS) for name in names}
+NARROWER = {"text": {"errors", "machine"}}  # may import less than its line would allow
+
+
+def sources() -> list[Path]:
+    """The package's files at their real places, each once."""
+    found = {path for folder in ["longspec", *LINKED] for path in (ROOT / folder).rglob("*.py")}
+    return sorted(path for path in found if path.resolve() == path)  # not through a link
+
+
+def module_of(path: Path) -> str:
+    """cache/dense.py is longspec.cache.dense."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] != "longspec":
+        parts = ("longspec", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit_of(module: str) -> str:
+    """What has a place in ROOMS: longspec.cache.dense belongs to cache; longspec itself is ''."""
+    return module.removeprefix("longspec").removeprefix(".").split(".")[0]
+
+
+def imported_units(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and unit of each import of this package in a file, the late ones and those for type checkers included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "longspec":
+                    yield node.lineno, unit_of(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; write longspec.{node.module or ''}"
+            if node.module == "longspec":
+                for alias in node.names:
+                    if alias.name != "__version__":
+                        yield node.lineno, longspec._HOMES.get(alias.name, alias.name)
+            elif node.module and node.module.startswith("longspec."):
+                yield node.lineno, unit_of(node.module)
+
+
+def test_the_five_folders_exist() -> None:
+    assert [name for name in FOLDERS if not (ROOT / name).is_dir()] == []
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_lead_to_the_folders_at_the_top(name: str) -> None:
+    link = ROOT / "longspec" / name
+    assert link.is_symlink(), f"longspec/{name} must be a link to ../{name} (git needs core.symlinks=true here)"
+    assert os.readlink(link) == f"../{name}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_imports_point_one_way(path: Path) -> None:
+    unit = unit_of(module_of(path))
+    if not unit:
+        return  # longspec/__init__.py names everything, and loads it on first use
+    assert unit in STAGE_OF, f"{unit} has no place in ROOMS: give it the one that its imports need"
+    allowed = NARROWER.get(unit, {name for name, stage in STAGE_OF.items() if stage < STAGE_OF[unit]})
+    found = imported_units(ast.parse(path.read_text(encoding="utf-8")))
+    wrong = [f"line {line}: {other}" for line, other in found if other != unit and other not in allowed]
+    assert wrong == [], f"{module_of(path)} may import {sorted(allowed)} only"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_a_file_fits_in_the_head(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_importing_longspec_is_light() -> None:
+    seen = "import longspec, sys; print([m for m in ('numpy', 'torch', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_are_listed_once() -> None:
+    """The lazy table and the imports that type checkers read say the same."""
+    tree = ast.parse((ROOT / "longspec" / "__init__.py").read_text(encoding="utf-8"))
+    for_checkers = {
+        alias.name: node.module.removeprefix("longspec.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("longspec.")
+        for alias in node.names
+    }
+    assert for_checkers == longspec._HOMES

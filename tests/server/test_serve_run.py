@@ -1,0 +1,238 @@
+"""`longspec serve` as a process, and `longspec run` through it: the same bytes, codes and objects as without."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+from urllib.request import urlopen
+
+import openai
+import pytest
+from support.commands import COMMAND, ROOT, SECONDS, call, environment, started, write_tiny
+
+from longspec.cli.io import server_client as remote
+from longspec.engine.engine import Engine
+from longspec.machine.system import cache_folder
+
+TINY = ["--threads", "1", "--dtype", "fp32"]
+
+
+@contextmanager
+def server(
+    arguments: list[str], home: Path, extra: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and its address once it listens."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(home, extra),
+    )
+    try:
+        assert process.stderr is not None
+        seen = ""
+        while (found := re.search(r"http://\S+/v1", seen)) is None:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, runtime: Path) -> Iterator[Path]:
+    """A user whose runtime folder is its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = tmp_path_factory.mktemp("home")
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        for name in [name for name in os.environ if name.startswith("LONGSPEC_")]:
+            patch.delenv(name)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def up(tiny: str, home: Path) -> Iterator[str]:
+    """Its base URL."""
+    with server(["-m", tiny, *TINY], home) as (_, url):
+        yield url
+
+
+def health(url: str) -> dict[str, Any]:
+    with urlopen(url.removesuffix("/v1") + "/health", timeout=SECONDS) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def loads(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> tuple[int, bytes, str, bool]:
+    """Exit code, stdout, stderr, and whether `longspec run` imported torch."""
+    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1", **(extra or {})})
+    lines = [line for line in done.err.splitlines(keepends=True) if not line.startswith("import time:")]
+    imported = re.search(r"\| +torch$", done.err, re.MULTILINE) is not None
+    return done.code, done.out, "".join(lines), imported
+
+
+def test_run_gets_the_same_answer_without_loading(up: str, tiny: str, home: Path) -> None:
+    sampling = ["--max-new-tokens", "40", "--temperature", "0.9", "--seed", "3"]
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, *sampling, "hi"]
+    code, out, err, imported = loads(asked, home)
+    assert (code, err, imported) == (0, "", False)
+    alone = call([*asked, "--no-server"], home)
+    assert (alone.code, alone.out) == (0, out)
+    objects = [json.loads(call([*asked, "--json", *more], home).out) for more in ([], ["--no-server"])]
+    for each in objects:
+        assert each["timing"].pop("load_s") > 0
+    assert list(objects[0]) == list(objects[1])
+    assert sorted(objects[0]["timing"]) == sorted(objects[1]["timing"])
+    for name in ("text", "finish_reason", "usage", "cache", "dtype", "model"):
+        assert objects[0][name] == objects[1][name]
+
+
+def test_run_reports_errors_in_the_same_way(up: str, tiny: str, home: Path) -> None:
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "300000", "hi"]
+    code, out, err, imported = loads(asked, home)
+    alone = call([*asked, "--no-server"], home)
+    assert not imported
+    assert (code, out, err) == (alone.code, alone.out, alone.err)
+    assert code == 2
+
+
+def test_other_settings_are_not_answered(up: str, tiny: str, home: Path) -> None:
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "2", "hi"]
+    for more in (["--drafter", "none"], ["--memory", "4GiB"]):
+        assert loads([*asked, *more], home)[3]
+
+
+def test_texts_to_draft_from(tiny: str, home: Path) -> None:
+    text = home / "text"
+    text.write_text("hi there")
+    more = ["-m", tiny, *TINY, "--draft-from", str(text)]
+    with server(more, home):
+        asked = ["run", "--no-stdin", *more, "--max-new-tokens", "20", "hi"]
+        code, out, err, imported = loads(asked, home)
+        assert (code, err, imported) == (0, "", False)
+        assert call([*asked, "--no-server"], home).out == out
+
+
+def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
+    small = str(write_tiny(tmp_path, context=1000))
+    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    assert (refused.code, refused.out) == (4, b"")
+    assert "The memory budget is 50 MiB" in refused.err
+    with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            whole = client.completions.create(model=small, prompt="A", max_tokens=5)
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == 5
+        assert loads(["run", "--no-stdin", "-m", small, *TINY, "--max-new-tokens", "2", "hi"], home)[3]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_signal_keeps_what_was_written(up: str, tiny: str, home: Path, more: list[str]) -> None:
+    with started(["run", "--no-stdin", "-m", tiny, *TINY, *more, "hi"], home) as process:
+        assert process.stdout is not None
+        if more:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.0)
+        else:
+            os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (130, b"")
+    assert out.endswith(b"\n")
+    if more:
+        assert json.loads(out)["finish_reason"] == "interrupted"
+
+
+def test_a_closed_pipe_frees_the_session(up: str, tiny: str, home: Path) -> None:
+    with started(["run", "--no-stdin", "-m", tiny, *TINY, "hi"], home) as process:
+        assert process.stdout is not None
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.wait(SECONDS) == 141
+    end = monotonic() + SECONDS
+    while health(up)["texts"]:
+        assert monotonic() < end
+        sleep(0.05)
+
+
+def test_a_server_that_breaks_off_is_told(tiny: str, home: Path) -> None:
+    with server(["-m", tiny, *TINY, "--strict"], home) as (process, _):
+        asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--strict", "hi"]
+        with started(asked, home) as running:
+            assert running.stdout is not None
+            first = os.read(running.stdout.fileno(), 1)
+            process.kill()
+            out, err = running.communicate(timeout=SECONDS)
+        assert running.returncode == 1
+        assert err == b"longspec: The server broke off before the answer's end; ask again, or with --no-server.\n"
+        assert (first + out).endswith(b"\n")
+    assert call([*asked, "--max-new-tokens", "1"], home).code == 0  # the dead socket is nobody's
+
+
+def test_sigterm_ends_it_with_code_0(tiny: str, home: Path) -> None:
+    with server(["-m", tiny, *TINY, "--drafter", "none"], home) as (process, url):
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            chunks = iter(client.completions.create(model=tiny, prompt="A", max_tokens=100_000, stream=True))
+            next(chunks)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)  # at once, with what they have
+            assert list(chunks)[-1].choices[0].finish_reason == "length"
+        out, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_others_need_a_key(home: Path) -> None:
+    done = call(["serve", "--host", "0.0.0.0"], home)
+    assert (done.code, done.out) == (2, b"")
+    assert "set LONGSPEC_API_KEY" in done.err
+
+
+def test_a_folder_that_others_read_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        assert remote.folder() is None
+        assert remote.folder(make=True) == Path(folder, "longspec")
+        Path(folder, "longspec").chmod(0o755)
+        assert remote.folder(make=True) is None
+
+
+def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -> None:
+    first = remote.address(tmp_path, tiny, {"cache": "dense", "threads": None})
+    assert first == remote.address(tmp_path, os.path.relpath(tiny), {"cache": "dense", "all_rows": False})
+    assert first != remote.address(tmp_path, tiny, {"cache": "int8"})
+    os.utime(Path(tiny) / "config.json")
+    assert first != remote.address(tmp_path, tiny, {"cache": "dense"})
+
+
+@pytest.mark.real
+def test_the_default_model(home: Path) -> None:
+    alone = Engine.load("smollm2", dtype="fp32").generate("Why is the sky blue?", max_new_tokens=24)
+    pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
+    with server(["--dtype", "fp32"], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
+        asked = client.chat.completions.create(
+            model="smollm2", messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=24
+        )
+        assert asked.choices[0].message.content == alone.text
+        run = ["run", "--no-stdin", "--dtype", "fp32", "--max-new-tokens", "24", "Why is the sky blue?"]
+        code, out, _, imported = loads(run, home, pulled)
+        assert (code, out.decode(), imported) == (0, alone.text + "\n", False)
