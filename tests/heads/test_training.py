@@ -22,6 +22,7 @@ from longspec.errors import UsageError
 from longspec.heads.format import load_head, new_head, save_head
 from longspec.model.load import Model
 from longspec.text.detokenizer import decode
+from longspec.text.tokenizer import Vocabulary
 from longspec.training.course import Course, start
 from longspec.training.distil import Text, distil, opening, read_prompts, read_texts
 from longspec.training.features import Features, features
@@ -63,9 +64,8 @@ def test_texts_are_the_same_however_often_they_are_interrupted(model: Model, tmp
 
 
 def templated(model: Model, template: str) -> Model:
-    own = replace(model, vocabulary=deepcopy(model.vocabulary))
-    own.vocabulary.template = template
-    return own
+    known = model.vocabulary
+    return replace(model, vocabulary=Vocabulary(deepcopy(known.tokenizer), known.special, template))
 
 
 def test_a_model_invents_prompts_where_its_template_has_a_user_speak(model: Model, tmp_path: Path) -> None:
