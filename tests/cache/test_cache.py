@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.passes import feed
 from support.passes import write as commit
-from test_families import load
 
 from longspec.cache import BLOCK, CACHES, Dense, Shape
 from longspec.cache.stage import Cache

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny, vocabulary
-from test_families import load
 
 import longspec.drafters.common.skip_search as module
 from longspec.drafters.common.skip_search import SHARE, WINDOW, Search

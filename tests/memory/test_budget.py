@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.commands import write_tiny
 from support.engines import engine, finish, tiny
 from support.ggufs import write_gguf
 from test_cache import TOKENS, filled
-from test_families import load
 
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized

@@ -10,24 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import FAMILIES, oracle, write
+from support.checkpoints import FAMILIES, load, oracle, write
 from support.passes import feed
 from support.passes import write as commit
 from torch import Tensor
 
 from longspec.cache import Dense
 from longspec.errors import ModelError
-from longspec.model.config import Config
 from longspec.model.decoder import Decoder, Rows, Span
-from longspec.model.weights.read import Weights
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def load(folder: Path, *, strict: bool = False) -> Decoder:
-    config = Config.read(json.loads((folder / "config.json").read_text()))
-    return Decoder(config, Weights.of_folder(folder, torch.float32), torch.device("cpu"), strict=strict)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

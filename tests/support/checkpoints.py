@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from longspec.model.config import Config
+from longspec.model.decoder import Decoder
+from longspec.model.weights.read import Weights
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -93,3 +98,9 @@ def oracle(name: str, **changes: Any) -> Any:
 def write(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
+
+
+def load(folder: Path, *, strict: bool = False) -> Decoder:
+    """The decoder of a folder, in fp32 on the CPU."""
+    config = Config.read(json.loads((folder / "config.json").read_text()))
+    return Decoder(config, Weights.of_folder(folder, torch.float32), torch.device("cpu"), strict=strict)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
-from test_families import load
+from support.checkpoints import load, oracle, write
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
