@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longspec.sampling.sampler import Sampling as Sampling
     from longspec.types import Commit as Commit
     from longspec.types import Draft as Draft
+    from longspec.types import Drafter as Drafter
     from longspec.types import Stats as Stats
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOMES = {
     "Commit": "types",
     "ContextError": "errors",
     "Draft": "types",
+    "Drafter": "types",
     "Engine": "engine.engine",
     "LongspecError": "errors",
     "ModelError": "errors",

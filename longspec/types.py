@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Reading", "Stats", "Verdict", "Writing"]
+__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Needs", "Stats", "Verdict", "Writing"]
 
 FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
@@ -40,12 +40,19 @@ class Draft:
 
     tokens: Tensor  # [n] int64
     parents: Tensor  # [n] int64, parents[i] < i
-    chances: Tensor | None = None  # [n] fp32: how probably each is kept, as its drafter sees it; falls along a path
+    probs: Tensor | None = None  # [n] fp32: how probably each is kept, as its drafter sees it; falls along a path
     begun: Begun | None = None
     whole: bool = False  # verified as it is or not at all: its nodes are of use beyond being kept, or already paid for
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def first(self, nodes: int) -> Draft:
+        """Its first nodes, which are a draft too."""
+        if nodes >= len(self):
+            return self
+        probs = None if self.probs is None else self.probs[:nodes]
+        return Draft(self.tokens[:nodes], self.parents[:nodes], probs)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Draft:
@@ -57,14 +64,14 @@ class Draft:
         cls,
         tokens: Sequence[int],
         parents: Sequence[int],
-        chances: Sequence[float] | None = None,
+        probs: Sequence[float] | None = None,
         *,
         whole: bool = False,
     ) -> Draft:
         return cls(
             torch.tensor(tokens, dtype=torch.int64),
             torch.tensor(parents, dtype=torch.int64),
-            None if chances is None else torch.tensor(chances, dtype=torch.float32),
+            None if probs is None else torch.tensor(probs, dtype=torch.float32),
             whole=whole,
         )
 
@@ -78,6 +85,7 @@ class Verdict:
     choices: tuple[int, ...] = field(default=(), compare=False)  # [n + 1]: what follows the text, and each draft token
     # The text's last token and each draft token, with the target's most likely tokens after it; for drafters that ask.
     successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
+    entropy: float | None = field(default=None, compare=False)  # nats of the distribution that the bonus is from
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,44 +173,85 @@ class Writing(Protocol):
     def __hash__(self) -> int: ...
 
 
-class Drafter(Protocol):
-    """Bets on what comes next. It never sees a token that the target hasn't committed, and can't change one.
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drafter or a control is given of a forward pass beside the verdict."""
 
-    One with an attribute `successors`, a number, gets that many of them in every verdict.
+    successors: int = 0  # of the target's most likely tokens after each verified position, in `Verdict.successors`
+    layers: tuple[int, ...] = ()  # the hidden states after so many of the target's layers, by `Drafter.read`
+    entropy: bool = False  # `Verdict.entropy`, which costs a pass over the logits
+
+    def __or__(self, other: Needs) -> Needs:
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        return Needs(max(self.successors, other.successors), layers, self.entropy or other.entropy)
+
+
+class Drafter:
+    """Proposes what comes next. It sees no token that the target hasn't committed, and can't change one.
+
+    A subclass overrides `propose`, and of the rest what it needs. `make` says what it is made from.
     """
+
+    needs = Needs()
+    takes_inner: ClassVar[bool] = False
+    """Another drafter may draft for it: it may stand before a + in a drafter's name."""
+    serves: ClassVar[bool] = True
+    """It may draft for another, and stand behind a +."""
+
+    inner: Drafter | None = None
+    """Who drafts for it."""
+
+    @classmethod
+    def make(cls, model: Any, inner: Drafter | None = None) -> Drafter:
+        """A drafter for a loaded target. A subclass's further keyword parameters are its options: `name:floor=0.1`.
+
+        Raises:
+            UsageError: an option is of no use, or doesn't fit the model.
+        """
+        return cls()
+
+    @classmethod
+    def planned_bytes(cls, target: Any) -> tuple[int, int]:
+        """Bytes that it will take: once, and for each text of `target.tokens` tokens.
+
+        target: a `longspec.memory.plan.Request`, whose model isn't loaded. It is given the same options as `make`.
+        """
+        return 0, 500 * int(target.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights and tables; those of its parts, and its notes on texts, aren't counted."""
+        return 0
+
+    @property
+    def parts(self) -> Sequence[Drafter]:
+        """The drafters that it is made of, one level down; the engine walks them."""
+        return () if self.inner is None else (self.inner,)
 
     def begin(self, session: Writing) -> None:
         """A session starts; its prompt is in `session.tokens`."""
-        ...
+        for part in self.parts:
+            part.begin(session)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        """One draft per session, of at most `limits[i]` tokens each; an empty draft is no bet.
+        """One draft per session, of at most `limits[i]` tokens each; an empty draft is an honest answer.
 
-        ahead: tokens that are taken to follow the text, for a drafter that drafts for another's drafting; none, if
+        ahead: tokens that are assumed to follow the text, for a drafter that drafts for another's drafting; none, if
         left out. The draft goes on from there.
         """
-        ...
+        raise NotImplementedError
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         """`commit` is in the text now. The verdict is on the last draft that was verified, whoever made it."""
-        ...
+        for part in self.parts:
+            part.observe(session, commit, verdict)
 
+    def read(self, session: Writing, features: Sequence[Tensor]) -> None:
+        """The target's hidden states, [m, width] for each of `needs.layers`, of the m token positions just committed,
+        before any norm.
 
-@runtime_checkable
-class Reading(Protocol):
-    """A drafter that also reads what the target computed: the engine calls this where a drafter has it."""
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """Behind how many of the target's layers it reads, one number for each hidden state that it wants of a row."""
-        ...
-
-    def read(self, session: Writing, features: Tensor) -> None:
-        """The target's hidden states [m, layers * width] of the m rows just committed, before any norm.
-
-        They are the last ones of `session.cache`, from the prompt's on; each row's next token is in `session.tokens`.
-        Rows of a snapshot are never read. Called before `observe`. Work belongs in `propose`, whose time is counted.
+        They are the last ones of `session.cache`, from the prompt's on; the token behind each is in `session.tokens`.
+        Positions of a snapshot are never read. Called before `observe`; work belongs in `propose`, whose time counts.
         """
-        ...

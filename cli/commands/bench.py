@@ -124,7 +124,7 @@ def drafters(
             cache=cache,
             draft_tokens=num_speculative_tokens or DRAFT_TOKENS,
             control=control,
-            draft_model=smaller if name == "auto" or "model" in name.split("+") else None,
+            options={"draft": smaller} if smaller and (name == "auto" or "model" in name.split("+")) else {},
         )
         for name in dict.fromkeys(["none", *(drafter or ["auto"])])
     }

@@ -128,15 +128,15 @@ def _named(ctx: typer.Context, said: str) -> tuple[str, Any, Any]:
 def _ask_engine(name: str, value: Any) -> None:
     """Names that only the engine knows, refused as it refuses them. UsageError."""
     if name == "drafter" and value != "auto":
-        from longspec.drafters import check
+        from longspec.drafters.spec import parse
 
-        check(value, draft_model="model" in value.split("+"))
+        parse(value, {"draft": "named later"} if "model" in value.split("+") else {})
     elif name == "cache":
         from longspec.engine.options import check as check_options
 
-        check_options("auto", value, False, 1, draft_model=False)
+        check_options("auto", value, False, 1)
     elif name == "control":
-        from longspec.control.registry import make
+        from longspec.control import make
 
         make(value, ["none"], 1)
     elif name == "device":

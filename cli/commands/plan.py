@@ -82,11 +82,11 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
     import longspec.engine.engine  # noqa: F401 - what a run has in memory when it plans
     from longspec.machine.system import resident_bytes
     from longspec.memory.plan import Request, request_of, with_codes
-    from longspec.memory.weights import Footprint, parameters
     from longspec.model.config import Config
     from longspec.model.files.checkpoint import Checkpoint
     from longspec.model.files.hub import fetch_config
     from longspec.model.load import DTYPES, choose_device, choose_dtype, open_model
+    from longspec.model.weights.footprint import Footprint, parameters
 
     place = choose_device(device)
     try:

@@ -51,7 +51,7 @@ def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: 
         if more or not (drafter and cache and dtype):
             raise UsageError(f"The setting {setting!r} is no drafter/cache/dtype; write it as none, or auto/int8/bf16.")
         drafts = drafter == "auto" or "model" in drafter.split("+")
-        check(drafter, cache, False, DRAFT_TOKENS, draft_model=bool(drafts and draft_model), memory=False)
+        check(drafter, cache, False, DRAFT_TOKENS, {"draft": draft_model} if drafts and draft_model else {})
         check_dtype(dtype)
         told = {"model": model, "drafter": drafter, "cache": cache, "dtype": dtype, "threads": threads}
         made.append(Contender(setting, "longspec", {**told, "draft_model": draft_model if drafts else None}, True))

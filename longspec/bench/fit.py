@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from longspec.bench.tune import CHECKS, NOTES, PROMPTS, rate
-from longspec.control.registry import place
-from longspec.engine.engine import Engine
-from longspec.engine.forward import Feed, choosing, run
+from longspec.engine.engine import Engine, costs_path
+from longspec.engine.forward import Input, logits_of
 from longspec.engine.session import Session
 from longspec.errors import UsageError
 from longspec.machine.system import cores
@@ -107,7 +106,7 @@ def bets(model: Model, context: int, until: float, report: Callable[[str, int, i
     once at least, more until `until`. What it learned of steps is kept for the processes that come.
     """
     plain = Engine(model, drafter="none", cache="dense")
-    auto = Engine(model, drafter="auto", cache="dense", costs_file=place(model))
+    auto = Engine(model, drafter="auto", cache="dense", costs_file=costs_path(model))
     ratios: list[float] = []
     while len(ratios) < len(CHECKS) or (perf_counter() < until and len(ratios) < _WRITTEN):
         report("measuring drafters", len(ratios), _WRITTEN)
@@ -142,8 +141,7 @@ def _timed(model: Model, threads: Sequence[int]) -> dict[int, tuple[float, ...]]
 def _pass(session: Session, model: Model, rows: int) -> Tensor:
     """Logits [rows, V] of the tokens that come next, which are dropped again."""
     first, *others = session.unfed[:rows]
-    feed = Feed.of(session, [first], Draft.chain(others))
-    return model.decoder.logits(choosing(run([feed], model.decoder), [feed]))
+    return logits_of([Input.of(session, [first], Draft.chain(others))], model.decoder)
 
 
 @torch.inference_mode()

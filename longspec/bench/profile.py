@@ -90,7 +90,7 @@ def profiled(engine: Engine) -> Iterator[Times]:
         (decoder, "_texts", texts),
         (decoder, "_attend", ranged("attention", decoder._attend, "step")),
     ]
-    for drafter in engine.drafters.values():
+    for drafter in engine.speculator.drafters.values():
         put.append((drafter, "propose", ranged("draft", drafter.propose, "step")))
     own = [(owner, name, vars(owner).get(name)) for owner, name, _ in put]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

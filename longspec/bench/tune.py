@@ -233,8 +233,7 @@ def verify(
     """
     engines = [Engine(model, drafter="none", cache="dense")]
     for skip in skips:
-        engines.append(Engine(model, drafter="skip", cache="dense", control="fixed"))
-        engines[-1].drafters = {"skip": Skipping(model.decoder, skip)}
+        engines.append(Engine(model, drafter=Skipping(model.decoder, skip), cache="dense", control="fixed"))
     rates: list[list[float]] = []
     while not rates or (perf_counter() < until and len(rates) < _ROUNDS):
         report("measuring the best sets", len(rates), _ROUNDS)

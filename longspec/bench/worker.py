@@ -50,7 +50,8 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     found.set_threads(settings["threads"])
     model = found.load()
     smaller = settings["draft_model"] and open_model(settings["draft_model"], dtype=model.dtype, device="cpu").load()
-    engine = Engine(model, drafter=settings["drafter"], cache=settings["cache"], draft_model=smaller or None)
+    options = {"draft": smaller} if smaller else {}
+    engine = Engine(model, drafter=settings["drafter"], cache=settings["cache"], options=options)
 
     def opened(case: Case) -> list[Any]:
         engine.model = replace(model, end_tokens=tuple(case["ends"]))
@@ -82,7 +83,7 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
 
     versions = {"longspec": __version__, "torch": torch.__version__}
     told = {"dtype": model.dtype, "drafter": engine.drafter_name, "cache": engine.cache_name}
-    return write, {**told, "drafters": list(engine.drafters), "versions": versions}
+    return write, {**told, "drafters": list(engine.speculator.drafters), "versions": versions}
 
 
 def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:

@@ -85,7 +85,7 @@ class Constraint:
             return draft
         place = {-1: -1} | {node: i for i, node in enumerate(keep)}
         kept = torch.tensor([place[parents[node]] for node in keep], dtype=torch.int64)
-        return Draft(draft.tokens[keep], kept, None if draft.chances is None else draft.chances[keep])
+        return Draft(draft.tokens[keep], kept, None if draft.probs is None else draft.probs[keep])
 
     def extend(self, draft: Draft, ahead: Sequence[int], limit: int) -> Draft:
         """The tokens `ahead`, the draft behind them, and what its first path forces: at most `limit` tokens."""

@@ -1,29 +1,27 @@
-"""How much to bet, each step: which drafter, how many tokens at most, and which of the drafted ones are worth a row.
+"""How much to draft in a step: which drafter, how many tokens at most, and which of these are worth their positions.
 
-Takes what steps cost and kept, and gives limits; knows no model and no clock. A control never sees the text: a bad one
-costs time and nothing else.
-
-The default is `longspec.control.goodput`; here are the seam and the rules that need no learning.
+Takes what passes cost and drafts kept, and gives limits; knows no model and no clock. A control never sees the text: a
+bad one costs time and nothing else. The default is `longspec.control.goodput`; here are the seam and two simple rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from longspec.types import Draft, Writing
+from longspec.types import Draft, Needs, Verdict, Writing
 
-__all__ = ["Bet", "Confident", "Control", "Fixed", "Outcome", "Step", "Sure", "chances", "first"]
+__all__ = ["Bet", "Control", "Entropy", "Fixed", "Outcome", "Step"]
 
 
 class Bet(NamedTuple):
-    """What a session's draft may be: up to `limit` tokens of a drafter; none where it is 0."""
+    """What a session's draft may be: at most `limit` tokens of a drafter; where it is 0, `why` there is none."""
 
     drafter: str
     limit: int
-    probe: bool = False  # made to learn something: it isn't trimmed
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Outcome:
     bet: Bet
     draft: Draft  # as it was verified
     kept: Sequence[int]  # its nodes that were kept
-    entropy: float | None = None  # nats of softmax(logits) where the bonus was chosen, for a control that asks
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,94 +42,57 @@ class Step:
     outcomes: Sequence[Outcome]
     draft_seconds: Mapping[str, float]  # of each drafter that was asked
     pass_seconds: float | None  # None where a chunk of a prompt shared the pass: it tells nothing of a step's cost
-    rows: int  # of the pass, such a chunk's not counted
+    rows: int  # token positions of the pass, such a chunk's not counted
 
 
-class Control(Protocol):
-    """Decides each step: `bets`, then drafting, `trim`, the pass, `observe`."""
+class Control:
+    """Decides each step: `bets`, then the drafters propose, `trim`, the forward pass, `observe`. This one: always all.
 
-    @property
-    def entropies(self) -> bool:
-        """Whether outcomes should have their entropy: it costs a pass over the logits."""
-        ...
+    drafter: who drafts.
+    """
 
-    def bets(self, sessions: Sequence[Writing], rooms: Sequence[int]) -> list[Bet]:
-        """One for each session, of at most `rooms[i]` tokens."""
-        ...
-
-    def trim(self, bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        """The drafts without nodes that aren't worth their rows. One that says so stays whole."""
-        ...
-
-    def observe(self, step: Step) -> None: ...
-
-
-class Fixed:
-    """Always as much as there is room for."""
-
-    entropies = False
+    needs = Needs()
 
     def __init__(self, drafter: str) -> None:
         self.drafter = drafter
 
-    def bets(self, sessions: Sequence[Writing], rooms: Sequence[int]) -> list[Bet]:
-        return [Bet(self.drafter, room) for room in rooms]
+    def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
+        """One for each session, of at most `most[i]` tokens."""
+        return [Bet(self.drafter, limit) for limit in most]
 
-    def trim(self, bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
+    def trim(self, sessions: Sequence[Writing], bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
+        """The drafts without nodes that aren't worth their positions. One that is `whole` stays so."""
         return list(drafts)
 
     def observe(self, step: Step) -> None:
-        pass
+        """Learn from a step."""
+
+    def report(self) -> dict[str, Any]:
+        """What a later run may begin with, as JSON."""
+        return {}
 
 
-class Confident(Fixed):
-    """Only nodes that their drafter gives a path's chance of `floor` at least (EAGLE-2's confidences, 2406.16858)."""
-
-    def __init__(self, drafter: str, floor: float = 0.3) -> None:
-        super().__init__(drafter)
-        self.floor = floor
-
-    def trim(self, bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        return [first(draft, sum(chance >= self.floor for chance in chances(draft) or [1.0] * len(draft)))
-                for draft in drafts]  # fmt: skip
+Fixed = Control
 
 
-class Sure(Fixed):
-    """No bet where the target's last distribution had more than `most` nats (Cerberus's gate, 2410.13344)."""
+class Entropy(Control):
+    """No draft where the target's last distribution had more than `most` nats (Cerberus's gate, 2410.13344)."""
 
-    entropies = True
+    needs = Needs(entropy=True)
 
     def __init__(self, drafter: str, most: float = 2.0) -> None:
         super().__init__(drafter)
         self.most = most
         self._last: WeakKeyDictionary[Writing, float] = WeakKeyDictionary()
 
-    def bets(self, sessions: Sequence[Writing], rooms: Sequence[int]) -> list[Bet]:
+    def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
+        hard = [self._last.get(session, 0.0) > self.most for session in sessions]
         return [
-            Bet(self.drafter, room if self._last.get(session, 0.0) <= self.most else 0)
-            for session, room in zip(sessions, rooms, strict=True)
+            Bet("", 0, "unsure") if is_hard else Bet(self.drafter, limit)
+            for is_hard, limit in zip(hard, most, strict=True)
         ]
 
     def observe(self, step: Step) -> None:
         for outcome in step.outcomes:
-            if outcome.entropy is not None:
-                self._last[outcome.session] = outcome.entropy
-
-
-def chances(draft: Draft) -> list[float] | None:
-    """[n]: each node's and never above an earlier one's, so that the nodes above any floor are the first ones."""
-    if draft.chances is None:
-        return None
-    lowest, falling = 1.0, []
-    for chance in draft.chances.tolist():
-        lowest = min(lowest, chance)
-        falling.append(lowest)
-    return falling
-
-
-def first(draft: Draft, nodes: int) -> Draft:
-    """Its first nodes, which are a draft too, unless it is to stay whole."""
-    if nodes >= len(draft) or draft.whole:
-        return draft
-    kept = None if draft.chances is None else draft.chances[:nodes]
-    return Draft(draft.tokens[:nodes], draft.parents[:nodes], kept)
+            if outcome.verdict.entropy is not None:
+                self._last[outcome.session] = outcome.verdict.entropy

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from longspec.cache.tree import Tree
 from longspec.drafters.common.clover_native import Cell, missing
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.format import Trained
+from longspec.heads.format import Trained, load_head, room
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import Model
 from longspec.model.native import missing as kernel_lacks
 from longspec.model.weights.read import Weights
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.types import Draft, Drafter, Needs, Writing
 
 __all__ = ["Head"]
 
@@ -47,7 +48,7 @@ class _Growth:
         return self.tree.depths
 
 
-class Head:
+class Head(Drafter):
     """Bets with a head. Without the target's hidden states (behind another drafter) it bets nothing."""
 
     def __init__(self, model: Model, head: Trained) -> None:
@@ -69,15 +70,27 @@ class Head:
             with torch.inference_mode():
                 tokens = torch.arange(config.vocabulary) if self._places is None else self._places
                 self._cell = Cell(head.module, self.decoder, target.embed(tokens), coded=coded)  # type: ignore[arg-type]
-        self.layers = (target.config.layers,)
-        self.nbytes = self.decoder.nbytes + sum(value.nbytes for value in held.values())
-        self.nbytes += 0 if self._cell is None else self._cell.nbytes
+        self.needs = Needs(layers=(target.config.layers,))
+        self._held_bytes: int = sum(value.nbytes for value in held.values())
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoder.nbytes + self._held_bytes + (0 if self._cell is None else self._cell.nbytes)
+
+    @classmethod
+    def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
+        return cls(model, load_head(folder, model))
+
+    @classmethod
+    def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
+        once, token = room(Path(folder), target.config)
+        return once, token * target.tokens
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
 
-    def read(self, session: Writing, features: Tensor) -> None:
-        self._follow.read(session, features)
+    def read(self, session: Writing, features: Sequence[Tensor]) -> None:
+        self._follow.read(session, features[0])
 
     @torch.inference_mode()
     def propose(
@@ -93,9 +106,6 @@ class Head:
         if not room or last is None:
             return Draft.chain(())
         return cell.draft(last, room, min(room, self.head.depth), self._places)
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        pass
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)

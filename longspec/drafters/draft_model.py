@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +23,11 @@ from longspec.cache.stage import Cache
 from longspec.drafters.common.tree_growth import grow
 from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Rows
-from longspec.model.load import Model
-from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+from longspec.model.load import DTYPES, Model, open_model
+from longspec.model.weights.footprint import footprint
+from longspec.types import Draft, Drafter, Writing
 
-__all__ = ["SHARED", "Smaller", "match"]
+__all__ = ["SHARED", "DraftModel", "match"]
 
 SHARED = 0.9
 """The least share of the target's vocabulary that the draft model must have: what it lacks, it can't draft."""
@@ -42,23 +44,50 @@ class _Notes:
     rows: Sequence[tuple[int, int]] = ()
 
 
-class Smaller:
+class DraftModel(Drafter):
     """Drafts by a draft model. `inner` bets for it in turn.
 
     Raises:
         UsageError: the vocabularies have too little in common.
     """
 
+    takes_inner = True
+
     def __init__(self, target: Model, draft: Model, inner: Drafter | None = None) -> None:
-        self.decoder, self.nbytes = draft.decoder, draft.decoder.nbytes
+        self.decoder = draft.decoder
         self.inner = inner
         self._places = match(target, draft)
         self._notes: WeakKeyDictionary[Writing, _Notes] = WeakKeyDictionary()
 
+    @classmethod
+    def make(cls, model: Model, inner: Drafter | None = None, *, draft: str | Path | Model | None = None) -> Drafter:
+        """draft: the draft model, loaded or by name; it is loaded in the target's dtype, on its device."""
+        if draft is None:
+            raise UsageError("The drafter model needs a draft model: name one (--draft-model, or model:draft=NAME).")
+        if not isinstance(draft, Model):
+            opened = open_model(str(draft), dtype=model.dtype, device=str(model.decoder.device))
+            draft = opened.load(strict=model.decoder.strict)
+        return cls(model, draft, inner)
+
+    @classmethod
+    def planned_bytes(cls, target: Any, *, draft: str | Path | Model | None = None) -> tuple[int, int]:
+        """The draft model's weights, as its files tell them, and its dense KV cache."""
+        if draft is None:
+            return 0, 0
+        if isinstance(draft, Model):
+            return draft.decoder.nbytes, target.tokens * draft.decoder.shape.row_bytes
+        opened = open_model(str(draft), dtype=target.dtype, device=str(target.device))
+        c, dtype = opened.config, DTYPES[opened.dtype]
+        row = 2 * c.layers * c.key_heads * c.head_dim * dtype.itemsize
+        return footprint(opened.checkpoint, c, dtype).resident, target.tokens * row
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoder.nbytes
+
     def begin(self, session: Writing) -> None:
         self._notes[session] = _Notes(Dense(self.decoder.shape))
-        if self.inner is not None:
-            self.inner.begin(session)
+        super().begin(session)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
@@ -69,10 +98,6 @@ class Smaller:
             for session, limit, guess in zip(sessions, limits, guesses, strict=True)
         ]
         return grow(self, sessions, rooms, ahead, inner=self.inner)
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        if self.inner is not None:
-            self.inner.observe(session, commit, verdict)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         notes, tokens = self._notes[session], session.tokens

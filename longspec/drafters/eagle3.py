@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from longspec.cache.tree import Tree
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.eagle3 import Eagle3
+from longspec.heads.eagle3 import Eagle3, load_eagle3
+from longspec.heads.format import read_config, weights_bytes
 from longspec.model.decoder import Decoder, Rows, Span
-from longspec.model.load import Model
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.model.load import DTYPES, Model
+from longspec.types import Draft, Drafter, Needs, Writing
 
 __all__ = ["Eagle"]
 
@@ -43,23 +45,38 @@ class _Growth:
         return self.tree.depths
 
 
-class Eagle:
+class Eagle(Drafter):
     """Bets with an EAGLE-3 head."""
 
     def __init__(self, model: Model, head: Eagle3) -> None:
         self.head, self._target = head, model.decoder
-        self.layers = head.layers
+        self.needs = Needs(layers=tuple(sorted(set(head.layers))))
         self._follow = Follow(head.shape(model.decoder.device, model.decoder.dtype), self._run)
 
     @property
     def decoder(self) -> Decoder:
         return self._target
 
+    @classmethod
+    def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
+        return cls(model, load_eagle3(Path(folder), read_config(folder), model))
+
+    @classmethod
+    def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
+        """Its weights file, and one layer's keys and values, as wide as the target's."""
+        row = 2 * target.config.key_heads * target.config.head_dim * DTYPES[target.dtype].itemsize
+        return weights_bytes(folder, target.dtype), row * target.tokens
+
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
 
-    def read(self, session: Writing, features: Tensor) -> None:
-        self._follow.read(session, features)
+    @property
+    def nbytes(self) -> int:
+        return self.head.nbytes
+
+    def read(self, session: Writing, features: Sequence[Tensor]) -> None:
+        by_layer = dict(zip(self.needs.layers, features, strict=True))
+        self._follow.read(session, torch.cat([by_layer[layer] for layer in self.head.layers], -1))
 
     @torch.inference_mode()
     def propose(
@@ -67,9 +84,6 @@ class Eagle:
     ) -> list[Draft]:
         rooms = self._follow.rooms(sessions, limits)
         return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens)
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        pass
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)

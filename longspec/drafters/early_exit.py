@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longspec.model.decoder import Chunk, Decoder, Rows
-from longspec.types import Begun, Commit, Draft, Verdict, Writing
+from longspec.types import Begun, Commit, Draft, Drafter, Verdict, Writing
 
 __all__ = ["Exit", "usual"]
 
@@ -44,7 +44,7 @@ class _Pending:
     hidden: Tensor  # [rows, width]
     layers: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)  # at which each token was drafted, as a place in `Exit.exits`
 
     def chunk(self, first: int) -> Chunk:
@@ -52,11 +52,13 @@ class _Pending:
         return Chunk(self.stage, staged, self.tokens[first:], self.session.cache.length, self.session.long)
 
 
-class Exit:
+class Exit(Drafter):
     """Drafts at exits.
 
     exits: after how many layers, rising. A checkpoint that was trained with layer dropout can leave early.
     """
+
+    serves = False  # its drafts are more than bets, and must be verified as they are
 
     def __init__(self, decoder: Decoder, exits: Sequence[int] | None = None) -> None:
         self.decoder = decoder
@@ -64,8 +66,9 @@ class Exit:
         self.thresholds = [0.6] * len(self.exits)
         self._made: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
 
-    def begin(self, session: Writing) -> None:
-        pass
+    @classmethod
+    def make(cls, model: Any, inner: Drafter | None = None) -> Drafter:
+        return cls(model.decoder)
 
     @torch.inference_mode()
     def propose(
@@ -136,12 +139,12 @@ class Exit:
         logits = self.decoder.logits(torch.stack([one.hidden[-1] for one in pending]))
         unsure = []
         for one, row in zip(pending, logits, strict=True):
-            tokens, chances = one.session.rank(row[None], [[*one.ahead, *one.drafted]], 1)
-            if (chance := chances.item()) < self.thresholds[place]:
+            tokens, probs = one.session.rank(row[None], [[*one.ahead, *one.drafted]], 1)
+            if (chance := probs.item()) < self.thresholds[place]:
                 unsure.append(one)
                 continue
             one.drafted.append(int(tokens.item()))
-            one.chances.append(chance * (one.chances[-1] if one.chances else 1.0))
+            one.probs.append(chance * (one.probs[-1] if one.probs else 1.0))
             one.exits.append(place)
         return unsure
 
@@ -152,6 +155,6 @@ def usual(layers: int) -> tuple[int, ...]:
 
 
 def _chain(one: _Pending) -> tuple[Tensor, Tensor, Tensor]:
-    made = Draft.tree(one.drafted, range(-1, len(one.drafted) - 1), one.chances)
-    assert made.chances is not None
-    return made.tokens, made.parents, made.chances
+    made = Draft.tree(one.drafted, range(-1, len(one.drafted) - 1), one.probs)
+    assert made.probs is not None
+    return made.tokens, made.parents, made.probs

@@ -34,11 +34,13 @@ _MOST_NBYTES = 1 << 16
 """A file of a thousand layers has a sixth of it."""
 
 
-class Skipping:
+class Skipping(Drafter):
     """Drafts by passes that skip. `inner` bets for it in turn.
 
     skip: what is left out, for good. If it isn't given it is searched, from `start` on.
     """
+
+    takes_inner = True
 
     def __init__(
         self, decoder: Decoder, skip: Skip | None = None, inner: Drafter | None = None, *, start: Skip | None = None
@@ -51,6 +53,12 @@ class Skipping:
         self._prompts: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()  # tokens that a text began with
         self._drafted: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()  # tokens of the draft being verified
 
+    @classmethod
+    def make(cls, model: Model, inner: Drafter | None = None, *, set: str | Path | None = None) -> Drafter:  # noqa: A002
+        """set: a file of `longspec tune` that says what is left out for good."""
+        fixed = None if set is None else load_skip(set, model.decoder.config.layers)
+        return cls(model.decoder, fixed, inner, start=saved_skip(model))
+
     @property
     def skip(self) -> Skip:
         """What is left out now. It doesn't change while a draft is made."""
@@ -61,8 +69,7 @@ class Skipping:
 
     def begin(self, session: Writing) -> None:
         self._prompts[session] = len(session.tokens)
-        if self.inner is not None:
-            self.inner.begin(session)
+        super().begin(session)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
@@ -74,8 +81,7 @@ class Skipping:
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
         """What the text says of the set. The search has its turn here, where nothing of the step is under way."""
-        if self.inner is not None:
-            self.inner.observe(session, commit, verdict)
+        super().observe(session, commit, verdict)
         drafted = self._drafted.pop(session, None)
         if self.search is None:
             return

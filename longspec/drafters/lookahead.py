@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.errors import UsageError
+from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 
 __all__ = ["Lookahead"]
 
@@ -32,17 +34,27 @@ class _Guesses:
     ends: list[int] = field(default_factory=list)  # its columns' last nodes
 
 
-class Lookahead:
+class Lookahead(Drafter):
     """window: W; length: N, tokens of a run; guesses: G, runs that are kept and bet on for one first token.
 
     A draft has (W + G) (N - 1) nodes at most. A smaller limit gives half to each, whole columns and runs only.
     """
+
+    serves = False  # its drafts are more than bets, and must be verified as they are
 
     def __init__(self, window: int = 7, length: int = 4, guesses: int = 7) -> None:
         self.window = window
         self.length = length
         self.guesses = guesses
         self._carried: WeakKeyDictionary[Writing, _Guesses] = WeakKeyDictionary()
+
+    @classmethod
+    def make(
+        cls, model: Any, inner: Drafter | None = None, *, window: int = 7, length: int = 4, guesses: int = 7
+    ) -> Drafter:
+        if window < 1 or length < 2 or guesses < 1:
+            raise UsageError("lookahead takes a window and guesses of at least 1, and a length of at least 2.")
+        return cls(window, length, guesses)
 
     def begin(self, session: Writing) -> None:
         """The first guesses are the prompt's own last tokens, again and again if it is short."""

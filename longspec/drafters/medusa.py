@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from longspec.cache.tree import Tree
 from longspec.drafters.common.tree_growth import grow
+from longspec.heads.format import read_config, weights_bytes
 from longspec.heads.medusa import Medusa as Heads
+from longspec.heads.medusa import load_medusa
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.types import Draft, Drafter, Needs, Writing
 
 __all__ = ["Medusa"]
 
@@ -41,19 +44,31 @@ class _Growth:
         return self.tree.depths
 
 
-class Medusa:
+class Medusa(Drafter):
     """Bets with Medusa heads."""
 
     def __init__(self, model: Model, heads: Heads) -> None:
         self.heads, self.decoder = heads, model.decoder
-        self.layers = (model.decoder.config.layers,)
+        self.needs = Needs(layers=(model.decoder.config.layers,))
         self._newest: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()  # rows, and the last one's
+
+    @classmethod
+    def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
+        return cls(model, load_medusa(Path(folder), read_config(folder), model))
+
+    @classmethod
+    def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
+        return weights_bytes(folder, target.dtype), 0
 
     def begin(self, session: Writing) -> None:
         self._newest.pop(session, None)
 
-    def read(self, session: Writing, features: Tensor) -> None:
-        self._newest[session] = session.cache.length, features[-1:]
+    @property
+    def nbytes(self) -> int:
+        return self.heads.nbytes
+
+    def read(self, session: Writing, features: Sequence[Tensor]) -> None:
+        self._newest[session] = session.cache.length, features[0][-1:]
 
     @torch.inference_mode()
     def propose(
@@ -65,9 +80,6 @@ class Medusa:
         rooms = [limit if fit else 0 for limit, fit in zip(limits, fits, strict=True)]
         longest = max((len(guess) for guess in guesses), default=0)
         return grow(self, sessions, rooms, ahead, depth=max(1, self.heads.depth - longest))
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        pass
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         hidden = self.decoder.normed(self._newest[session][1])

@@ -11,9 +11,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import islice
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.drafters.common.merge import merged
+from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 
 __all__ = ["Automaton", "Ngram"]
 
@@ -102,7 +104,7 @@ class Automaton:
         """
         tokens: list[int] = []
         parents: list[int] = []
-        chances: list[float] = []
+        probs: list[float] = []
         paths: list[tuple[float, int, int, int, int, int]] = []  # the tree's possible next leaves, a heap
         pushed = 0
         chance, node, (state, matched) = 1.0, -1, self.after(ahead)
@@ -125,20 +127,26 @@ class Automaton:
             chance, node = -chance, len(tokens)
             tokens.append(token)
             parents.append(parent)
-            chances.append(chance)
-        return tokens, parents, chances
+            probs.append(chance)
+        return tokens, parents, probs
 
 
-class Ngram:
+class Ngram(Drafter):
     """Drafts from the session's own prompt and answer.
 
     `floor` is the least probability of being kept that is worth a row: best is the cost of a row in passes times the
     tokens per step. Measured, a tenth is best at 4% of a pass for a row, and within 3% of the best from 1% to 10%.
     """
 
+    takes_inner = True
+
     def __init__(self, floor: float = 0.03) -> None:
         self.floor = floor
         self._texts: WeakKeyDictionary[Writing, Automaton] = WeakKeyDictionary()
+
+    @classmethod
+    def make(cls, model: Any, inner: Drafter | None = None, *, floor: float = 0.03) -> Drafter:
+        return merged(cls(floor), inner)
 
     def begin(self, session: Writing) -> None:
         self._texts[session] = text = Automaton()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.types import Draft, Drafter, Writing
 
 __all__ = ["Nothing"]
 
 
-class Nothing:
+class Nothing(Drafter):
     """Proposes empty drafts."""
 
-    def begin(self, session: Writing) -> None:
-        pass
+    serves = False
+
+    @classmethod
+    def planned_bytes(cls, target: Any) -> tuple[int, int]:
+        return 0, 100 * int(target.tokens)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         return [Draft.chain(()) for _ in sessions]
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        pass

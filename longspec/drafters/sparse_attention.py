@@ -14,16 +14,19 @@ from torch import Tensor
 
 from longspec.cache.views import Pages, Upper, View, Window, viewed
 from longspec.drafters.common.tree_growth import grow
+from longspec.errors import UsageError
 from longspec.model.decoder import Decoder, Rows
-from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+from longspec.types import Draft, Drafter, Writing
 
 __all__ = ["VIEWS", "Sparse"]
 
 VIEWS: dict[str, Callable[[], View]] = {"window": Window, "pages": Pages, "upper": Upper}
 
 
-class Sparse:
+class Sparse(Drafter):
     """Drafts by passes that read less. view: one of VIEWS. `inner` bets for it in turn."""
+
+    takes_inner = True
 
     def __init__(self, decoder: Decoder, view: str = "pages", inner: Drafter | None = None) -> None:
         self.decoder = decoder
@@ -31,19 +34,20 @@ class Sparse:
         self.inner = inner
         self._views: WeakKeyDictionary[Writing, View] = WeakKeyDictionary()
 
+    @classmethod
+    def make(cls, model: Any, inner: Drafter | None = None, *, view: str = "pages") -> Drafter:
+        if view not in VIEWS:
+            raise UsageError(f"sparse has no view {view!r}; use one of: {', '.join(VIEWS)}.")
+        return cls(model.decoder, view, inner)
+
     def begin(self, session: Writing) -> None:
         self._views[session] = self.view()
-        if self.inner is not None:
-            self.inner.begin(session)
+        super().begin(session)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         return grow(self, sessions, limits, ahead, inner=self.inner)
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        if self.inner is not None:
-            self.inner.observe(session, commit, verdict)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         return viewed(session.cache, self._views[session]), session.cache.length, session.unfed

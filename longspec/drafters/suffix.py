@@ -14,12 +14,12 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from longspec.drafters.common.answer_store import Outputs
-from longspec.drafters.common.merge import laid_over
+from longspec.drafters.common.merge import laid_over, merged
 from longspec.drafters.common.suffix_array import MOST_TOKENS, Corpus
 from longspec.drafters.ngram import Ngram
 from longspec.errors import UsageError
 from longspec.model.load import Model
-from longspec.types import Commit, Draft, Verdict, Writing
+from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 
 __all__ = ["MOST_NBYTES", "Suffix", "remembering"]
 
@@ -27,8 +27,10 @@ MOST_NBYTES = 16 << 20
 """Of a file to draft from: some four million tokens, twice what a corpus holds."""
 
 
-class Suffix:
+class Suffix(Drafter):
     """corpus: what it remembers. outputs: where finished answers go, if they are to be remembered."""
+
+    takes_inner = True
 
     def __init__(self, corpus: Corpus, outputs: Outputs | None = None, floor: float = 0.03) -> None:
         self.corpus = corpus
@@ -36,6 +38,12 @@ class Suffix:
         self.floor = floor
         self._own = Ngram(floor)
         self._begun: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()
+
+    @classmethod
+    def make(
+        cls, model: Model, inner: Drafter | None = None, *, texts: Sequence[str | Path] = (), remember: bool = False
+    ) -> Drafter:
+        return merged(remembering(model, [Path(text) for text in texts], remember=remember), inner)
 
     def begin(self, session: Writing) -> None:
         self._own.begin(session)

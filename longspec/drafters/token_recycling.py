@@ -14,8 +14,9 @@ from array import array
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
+from typing import Any
 
-from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+from longspec.types import Commit, Draft, Drafter, Needs, Verdict, Writing
 
 __all__ = ["Recycle"]
 
@@ -24,23 +25,32 @@ SUCCESSORS = 8
 
 _FLOOR = 0.01  # a path that is less probable isn't drafted
 _RECENT = 1 / 500  # of the text's steps, in the chance of a rank
-_PRIOR = 50  # steps that the first chances count for: halves of what is left, half of them all
+_PRIOR = 50  # steps that the first probs count for: halves of what is left, half of them all
 
 
-class Recycle:
+class Recycle(Drafter):
     """vocabulary: V. inner: whose bets come first."""
 
+    needs = Needs(successors=SUCCESSORS)
+    takes_inner = True
+
     def __init__(self, vocabulary: int, inner: Drafter | None = None) -> None:
-        self.successors = SUCCESSORS
         self.inner = inner
         self._table = array("i", [-1]) * (vocabulary * SUCCESSORS)  # the likeliest token first; -1: nothing is known
-        self.nbytes = self._table.itemsize * len(self._table)
         self._ranks = [0.5 ** (rank + 1) for rank in range(SUCCESSORS)]
         self._counted = _PRIOR
 
-    def begin(self, session: Writing) -> None:
-        if self.inner is not None:
-            self.inner.begin(session)
+    @classmethod
+    def make(cls, model: Any, inner: Drafter | None = None) -> Drafter:
+        return cls(model.decoder.config.vocabulary, inner)
+
+    @classmethod
+    def planned_bytes(cls, target: Any) -> tuple[int, int]:
+        return 4 * SUCCESSORS * target.config.vocabulary, 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._table.itemsize * len(self._table)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
@@ -55,8 +65,7 @@ class Recycle:
         ]
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        if self.inner is not None:
-            self.inner.observe(session, commit, verdict)
+        super().observe(session, commit, verdict)
         if verdict.successors:
             self._count([session.tokens[-len(commit.tokens) - 1], *commit.tokens])
             for token, likely in verdict.successors:
@@ -81,7 +90,7 @@ class Recycle:
 
     def _tree(self, last: int, limit: int, bet: Draft | None) -> Draft:
         """The likeliest nodes of the table's tree and the other's, best first (EAGLE-2's growth, 2406.16858)."""
-        children, chances = _children(bet)
+        children, probs = _children(bet)
         tokens: list[int] = []
         parents: list[int] = []
         paths: list[float] = []
@@ -90,9 +99,9 @@ class Recycle:
         chance, token, node, inner = 1.0, last, -1, -1
         while len(tokens) < limit:
             own = dict(zip(self._after(token), self._ranks, strict=False))
-            left, whole = 1.0, chances[inner] if inner >= 0 else 1.0
+            left, whole = 1.0, probs[inner] if inner >= 0 else 1.0
             for other, at in children.get(inner, {}).items() if inner >= -1 else ():
-                share = chances[at] / whole if whole > 0 else 0.0
+                share = probs[at] / whole if whole > 0 else 0.0
                 left -= share
                 heappush(leaves, (-chance * max(share, own.pop(other, 0.0)), next(order), other, node, at))
             for other, share in own.items():
@@ -109,10 +118,10 @@ class Recycle:
 
 
 def _children(bet: Draft | None) -> tuple[dict[int, dict[int, int]], list[float]]:
-    """By node, -1 for the text: the tokens that continue it and their nodes. And the chances of all paths."""
+    """By node, -1 for the text: the tokens that continue it and their nodes. And the probs of all paths."""
     children: dict[int, dict[int, int]] = {}
     if bet is None:
         return children, []
     for node, (token, parent) in enumerate(zip(bet.tokens.tolist(), bet.parents.tolist(), strict=True)):
         children.setdefault(parent, {})[token] = node
-    return children, [1.0] * len(bet) if bet.chances is None else bet.chances.tolist()
+    return children, [1.0] * len(bet) if bet.probs is None else bet.probs.tolist()

@@ -65,6 +65,7 @@ def speculation(session: Session, drafter: str) -> dict[str, Any]:
         "accepted": stats.accepted,
         "tokens_per_step": stats.tokens_per_step,
         "steps_without_a_bet": stats.steps_without_a_bet,
+        "bets": dict(session.bets.most_common()),
     }
 
 

@@ -1,50 +1,47 @@
 """The engine: a model, its drafter and its caches; runs steps for one or many sessions.
 
-    prompt -> tokens -> chunked prefill -> cache                                      once
-    propose -> Draft -> target forward over all rows -> choices -> verify -> commit   each step
+    prompt -> tokens -> chunked prefill -> KV cache                   once
+    propose -> Draft -> forward pass -> Verdict -> commit -> observe  each step
 
 It never prints and never draws: progress goes to a callback, text to whoever iterates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
 from longspec.cache import BLOCK, CACHES, LOSSLESS
-from longspec.control import latency as costs
-from longspec.control.goodput import Goodput
-from longspec.control.policy import Bet, Outcome, Step
-from longspec.control.registry import make as make_control
-from longspec.control.registry import place
-from longspec.drafters import DRAFT_TOKENS, Means
-from longspec.drafters import make as make_drafter
-from longspec.drafters.layer_skip import load_skip
+from longspec.control import latency
+from longspec.control import make as make_control
+from longspec.control.policy import Control
+from longspec.drafters import DRAFT_TOKENS
+from longspec.drafters.auto import auto, heads_for
+from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
-from longspec.engine.forward import Feed, Pass, choices_of, choosing, entropies_of, every, readers, run
+from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
-from longspec.engine.options import Options, asked, bets_with, check, drafters, guidance, kind, most_tokens, tokens_of
+from longspec.engine.options import Options, asked, check, drafter_options, guidance, kind, most_tokens, tokens_of
 from longspec.engine.prefix_cache import keep, resume, take_over
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
+from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError
-from longspec.memory.plan import CHUNKS, Plan, heads, make_plan
-from longspec.model.decoder import Skip
+from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.load import Model, open_model
-from longspec.sampling.sampler import Sampling, likeliest
-from longspec.sampling.verify import verify
+from longspec.sampling.sampler import Sampling
 from longspec.text.detokenizer import Transcript
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
-from longspec.types import Commit, Draft, Drafter
+from longspec.types import Commit, Drafter
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "costs_path"]
 
 PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
@@ -61,32 +58,30 @@ class Engine:
         self,
         model: Model,
         *,
-        drafter: str = "auto",
+        drafter: str | Drafter = "auto",
+        options: Mapping[str, Any] | None = None,
+        control: str | Control = "goodput",
         cache: str = "auto",
         all_rows: bool = False,
         draft_tokens: int = DRAFT_TOKENS,
-        draft_model: Model | None = None,
-        skip: Skip | None = None,
-        draft_from: Sequence[str | Path] = (),
-        remember: bool = False,
-        control: str = "goodput",
         costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
-        self.model = model
-        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
-        check(drafter, cache, all_rows, draft_tokens, **named)
-        names = drafters(drafter, nbytes=model.decoder.nbytes, heads=heads(model, plan), **named)
-        means = Means(model, draft_model, skip, [Path(text) for text in draft_from], remember)
-        self.drafters: dict[str, Drafter] = {name: make_drafter(name, means) for name in names}
-        self.drafter_name = names[0] if len(names) == 1 else drafter
-        self.costs_file, learned = costs_file, costs.read(costs_file) if costs_file else None
-        self.control = make_control(control, names, draft_tokens, learned)
-        self.plan = plan
+        """drafter: a name, as `longspec.drafters.spec` reads it, or a drafter that is made. options: those of drafters,
+        by name. control: a name, or a control that is made. costs_file: what passes cost here, read and kept.
+        """
+        check(drafter, cache, all_rows, draft_tokens, options)
+        self.model, self.plan = model, plan
+        drafters = _drafters(model, drafter, options or {}, plan)
+        self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
+        self.costs_file = costs_file
+        if isinstance(control, str):
+            learned = latency.read(costs_file) if costs_file and control == "goodput" else None
+            control = make_control("fixed" if [*drafters] == ["none"] else control, [*drafters], draft_tokens, learned)
+        self.speculator = Speculator(drafters, control, draft_tokens)
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
         self.watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
-        self.draft_tokens = draft_tokens
         self.load_seconds: dict[str, float] = {}
 
     @classmethod
@@ -94,7 +89,7 @@ class Engine:
         cls,
         model: str = "smollm2",
         *,
-        drafter: str = "auto",
+        drafter: str | Drafter = "auto",
         cache: str = "auto",
         all_rows: bool = False,
         dtype: str = "auto",
@@ -106,7 +101,7 @@ class Engine:
         skip_set: str | Path | None = None,
         draft_from: Sequence[str | Path] = (),
         remember: bool = False,
-        control: str = "goodput",
+        control: str | Control = "goodput",
         memory: str | int | None = None,
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
         texts: int = 1,
@@ -131,8 +126,8 @@ class Engine:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
         # What is wrong is said before a model is loaded.
-        named = {"draft_model": draft_model is not None, "memory": bool(draft_from) or remember}
-        check(drafter, cache, all_rows, num_speculative_tokens, **named)
+        options = drafter_options(draft_model, skip_set, draft_from, remember)
+        check(drafter, cache, all_rows, num_speculative_tokens, options)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
@@ -144,26 +139,23 @@ class Engine:
                 cache=kind(cache, all_rows),
                 draft_tokens=num_speculative_tokens,
                 drafter=drafter,
+                options=options,
                 strict=strict,
                 texts=texts,
             )
         loaded = opened.load(strict=strict, report=report)
-        smaller = None
         if draft_model is not None:
-            smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report).load(strict=strict)
-        skips = bets_with("skip", drafter, nbytes=loaded.decoder.nbytes, **named)
+            smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report)
+            options["draft"] = smaller.load(strict=strict)
         engine = cls(
             loaded,
             drafter=drafter,
+            options=options,
+            control=control,
             cache=cache,
             all_rows=all_rows,
             draft_tokens=num_speculative_tokens,
-            draft_model=smaller,
-            skip=load_skip(skip_set, loaded.decoder.config.layers) if skip_set is not None and skips else None,
-            draft_from=draft_from,
-            remember=remember,
-            control=control,
-            costs_file=place(loaded),
+            costs_file=costs_path(loaded),
             plan=plan,
         )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
@@ -175,9 +167,9 @@ class Engine:
         return self.model.decoder.config.context
 
     def keep_costs(self) -> None:
-        """Keep what steps cost here, so that the next process bets well from its first step."""
-        if self.costs_file is not None and isinstance(self.control, Goodput):
-            costs.write(self.costs_file, self.control.report())
+        """Keep what steps cost here, so that the next process drafts well from its first step."""
+        if self.costs_file is not None and (report := self.speculator.control.report()):
+            latency.write(self.costs_file, report)
 
     def save(self, session: Session, path: str | Path) -> None:
         """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
@@ -259,8 +251,7 @@ class Engine:
         )
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)
-        for drafter in self.drafters.values():
-            drafter.begin(session)
+        self.speculator.begin(session)
         return session
 
     def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
@@ -280,73 +271,55 @@ class Engine:
     @torch.inference_mode()
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
-        feed = self._chunk(session, stop)
-        self._fed(feed, run([feed], self.model.decoder, readers(self.drafters.values())))
+        chunk = self._chunk(session, stop)
+        self._prefilled(chunk, forward([], [chunk], self.model.decoder, self.speculator.needs), 0)
 
     @torch.inference_mode()
     def step(
         self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
     ) -> list[Commit]:
-        """Draft, one target forward, verify, commit: what each session got.
+        """Draft, one forward pass of the target, verify, commit: what each session got.
 
         reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
         """
-        rooms = [min(self.draft_tokens, session.room - 1) for session in sessions]
-        guides = [session.constraint if self.drafter_name != "none" else None for session in sessions]
-        forced = [guide.forced(room) if guide else [] for guide, room in zip(guides, rooms, strict=True)]
-        bets = self.control.bets(sessions, [room - len(ahead) for room, ahead in zip(rooms, forced, strict=True)])
-        own, draft_seconds = self._drafts(sessions, bets, forced)
-        parts = zip(guides, own, forced, rooms, strict=True)
-        drafts = [guide.extend(draft, ahead, room) if guide else draft for guide, draft, ahead, room in parts]
-        began = perf_counter()
-        feeds = [Feed.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
-        chunk = [] if reading is None else [self._chunk(reading, stop)]
-        made = run([*feeds, *chunk], self.model.decoder, readers(self.drafters.values()))
-        logits = self.model.decoder.logits(choosing(made, feeds))
+        drafts = self.speculator.propose(sessions)
+        inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
+        chunks = [] if reading is None else [self._chunk(reading, stop)]
+        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs)
+        commits = []
+        for i, (one, verdict) in enumerate(zip(inputs, output.verdicts, strict=True)):
+            commits.append(one.session.take(verdict, one.draft))
+            self._commit(one, verdict.kept, output, i)
+        for chunk in chunks:
+            self._prefilled(chunk, output, len(inputs))
+        rows = sum(len(one.tokens) for one in inputs)
+        self.speculator.observe(commits, output.verdicts, output.seconds, rows, shared=bool(chunks))
+        return self._guarded(sessions, commits)
+
+    def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:
+        """What of an input is text now goes into its cache, and its hidden states to the drafters."""
+        committed = one.commit(kept)
+        if committed and self.speculator.needs.layers:
+            self.speculator.read(one.session, output.features_of(index, committed))
+
+    def _guarded(self, sessions: Sequence[Session], commits: list[Commit]) -> list[Commit]:
+        """The commits; where the memory runs short, one of the texts ends with what it has."""
         if (remark := self.model.decoder.remark()) is not None:
             sessions[0].notes.append(remark)
-        chosen = choices_of(feeds, logits)
-        wanted = max(getattr(drafter, "successors", 0) for drafter in every(self.drafters.values()))
-        successors = likeliest(logits, wanted).tolist() if wanted else []
-        entropies: Sequence[list[float] | None] = [None] * len(feeds)
-        if self.control.entropies:
-            entropies = entropies_of(feeds, logits)
-        pass_seconds, staged = perf_counter() - began, sum(len(feed.tokens) for feed in feeds)
-        commits, outcomes = [], []
-        each = zip(feeds, bets, own, forced, chosen, entropies, strict=True)
-        for feed, bet, draft, ahead, choices, entropy in each:
-            session = feed.session
-            verdict = verify(feed.draft, feed.parents, choices)
-            if successors:
-                after = [feed.lacking[-1], *feed.draft]
-                verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
-            commits.append(session.take(verdict, feed.draft))
-            made.commit(feed, verdict.kept)
-            session.drafting += sum(draft_seconds.values())
-            session.verifying += pass_seconds
-            for drafter in self.drafters.values():
-                drafter.observe(session, commits[-1], verdict)
-            last = verdict.kept[-1] + 1 if verdict.kept else 0
-            kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
-            outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
-        for feed in chunk:
-            self._fed(feed, made)
-        self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
-            at = list(sessions).index(ending)
-            commits[at] += ending.interrupt("length")
+            commits[list(sessions).index(ending)] += ending.interrupt("length")
         return commits
 
-    def _chunk(self, session: Session, stop: int | None) -> Feed:
-        """The next rows of a prompt, up to the end of a block; its last token is the first step's."""
+    def _chunk(self, session: Session, stop: int | None) -> Input:
+        """The next tokens of a prompt, up to the end of a block; its last token is the first step's."""
         start = session.cache.length
         end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
-        return Feed.of(session, session.tokens[start:end])
+        return Input.of(session, session.tokens[start:end])
 
-    def _fed(self, feed: Feed, made: Pass) -> None:
+    def _prefilled(self, chunk: Input, output: Output, index: int) -> None:
         """A chunk has been through the pass."""
-        session = feed.session
-        made.commit(feed, [])
+        session = chunk.session
+        self._commit(chunk, [], output, index)
         if self.watch is not None:
             self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
         if session.unfed[1:]:
@@ -359,29 +332,10 @@ class Engine:
                 session.notes.append(str(error))
         session.prefilled = perf_counter()
 
-    def _drafts(
-        self, sessions: Sequence[Session], bets: Sequence[Bet], forced: Sequence[Sequence[int]]
-    ) -> tuple[list[Draft], dict[str, float]]:
-        """Each session's draft by its bet, behind what is forced, and the seconds of every drafter that was asked."""
-        drafts, seconds = [Draft.chain(()) for _ in sessions], {}
-        for name, drafter in self.drafters.items():
-            asked = [i for i, bet in enumerate(bets) if bet.drafter == name and bet.limit > 0]
-            if asked:
-                began = perf_counter()
-                ahead = [forced[i] for i in asked]
-                limits = [bets[i].limit for i in asked]
-                made = drafter.propose([sessions[i] for i in asked], limits, ahead if any(ahead) else None)
-                seconds[name] = perf_counter() - began
-                for i, draft in zip(asked, made, strict=True):
-                    constraint = sessions[i].constraint
-                    drafts[i] = constraint.prune(draft, forced[i]) if constraint else draft
-        return self.control.trim(bets, drafts), seconds
-
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
         perf_counter's clock; else it is from when the session was opened.
         """
-        drafting = sum(getattr(drafter, "nbytes", 0) for drafter in every(self.drafters.values()))
         return Answer(
             text=session.said,
             reasoning=session.reasoning,
@@ -394,5 +348,34 @@ class Engine:
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder.nbytes, drafting, self.plan),
+            memory=memory(session, self.model.decoder.nbytes, self.speculator.nbytes, self.plan),
         )
+
+
+def _drafters(
+    model: Model, drafter: str | Drafter, options: Mapping[str, Any], plan: Plan | None
+) -> dict[str, Drafter]:
+    """Who drafts, by name, the first to be tried first."""
+    if isinstance(drafter, Drafter):
+        return {type(drafter).__name__.lower(): drafter}
+    if drafter != "auto":
+        spec = parse(drafter, options)
+        return {spec.name: spec.make(model)}
+    heads = heads_for(model)
+    if plan is not None:
+        tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
+        heads = heads_for(model, tokens, spare)
+    return {spec.name: spec.make(model) for spec in auto(options, nbytes=model.decoder.nbytes, heads=heads)}
+
+
+def costs_path(model: Model) -> Path:
+    """Where it is kept what this model's passes cost on this machine."""
+    decoder = model.decoder
+    return latency.costs_file(
+        machine=f"{platform.node()} {platform.machine()}",
+        config=repr(decoder.config),
+        dtype=model.dtype,
+        device=str(decoder.device),
+        strict=str(decoder.strict),
+        threads=str(torch.get_num_threads()),
+    )

@@ -1,15 +1,15 @@
-"""What sessions bring to a pass, and the one flat pass that it makes.
+"""The token positions that sessions bring to a forward pass, and what one flat pass makes of all of them.
 
-A feed is a chain of tokens that the cache lacks, and behind its last one the draft. First step, full acceptance and
-rejection are one case: only the number of lacking tokens differs.
+An input is a chain of tokens that the KV cache lacks, and behind its last one the draft. First step, full acceptance
+and rejection are one case: only the number of lacking tokens differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import cast
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from torch import Tensor
 from longspec.cache.stage import Stage
 from longspec.engine.session import Session
 from longspec.model.decoder import Chunk, Decoder, Rows
-from longspec.sampling.sampler import choose
-from longspec.types import Begun, Draft, Drafter, Reading
+from longspec.sampling.sampler import choose, likeliest
+from longspec.sampling.verify import verify
+from longspec.types import Begun, Draft, Needs, Verdict
 
-__all__ = ["Feed", "Pass", "choices_of", "choosing", "entropies_of", "every", "readers", "run"]
+__all__ = ["Input", "Output", "forward", "logits_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
-    """One session's rows in a pass, staged behind its cache."""
+class Input:
+    """One session's token positions in a pass, staged behind its cache."""
 
     session: Session
     stage: Stage
@@ -36,7 +37,8 @@ class Feed:
     begun: Begun | None = None
 
     @classmethod
-    def of(cls, session: Session, lacking: list[int], draft: Draft | None = None) -> Feed:
+    def of(cls, session: Session, lacking: list[int], draft: Draft | None = None) -> Input:
+        """Stages the tokens of a text and of the draft that follows them."""
         tokens, parents = (draft.tokens.tolist(), draft.parents.tolist()) if draft is not None else ([], [])
         begun, last = (draft.begun if draft is not None else None), len(lacking) - 1
         stage, done = (session.cache.open(), 0) if begun is None else (begun.stage, len(begun.layers))
@@ -49,40 +51,40 @@ class Feed:
 
     @property
     def layers(self) -> list[int]:
-        """How many layers each row has behind it."""
+        """How many layers each position has behind it."""
         begun = self.begun.layers if self.begun is not None else ()
         return [*begun, *[0] * (len(self.tokens) - len(begun))]
 
     def chunk(self, first: int = 0) -> Chunk:
-        """The rows from the `first`-th on, as a pass takes them."""
+        """The positions from the `first`-th on, as a pass takes them."""
         session = self.session
         staged = slice(first, self.staged.stop)
         return Chunk(self.stage, staged, self.tokens[first:], session.cache.length, session.long)
 
     @property
     def choosing(self) -> int:
-        """How many rows choose a token: the text's last, and every draft row."""
+        """How many positions choose a token: the text's last, and every drafted one."""
         return 1 + len(self.draft)
 
     @property
     def depths(self) -> list[int]:
-        """Of the choosing rows: how many draft tokens lie between the text and the token that is chosen."""
+        """Of the choosing positions: how many draft tokens lie between the text and the token that is chosen."""
         first = len(self.lacking) - 1
         return [depth - first for depth in self.stage.depths[first:]]
 
     def paths(self) -> list[list[int]]:
-        """Of the choosing rows: the draft tokens on their path."""
+        """Of the choosing positions: the draft tokens on their path."""
         paths: list[list[int]] = [[]]
         for token, parent in zip(self.draft, self.parents, strict=True):
             paths.append([*paths[parent + 1], token])
         return paths
 
     def commit(self, kept: Sequence[int]) -> list[int]:
-        """Put into the cache what of this feed is now text: kept draft rows, up to the text's last token but one.
+        """Puts into the cache what of this input is now text: kept draft tokens, up to the text's last token but one.
 
-        Gives the rows that it put there.
+        Gives the positions of the input that it put there.
 
-        The last token stays unfed, so that the next step always has a row to begin with. A text that was cut back
+        The last token stays unfed, so that the next step always has a position to begin with. A text that was cut back
         into earlier steps (a stop string) takes its rows along.
         """
         cache, first = self.session.cache, len(self.lacking)
@@ -96,106 +98,119 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """What a pass made of its rows."""
+class Output:
+    """What a pass made of its inputs, of which the first ones choose tokens."""
 
     rows: Rows
-    hidden: Tensor  # [r, width], after all layers
-    feeds: Sequence[Feed]  # a span of the rows each
-    readers: Sequence[Reading]
-    features: Mapping[int, Tensor]  # [r, width] each, after so many layers: those that the readers want
+    features: Mapping[int, Tensor]  # [r, width] each, after so many layers: those that were needed
+    verdicts: Sequence[Verdict]  # on the draft of each input that chooses
+    seconds: float
 
-    def commit(self, feed: Feed, kept: Sequence[int]) -> None:
-        """As `Feed.commit`; then each reader is given the features of the rows that are in the cache now."""
-        committed = feed.commit(kept)
-        if not committed or not self.readers:
-            return
-        place = next(i for i, own in enumerate(self.feeds) if own is feed)
-        own = {layer: made[self.rows.spans[place].at][committed] for layer, made in self.features.items()}
-        for reader in self.readers:
-            reader.read(feed.session, torch.cat([own[layer] for layer in reader.layers], -1))
+    def features_of(self, index: int, committed: Sequence[int]) -> dict[int, Tensor]:
+        """Of these positions of an input."""
+        at = self.rows.spans[index].at
+        return {layer: hidden[at][committed] for layer, hidden in self.features.items()}
 
 
-def run(feeds: Sequence[Feed], decoder: Decoder, readers: Sequence[Reading] = ()) -> Pass:
-    """All feeds' rows in one pass through all layers. readers: they are given what it computes.
+def forward(choosing: Sequence[Input], others: Sequence[Input], decoder: Decoder, needs: Needs) -> Output:
+    """All inputs in one pass through all layers, and the target's verdict on the drafts of those that choose."""
+    began, inputs = perf_counter(), [*choosing, *others]
+    rows = Rows.of([one.chunk() for one in inputs], decoder.device)
+    hidden, features = _layers(inputs, rows, decoder, needs.layers)
+    verdicts = _verdicts(choosing, decoder.logits(_last(choosing, rows, hidden)), needs) if choosing else []
+    return Output(rows, features, verdicts, perf_counter() - began)
 
-    Rows that a drafter has begun join at the layer that they have reached. As the older rows of a feed are never behind
-    the younger ones, those that lack a layer are the last ones of their feeds. (What lies behind them isn't computed
-    again: readers get their last state for it.)
+
+def logits_of(inputs: Sequence[Input], decoder: Decoder) -> Tensor:
+    """Logits [r, V] of every choosing position of these inputs, in one pass."""
+    rows = Rows.of([one.chunk() for one in inputs], decoder.device)
+    return decoder.logits(_last(inputs, rows, _layers(inputs, rows, decoder, ())[0]))
+
+
+def _layers(
+    inputs: Sequence[Input], rows: Rows, decoder: Decoder, needed: Sequence[int]
+) -> tuple[Tensor, Mapping[int, Tensor]]:
+    """Hidden states [r, width] after all layers, and after those that are needed.
+
+    Positions that a drafter has begun join at the layer that they have reached. As the older positions of an input are
+    never behind the younger ones, those that lack a layer are the last ones of their inputs. (What lies behind them
+    isn't computed again: drafters get their last state for it.)
     """
-    rows = Rows.of([feed.chunk() for feed in feeds], decoder.device)
-    read = {layer for reader in readers for layer in reader.layers}
-    hidden, features = None, {}
-    if all(feed.begun is None for feed in feeds):
-        for first, last in pairwise(sorted({0, *read, decoder.config.layers})):
+    last_layer, hidden, features = decoder.config.layers, None, {}
+    if all(one.begun is None for one in inputs):
+        for first, last in pairwise(sorted({0, *needed, last_layer})):
             hidden = decoder.forward(rows, hidden, first, last)
-            features[last] = hidden
+            if last in needed:
+                features[last] = hidden
         assert hidden is not None
-        return Pass(rows, hidden, feeds, readers, features)
-    layers = [layer for feed in feeds for layer in feed.layers]
+        return hidden, features
+    layers = [layer for one in inputs for layer in one.layers]
     hidden = torch.empty(len(layers), decoder.config.width, dtype=decoder.dtype, device=decoder.device)
-    for feed, span in zip(feeds, rows.spans, strict=True):
-        if feed.begun is not None:
-            hidden[span.at][: len(feed.begun.layers)] = feed.begun.hidden
-    for first, last in pairwise(sorted({*layers, *read, decoder.config.layers})):
-        chunks = [feed.chunk(sum(layer > first for layer in feed.layers)) for feed in feeds]
+    for one, span in zip(inputs, rows.spans, strict=True):
+        if one.begun is not None:
+            hidden[span.at][: len(one.begun.layers)] = one.begun.hidden
+    for first, last in pairwise(sorted({*layers, *needed, last_layer})):
+        chunks = [one.chunk(sum(layer > first for layer in one.layers)) for one in inputs]
         part = Rows.of([chunk for chunk in chunks if chunk.tokens], decoder.device)
         lacking = torch.tensor([layer <= first for layer in layers], device=decoder.device)
         if part.spans:
             hidden[lacking] = decoder.forward(part, hidden[lacking] if first else None, first, last)
-        features[last] = hidden.clone() if last in read else hidden
-    return Pass(rows, hidden, feeds, readers, features)
+        if last in needed:
+            features[last] = hidden.clone()
+    return hidden, features
 
 
-def readers(drafters: Iterable[Drafter]) -> list[Reading]:
-    """Those that read what the target computes, also where they bet for another."""
-    # isinstance would look through the whole protocol, in each step
-    return [cast(Reading, drafter) for drafter in every(drafters) if hasattr(drafter, "read")]
-
-
-def every(drafters: Iterable[Drafter]) -> Iterator[Drafter]:
-    """They, and those that bet for them."""
-    for drafter in drafters:
-        inner: Drafter | None = drafter
-        while inner is not None:
-            yield inner
-            inner = getattr(inner, "inner", None)
-
-
-def choosing(made: Pass, feeds: Sequence[Feed]) -> Tensor:
-    """Hidden states of the rows that choose a token, feeds behind each other; others may follow them in the pass."""
-    spans, hidden = made.rows.spans[: len(feeds)], made.hidden
-    if all(len(feed.lacking) == 1 for feed in feeds):
+def _last(inputs: Sequence[Input], rows: Rows, hidden: Tensor) -> Tensor:
+    """Hidden states of the positions that choose a token, inputs behind each other; others may follow them."""
+    spans = rows.spans[: len(inputs)]
+    if all(len(one.lacking) == 1 for one in inputs):
         return hidden[: spans[-1].at.stop]
-    return torch.cat([hidden[span.at][-feed.choosing :] for span, feed in zip(spans, feeds, strict=True)])
+    return torch.cat([hidden[span.at][-one.choosing :] for span, one in zip(spans, inputs, strict=True)])
 
 
-def choices_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[int]]:
-    """The target's choice after every choosing row, feed by feed: one copy to the host."""
+def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Verdict]:
+    """The target's verdicts on the drafts, and what is needed beside: all in a few copies to the host."""
+    successors = iter(likeliest(logits, needs.successors).tolist() if needs.successors else ())
+    entropies = iter(_entropies(logits) if needs.entropy else ())
+    verdicts = []
+    for one, choices in zip(inputs, _choices(inputs, logits), strict=True):
+        verdict = verify(one.draft, one.parents, choices)
+        after: list[tuple[int, list[int]]] = []
+        entropy = None
+        if needs.successors:
+            after = [(token, next(successors)) for token in (one.lacking[-1], *one.draft)]
+        if needs.entropy:
+            entropy = [next(entropies) for _ in range(one.choosing)][verdict.kept[-1] + 1 if verdict.kept else 0]
+        verdicts.append(Verdict(verdict.kept, verdict.bonus, verdict.choices, after, entropy))
+    return verdicts
+
+
+def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
+    """The target's choice after every choosing position, input by input: one copy to the host."""
     chosen, start = [], 0
-    for _, alike in groupby(feeds, _manner):
-        own = list(alike)
-        session, end = own[0].session, start + sum(feed.choosing for feed in own)
+    for _, alike in groupby(inputs, _sampled_alike):
+        group = list(alike)
+        session, end = group[0].session, start + sum(one.choosing for one in group)
         rows, sampling = logits[start:end], session.sampling
         if session.constraint is not None:
-            rows = session.constraint.mask(rows, own[0].paths())
-        keys = [] if sampling.is_greedy else [key for feed in own for key in feed.session.noise_keys(feed.depths)]
-        contexts = [session.seen.union(path) for path in own[0].paths()] if sampling.penalises else None
+            rows = session.constraint.mask(rows, group[0].paths())
+        keys = [] if sampling.is_greedy else [key for one in group for key in one.session.noise_keys(one.depths)]
+        contexts = [session.seen.union(path) for path in group[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
-    flat, ends = torch.cat(chosen).tolist(), list(accumulate(feed.choosing for feed in feeds))
+    flat, ends = torch.cat(chosen).tolist(), list(accumulate(one.choosing for one in inputs))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def _manner(feed: Feed) -> tuple[object, ...]:
-    """Feeds behind each other that are equal in this choose in one call; one with a text to look at, alone."""
-    session, sampling = feed.session, feed.session.sampling
-    alone = id(feed) if session.constraint is not None or sampling.penalises else None
+def _sampled_alike(one: Input) -> tuple[object, ...]:
+    """A grouping key: neighbours with equal sampling choose in one call; one with a grammar or a penalty, alone."""
+    session, sampling = one.session, one.session.sampling
+    alone = id(one) if session.constraint is not None or sampling.penalises else None
     return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, alone
 
 
-def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:
-    """Nats of every choosing row's distribution, feed by feed."""
+def _entropies(logits: Tensor) -> list[float]:
+    """Nats of each position's distribution."""
     falling = torch.log_softmax(logits.float(), -1)
-    values = iter((-(falling.exp() * falling).sum(-1)).tolist())
-    return [[next(values) for _ in range(feed.choosing)] for feed in feeds]
+    entropies: list[float] = (-(falling.exp() * falling).sum(-1)).tolist()
+    return entropies

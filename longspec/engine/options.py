@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 from longspec.cache import BLOCK, CACHES
 from longspec.constraints.grammar import grammar_of
 from longspec.constraints.thinking_budget import held
-from longspec.drafters import check as check_drafter
+from longspec.drafters.auto import auto
+from longspec.drafters.spec import parse
 from longspec.engine.session import Session
 from longspec.errors import BudgetError, ContextError, UsageError
 from longspec.model.load import Model
@@ -20,11 +21,9 @@ from longspec.text.prompt import Prompt, encode
 from longspec.text.reasoning_effort import variables
 from longspec.text.repetition import Loops
 from longspec.text.tokenizer import Vocabulary
+from longspec.types import Drafter
 
-__all__ = ["Options", "asked", "bets_with", "check", "drafters", "guidance", "kind", "most_tokens", "tokens_of"]
-
-LARGE = 2 << 30
-"""Bytes of weights from which `auto` tries to leave layers out too: smaller models have none to spare."""
+__all__ = ["Options", "asked", "check", "drafter_options", "guidance", "kind", "most_tokens", "tokens_of"]
 
 
 class Options(TypedDict, total=False):
@@ -55,34 +54,25 @@ def kind(cache: str, all_rows: bool) -> str:
     return f"{cache} --all-rows" if all_rows else cache
 
 
-def drafters(
-    name: str, *, draft_model: bool, memory: bool = False, nbytes: int = 0, heads: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """The names in DRAFTERS that this one stands for; of several, each step takes the one that promises most.
-
-    memory: there are texts to draft from. nbytes: of the weights. heads: those that come with longspec for the model
-    and are worth their time, of which one is taken. (Beside the same drafter without the head, as a choice of its own,
-    it brought 1.63 times plain decoding and not 1.75 on 13 prompts: the two are too much alike to be tried in turns.)
-    """
-    if name != "auto":
-        return (name,)
-    text = "recycle+suffix" if memory else "recycle+ngram"
-    more = ["model+ngram"] if draft_model else ["skip+ngram"] if nbytes >= LARGE else []
-    return ("+".join((text, *heads[:1])), *more)
-
-
-def bets_with(part: str, drafter: str, *, draft_model: bool, memory: bool, nbytes: int) -> bool:
-    """Whether one of the drafters that this name stands for is `part`, or has it below or above another."""
-    names = drafters(drafter, draft_model=draft_model, memory=memory, nbytes=nbytes)
-    return any(part in name.split("+") for name in names)
+def drafter_options(
+    draft_model: object = None,
+    skip_set: object = None,
+    draft_from: Sequence[str | Path] = (),
+    remember: bool = False,
+) -> dict[str, Any]:
+    """Options of drafters as `longspec.drafters.spec.parse` takes them, of those that `Engine.load` has a word for."""
+    given = {"draft": draft_model, "set": skip_set, "texts": tuple(draft_from), "remember": remember}
+    return {name: value for name, value in given.items() if value not in (None, (), False)}
 
 
 def check(
-    drafter: str, cache: str, all_rows: bool, draft_tokens: int, *, draft_model: bool, memory: bool = False
+    drafter: str | Drafter, cache: str, all_rows: bool, draft_tokens: int, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Raises UsageError: a name isn't known, or options don't go together."""
-    if drafter != "auto":
-        check_drafter(drafter, draft_model=draft_model, memory=memory)
+    """options: those of drafters. Raises UsageError: a name isn't known, or options don't go together."""
+    if drafter == "auto":
+        auto(options or {})
+    elif isinstance(drafter, str):
+        parse(drafter, {name: value for name, value in (options or {}).items() if name != "set"})
     if cache != "auto" and cache not in (names := [name for name in CACHES if " " not in name]):
         raise UsageError(f"The cache {cache!r} is not known; use auto or one of: {', '.join(names)}.")
     if all_rows and f"{cache} --all-rows" not in CACHES:

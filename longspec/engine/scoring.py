@@ -12,7 +12,7 @@ from itertools import takewhile
 import torch
 
 from longspec.engine.engine import Engine
-from longspec.engine.forward import Feed, choosing, run
+from longspec.engine.forward import Input, logits_of
 from longspec.engine.session import Session
 from longspec.text.prompt import Prompt, encode
 from longspec.types import Draft
@@ -53,12 +53,10 @@ def _scores(
             parents += [-1, *range(len(tokens), len(tokens) + len(own) - 1)][: len(own)]
             tokens += own
             end += 1
-        feed = Feed.of(session, [last], Draft.tree(tokens, parents))
-        chances = torch.log_softmax(
-            engine.model.decoder.logits(choosing(run([feed], engine.model.decoder), [feed])).float(), -1
-        )
+        staged = Input.of(session, [last], Draft.tree(tokens, parents))
+        log_probs = torch.log_softmax(logits_of([staged], engine.model.decoder).float(), -1)
         # The row of token i is i + 1, as the text's last comes first; the one that chose it is its parent's.
-        chosen = chances[torch.tensor(parents) + 1, torch.tensor(tokens)].tolist()
+        chosen = log_probs[torch.tensor(parents) + 1, torch.tensor(tokens)].tolist()
         at = 0
         for before, answer in rest[start:end]:
             own = chosen[at + len(before) : at + len(before) + len(answer)]

@@ -6,6 +6,7 @@ that an end-of-text token, a stop string or a limit inside of a draft is one cas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -67,6 +68,7 @@ class Session:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self.bets: Counter[str] = Counter()  # steps by who drafted, or `none: ` and why nobody did
         self.drafting = 0.0  # seconds that the session's steps drafted; a step of several sessions counts for each
         self.verifying = 0.0  # and ran the target
         self.notes: list[str] = []  # what happened to the text on its way, for people

@@ -50,6 +50,11 @@ class Eagle3:
     def width(self) -> int:
         return self.config.width
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, and of its own embedding."""
+        return sum(tensor.nbytes for tensor in (*self.weights.values(), self.embedding) if tensor is not None)
+
     def shape(self, device: torch.device, dtype: torch.dtype) -> Shape:
         """Of its cache. A row reads as far back as the head was trained to."""
         return Shape(self.config.key_heads, self.config.head_dim, (self.config.context,), dtype, device)

@@ -136,6 +136,12 @@ def room(folder: Path, config: Config) -> tuple[int, int]:
     return 6 * parameters + (3 + 3 * 2) * rows, KINDS[about["kind"]].LAYERS * 2 * 2 * config.key_heads * config.head_dim
 
 
+def weights_bytes(folder: str | Path, dtype: str) -> int:
+    """Bytes that the weights of another's head take in this dtype: files are read as half precision, and converted."""
+    stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return 2 * stored if dtype == "fp32" else stored
+
+
 def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False) -> None:
     """Write the files, each atomically, the config last.
 

@@ -37,6 +37,12 @@ class Medusa:
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights; those of the target's head that it writes with aren't counted."""
+        blocks = (tensor for head in self.blocks for block in head for tensor in block)
+        return sum(tensor.nbytes for tensor in (*blocks, *self.written) if tensor is not None)
+
     def run(self, head: int, hidden: Tensor) -> Tensor:
         """What a head makes of normed hidden states [r, width]."""
         for weight, bias in self.blocks[head]:

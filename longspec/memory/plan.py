@@ -16,27 +16,25 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Room, Shape
-from longspec.drafters import DRAFT_TOKENS, parts, published
-from longspec.drafters.token_recycling import SUCCESSORS
+from longspec.drafters import DRAFT_TOKENS
+from longspec.drafters.auto import auto
+from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
-from longspec.heads import KINDS
-from longspec.heads.format import fitting, is_head, read_config, shipped
-from longspec.heads.format import room as head_room
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
-from longspec.memory.weights import Footprint, footprint
 from longspec.model.config import Config
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.store import place_of_codes
-from longspec.model.load import DTYPES, Model, Opened
+from longspec.model.load import DTYPES, Opened
+from longspec.model.weights.footprint import Footprint, footprint
+from longspec.types import Drafter
 
 __all__ = [
     "CHUNKS",
@@ -48,7 +46,6 @@ __all__ = [
     "budget_of",
     "choice",
     "choices",
-    "heads",
     "make_plan",
     "plan",
     "request_of",
@@ -73,9 +70,6 @@ _PER_THREAD = 2 << 20
 _AUTO = 0.9
 """Of what the machine has left, under `--memory auto`: others grow too."""
 
-_PER_TOKEN = {"none": 100, "ngram": 500}
-"""Bytes of Python that a token takes, its drafter's notes included."""
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -88,7 +82,7 @@ class Request:
     tokens: int  # prompt and answer, of each text
     process: int  # bytes that the process has now
     draft_tokens: int = DRAFT_TOKENS
-    drafter: str = "ngram"
+    drafters: Sequence[Spec] = ()  # of which each text may use any
     strict: bool = False
     threads: int = 1
     texts: int = 1  # that are written side by side
@@ -180,18 +174,22 @@ def make_plan(
     tokens: int | None = None,
     cache: str = "auto",
     draft_tokens: int = DRAFT_TOKENS,
-    drafter: str = "auto",
+    drafter: str | Drafter = "auto",
+    options: Mapping[str, Any] | None = None,
     strict: bool = False,
     texts: int = 1,
 ) -> Plan:
-    """The plan for a model that is opened and not loaded; `memory` and `tokens` as `Engine.load` takes them.
+    """The plan for a model that is opened and not loaded; `memory`, `tokens` and `drafter` as `Engine.load` takes them.
+    options: those of drafters.
 
     Raises:
         UsageError: the memory is no size.
         ModelError: the files of the weights are damaged.
         BudgetError: nothing fits.
     """
-    request = request_of(opened, tokens, draft_tokens=draft_tokens, drafter=drafter, strict=strict, texts=texts)
+    request = request_of(
+        opened, tokens, draft_tokens=draft_tokens, drafter=drafter, options=options, strict=strict, texts=texts
+    )
     budget = budget_of(request, memory)
     smaller = None
     if opened.dtype != "bf16" and alone(request) > budget:
@@ -222,7 +220,8 @@ def request_of(
     tokens: int | None,
     *,
     draft_tokens: int = DRAFT_TOKENS,
-    drafter: str = "auto",
+    drafter: str | Drafter = "auto",
+    options: Mapping[str, Any] | None = None,
     strict: bool = False,
     texts: int = 1,
 ) -> Request:
@@ -236,7 +235,7 @@ def request_of(
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
-        drafter=drafter,
+        drafters=_specs(drafter, options or {}, found.weights),
         strict=strict,
         threads=torch.get_num_threads() if on_cpu else 1,
         texts=texts,
@@ -298,12 +297,7 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     one = CACHES[cache](replace(shape, device=torch.device("meta"))).room(r.tokens)
     room = Room(*(part * r.texts for part in one))
     rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens) + (r.texts - 1) * (r.draft_tokens + 1)
-    drafter = _PER_TOKEN.get(r.drafter, _PER_TOKEN["ngram"]) * r.tokens * r.texts
-    if r.drafter == "auto" or "recycle" in r.drafter:
-        drafter += 4 * SUCCESSORS * r.config.vocabulary
-    for folder in _heads(r):
-        fixed, each = head_room(folder, r.config)
-        drafter += fixed + each * r.tokens * r.texts
+    drafter = sum(spec.planned_bytes(r) for spec in r.drafters)
     own = r.process + _LATER
     held = drafter + room.host
     working = {
@@ -320,27 +314,11 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     return Choice(cache, prefill_rows, Need(own, need.weights, drafter, **working, loading=loading), disk=room.disk)
 
 
-def _heads(r: Request) -> list[Path]:
-    """Folders of the heads of ours that were asked for."""
-    names = parts(r.drafter)
-    named = [Path(name) for name in names if is_head(name) and not published(read_config(name))]
-    return named + (fitting(r.config) if set(names) & set(KINDS) else [])
-
-
-def heads(model: Model, made: Plan | None) -> tuple[str, ...]:
-    """Kinds of the heads that come along and that `auto` takes: where one was measured to win, and a plan leaves room.
-
-    In int8 a head's draft takes two fifths of the default model's pass, more than it brings; elsewhere none was
-    measured.
-    """
-    decoder, found = model.decoder, dict[str, Path]()
-    if model.dtype == "bf16" and decoder.device.type == "cpu" and not decoder.strict:
-        found = shipped(model)
-    if made is None:
-        return tuple(found)
-    spare, tokens = made.budget - made.choice.need.total, made.request.tokens * made.request.texts
-    takes = {kind: head_room(folder, decoder.config) for kind, folder in found.items()}
-    return tuple(kind for kind, (fixed, each) in takes.items() if fixed + each * tokens <= spare)
+def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int) -> list[Spec]:
+    """What will draft; a drafter that is made already takes its memory before the plan."""
+    if isinstance(drafter, Drafter):
+        return []
+    return auto(options, nbytes=nbytes) if drafter == "auto" else [parse(drafter, options)]
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

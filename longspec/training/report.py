@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from longspec.control.policy import Fixed
 from longspec.drafters.clover import Head
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
@@ -35,8 +34,7 @@ def tokens_per_step(
     model: Model, head: Trained, prompts: Sequence[str], options: dict[str, Any]
 ) -> tuple[float, list[Text]]:
     """Over all prompts, written side by side; and what was written, which is the same for every head."""
-    engine = Engine(model, drafter="none", cache="dense", control="fixed")
-    engine.drafters, engine.control = {"head": Head(model, head)}, Fixed("head")
+    engine = Engine(model, drafter=Head(model, head), cache="dense", control="fixed")
     sessions = []
     for number, prompt in enumerate(prompts):
         session = engine.open(prompt, key=f"held out {number}", **options)

@@ -59,7 +59,7 @@ def test_parts_add_up_and_nothing_stays(drafter: str, tmp_path: Path) -> None:
     made = engine(tiny_model(tmp_path), drafter)
     prompt = prompts(1)[0]
     plain = made.generate(prompt, raw=True, max_new_tokens=20, temperature=0).tokens
-    owners = [made, made.model.decoder, *made.drafters.values()]
+    owners = [made, made.model.decoder, *made.speculator.drafters.values()]
     before = [dict(vars(owner)) for owner in owners]
     session = made.open(prompt, raw=True, max_new_tokens=20, temperature=0)
     with profiled(made) as times:

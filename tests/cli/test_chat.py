@@ -24,7 +24,7 @@ from longspec.cache import CACHES
 from longspec.cli.io.colour import coloured
 from longspec.engine.conversation import Conversation, cache_path
 from longspec.engine.engine import Engine
-from longspec.engine.forward import Feed
+from longspec.engine.forward import Input
 from longspec.errors import LongspecError, UsageError
 from longspec.model.load import Model
 from longspec.text.prompt import encode
@@ -67,11 +67,11 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of the text that each pass has fed, drafts left out."""
     counts: list[int] = []
 
-    def run(feeds: list[Feed], *others: Any) -> Any:
-        counts.append(sum(len(feed.lacking) for feed in feeds))
-        return longspec.engine.forward.run(feeds, *others)
+    def counted(choosing: list[Input], others: list[Input], *more: Any) -> Any:
+        counts.append(sum(len(one.lacking) for one in (*choosing, *others)))
+        return longspec.engine.forward.forward(choosing, others, *more)
 
-    monkeypatch.setattr(longspec.engine.engine, "run", run)
+    monkeypatch.setattr(longspec.engine.engine, "forward", counted)
     return counts
 
 

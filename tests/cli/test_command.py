@@ -29,10 +29,11 @@ from longspec.cli.shell.examples import adapted, names, template
 from longspec.cli.shell.similarity import plain
 from longspec.cli.shell.suggest import faults, suggest
 from longspec.engine.engine import Engine
-from longspec.engine.forward import Feed, run
+from longspec.engine.forward import Input, logits_of
 from longspec.engine.scoring import score
 from longspec.machine.system import cache_folder
 from longspec.text.prompt import encode
+from longspec.types import Draft
 
 DATA: dict[str, Any] = tomllib.loads((Path(__file__).parent / "command.toml").read_text())
 
@@ -264,8 +265,9 @@ def test_scores_are_those_of_answers_read_one_by_one(tmp_path: Path) -> None:
         session = one.open([{"role": "user", "content": prompt}])
         session.tokens += tokens
         with torch.inference_mode():
-            made = run([Feed.of(session, session.tokens)], decoder)
-            logits = decoder.logits(made.hidden).log_softmax(-1)[len(before) - 1 : -1]
+            draft = Draft.chain(session.tokens[1:])
+            logits = logits_of([Input.of(session, session.tokens[:1], draft)], decoder).log_softmax(-1)
+            logits = logits[len(before) - 1 : -1]
         assert said == pytest.approx(logits[range(len(tokens)), tokens].mean().item(), abs=1e-4)
     assert score(one, []) == []
 

@@ -66,7 +66,6 @@ def test_bets_do_not_change_a_held_answer(llama: Model, way: str) -> None:
     texts = {str(i): tokens for i, tokens in enumerate(wanted)}
     for name, drafter in every_drafter(texts).items():
         made = engine(llama, drafter())
-        made.drafter_name = name  # what is forced is drafted with these too
         sessions = held(made, **WAYS[way])
         assert finish(made, sessions) == wanted, name
         assert [session.finish_reason for session in sessions] == [session.finish_reason for session in plain], name
@@ -135,8 +134,8 @@ def test_a_draft_loses_what_is_forbidden() -> None:
     pruned = rule.prune(tree, ids("ab"))
     assert pruned.tokens.tolist() == ids("12x3")  # z doesn't follow a digit, nor anything an x
     assert pruned.parents.tolist() == [-1, 0, 1, 1]
-    assert pruned.chances is not None
-    assert [round(chance, 1) for chance in pruned.chances.tolist()] == [0.9, 0.7, 0.6, 0.4]
+    assert pruned.probs is not None
+    assert [round(chance, 1) for chance in pruned.probs.tolist()] == [0.9, 0.7, 0.6, 0.4]
     whole = rule.extend(pruned, ids("ab"), 8)
     assert whole.tokens.tolist() == ids("ab12x3")
     assert whole.parents.tolist() == [-1, 0, 1, 2, 3, 3]

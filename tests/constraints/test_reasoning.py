@@ -90,7 +90,6 @@ def test_bets_do_not_change_what_a_budget_ends(bare: Model, way: str, added: tup
     texts = {str(i): tokens for i, tokens in enumerate(wanted)}
     for name, drafter in every_drafter(texts).items():
         made = engine(model, drafter())
-        made.drafter_name = name  # what is forced is drafted with these too
         sessions = opened(made, **WAYS[way])
         assert finish(made, sessions) == wanted, name
         assert [session.reasoning for session in sessions] == [session.reasoning for session in plain], name
@@ -267,7 +266,6 @@ def test_a_grammar_holds_the_words_alone(bare: Model) -> None:
         texts = {str(i): tokens for i, tokens in enumerate(wanted)}
         for name, drafter in every_drafter(texts).items():
             made = engine(model, drafter())
-            made.drafter_name = name
             assert finish(made, opened(made, regex=pattern, new=60, **way)) == wanted, name
     # A text can't end in its thoughts.
     for seed in range(6):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from longspec.control.acceptance import Record
+from longspec.control.acceptance import Acceptance
 from longspec.control.goodput import Goodput
 from longspec.control.policy import Bet, Fixed, Outcome, Step
-from longspec.types import Draft
+from longspec.types import Draft, Verdict
 
 
 class Text:
@@ -48,7 +48,7 @@ class Machine:
         total = 0.0
         while (done := min(len(t.tokens) - s for t, s in zip(texts, starts, strict=True))) < tokens:
             bets = control.bets(texts, [room] * sessions)
-            drafts = control.trim(bets, [self.draft(bet.limit) for bet in bets])
+            drafts = control.trim(texts, bets, [self.draft(bet.limit) for bet in bets])
             kept, rows, drafting = [], sessions, dict[str, float]()
             for bet, draft in zip(bets, drafts, strict=True):
                 rate, count = self.acceptance.get(bet.drafter, steady(0.0))(done), 0
@@ -62,15 +62,16 @@ class Machine:
             true = 1 + self.slope * (rows - 1)
             seen = true * self.chaos.uniform(1 - self.noise, 1 + self.noise) * (10 if self.chaos.random() < 0.01 else 1)
             total += true + sum(drafting.values())
-            outcomes = [Outcome(*one) for one in zip(texts, bets, drafts, kept, strict=True)]
+            verdict = Verdict((), 0)
+            outcomes = [Outcome(*one, verdict) for one in zip(texts, bets, drafts, kept, strict=True)]
             control.observe(Step(outcomes, drafting, seen, rows))
             for text, path in zip(texts, kept, strict=True):
                 text.tokens += range(1 + len(path))
         return total
 
     def draft(self, limit: int) -> Draft:
-        chances = None if self.sure is None else [self.sure ** (i + 1) for i in range(limit)]
-        return Draft.tree([1] * limit, range(-1, limit - 1), chances)
+        probs = None if self.sure is None else [self.sure ** (i + 1) for i in range(limit)]
+        return Draft.tree([1] * limit, range(-1, limit - 1), probs)
 
 
 def steady(rate: float) -> Callable[[int], float]:
@@ -110,11 +111,23 @@ def test_a_draft_that_costs_the_same_at_any_length_is_not_kept_short(rate: float
 
 def test_a_kept_node_that_none_continues_says_nothing_of_going_on() -> None:
     """Siblings: the second is not what follows the first."""
-    record, chain = Record(8), Record(8)
+    siblings, chain = Acceptance(), Acceptance()
     for _ in range(20):
-        record.observe(2, [0], [-1, -1], None, False)
-        chain.observe(2, [0], [-1, 0], None, False)
-    assert record.yields()[0][8] > chain.yields()[0][8] + 0.3
+        siblings.observe([0], [-1, -1], None)
+        chain.observe([0], [-1, 0], None)
+    assert siblings.rate > 0.9
+    assert 0.4 < chain.rate < 0.6
+
+
+def test_probabilities_are_calibrated_by_what_was_kept() -> None:
+    """A drafter that says 0.8 and is right in every second case is taken to say 0.4 to 0.5, on other texts too."""
+    pool = Acceptance()
+    text = Acceptance(pool)
+    for turn in range(60):
+        for acceptance in (pool, text):
+            acceptance.observe([0] if turn % 2 else [], [-1], [0.8])
+    assert 0.4 < text.probability(0.8) < 0.6
+    assert 0.4 < Acceptance(pool).probability(0.8) < 0.7
 
 
 @pytest.mark.parametrize("drafting", [0.0, 0.3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from support.engines import engine, prompts, tiny, vocabulary
 
-from longspec.drafters import DRAFTERS, Means, check, make, parts
-from longspec.drafters.draft_model import Smaller, match
+from longspec.drafters import DRAFTERS
+from longspec.drafters.auto import LARGE, auto
+from longspec.drafters.draft_model import DraftModel, match
 from longspec.drafters.early_exit import Exit
 from longspec.drafters.layer_skip import Skipping, usual
+from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
-from longspec.engine.forward import Feed, run
-from longspec.engine.options import LARGE, drafters
+from longspec.engine.forward import Input, logits_of
 from longspec.engine.session import Session
 from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Rows, Skip
@@ -78,16 +80,16 @@ def best_path(draft: Draft) -> list[int]:
 def test_a_skipping_draft_is_what_the_skipping_model_writes(model: Model, options: Any, inner: str | None) -> None:
     made = engine(model, "ngram")
     session = started(made, **options)
-    drafter = Skipping(model.decoder, inner=made.drafters["ngram"] if inner else None)
+    drafter = Skipping(model.decoder, inner=made.speculator.drafters["ngram"] if inner else None)
     length, held = session.cache.length, {name: rows.clone() for name, rows in session.cache.state()}
     for limit in (1, 2, 7, 20):
         (draft,) = drafter.propose([session], [limit])
         path = best_path(draft)
         assert path == chain(model, session, len(path), drafter.skip)
         assert len(draft) <= limit
-        assert draft.chances is not None
-        chances, parents = draft.chances.tolist(), draft.parents.tolist()
-        assert all(parent < 0 or chances[i] <= chances[parent] for i, parent in enumerate(parents))
+        assert draft.probs is not None
+        probs, parents = draft.probs.tolist(), draft.parents.tolist()
+        assert all(parent < 0 or probs[i] <= probs[parent] for i, parent in enumerate(parents))
     assert session.cache.length == length
     assert all(torch.equal(rows, held[name]) for name, rows in session.cache.state())
 
@@ -105,7 +107,7 @@ def test_an_inner_drafter_saves_passes_and_changes_no_draft(model: Model, unsure
         return forward(self, *given, **options)
 
     drafts, passes = [], []
-    for inner in (None, made.drafters["ngram"]):
+    for inner in (None, made.speculator.drafters["ngram"]):
         count = 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(model.decoder), "forward", counted)
@@ -138,18 +140,19 @@ def test_rows_that_an_exit_has_begun_give_the_logits_of_a_full_pass(model: Model
     drafts = drafter.propose(sessions, [5, 1, 9])
     assert sum(len(draft) for draft in drafts) > 5
     with torch.inference_mode():
-        feeds = [Feed.of(s, s.unfed, d) for s, d in zip(sessions, drafts, strict=True)]
-        made_pass = run(feeds, model.decoder)
-        got = model.decoder.logits(made_pass.hidden)
+        inputs = [Input.of(s, s.unfed, d) for s, d in zip(sessions, drafts, strict=True)]
+        ends = [0, *accumulate(1 + len(one.draft) for one in inputs)]
+        got = logits_of(inputs, model.decoder)
         for i, (session, draft) in enumerate(zip(sessions, drafts, strict=True)):
             stage = session.cache.open()
             tokens = [*session.unfed, *draft.tokens.tolist()]
             staged = stage.add(range(-1, len(tokens) - 1))
             alone = Rows.of([Chunk(stage, staged, tokens, session.cache.length, False)], model.decoder.device)
             want = model.decoder.logits(model.decoder.forward(alone))
-            torch.testing.assert_close(got[made_pass.rows.spans[i].at], want, atol=1e-5, rtol=1e-5)
-    for feed in feeds:
-        feed.commit([])  # all layers are there
+            own = got[ends[i] : ends[i + 1]]
+            torch.testing.assert_close(own, want[-len(own) :], atol=1e-5, rtol=1e-5)
+    for one in inputs:
+        one.commit([])  # all layers are there
 
 
 def test_exits_adapt_to_what_is_kept(model: Model) -> None:
@@ -173,7 +176,7 @@ def test_exits_adapt_to_what_is_kept(model: Model) -> None:
 
 def test_a_draft_model_computes_a_kept_row_once(model: Model, unsure: None) -> None:
     """The same model drafts, so that nearly all is kept: after the prompt a pass feeds it a token or two."""
-    drafter = Smaller(model, model)
+    drafter = DraftModel(model, model)
     made = engine(model, drafter, draft_tokens=5)
     session = made.open(prompts(1, 700)[0], raw=True, max_new_tokens=60)
     for _ in made.prefill(session):
@@ -197,7 +200,7 @@ def test_another_vocabulary_is_mapped_or_refused(tmp_path: Path, model: Model) -
     places = match(model, other)
     assert places is not None
     assert places.tolist() == list(range(size))
-    written = started(engine(model, Smaller(model, other), draft_tokens=5)).tokens
+    written = started(engine(model, DraftModel(model, other), draft_tokens=5)).tokens
     plain = engine(model, "none").generate(prompts(1)[0], raw=True, max_new_tokens=60).tokens
     assert tuple(written[len(prompts(1)[0]) :]) == plain[: len(written) - len(prompts(1)[0])]
     small = tiny(tmp_path / "small", end_tokens=(), vocab_size=size // 2, num_hidden_layers=1)
@@ -208,7 +211,7 @@ def test_another_vocabulary_is_mapped_or_refused(tmp_path: Path, model: Model) -
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
-    drafter = make(name, Means(model, model if name == "model" else None))
+    drafter = parse(name, {"draft": model} if name == "model" else {}).make(model)
     session = started(engine(model, "ngram"))
     drafter.begin(session)
     for ahead in (None, [[5, 6, 7]]):
@@ -222,39 +225,56 @@ def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
 def test_names_of_drafters(model: Model) -> None:
     for name, why in {
         "magic": r"no drafter named 'magic'; use auto or one of: none, ngram",
-        "lookahead+skip": r"The drafter lookahead takes no other's bets",
-        "recycle+exit": r"The drafter exit bets for no other",
+        "lookahead+skip": r"The drafter lookahead takes no other's drafts",
+        "recycle+exit": r"The drafter exit drafts for no other",
         "skip+": r"no drafter named ''",
         "model": r"needs a draft model",
     }.items():
         with pytest.raises(UsageError, match=why):
-            check(name, draft_model=False)
-    check("skip+sparse+ngram", draft_model=False)
-    assert isinstance(make("skip+sparse+ngram", Means(model)), Skipping)
+            parse(name)
+    assert isinstance(parse("skip+sparse+ngram").make(model), Skipping)
 
 
 def test_the_name_of_a_folder_may_have_a_plus_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "a+b"
     folder.mkdir()
-    (folder / "config.json").touch()
-    assert parts(f"recycle+ngram+{folder}") == ["recycle", "ngram", str(folder)]
-    assert parts(str(folder)) == [str(folder)]
-    assert parts("recycle+ngram") == ["recycle", "ngram"]
+    (folder / "config.json").write_text('{"medusa_num_heads": 2}')
+    for name in (f"recycle+ngram+{folder}", str(folder), "recycle+ngram"):
+        assert parse(name).name == name
 
 
 def test_auto_is_several_drafters() -> None:
-    assert drafters("skip", draft_model=False) == ("skip",)
-    assert drafters("auto", draft_model=False) == ("recycle+ngram",)
-    assert drafters("auto", draft_model=True, memory=True) == ("recycle+suffix", "model+ngram")
-    assert drafters("auto", draft_model=False, nbytes=LARGE) == ("recycle+ngram", "skip+ngram")
+    def names(given: dict[str, Any], **more: Any) -> list[str]:
+        return [spec.name for spec in auto(given, **more)]
+
+    assert names({}) == ["recycle+ngram"]
+    assert names({}, heads=["clover2"]) == ["recycle+ngram+clover2"]
+    assert names({"draft": "some", "remember": True}) == ["model+ngram", "recycle+suffix"]
+    assert names({}, nbytes=LARGE) == ["recycle+ngram", "skip+ngram"]
+
+
+def test_options_stand_behind_a_name(model: Model) -> None:
+    assert parse("recycle+ngram:floor=0.2").make(model).inner.floor == 0.2  # type: ignore[union-attr]
+    assert parse("lookahead:window=3,length=2").make(model).window == 3  # type: ignore[attr-defined]
+    assert parse("model:draft=Qwen/Qwen3-0.6B+ngram").parts[0].options == {"draft": "Qwen/Qwen3-0.6B"}
+    for name, why in {
+        "ngram:ceiling=1": r"ngram has no option 'ceiling=1'; it takes floor",
+        "exit:deep": r"exit has no option 'deep'; it takes none",
+        "ngram:floor=low": r"floor=low of the drafter ngram should be a number",
+        "suffix:remember=maybe": r"should be yes or no",
+    }.items():
+        with pytest.raises(UsageError, match=why):
+            parse(name)
+    with pytest.raises(UsageError, match=r"sparse has no view 'all'"):
+        parse("sparse:view=all").make(model)
 
 
 def test_several_drafters_write_the_same_text(model: Model) -> None:
     """Each step takes one of them; all of them follow the text."""
     prompt = prompts(1, 200)[0]
     plain = engine(model).generate(prompt, raw=True, max_new_tokens=90)
-    made = Engine(model, drafter="auto", draft_model=model)
-    assert [*made.drafters] == ["recycle+ngram", "model+ngram"]
+    made = Engine(model, drafter="auto", options={"draft": model})
+    assert [*made.speculator.drafters] == ["model+ngram", "recycle+ngram"]
     answer = made.generate(prompt, raw=True, max_new_tokens=90)
     assert answer.tokens == plain.tokens
     assert answer.speculation["drafter"] == "auto"

@@ -1,4 +1,4 @@
-"""Recycled candidates: the table holds what the target last found likely, and trees follow it by their chances."""
+"""Recycled candidates: the table holds what the target last found likely, and trees follow it by their probs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_likeliest_are_those_of_topk(
 
 def test_a_verdict_tells_what_is_likely_after_each_row(model: Model) -> None:
     made = engine(model, "recycle")
-    [drafter] = made.drafters.values()
+    [drafter] = made.speculator.drafters.values()
     seen = []
     observe = drafter.observe
 
@@ -66,8 +66,8 @@ def test_a_tree_follows_the_table_best_paths_first(model: Model) -> None:
     for token, parent in zip(tokens, parents, strict=True):
         before = last if parent < 0 else tokens[parent]
         assert token in dict(rows)[before]
-    assert draft.chances is not None
-    assert all(a >= b for a, b in pairwise(draft.chances.tolist()))
+    assert draft.probs is not None
+    assert all(a >= b for a, b in pairwise(draft.probs.tolist()))
     assert [len(d) for d in drafter.propose([session, session], [0, 5])] == [0, 5]
 
 
@@ -85,8 +85,8 @@ def test_ranks_learn_how_often_they_are_right(model: Model) -> None:
     session.tokens.append(3)
     [draft] = drafter.propose([session], [3])
     assert draft.tokens[0] == 12
-    assert draft.chances is not None
-    assert draft.chances[0] > 0.4  # every other token is followed by 3, whose rank is another
+    assert draft.probs is not None
+    assert draft.probs[0] > 0.4  # every other token is followed by 3, whose rank is another
 
 
 def test_over_another_drafter_its_bets_come_first(model: Model) -> None:

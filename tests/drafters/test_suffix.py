@@ -46,7 +46,7 @@ def _followers(texts: Sequence[list[int]], context: list[int]) -> list[int | Non
 
 
 def _searched(texts: Sequence[list[int]], end: list[int], limit: int, floor: float) -> dict[tuple[int, ...], float]:
-    """Paths with their chances: the corpus's rule, by looking through the texts."""
+    """Paths with their probs: the corpus's rule, by looking through the texts."""
     context = next((end[i:] for i in range(len(end)) if _followers(texts, end[i:])), [])
     paths: dict[tuple[int, ...], float] = {}
     leaves: list[tuple[float, tuple[int, ...]]] = []
@@ -68,11 +68,11 @@ def _searched(texts: Sequence[list[int]], end: list[int], limit: int, floor: flo
     return paths
 
 
-def _paths(tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float]) -> dict[tuple[int, ...], float]:
+def _paths(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float]) -> dict[tuple[int, ...], float]:
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tokens, parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    return dict(zip(paths, chances, strict=True))
+    return dict(zip(paths, probs, strict=True))
 
 
 @_SETTINGS
@@ -111,10 +111,10 @@ def test_trees_laid_over_each_other(limit: int) -> None:
     one = ([5, 6, 7], [-1, 0, -1], [0.6, 0.5, 0.1])
     other = ([5, 8, 7], [-1, 0, -1], [0.3, 0.2, 0.4])
     made = laid_over(Draft.tree(*one), Draft.tree(*other), limit)
-    assert made.chances is not None
+    assert made.probs is not None
     assert made.tokens.tolist() == [5, 6, 7, 8][:limit]
     assert made.parents.tolist() == [-1, 0, -1, 0][:limit]
-    assert made.chances.tolist() == pytest.approx([0.6, 0.5, 0.4, 0.2][:limit])
+    assert made.probs.tolist() == pytest.approx([0.6, 0.5, 0.4, 0.2][:limit])
 
 
 def test_a_text_that_a_file_holds_is_drafted_from_it(model: Model, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_sets_are_measured_in_turns(model: Model, monkeypatch: pytest.MonkeyPatc
     asked = []
 
     def rate(made: Any, prompt: str, context: int) -> float:
-        drafter = made.drafters.get("skip")
+        drafter = made.speculator.drafters.get("skip")
         asked.append((prompt, drafter and drafter.skip))
         return 10.0 * (len(asked) // 3 + 1) * (2.0 if drafter and drafter.skip == PLANTED else 1.0)
 

@@ -13,13 +13,13 @@ import torch
 from scipy import stats
 from support.engines import RandomTrees, engine, every_drafter, finish, prompts, tiny
 
-import longspec.engine.engine as module
+import longspec.engine.forward as module
 from longspec.cache import BLOCK, CACHES
 from longspec.errors import ContextError, UsageError
 from longspec.model.load import Model
 from longspec.sampling.verify import verify
 from longspec.text.detokenizer import decode
-from longspec.types import Draft, Verdict
+from longspec.types import Draft, Drafter, Verdict
 
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 5}
@@ -141,7 +141,7 @@ _real = verify
 _broken = {"keeps all": _keeps_all, "no correction": _no_correction, "bonus of another row": _another_row}
 
 
-class Likely:
+class Likely(Drafter):
     """Bets on what is likely anyhow, so that a verifier that believes it shifts the distribution."""
 
     def begin(self, session: Any) -> None:

@@ -167,7 +167,7 @@ def test_full_every_drafter_writes_what_none_writes(kind: str, way: str) -> None
     texts = {}
     for name in [*DRAFTERS, "recycle+ngram", "skip+ngram", "model+ngram"]:
         smaller = loaded() if "model" in name else None
-        made = Engine(loaded(), drafter=name, cache=kind, draft_model=smaller, draft_tokens=8, control="fixed")
+        made = Engine(loaded(), drafter=name, cache=kind, options={"draft": smaller}, draft_tokens=8, control="fixed")
         for width in (1, 3):
             answers = dict(made.generate_many(prompts, width=width))
             texts[name, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]

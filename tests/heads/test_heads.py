@@ -74,7 +74,7 @@ def test_drafting_equals_the_unrolled_training(
     made = engine(model, drafter, draft_tokens=6)
     session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
     read, forward = drafter.read, drafter.forward
-    drafter.read = lambda s, rows: (features.append(rows), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    drafter.read = lambda s, rows: (features.append(rows[0]), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for _ in made.prefill(session):
         pass
     for _ in range(4):
@@ -180,10 +180,10 @@ def test_auto_takes_the_head_that_comes_with_longspec(
         engine(model, "clover2")
     save_head(tmp_path / "shipped" / "one", new_head("clover2", model), model)
     other = tiny(tmp_path / "another", family="llama-tied-biased")
-    assert list(engine(model, "clover2").drafters) == ["clover2"]
-    assert list(engine(other, "auto", control="goodput").drafters) == ["recycle+ngram"]
-    assert list(engine(model, "auto", control="goodput").drafters) == ["recycle+ngram"]  # in fp32
-    assert list(engine(replace(model, dtype="bf16"), "auto").drafters) == ["recycle+ngram+clover2"]
+    assert list(engine(model, "clover2").speculator.drafters) == ["clover2"]
+    assert list(engine(other, "auto", control="goodput").speculator.drafters) == ["recycle+ngram"]
+    assert list(engine(model, "auto", control="goodput").speculator.drafters) == ["recycle+ngram"]  # in fp32
+    assert list(engine(replace(model, dtype="bf16"), "auto").speculator.drafters) == ["recycle+ngram+clover2"]
 
 
 def test_what_is_shipped_is_small() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from support.engines import engine, finish, prompts, tiny, with_heads
 from torch import Tensor
 
-from longspec.drafters import Means, make
 from longspec.drafters.eagle3 import Eagle
+from longspec.drafters.spec import parse
 from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model
 from longspec.model.rope import rotate
@@ -102,12 +102,12 @@ def test_an_eagle_head_drafts_what_its_equations_say(
     """Written down once more, a whole text at once, and each drafted row appended to it."""
     monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
     monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
-    drafter = make(str(write(tmp_path / "head", layout, model)), Means(model))
+    drafter = parse(str(write(tmp_path / "head", layout, model))).make(model)
     assert isinstance(drafter, Eagle)
     made = engine(model, drafter, draft_tokens=6)
     session, features = made.open(prompts(1, 90)[0], raw=True, max_new_tokens=40), []
     read = drafter.read
-    drafter.read = lambda s, rows: (features.append(rows), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    drafter.read = lambda s, rows: (features.append(torch.cat(list(rows), -1)), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for _ in made.prefill(session):
         pass
     for _ in range(3):

@@ -65,7 +65,7 @@ def test_a_step_brings_more_than_a_token(dtype: str) -> None:
 
 def test_auto_takes_it_where_it_pays() -> None:
     made = Engine(model("bf16"))
-    assert list(made.drafters) == ["recycle+ngram+clover2"]
+    assert list(made.speculator.drafters) == ["recycle+ngram+clover2"]
     held = made.generate("Say a word.", max_new_tokens=2).memory["drafter_bytes"]
     assert 40 << 20 < held < 90 << 20  # the head as it is and as codes, its tables, and what recycle keeps
-    assert list(Engine(model("int8")).drafters) == ["recycle+ngram"]
+    assert list(Engine(model("int8")).speculator.drafters) == ["recycle+ngram"]

@@ -130,7 +130,7 @@ def test_features_are_those_of_decoding(model: Model) -> None:
     read: list[torch.Tensor] = []
     drafter = Head(model, new_head("clover", model))
     took = drafter.read
-    drafter.read = lambda session, rows: (read.append(rows), took(session, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    drafter.read = lambda session, rows: (read.append(rows[0]), took(session, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     made = engine(model, drafter)
     session = made.open(PROMPTS[0] * 8, max_new_tokens=20, **SAMPLED)
     for _ in made.write(session):

@@ -37,10 +37,8 @@ def paths(draft: Draft) -> dict[tuple[int, ...], float]:
     """Each node's path, with its chance."""
     found: dict[tuple[int, ...], float] = {}
     made: list[tuple[int, ...]] = []
-    assert draft.chances is not None
-    for token, parent, chance in zip(
-        draft.tokens.tolist(), draft.parents.tolist(), draft.chances.tolist(), strict=True
-    ):
+    assert draft.probs is not None
+    for token, parent, chance in zip(draft.tokens.tolist(), draft.parents.tolist(), draft.probs.tolist(), strict=True):
         made.append((*(made[parent] if parent >= 0 else ()), token))
         found[made[-1]] = chance
     return found

@@ -19,17 +19,19 @@ from test_cache import TOKENS, filled
 
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized
+from longspec.drafters.auto import auto, heads_for
+from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
 from longspec.engine.memory_guard import STEPS, Watch
 from longspec.errors import BudgetError, ModelError, UsageError
 from longspec.machine.system import available_bytes, parse_bytes, peak_bytes, resident_bytes, shown
-from longspec.memory.plan import CHUNKS, Plan, Request, alone, choice, choices, heads, plan
-from longspec.memory.weights import Footprint, footprint, parameters
+from longspec.memory.plan import CHUNKS, Plan, Request, alone, choice, choices, plan
 from longspec.model import load as loading
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.hub import find
 from longspec.model.load import DTYPES, Model
+from longspec.model.weights.footprint import Footprint, footprint, parameters
 from longspec.text.detokenizer import decode
 
 MIB = 1 << 20
@@ -39,10 +41,11 @@ SMOLLM2 = {
 }  # fmt: skip
 
 
-def request(tokens: int = 7000, dtype: str = "bf16", **changes: Any) -> Request:
+def request(tokens: int = 7000, dtype: str = "bf16", drafter: str = "ngram", **changes: Any) -> Request:
     config = Config.read(SMOLLM2)
     weights = parameters(config, tied=True) * DTYPES[dtype].itemsize
     given = {"footprint": Footprint(weights, weights, weights), "process": 256 * MIB, **changes}
+    given["drafters"] = auto({}) if drafter == "auto" else [parse(drafter)]
     return Request(config, dtype, torch.device("cpu"), tokens=tokens, **given)
 
 
@@ -397,7 +400,6 @@ def test_a_plan_counts_a_head_that_is_named() -> None:
 def test_auto_takes_the_head_where_the_plan_leaves_room() -> None:
     model = loading.load_model("smollm2", dtype="bf16")
     asked = request(tokens=1000)
-    need = choice(asked, "dense", 512).need.total
-    assert heads(model, None) == ("clover2",)
-    assert heads(model, plan(asked, need + 95 * MIB)) == ("clover2",)
-    assert heads(model, plan(asked, need + 85 * MIB)) == ()
+    assert heads_for(model) == ["clover2"]
+    assert heads_for(model, asked.tokens, 95 * MIB) == ["clover2"]
+    assert heads_for(model, asked.tokens, 85 * MIB) == []

@@ -20,7 +20,7 @@ from longspec.engine.engine import Engine
 from longspec.engine.session import Session
 from longspec.model.load import Model
 from longspec.text.tokenizer import Vocabulary
-from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+from longspec.types import Draft, Drafter, Writing
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 
@@ -46,26 +46,17 @@ def engine(model: Model, drafter: str | Drafter = "none", **options: Any) -> Eng
         kind, _, rows = options["cache"].partition(" ")
         options |= {"cache": kind, "all_rows": bool(rows)}
     if isinstance(drafter, str) and "model" in drafter:
-        options["draft_model"] = model
+        options["options"] = {"draft": model}
     options.setdefault("control", "fixed")  # always as much as it may, whether it pays or not
-    made = Engine(model, drafter=drafter if isinstance(drafter, str) else "none", **options)
-    if not isinstance(drafter, str):
-        made.drafters = {"none": drafter}
-    return made
+    return Engine(model, drafter=drafter, **options)
 
 
-class RandomTrees:
+class RandomTrees(Drafter):
     """Long random trees in which the right continuation is often hidden; `texts` are the right ones, by session key."""
 
     def __init__(self, texts: dict[str, list[int]], seed: int = 0, right: float = 0.7) -> None:
         self.texts, self.right = texts, right
         self.random = random.Random(seed)
-
-    def begin(self, session: Writing) -> None:
-        pass
-
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        pass
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None

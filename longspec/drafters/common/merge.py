@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspec.types import Commit, Draft, Drafter, Verdict, Writing
+from longspec.types import Draft, Drafter, Writing
 
-__all__ = ["Over", "laid_over", "over"]
+__all__ = ["Merged", "laid_over", "merged"]
 
 
-class Over:
+class Merged(Drafter):
     """Both draft for the same limit."""
 
     def __init__(self, outer: Drafter, inner: Drafter) -> None:
-        self.outer, self.inner = outer, inner
+        self.outer: Drafter = outer
+        self.inner: Drafter = inner
 
-    def begin(self, session: Writing) -> None:
-        self.outer.begin(session)
-        self.inner.begin(session)
+    @property
+    def parts(self) -> Sequence[Drafter]:
+        return self.outer, self.inner
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
@@ -31,40 +32,36 @@ class Over:
         both = (drafter.propose(sessions, limits, ahead) for drafter in (self.outer, self.inner))
         return [laid_over(one, other, limit) for one, other, limit in zip(*both, limits, strict=True)]
 
-    def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        self.outer.observe(session, commit, verdict)
-        self.inner.observe(session, commit, verdict)
 
-
-def over(outer: Drafter, inner: Drafter | None) -> Drafter:
+def merged(outer: Drafter, inner: Drafter | None) -> Drafter:
     """The outer one alone, if there is no other."""
-    return outer if inner is None else Over(outer, inner)
+    return outer if inner is None else Merged(outer, inner)
 
 
 def laid_over(one: Draft, other: Draft, limit: int) -> Draft:
     """The likeliest `limit` nodes of two trees; what both have is as likely as the surer of them says.
 
-    In both chances fall along a path, and so in what is made of them: a node's parent is never behind it.
+    In both probs fall along a path, and so in what is made of them: a node's parent is never behind it.
     """
     if not len(one) or not len(other):
         return one if len(one) else other
     nodes: dict[tuple[int, int], int] = {}
     tokens: list[int] = []
     parents: list[int] = []
-    chances: list[float] = []
+    probs: list[float] = []
     for tree in (one, other):
         places = [-1]
-        sure = [1.0] * len(tree) if tree.chances is None else tree.chances.tolist()
+        sure = [1.0] * len(tree) if tree.probs is None else tree.probs.tolist()
         for token, parent, chance in zip(tree.tokens.tolist(), tree.parents.tolist(), sure, strict=True):
             at = places[parent + 1]
             node = nodes.setdefault((at, token), len(tokens))
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(at)
-                chances.append(chance)
+                probs.append(chance)
             else:
-                chances[node] = max(chances[node], chance)
+                probs[node] = max(probs[node], chance)
             places.append(node)
-    kept = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
+    kept = sorted(range(len(tokens)), key=lambda node: (-probs[node], node))[:limit]
     new = {-1: -1, **{node: i for i, node in enumerate(kept)}}
-    return Draft.tree([tokens[i] for i in kept], [new[parents[i]] for i in kept], [chances[i] for i in kept])
+    return Draft.tree([tokens[i] for i in kept], [new[parents[i]] for i in kept], [probs[i] for i in kept])

@@ -46,13 +46,13 @@ class Corpus:
             self._sort()
 
     def bet(self, text: Sequence[int], limit: int, floor: float) -> tuple[list[int], list[int], list[float]]:
-        """What followed the longest end of the text that occurs: at most `limit` tokens, their parents, the chances of
+        """What followed the longest end of the text that occurs: at most `limit` tokens, their parents, the probs of
         their paths, the likeliest first. A token that followed c of n times, beside d - 1 others and after m tokens,
         has the chance c / (n + 2 d / m), as in `ngram`.
         """
         tokens: list[int] = []
         parents: list[int] = []
-        chances: list[float] = []
+        probs: list[float] = []
         leaves: list[tuple[float, int, int, int, list[int], int]] = []  # a heap; places behind the node, tokens to it
         order = count()
         places, matched = self._find(text)
@@ -72,8 +72,8 @@ class Corpus:
             chance, node = -loss, len(tokens)
             tokens.append(token)
             parents.append(parent)
-            chances.append(chance)
-        return tokens, parents, chances
+            probs.append(chance)
+        return tokens, parents, probs
 
     def _find(self, text: Sequence[int]) -> tuple[list[int], int]:
         """Places behind occurrences of the longest end of the text that occurs, some of very many; and its length.

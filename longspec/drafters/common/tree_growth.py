@@ -68,7 +68,7 @@ class _Plant:
     continued: list[int]  # the stage's row that each continues
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
     leaves: list[int] = field(default_factory=list)  # nodes that were not expanded
     at: int = -1  # the node that is being expanded; -1 is the text
     inner: Draft | None = None
@@ -99,7 +99,7 @@ class _Plant:
                 paths.append([*paths[parent + 1], token])
         return paths
 
-    def take(self, ranked: list[list[int]], chances: list[list[float]]) -> None:
+    def take(self, ranked: list[list[int]], probs: list[list[float]]) -> None:
         """The candidates of the choosing rows, best first."""
         last = self.staged.stop - self.choosing  # the row of the expanded node
         kept: Sequence[int] = ()
@@ -109,11 +109,11 @@ class _Plant:
         at, row = self.at, 0
         for following in (*kept, None):
             self.row_of[at] = last + row
-            base = self.chances[at] if at >= 0 else 1.0
+            base = self.probs[at] if at >= 0 else 1.0
             first = len(self.tokens)
             self.tokens += ranked[row]
             self.parents += [at] * len(ranked[row])
-            self.chances += [base * chance for chance in chances[row]]
+            self.probs += [base * chance for chance in probs[row]]
             self.leaves += range(first, len(self.tokens))
             if following is not None:  # the row behind the best candidate is there already
                 self.leaves.remove(first)
@@ -121,11 +121,11 @@ class _Plant:
 
     def choose_next(self) -> bool:
         """Find the leaf that is worth a pass and lay its row; False where there is none."""
-        self.leaves.sort(key=lambda leaf: -self.chances[leaf])
+        self.leaves.sort(key=lambda leaf: -self.probs[leaf])
         best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.deepest), None)
-        if best is None or self.chances[best] < FLOOR:
+        if best is None or self.probs[best] < FLOOR:
             return False
-        better = sum(chance >= self.chances[best] for chance in self.chances)
+        better = sum(chance >= self.probs[best] for chance in self.probs)
         if better - 1 >= self.limit:  # what it brings would not be among the best
             return False
         self.leaves.remove(best)
@@ -134,15 +134,15 @@ class _Plant:
         return True
 
     def draft(self) -> Draft:
-        return likeliest(self.tokens, self.parents, self.chances, self.limit)
+        return likeliest(self.tokens, self.parents, self.probs, self.limit)
 
 
-def likeliest(tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float], limit: int) -> Draft:
+def likeliest(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float], limit: int) -> Draft:
     """The likeliest nodes. A child is never likelier than its parent, and stands behind it."""
-    order = sorted(range(len(tokens)), key=lambda node: (-chances[node], node))[:limit]
+    order = sorted(range(len(tokens)), key=lambda node: (-probs[node], node))[:limit]
     place = {-1: -1} | {node: i for i, node in enumerate(order)}
     return Draft.tree(
-        [tokens[node] for node in order], [place[parents[node]] for node in order], [chances[node] for node in order]
+        [tokens[node] for node in order], [place[parents[node]] for node in order], [probs[node] for node in order]
     )
 
 
@@ -204,6 +204,6 @@ def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None, vocab
     start = 0
     for plant in plants:
         own = logits[start : start + plant.choosing]
-        tokens, chances = plant.session.rank(own, plant.paths(), BREADTH, vocabulary)
+        tokens, probs = plant.session.rank(own, plant.paths(), BREADTH, vocabulary)
         start += plant.choosing
-        plant.take(tokens.tolist(), chances.tolist())
+        plant.take(tokens.tolist(), probs.tolist())

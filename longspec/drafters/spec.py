@@ -1,0 +1,196 @@
+"""A drafter's name as people give it, and the drafter that is made of it.
+
+    model:draft=Qwen/Qwen3-0.6B+ngram:floor=0.05        parts, the later ones drafting for the earlier; options of each
+
+A part is a name in `DRAFTERS`, that of another package's drafter (entry point `longspec.drafters`), the folder of a
+trained head, or a kind of head that comes with longspec for the model. What is wrong is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from longspec.drafters import DRAFTERS, HEADS
+from longspec.drafters.clover import Head
+from longspec.errors import UsageError
+from longspec.heads import KINDS
+from longspec.heads.format import CONFIG, fitting, is_head, read_about, read_config, shipped
+from longspec.model.load import Model
+from longspec.types import Drafter
+
+__all__ = ["Part", "Spec", "parse", "published"]
+
+GROUP = "longspec.drafters"
+"""The entry points by which other packages name their drafters."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One drafter, not made yet."""
+
+    name: str
+    kind: type[Drafter]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self) -> Mapping[str, inspect.Parameter]:
+        """The options of its kind, by name."""
+        parameters = inspect.signature(self.kind.make).parameters.values()
+        return {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A drafter, not made yet: of several parts each drafts for the one before it."""
+
+    parts: Sequence[Part]
+
+    @property
+    def name(self) -> str:
+        """Its parts' names, without their options."""
+        return "+".join(part.name for part in self.parts)
+
+    def make(self, model: Model) -> Drafter:
+        """A drafter for a loaded target.
+
+        Raises:
+            UsageError: an option or a head doesn't fit the model.
+        """
+        drafter: Drafter | None = None
+        for part in reversed(self.parts):
+            options = dict(part.options)
+            if part.name in KINDS:
+                options["folder"] = _shipped(part.name, model)
+            drafter = part.kind.make(model, drafter, **options)
+        assert drafter is not None
+        return drafter
+
+    def planned_bytes(self, target: Any) -> int:
+        """Bytes that the drafter will take for the texts of a `longspec.memory.plan.Request`."""
+        total = 0
+        for part in self.parts:
+            options = dict(part.options)
+            folders: Sequence[Path | None] = fitting(target.config) if part.name in KINDS else [None]
+            for folder in folders:
+                more = {} if folder is None else {"folder": folder}
+                planned = {
+                    name: value
+                    for name, value in {**options, **more}.items()
+                    if name in inspect.signature(part.kind.planned_bytes).parameters
+                }
+                once, text = part.kind.planned_bytes(target, **planned)
+                total += once + text * target.texts
+        return total
+
+
+def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
+    """The drafter of this name. given: options for whichever part takes them, beside those that the name has.
+
+    Raises:
+        UsageError: no drafter has this name, parts don't go together, or nobody takes an option.
+    """
+    options, parts = dict(given or {}), []
+    for name in _split(text):
+        head, _, said = (name, "", "") if is_head(name) else name.partition(":")
+        part = Part(head, _kind(head, text), {"folder": head} if is_head(head) else {})
+        mine = {key: options.pop(key) for key in part.takes() if key in options}
+        parts.append(Part(part.name, part.kind, {**part.options, **mine, **_said(part, said)}))
+    for part in parts[:-1]:
+        if not part.kind.takes_inner:
+            raise UsageError(f"The drafter {part.name} takes no other's drafts; in {text!r} one of these comes first: "
+                             f"{', '.join(name for name, kind in DRAFTERS.items() if kind.takes_inner)}.")  # fmt: skip
+    if parts[1:] and not parts[-1].kind.serves:
+        raise UsageError(
+            f"The drafter {parts[-1].name} drafts for no other; name another one behind the + in {text!r}."
+        )
+    options.pop("set", None)  # a skip set is read where a drafter skips
+    if "draft" in options:
+        raise UsageError(f"A draft model has no effect with the drafter {text}; use model, or leave it out.")
+    if options:
+        raise UsageError(f"Texts to draft from (--draft-from, --remember) have no effect with the drafter {text}; "
+                         "use suffix or auto, or leave them out.")  # fmt: skip
+    for part in parts:
+        if part.name == "model" and part.options.get("draft") is None:
+            raise UsageError("The drafter model needs a draft model: name one (--draft-model, or model:draft=NAME).")
+    return Spec(parts)
+
+
+def published(raw: Mapping[str, Any]) -> type[Drafter] | None:
+    """Who drafts with a head of this config; None where nobody knows it."""
+    return next((kind for kind, knows in HEADS.items() if knows(raw)), None)
+
+
+def _split(text: str) -> list[str]:
+    """The parts; the name of a folder may have a plus in it."""
+    parts = []
+    while "+" in text and not (Path(text) / CONFIG).is_file():
+        first, text = text.split("+", 1)
+        parts.append(first)
+    return [*parts, text]
+
+
+def _kind(name: str, text: str) -> type[Drafter]:
+    if is_head(name):
+        kind = published(read_config(name))
+        if kind is None or kind is Head:
+            read_about(name)  # which says what is wrong
+        return kind or Head
+    if name in KINDS:
+        return Head
+    if name in DRAFTERS:
+        return DRAFTERS[name]
+    if name == "auto":
+        raise UsageError(f"auto isn't put over or under others, as in {text!r}: name them, or use auto alone.")
+    for entry in entry_points(group=GROUP, name=name):
+        try:
+            kind = entry.load()
+        except Exception as error:  # another's module may raise anything
+            raise UsageError(
+                f"The drafter {name} of the package {entry.dist and entry.dist.name} can't be imported ({error}); "
+                "install it anew, or name another one."
+            ) from error
+        if not (isinstance(kind, type) and issubclass(kind, Drafter)):
+            raise UsageError(f"The drafter {name} of the package {entry.dist and entry.dist.name} is no subclass of "
+                             "longspec.Drafter; ask its authors.")  # fmt: skip
+        return kind
+    raise UsageError(f"There is no drafter named {name!r}; use auto or one of: {', '.join(DRAFTERS)}; or a "
+                     f"trained head: its folder, or {' or '.join(KINDS)} where one comes along.")  # fmt: skip
+
+
+def _said(part: Part, text: str) -> dict[str, Any]:
+    """The options behind a part's colon: key=value, key=value."""
+    options: dict[str, Any] = {}
+    takes = part.takes()
+    for word in filter(None, text.split(",")):
+        key, equals, value = word.partition("=")
+        if key not in takes or not equals:
+            known = f"it takes {', '.join(takes)}" if takes else "it takes none"
+            raise UsageError(f"The drafter {part.name} has no option {word!r}; {known}, written name=value.")
+        options[key] = _value(part.name, key, value, takes[key])
+    return options
+
+
+def _value(name: str, key: str, value: str, parameter: inspect.Parameter) -> Any:
+    """The value as its parameter's default is: a number, yes or no, or a text."""
+    default = parameter.default
+    try:
+        if isinstance(default, bool):
+            return {"yes": True, "no": False}[value]
+        if isinstance(default, int | float):
+            return type(default)(value)
+    except (ValueError, KeyError):
+        wanted = "yes or no" if isinstance(default, bool) else "a number"
+        raise UsageError(f"{key}={value} of the drafter {name} should be {wanted}.") from None
+    return (value,) if isinstance(default, tuple) else value
+
+
+def _shipped(kind: str, model: Model) -> Path:
+    heads = shipped(model)
+    if kind not in heads:
+        raise UsageError(f"No {kind} head comes with longspec for {model.name}; name the folder of one (--drafter "
+                         f"FOLDER), which `longspec train {kind}` writes.")  # fmt: skip
+    return heads[kind]
