@@ -28,7 +28,8 @@ __all__ = ["Goodput"]
 _LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _PRIOR = 0.05  # passes that a draft costs, and each of its tokens, before anything was measured
 _CHEAP = 0.2  # of a pass: a whole limit that costs less is asked for, and then cut
-_LOSS, _PAUSE = 1.0, 128  # tokens that drafts may lose in a row, and the longest pause in steps
+_LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row; half of it at first, and so much after a pause
+_PAUSE = 128  # steps, the longest
 _PROBE = 4  # tokens of a draft that is made to learn
 _PLAIN = (4, 128)  # a step without drafts shows what these save: the first one, and how often
 _RECENT = 1 / 32
@@ -39,7 +40,7 @@ class _Trial:
     """How one drafter does on one text."""
 
     acceptance: Acceptance
-    account: float = 0.0  # tokens won over plain decoding, at most `_LOSS`
+    account: float = -_LOSS / 2  # tokens won over plain decoding, at most `_LOSS`
     pause: int = 1  # steps of the next pause
     due: int = 0  # the step that ends this one
 
@@ -63,6 +64,7 @@ class Goodput(Control):
         self._steps, self._nodes = 0, 0.0  # steps so far; nodes of a session's recent drafts
         self._brought = self._took = 1.0  # tokens and plain steps' times of recent steps
         self._price = 1.0  # tokens that a second is worth
+        self._probe = 0  # tokens of the step's probe, until it is made
 
     def report(self) -> dict[str, Any]:
         return {"passes": self._curve.report()}
@@ -70,7 +72,9 @@ class Goodput(Control):
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
         self._steps += 1
         size = len(sessions)
-        self._price = max(1.0, self._brought / self._took) * size / self._curve.seconds(size)
+        plain = self._curve.seconds(size)
+        self._price = max(1.0, self._brought / self._took) * size / plain
+        self._probe = _PROBE if self._curve.seconds(size + _PROBE) < 1.25 * plain else 1
         if self._steps >= self._plain:
             return [Bet("", 0, "measuring")] * size
         return [self._bet(self._of(session), limit, size) for session, limit in zip(sessions, most, strict=True)]
@@ -84,17 +88,21 @@ class Goodput(Control):
             if trial.due > self._steps:
                 continue
             value, limit = self._worth(name, trial, most, size)
-            if trial.due or (value <= 0 and not bet.limit):
-                bet = Bet(name, min(_PROBE, most), "probe") if not bet.limit else bet
-            elif value > best:
+            if value > best and not trial.due:
                 best, bet = value, Bet(name, limit)
+            elif self._probe and not bet.limit:
+                bet = Bet(name, min(self._probe, most), "probe")
+        if bet.why == "probe":
+            self._probe = 0  # one in a step: the others wait for the next
         return bet
 
     def _of(self, session: Writing) -> dict[str, _Trial]:
         if session not in self._trials:
             self._trials[session] = {
                 name: _Trial(
-                    Acceptance(self._pools[name]), 0.0, last.pause, self._steps + last.pause if last.pause > 1 else 0
+                    Acceptance(self._pools[name]),
+                    pause=last.pause,
+                    due=self._steps + last.pause if last.pause > 1 else 0,
                 )
                 for name, last in self._latest.items()
             }
@@ -186,11 +194,13 @@ class Goodput(Control):
             if surprise and acceptance is trial.acceptance:
                 acceptance.doubt()
             acceptance.observe(outcome.kept, parents, None if probs is None else probs.tolist())
-        trial.account, trial.due = min(_LOSS, trial.account + won), 0
+        trial.account = min(_LOSS, trial.account + won)
         if won > 0 and trial.account > 0:
             trial.pause = 1
-        elif trial.account < -_LOSS or (outcome.bet.why and not surprise):
-            trial.account = max(trial.account, -_LOSS / 2)
+        if trial.account < -_LOSS or (outcome.bet.why and not surprise and not trial.due):
+            trial.account = _AGAIN - _LOSS
             trial.due = self._steps + 1 + trial.pause
             trial.pause = min(2 * trial.pause, _PAUSE) if parents else trial.pause
+        elif won > 0:
+            trial.due = 0
         self._latest[name] = trial

@@ -95,8 +95,10 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
     """
     options, parts = dict(given or {}), []
     for name in _split(text):
-        head, _, said = (name, "", "") if is_head(name) else name.partition(":")
-        part = Part(head, _kind(head, text), {"folder": head} if is_head(head) else {})
+        head, _, said = name.partition(":")
+        if folder := head not in DRAFTERS and is_head(name):
+            head, said = name, ""
+        part = Part(head, _kind(head, text), {"folder": head} if folder else {})
         mine = {key: options.pop(key) for key in part.takes() if key in options}
         parts.append(Part(part.name, part.kind, {**part.options, **mine, **_said(part, said)}))
     for part in parts[:-1]:
@@ -134,15 +136,15 @@ def _split(text: str) -> list[str]:
 
 
 def _kind(name: str, text: str) -> type[Drafter]:
+    if name in DRAFTERS:
+        return DRAFTERS[name]
+    if name in KINDS:
+        return Head
     if is_head(name):
         kind = published(read_config(name))
         if kind is None or kind is Head:
             read_about(name)  # which says what is wrong
         return kind or Head
-    if name in KINDS:
-        return Head
-    if name in DRAFTERS:
-        return DRAFTERS[name]
     if name == "auto":
         raise UsageError(f"auto isn't put over or under others, as in {text!r}: name them, or use auto alone.")
     for entry in entry_points(group=GROUP, name=name):
