@@ -17,8 +17,8 @@ from types import TracebackType
 
 from longspec.batch.marks import Marks
 from longspec.batch.records import Past, past
-from longspec.batch.requests import as_object
 from longspec.errors import LongspecError, UsageError
+from longspec.requests.fields import RequestError, parse_object
 
 __all__ = ["Output"]
 
@@ -121,9 +121,9 @@ class Output:
                         raise self._foreign(number, f"it has more than {_LINE_NBYTES:,} bytes")
                     return
                 try:
-                    said = past(as_object(data.decode()))
-                except ValueError as wrong:
-                    raise self._foreign(number, str(wrong)) from None
+                    said = past(parse_object(data.decode(), "it"))
+                except (ValueError, RequestError) as wrong:
+                    raise self._foreign(number, str(wrong).rstrip(".")) from None
                 yield data, said
 
     def _foreign(self, number: int, reason: str) -> UsageError:

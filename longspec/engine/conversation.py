@@ -15,13 +15,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longspec.engine.engine import Engine
+from longspec.engine.options import Options, asked
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, UsageError
 from longspec.machine.files import replaced
-from longspec.sampling.sampler import Sampling
+from longspec.sampling.parameters import PARAMETERS, Sampling
 from longspec.text.reasoning_effort import EFFORTS
 
 __all__ = ["Conversation", "cache_path"]
@@ -30,8 +31,6 @@ Message = dict[str, Any]
 
 _VERSION = 1
 _MOST_NBYTES = 64 << 20
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_WHOLE = ("top_k", "seed", "max_new_tokens")
 
 
 class Conversation:
@@ -191,8 +190,7 @@ def cache_path(path: Path) -> Path:
 
 def _sampling(engine: Engine, settings: dict[str, Any]) -> None:
     """Raises UsageError where these can't be this model's settings."""
-    given: dict[str, Any] = {name: settings.get(name) for name in _SAMPLING if settings.get(name) is not None}
-    Sampling.over(engine.model.defaults, given)
+    Sampling.over(engine.model.defaults, asked(cast(Options, settings)))
 
 
 def _check_ours(place: Path, beginning: bytes) -> None:
@@ -270,7 +268,7 @@ def _is_whole(value: object) -> bool:
 
 
 _KNOWN: dict[str, Any] = {
-    **{name: _is_whole if name in _WHOLE else _is_number for name in _SAMPLING},
+    **{name: _is_whole if bounds.kind is int else _is_number for name, bounds in PARAMETERS.items()},
     "max_new_tokens": lambda value: _is_whole(value) and value > 0,
     "reasoning_budget": lambda value: _is_whole(value) and value >= 0,
     "effort": lambda value: value in EFFORTS,

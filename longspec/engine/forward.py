@@ -191,7 +191,7 @@ def _manner(feed: Feed) -> tuple[object, ...]:
     """Feeds behind each other that are equal in this choose in one call; one with a text to look at, alone."""
     session, sampling = feed.session, feed.session.sampling
     alone = id(feed) if session.constraint is not None or sampling.penalises else None
-    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, alone
+    return *sampling.without_seed, alone
 
 
 def entropies_of(feeds: Sequence[Feed], logits: Tensor) -> list[list[float]]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from longspec.engine.options import Options
-from longspec.server.replies import RefusedError
+from longspec.server.refusals import RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
 from longspec.text.prompt import Prompt
 from longspec.types import Commit

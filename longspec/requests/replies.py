@@ -1,49 +1,21 @@
-"""What is answered, in OpenAI's shapes: whole answers, pieces of a stream, errors.
+"""Answers in OpenAI's shapes: whole ones, and pieces of a stream.
 
 Takes answers and texts as plain values, gives dicts. What OpenAI has no field for stands in each choice's `longspec`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longspec.engine.answer import Answer
+if TYPE_CHECKING:
+    from longspec.engine.answer import Answer
 
-__all__ = ["RefusedError", "Reply", "encoded"]
+__all__ = ["Reply"]
 
 _REASONS = {"stop": "stop", "length": "length"}
 """The others have no name there; a text that was ended early is told as one that was cut: `length`."""
-
-
-class RefusedError(Exception):
-    """A request that isn't carried out: the status, and a sentence for a person."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def encoded(value: object) -> bytes:
-    """JSON on one line; half a surrogate pair, which a body may spell, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
