@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from longspec.cli.io.prompt_input import checked
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, expanded
+from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import (
     Setting,
     change,
@@ -49,7 +50,8 @@ Values = Annotated[
 
 
 @config.command("show", cls=Command)
-def show(ctx: typer.Context, as_json: options.Json = False) -> None:
+@expanded
+def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """Print every setting, its value, and where that comes from. In a pipe, with tabs between them."""
     found = settable(ctx.find_root().command)
     settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in found.items()})
@@ -62,7 +64,7 @@ def show(ctx: typer.Context, as_json: options.Json = False) -> None:
         if value is not None and name in _HIDDEN:
             value = "***"
         rows[name] = {"value": value, "from": _from(name, setting)}
-    if as_json:
+    if reporting.as_json:
         typer.echo(json.dumps({"path": str(config_path()), "settings": rows}, ensure_ascii=False))
         return
     table = [(name, _shown(row["value"]), row["from"]) for name, row in rows.items()]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Annotated
 
 import typer
 
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only
+from longspec.cli.options.reporting import Reporting
 
 __all__ = ["EPILOG", "models"]
 
@@ -16,12 +18,12 @@ In a pipe: one line per model; name, state, bytes and description, with tabs bet
 """
 
 
-def models(as_json: options.Json = False) -> None:
+def models(reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """List the models that are here, and those that can be pulled."""
     from longspec.model.files.hub import installed
 
     found = installed()
-    if as_json:
+    if reporting.as_json:
         keys = ("name", "description", "here", "nbytes")
         typer.echo(json.dumps([{key: getattr(model, key) for key in keys} for model in found], ensure_ascii=False))
         return

@@ -12,8 +12,11 @@ import typer
 
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError
+from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.bench.fit import Measured
@@ -42,46 +45,41 @@ _BETTING = 0.2  # of the budget: dtypes, threads and bets
 _KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
+@group("Search")
+class Search:
+    """How long is searched, and for what texts."""
+
+    budget: float = option(
+        120.0,
+        "About how long it may take, without loading the model; 120 if left out.",
+        metavar="SECONDS",
+        parser=readers.number(Bounds(float, 0, open_below=True)),
+    )
+    context: int | None = option(
+        None,
+        "Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
+        short="-c",
+        metavar="N",
+        parser=readers.tokens,
+        once=True,
+    )
+    output: Path | None = option(
+        None,
+        "Keep the set in FILE, not where --drafter skip finds it, and nothing else.",
+        metavar="FILE",
+        panel="Output",
+        once=True,
+    )
+
+
 def tune(
-    model: options.Model = "smollm2",
-    budget: Annotated[
-        float,
-        typer.Option(
-            "--budget",
-            metavar="SECONDS",
-            parser=readers.number(0, open_below=True),
-            rich_help_panel="Search",
-            help="About how long it may take, without loading the model; 120 if left out.",
-        ),
-    ] = 120.0,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            "-c",
-            metavar="N",
-            parser=readers.tokens,
-            rich_help_panel="Search",
-            help="Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="FILE",
-            rich_help_panel="Output",
-            help="Keep the set in FILE, not where --drafter skip finds it, and nothing else.",
-        ),
-    ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
+    search: Search,
+    reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
     """Find how a model is best run on this machine: dtype, threads, bets, and what --drafter skip leaves out."""
-    with Progress(model, quiet=quiet) as progress:
+    model = loading.model
+    with Progress(model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {model}")
         from longspec.bench import fit as fits
         from longspec.bench import tune as work
@@ -91,32 +89,32 @@ def tune(
 
         work.load_optuna()
         began = perf_counter()
-        opened = open_model(model, dtype=dtype, device=device, report=progress.report)
+        opened = open_model(model, dtype=loading.dtype, device=loading.device, report=progress.report)
         most = opened.config.context
-        if context is not None and context > most:
-            raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {most:,}.")
-        tokens = min(_CONTEXT, most) if context is None else context
-        opened.set_threads(threads)
+        if search.context is not None and search.context > most:
+            raise ContextError(f"{search.context:,} tokens were asked for; the context of {model} is {most:,}.")
+        tokens = min(_CONTEXT, most) if search.context is None else search.context
+        opened.set_threads(loading.threads)
         settings, loaded = fits.measure(
             opened,
-            fits.candidates(opened) if dtype == "auto" else [opened.dtype],
-            fits.threads_of(opened.device) if threads is None else [threads],
+            fits.candidates(opened) if loading.dtype == "auto" else [opened.dtype],
+            fits.threads_of(opened.device) if loading.threads is None else [loading.threads],
             progress.report,
         )
-        faster = fits.bets(loaded, tokens, began + _BETTING * budget, progress.report)
-        tuning = work.tune(loaded, context=tokens, seconds=(1 - _BETTING) * budget, report=progress.report)
-    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if output is None else output
+        faster = fits.bets(loaded, tokens, began + _BETTING * search.budget, progress.report)
+        tuning = work.tune(loaded, context=tokens, seconds=(1 - _BETTING) * search.budget, report=progress.report)
+    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
-    if as_json:
+    if reporting.as_json:
         typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
     else:
         _print(report)
     kept = [path]
     save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
-    if output is None:
+    if search.output is None:
         kept.append(fit_path(opened.config, str(opened.device), coded=opened.checkpoint.coded))
         keep_fit(kept[1], fits.best(settings).fit, {name: report[name] for name in ("model", "settings", "versions")})
-    if not as_json:
+    if not reporting.as_json:
         typer.echo(f"Kept in {' and '.join(map(str, kept))}")
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from longspec.cli.io import signals
 from longspec.cli.io.colour import coloured
 from longspec.cli.io.line_editor import PipedLines, TypedLines
-from longspec.cli.io.progress import Progress, thinking
+from longspec.cli.io.progress import Progress
 from longspec.cli.io.stdout import Output
-from longspec.cli.io.stream_answer import UNSAID, statistics, unsaid
+from longspec.cli.io.stream_answer import UNSAID, Local, Policy, statistics, stream, unsaid
 from longspec.errors import LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -192,55 +192,14 @@ class Dialogue:
 
         A signal is raised between steps; a second one in the midst of a step goes further up.
         """
-        engine, output, progress = self.conversation.engine, self.output, self.progress
-        shown, drafted, interrupted, whole = 0, list[bool](), None, True
+        source = Local(self.conversation.engine, session, resumable=True)
 
-        def show(text: str) -> None:
-            nonlocal shown
-            shown += len(text)
+        def paint(text: str) -> str:
             begin = len(session.text) - len(text)  # it is the newest
-            output.write(coloured(text, begin, session.begins, drafted) if self.colours else text)
+            return coloured(text, begin, session.begins, source.accepted)
 
-        try:
-            prefill, new = engine.prefill(session), session.prompt_length - 1 - session.cached
-            while whole:
-                with signals.deferred():
-                    whole = False
-                    done = next(prefill, None)
-                    whole = True
-                if done is None:
-                    break
-                progress.report("reading", done - session.cached, new)
-            while session.finish_reason is None:
-                with signals.deferred():
-                    whole = False
-                    [commit] = engine.step([session])
-                    whole = True
-                drafted += [i < commit.accepted for i in range(len(commit.tokens))]
-                if piece := commit.said if self.hide else commit.text:
-                    progress.stop()
-                    show(piece)
-                elif self.hide and session.section is not None and session.section.is_open:
-                    progress.report(thinking(session.section.tokens))
-                output.check()
-        except signals.Interrupted as end:
-            if not whole:
-                raise
-            interrupted = end
-            signals.answer()
-            if session.finish_reason is None:
-                session.interrupt()
-        except (Exception, BrokenPipeError) as error:
-            progress.stop()
-            if not isinstance(error, BrokenPipeError):
-                with suppress(OSError, LongspecError):
-                    output.end_line()
-            raise
-        progress.stop()
-        if interrupted is None or output.is_ready:
-            show((session.said if self.hide else session.text)[shown:])
-            output.end_line()
-        return interrupted
+        policy = Policy(stream=True, text=True, hide=self.hide, paint=paint if self.colours else None)
+        return stream(source, self.output, self.progress, policy)
 
     def _tell(self, text: str) -> None:
         """What was asked for by a command, or went wrong: said with --quiet too. A terminal must not obey it."""

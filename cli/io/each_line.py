@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspec.cli import BEGAN
 from longspec.cli.io.prompt_input import joined, read_head, read_lines, text_of
-from longspec.cli.io.stream_answer import UNSAID, load, statistics, unsaid, write
+from longspec.cli.io.stream_answer import UNSAID, Local, load, statistics, stream, unsaid
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -53,14 +53,13 @@ def answer_lines(call: Call) -> LongspecError | None:
             _tell(f"line {number}: {session}", progress)
             output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
             continue
-        interrupted = write(engine, session, output, progress, stream=False, text=False, hide=call.hide_reasoning)
-        progress.stop()
+        interrupted = stream(Local(engine, session), output, progress, call.policy)
         answer = engine.answer(session)
         if interrupted is None or (session.answer and output.is_ready):
-            text = session.said if call.hide_reasoning else session.text
+            text = session.said if call.policy.hide else session.text
             said = _object(answer.report()) if call.as_json else one_line(text)
             output.write(said + "\n")
-        unseen = [UNSAID] if call.hide_reasoning and unsaid(answer) else []
+        unseen = [UNSAID] if call.policy.hide and unsaid(answer) else []
         for note in [*session.notes, *unseen, *([statistics(answer)] if call.stats else [])]:
             progress.say(f"line {number}: {note}")
         if interrupted is not None:

@@ -12,29 +12,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from longspec.cli.options.groups import COMMAND_LINE_ONLY
 from longspec.cli.options.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
-
-_COMMAND_LINE_ONLY = {
-    *(
-        "allow_destructive",
-        "context",
-        "dry_run",
-        "each_line",
-        "file",
-        "init",
-        "json_schema",
-        "output",
-        "param",
-        "profile",
-        "prompt_cache",
-        "regex",
-        "template",
-    ),
-    *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
-}
-"""Belong to one call: neither the environment nor config.toml sets them."""
 
 _NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
 """The metavars of what is a file, or may be one."""
@@ -150,7 +131,7 @@ def _settable(command: Any) -> list[Any]:
         for parameter in command.params
         if parameter.param_type_name == "option"
         and not parameter.required  # what a call can't do without belongs to that call
-        and setting_name(parameter) not in _COMMAND_LINE_ONLY
+        and setting_name(parameter) not in COMMAND_LINE_ONLY
     ]
 
 
