@@ -21,7 +21,7 @@ from longspec.engine.engine import Engine
 from longspec.engine.options import Options, asked
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, UsageError
-from longspec.machine.files import replaced
+from longspec.machine.files import read_json, replaced
 from longspec.sampling.parameters import PARAMETERS, Sampling
 from longspec.text.reasoning_effort import EFFORTS
 
@@ -208,20 +208,8 @@ def _check_ours(place: Path, beginning: bytes) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file's conversation, every value of the type that it should have. UsageError where it isn't."""
-    try:
-        if not path.is_file():
-            raise UsageError(f"{path} isn't a file; name one that /save has written.")
-        with path.open("rb") as file:
-            data = file.read(_MOST_NBYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror or error}.") from error
-    if len(data) > _MOST_NBYTES:
-        raise UsageError(f"{path} holds more than {_MOST_NBYTES >> 20} MiB, which is no conversation for any model.")
-    try:
-        saved = json.loads(data.decode())
-    except (ValueError, RecursionError):
-        saved = None
-    if not isinstance(saved, dict) or saved.get("longspec_conversation") != _VERSION:
+    saved = read_json(path, _MOST_NBYTES, "The conversation", hint="name a file that /save has written")
+    if saved.get("longspec_conversation") != _VERSION:
         raise UsageError(f"{path} isn't a conversation of version {_VERSION}; name a file that /save has written.")
     wrong = _wrong(saved)
     if wrong is not None:

@@ -30,6 +30,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from longspec.errors import UsageError
+from longspec.machine.files import read_bytes
 from longspec.sampling.parameters import PARAMETERS, Bounds
 
 __all__ = ["INPUT", "Parameter", "Template", "check_name", "find", "names", "parse", "read"]
@@ -153,13 +154,7 @@ def read(path: Path) -> Template:
     Raises:
         UsageError: it can't be read, or isn't a template.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_TEMPLATE_NBYTES + 1)
-    except OSError as error:
-        raise UsageError(f"The template {path} can't be read: {error.strerror}.") from error
-    if len(data) > _MOST_TEMPLATE_NBYTES:
-        raise UsageError(f"The template {path} is larger than {_MOST_TEMPLATE_NBYTES >> 10} KiB; make it shorter.")
+    data = read_bytes(path, _MOST_TEMPLATE_NBYTES, "The template", pipe=True)
     try:
         return parse(path.stem, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
