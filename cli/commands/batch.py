@@ -29,8 +29,10 @@ from longspec.errors import UsageError
 if TYPE_CHECKING:
     from longspec.batch.inputs import Input
     from longspec.batch.marks import Marks
+    from longspec.batch.output import Output
     from longspec.batch.requests import Fault, Item
     from longspec.batch.tally import Tally
+    from longspec.cli.io.batch_loop import Loop
     from longspec.engine.engine import Engine
     from longspec.engine.options import Options
 
@@ -153,9 +155,7 @@ def batch(
         Progress(loading.model, quiet=reporting.quiet) as progress,
         Output(path) as out,
     ):
-        for name in [*(files.inputs or []), *filter(None, [files.files_from, files.summary])]:
-            if out.is_same(name):
-                raise UsageError(f"{name} is the output too; name another one with -o.")
+        _refuse_output_as_input(files, out)
         about = About(out.path, empty=out.is_empty, anyway=files.continue_anyway)
         settings = _settings(files, source, writing)
         about.check(settings)
@@ -178,19 +178,29 @@ def batch(
         job = Job(engine, chain((first,), records), writing, width, in_order=files.in_order)
         tally = _tally(finished, failed)
         left = _left(source, files.limit, len(finished))
-        loop = Loop(job, out, tally, progress, files.max_errors, left, openai=source.format == "openai")
-        complete = False
-        try:
-            loop.go()
-            complete = True
-        finally:
-            progress.stop()
-            with signals.deferred():
-                said = tally.sentence(engine.drafter_name)
-                progress.say(f"{said}; why they failed stands in {out.path}" if tally.failed else said)
-                _summarise(files.summary, tally, engine.drafter_name, complete=complete)
+        _run(Loop(job, out, tally, progress, files.max_errors, left, openai=source.format == "openai"), files.summary)
     if tally.failed + tally.failed_before:
         raise typer.Exit(1)
+
+
+def _run(loop: Loop, summary: str | None) -> None:
+    """Answer all; however it ends, say what was done."""
+    complete, tally, drafter = False, loop.tally, loop.job.engine.drafter_name
+    try:
+        loop.go()
+        complete = True
+    finally:
+        loop.progress.stop()
+        with signals.deferred():
+            said = tally.sentence(drafter)
+            loop.progress.say(f"{said}; why they failed stands in {loop.out.path}" if tally.failed else said)
+            _summarise(summary, tally, drafter, complete=complete)
+
+
+def _refuse_output_as_input(files: Files, out: Output) -> None:
+    for name in [*(files.inputs or []), *filter(None, [files.files_from, files.summary])]:
+        if out.is_same(name):
+            raise UsageError(f"{name} is the output too; name another one with -o.")
 
 
 def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:

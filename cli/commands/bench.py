@@ -69,24 +69,16 @@ class Results:
 class CacheOptions:
     """What is read, and in which caches."""
 
+    text: Path = option(what="The text that is read and continued.", metavar="FILE")
     context: list[Any] | None = option(
         None, "Tokens of context, 256 or more; may be repeated.", metavar="N", parser=readers.whole(256), once=True
     )
     kind: list[str] | None = option(None, "A cache; may be repeated. All, if left out.", metavar="NAME")
 
 
-@group()
-class CacheText:
-    """The text of `bench cache`."""
-
-    text: Path = option(what="The text that is read and continued.", metavar="FILE")
-
-
 @bench.command("cache", cls=Command)
 @expanded
-def cache(
-    source: CacheText, loading: Annotated[Loading, Only("model", "dtype")], options: CacheOptions, results: Results
-) -> None:
+def cache(options: CacheOptions, loading: Annotated[Loading, Only("model", "dtype")], results: Results) -> None:
     """Compare the kinds of cache: bytes per token, perplexity, a needle test, tokens per second."""
     results.check()
     from longspec.bench.cache import KINDS, CacheWorkload
@@ -94,7 +86,7 @@ def cache(
 
     kinds = options.kind or KINDS
     _known("cache", kinds, KINDS)
-    text = _readable_text(source.text)
+    text = _readable_text(options.text)
     with Progress(loading.model) as progress:
         engine = Engine.load(loading.model, drafter="none", dtype=loading.dtype, report=progress.report)
         contexts = sorted(options.context or [512, 2048, engine.context])
@@ -102,24 +94,11 @@ def cache(
 
 
 @group()
-class DrafterSuite:
-    """The prompts of `bench drafters`."""
+class DrafterOptions:
+    """What is written, and what drafts."""
 
     suite: Path = option(what=_SUITE, metavar="FILE")
-
-
-@group()
-class DrafterOptions:
-    """What drafts, and how."""
-
-    cache: str = option("dense", "A kind of cache; dense, if left out.", metavar="NAME", panel="Model and method")
     drafter: list[str] | None = option(None, "May be repeated. auto, if left out.", metavar="NAME")
-
-
-@group()
-class DrafterSample:
-    """How much is written, and by whom else."""
-
     prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
     max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
     transformers: bool = option(
@@ -127,14 +106,20 @@ class DrafterSample:
     )
 
 
+@group("Model and method")
+class CacheKind:
+    """One kind for all drafters."""
+
+    cache: str = option("dense", "A kind of cache; dense, if left out.", metavar="NAME")
+
+
 @bench.command("drafters", cls=Command)
 @expanded
 def drafters(
-    source: DrafterSuite,
-    loading: Annotated[Loading, Only("model", "draft_model", "dtype")],
     options: DrafterOptions,
+    loading: Annotated[Loading, Only("model", "draft_model", "dtype")],
+    kind: CacheKind,
     drafting: Annotated[Loading, Only("num_speculative_tokens", "control")],
-    sampled: DrafterSample,
     results: Results,
 ) -> None:
     """Compare drafters with plain decoding, prompt by prompt in turns, by category."""
@@ -146,7 +131,7 @@ def drafters(
     from longspec.engine.engine import Engine
     from longspec.model.load import open_model
 
-    suite = sample(read_suite(source.suite), sampled.prompts)
+    suite = sample(read_suite(options.suite), options.prompts)
     with Progress(loading.model) as progress, ExitStack() as stack:
         opened = open_model(loading.model, dtype=loading.dtype, report=progress.report)
         opened.set_threads()
@@ -157,7 +142,7 @@ def drafters(
             name: Engine(
                 model,
                 drafter=name,
-                cache=options.cache,
+                cache=kind.cache,
                 draft_tokens=drafting.num_speculative_tokens or DRAFT_TOKENS,
                 control=drafting.control,
                 draft_model=smaller if name == "auto" or "model" in name.split("+") else None,
@@ -165,18 +150,18 @@ def drafters(
             for name in dict.fromkeys(["none", *(options.drafter or ["auto"])])
         }
         others = {}
-        if sampled.transformers:
+        if options.transformers:
             import torch
 
             contenders = peers(["lookup"], opened.checkpoint, None, "", 0, torch.get_num_threads())
             [worker] = _workers(contenders, stack, progress, needed=True).values()
             others["transformers prompt lookup"] = worker
-        results.take(DrafterWorkload(engines, suite, sampled.max_new_tokens, others), progress)
+        results.take(DrafterWorkload(engines, suite, options.max_new_tokens, others), progress)
 
 
 @group()
-class EngineTexts:
-    """What is written by `bench engines`."""
+class EngineOptions:
+    """What is written, by whom, and how often."""
 
     suite: Path | None = option(None, _SUITE, metavar="FILE")
     category: list[str] | None = option(None, "Of the suite; may be repeated. All, else.", metavar="NAME")
@@ -189,12 +174,6 @@ class EngineTexts:
         parser=readers.tokens,
         once=True,
     )
-
-
-@group()
-class EngineOptions:
-    """Who writes, and how often."""
-
     setting: list[str] | None = option(
         None,
         "Of this engine, as drafter/cache/dtype; may be repeated. none, auto and none/auto/bf16, if left out.",
@@ -216,15 +195,13 @@ class EngineOptions:
 @bench.command("engines", cls=Command)
 @expanded
 def engines(
-    texts: EngineTexts,
-    loading: Annotated[Loading, Only("model", "draft_model")],
     options: EngineOptions,
-    place: Annotated[Loading, Only("threads")],
+    loading: Annotated[Loading, Only("model", "draft_model", "threads")],
     reporting: Annotated[Reporting, Only("quiet")],
     results: Results,
 ) -> None:
     """Compare this engine with transformers and llama.cpp on the CPU, each in a process of its own, in turns."""
-    if texts.suite is None and texts.text is None:
+    if options.suite is None and options.text is None:
         raise UsageError("There is nothing to write: give --suite for chats, --text for long contexts, or both.")
     results.check()
     with Progress(loading.model, quiet=reporting.quiet) as progress, ExitStack() as stack:
@@ -234,12 +211,12 @@ def engines(
 
         _known("peer", options.peer or [], PEERS)
         opened = open_model(loading.model, device="cpu", report=progress.report)
-        opened.set_threads(place.threads)
-        results.take(_engine_workload(texts, loading, options, opened, stack, progress), progress)
+        opened.set_threads(loading.threads)
+        results.take(_engine_workload(options, loading, opened, stack, progress), progress)
 
 
 def _engine_workload(
-    texts: EngineTexts, loading: Loading, options: EngineOptions, opened: Opened, stack: ExitStack, progress: Progress
+    options: EngineOptions, loading: Loading, opened: Opened, stack: ExitStack, progress: Progress
 ) -> EngineWorkload:
     """The cases, and a process for each engine that can be had; `stack` ends them."""
     import torch
@@ -250,15 +227,15 @@ def _engine_workload(
     from longspec.model.files.hub import find
     from longspec.model.load import native_dtype
 
-    suite = read_suite(texts.suite) if texts.suite is not None else {}
-    if unknown := [name for name in texts.category or [] if name not in suite]:
+    suite = read_suite(options.suite) if options.suite is not None else {}
+    if unknown := [name for name in options.category or [] if name not in suite]:
         raise UsageError(f"The suite has no category {unknown[0]!r}; it has: {', '.join(suite) or 'none'}.")
-    suite = {name: prompts for name, prompts in suite.items() if not texts.category or name in texts.category}
+    suite = {name: prompts for name, prompts in suite.items() if not options.category or name in options.category}
     new, vocabulary, threads = options.max_new_tokens, opened.vocabulary, torch.get_num_threads()
-    taken = lengths(texts.context or [], new, opened.config.context, loading.model)
-    cases = chats(vocabulary, sample(suite, texts.sample), new, options.batch, who.ends(opened))
-    if texts.text is not None:
-        cases += contexts(vocabulary, _readable_text(texts.text), taken, new, options.batch)
+    taken = lengths(options.context or [], new, opened.config.context, loading.model)
+    cases = chats(vocabulary, sample(suite, options.sample), new, options.batch, who.ends(opened))
+    if options.text is not None:
+        cases += contexts(vocabulary, _readable_text(options.text), taken, new, options.batch)
     longest = new + max(len(prompt["tokens"]) for case in cases for prompt in case.prompts)
     settings = ["none", "auto", *(["none/auto/bf16"] if opened.dtype != native_dtype(opened.device) else [])]
     peers = options.peer or [name for name in who.PEERS if name != "assistant" or loading.draft_model]

@@ -168,7 +168,7 @@ def _print(report: dict[str, Any]) -> None:
         )
         fits = "yes" if one["fits"] else f"no: {one['lacks']}"
         if one["fits"] and one["prefill_rows"] != max(other["prefill_rows"] for other in report["caches"]):
-            fits += f", with prefill chunks of {one['prefill_rows']} rows"
+            fits += f", with prefill chunks of {one['prefill_rows']} tokens"
         mark = "" if one["cache_lossless"] else " *"
         per_token, cache_bytes = f"{one['bytes_per_token']:,.0f}", shown(one["cache_bytes"]) + below
         rows.append((one["cache"] + mark, per_token, cache_bytes, shown(one["total_bytes"]), fits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.bench.fit import Measured
+    from longspec.bench.harness import Table
     from longspec.bench.tune import Tuning
     from longspec.model.load import Model
 
@@ -41,7 +43,7 @@ user's config and cache directories; the tables go to stdout.
 """
 
 _CONTEXT = 512
-_BETTING = 0.2  # of the budget: dtypes, threads and bets
+_SETTINGS = 0.2  # of the budget: dtypes, threads and drafting
 _KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
@@ -77,7 +79,7 @@ def tune(
     search: Search,
     reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
-    """Find how a model is best run on this machine: dtype, threads, bets, and what --drafter skip leaves out."""
+    """Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves out."""
     model = loading.model
     with Progress(model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {model}")
@@ -101,8 +103,8 @@ def tune(
             fits.threads_of(opened.device) if loading.threads is None else [loading.threads],
             progress.report,
         )
-        faster = fits.bets(loaded, tokens, began + _BETTING * search.budget, progress.report)
-        tuning = work.tune(loaded, context=tokens, seconds=(1 - _BETTING) * search.budget, report=progress.report)
+        faster = fits.bets(loaded, tokens, began + _SETTINGS * search.budget, progress.report)
+        tuning = work.tune(loaded, context=tokens, seconds=(1 - _SETTINGS) * search.budget, report=progress.report)
     report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
     if reporting.as_json:
@@ -161,31 +163,52 @@ def _setting(one: Measured) -> dict[str, Any]:
     return {
         "dtype": one.fit.dtype,
         "threads": one.fit.threads,
-        "milliseconds": [round(1000 * seconds, 3) for seconds in one.seconds],  # of passes of 1, 9 and 64 rows
+        "milliseconds": [round(1000 * seconds, 3) for seconds in one.seconds],  # of passes over 1, 9 and 64 tokens
         "perplexity": round(one.perplexity, 4),
     }
 
 
 def _print(report: dict[str, Any]) -> None:
-    typer.echo("DTYPE  THREADS     1 ROW    9 ROWS   64 ROWS  PERPLEXITY")
-    for one in report["settings"]:
-        times = "".join(f"{milliseconds:7.2f} ms" for milliseconds in one["milliseconds"])
-        typer.echo(f"{one['dtype']:5}  {one['threads']:7}{times}  {one['perplexity']:10.3f}")
+    from longspec.bench.harness import Column, Table
+
+    def milliseconds(place: int) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row['milliseconds'][place]:.2f} ms"
+
+    _echo(
+        Table(
+            Column("DTYPE", -5, "{dtype}"),
+            Column("THREADS", 7, "{threads}"),
+            Column("1 TOKEN", 10, milliseconds(0)),
+            Column("9 TOKENS", 10, milliseconds(1)),
+            Column("64 TOKENS", 10, milliseconds(2)),
+            Column("PERPLEXITY", 10, "{perplexity:.3f}"),
+        ),
+        report["settings"],
+    )
     typer.echo(
         f"The fastest is {report['dtype']} with {report['threads']} thread{'s' * (report['threads'] > 1)}; there "
         f"--drafter auto writes {report['auto']:.2f} times the tokens/s of plain decoding.\n"
     )
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
-        f"{report['tokens_per_second']:.1f} tokens/s without a bet, {report['tried']} sets tried"
+        f"{report['tokens_per_second']:.1f} tokens/s without drafts, {report['tried']} sets tried"
     )
-    typer.echo("ATTENTIONS  MLPS  PASS  AGREEMENT  EXPECTED  MEASURED")
-    for one in report["sets"]:
-        typer.echo(
-            f"{len(one['attention']):10}  {len(one['mlp']):4}  {one['share']:4.2f}  {one['agreement']:9.2f}"
-            f"  {one['expected']:8.2f}  {one['measured']:8.2f}"
-        )
+    _echo(
+        Table(
+            Column("ATTENTIONS", 10, lambda row: str(len(row["attention"]))),
+            Column("MLPS", 4, lambda row: str(len(row["mlp"]))),
+            Column("PASS", 4, "{share:.2f}"),
+            Column("AGREEMENT", 9, "{agreement:.2f}"),
+            Column("EXPECTED", 8, "{expected:.2f}"),
+            Column("MEASURED", 8, "{measured:.2f}"),
+        ),
+        report["sets"],
+    )
     if report["faster"]:
         typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
     else:
         typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
+
+
+def _echo(table: Table, rows: list[dict[str, Any]]) -> None:
+    typer.echo("\n".join([table.head, *map(table.line, rows)]))

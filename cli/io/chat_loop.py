@@ -159,7 +159,7 @@ class Dialogue:
         self._tell(
             f"{_count(conversation.turns, 'turn')}; of {_count(usage['prompt_tokens'], 'prompt token')} "
             f"{usage['cached_tokens']:,} were in the cache; it is {answer.cache}, with "
-            f"{_count(session.cache.length, 'row')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
+            f"{_count(session.cache.length, 'token position')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
         )
 
     def _answer(self, opening: Callable[[], Session]) -> None:

@@ -33,7 +33,7 @@ from longspec.cli.io.stream_answer import Policy, stream
 from longspec.errors import LongspecError
 from longspec.machine.system import cache_folder
 
-__all__ = ["Reported", "address", "folder", "write"]
+__all__ = ["Remote", "Reported", "address", "folder", "write"]
 
 _MOST_NBYTES = 8 << 20  # what a server takes; a longer prompt is written here
 _PATH_NBYTES = 100  # a socket's path has room for 108 bytes on Linux, 104 on macOS
@@ -130,7 +130,7 @@ def write(
     place = folder()
     if place is None:
         return None
-    remote = _Remote.reached(address(place, model, loading), prompt, writing, began)
+    remote = Remote.reached(address(place, model, loading), prompt, writing, began)
     if remote is None:
         return None
     seconds = perf_counter() - began
@@ -145,7 +145,7 @@ def write(
     return Reported(remote.report), interrupted
 
 
-class _Remote:
+class Remote:
     """An answer that a server is writing: its text so far, and at its end the report."""
 
     is_broken = False  # the server goes on whatever comes here
@@ -164,7 +164,7 @@ class _Remote:
         self._data = b""
 
     @classmethod
-    def reached(cls, path: Path, prompt: str, writing: Mapping[str, Any], began: float) -> _Remote | None:
+    def reached(cls, path: Path, prompt: str, writing: Mapping[str, Any], began: float) -> Remote | None:
         """The server at that path, if it takes this."""
         name = os.urandom(8).hex()
         body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from longspec.cli.io import signals
 from longspec.cli.io.progress import thinking
@@ -19,13 +19,13 @@ from longspec.errors import LongspecError
 if TYPE_CHECKING:
     from longspec.cli.io.output_file import OutputFile
     from longspec.cli.io.progress import Progress
-    from longspec.cli.io.server_client import Reported
+    from longspec.cli.io.server_client import Remote, Reported
     from longspec.cli.io.stdout import Output
     from longspec.engine.answer import Answer
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
-__all__ = ["UNSAID", "Local", "Policy", "Source", "load", "statistics", "stream", "unsaid"]
+__all__ = ["UNSAID", "Local", "Policy", "load", "statistics", "stream", "unsaid"]
 
 UNSAID = (
     "the tokens were used up by reasoning, which is hidden; allow more of them with --max-new-tokens, or bound the "
@@ -45,46 +45,14 @@ class Policy:
     paint: Callable[[str], str] | None = None
 
 
-class Source(Protocol):
-    """An answer that is being written elsewhere."""
-
-    @property
-    def is_over(self) -> bool: ...
-    @property
-    def is_broken(self) -> bool:
-        """A signal came in the midst of a step, and nobody knows where it ended."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """The whole text so far."""
-        ...
-
-    @property
-    def said(self) -> str:
-        """The text so far without its reasoning."""
-        ...
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def thinking(self) -> int:
-        """Tokens of a reasoning section that is open."""
-        ...
-
-    def advance(self, progress: Progress) -> None:
-        """Take the next piece, or what comes within a second."""
-        ...
-
-    def end(self) -> None:
-        """The answer is to end with what it has."""
-        ...
-
-
 def stream(
-    source: Source, output: Output | OutputFile, progress: Progress, policy: Policy
+    source: Local | Remote, output: Output | OutputFile, progress: Progress, policy: Policy
 ) -> signals.Interrupted | None:
-    """Write an answer to its end, or to a signal, which is given back. What there is of its text is written then."""
+    """Write an answer to its end, or to a signal, which is given back. What there is of its text is written then.
+
+    A source has its text so far, and without its reasoning (`said`); `advance` takes the next piece, or what comes
+    within a second, and `end` has it end with what it has. It is broken where a signal came in the midst of a step.
+    """
     shown, interrupted = 0, None
 
     def show() -> None:

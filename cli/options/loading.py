@@ -28,7 +28,7 @@ class Loading:
     )
     drafter: str = option(
         "auto",
-        "What bets on the next tokens: auto, one by name, one over another (model+ngram), or the folder of a "
+        "What drafts the next tokens: auto, one by name, one over another (model+ngram), or the folder of a "
         "trained head. none is plain decoding; the text is the same.",
         metavar="NAME",
     )
@@ -43,8 +43,9 @@ class Loading:
     )
     control: str = option(
         "goodput",
-        "How much is drafted: goodput (what brings most tokens per second, nothing included), fixed (always all), "
-        "confidence (likely paths) or entropy (nothing after a hard token).",
+        "How many tokens are drafted: goodput (as many as bring the most tokens per second, none where drafting would "
+        "lose), fixed (always as many as may be), confidence (likely ones only) or entropy (none after a token that "
+        "was hard to foresee).",
         metavar="NAME",
     )
     skip_set: str | None = option(
@@ -68,14 +69,19 @@ class Loading:
     device: str = option("auto", "auto, cpu, cuda or cuda:N. auto is the GPU where there is one.", metavar="NAME")
     dtype: str = option(
         "auto",
-        "auto, fp32, bf16, or int8: weights in 8 bits, or in the fewer that a GGUF file has, nearly the same "
-        "text. auto is int8 where a file holds codes, else bf16, as far as the processor has them.",
+        "auto, fp32, bf16, or int8: quantized weights, of 8 bits or of the fewer that a GGUF file has, with nearly "
+        "the same text. auto is int8 where a file's weights are quantized, else bf16, as far as the processor has "
+        "them.",
         metavar="NAME",
     )
     threads: int | None = option(
         None, "Threads on a CPU; torch chooses if this is left out.", metavar="N", parser=whole(1, 1024)
     )
-    all_rows: bool = option(False, "With the caches offload and disk: read every row exactly, as dense does. Slower.")
+    all_rows: bool = option(
+        False,
+        "With the caches offload and disk: read keys and values of every token position exactly, as dense does. "
+        "Slower.",
+    )
     memory: str | None = option(
         None,
         "What the process may have, such as 6GiB (on a GPU: what is reserved there), or auto for what is free. "
