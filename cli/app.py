@@ -104,9 +104,9 @@ def _sentence(error: Exception) -> str:
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     message = str(getattr(error, "message", "") or error)
     if parameter is None or context is None:
-        said = error.format_message() if hasattr(error, "format_message") else message
+        sentence = error.format_message() if hasattr(error, "format_message") else message
     else:
-        said = f"{origin(context, parameter)}: {message}"
+        sentence = f"{origin(context, parameter)}: {message}"
     path = context.command_path if context is not None else "longspec"
-    said = " ".join(said.split())
-    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See {path} --help."
+    sentence = " ".join(sentence.split())
+    return f"{sentence}{'' if sentence.endswith(('.', '?')) else '.'} See {path} --help."

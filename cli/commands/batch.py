@@ -192,8 +192,8 @@ def _run(loop: Loop, summary: str | None) -> None:
     finally:
         loop.progress.stop()
         with signals.deferred():
-            said = tally.sentence(drafter)
-            loop.progress.say(f"{said}; why they failed stands in {loop.out.path}" if tally.failed else said)
+            sentence = tally.sentence(drafter)
+            loop.progress.say(f"{sentence}; why they failed stands in {loop.out.path}" if tally.failed else sentence)
             _summarise(summary, tally, drafter, complete=complete)
 
 
@@ -238,12 +238,12 @@ def _left(source: Input, limit: int | None, finished: int) -> int:
 
 def _identity(engine: Engine) -> dict[str, str]:
     """What else makes an answer what it is, in the words of an error."""
-    made = engine.model.fingerprint
+    fingerprint = engine.model.fingerprint
     return {
-        "weights": made["model"],
-        "tokenizer": made["tokenizer"],
-        "dtype": made["dtype"],
-        "strictness": made["strictness"],
+        "weights": fingerprint["model"],
+        "tokenizer": fingerprint["tokenizer"],
+        "dtype": fingerprint["dtype"],
+        "strictness": fingerprint["strictness"],
         "cache": engine.cache_name,
     }
 

@@ -178,9 +178,9 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
     picked = report["picked"]
     if picked:
-        said = f"takes {picked['cache']}"
+        sentence = f"takes {picked['cache']}"
     elif report["least_bytes"] > report["budget_bytes"]:
-        said = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
+        sentence = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
     else:
-        said = "finds nothing that fits"
-    typer.echo(f"* the text may differ from dense's. --cache auto {said}.")
+        sentence = "finds nothing that fits"
+    typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")

@@ -102,20 +102,22 @@ def list_all(reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """List all templates. In a pipe: name, `yours` or `shipped`, and description, with tabs between them."""
     from longspec.text.prompt_template import names, read
 
-    own = folders()[0]
+    own_folder = folders()[0]
     rows = []
     for name, path in names(folders()).items():
         try:
-            said = read(path).description
+            description = read(path).description
         except UsageError as error:  # one broken file leaves the others usable
-            said = str(error)
-        rows.append((name, "yours" if path.parent == own else "shipped", " ".join(said.split()), str(path)))
+            description = str(error)
+        rows.append(
+            (name, "yours" if path.parent == own_folder else "shipped", " ".join(description.split()), str(path))
+        )
     if reporting.as_json:
         keys = ("name", "origin", "description", "path")
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], ensure_ascii=False))
         return
-    for name, origin, said, _ in rows:
-        typer.echo(f"{name:16}{origin:9}{said}" if os.isatty(1) else f"{name}\t{origin}\t{said}")
+    for name, origin, description, _ in rows:
+        typer.echo(f"{name:16}{origin:9}{description}" if os.isatty(1) else f"{name}\t{origin}\t{description}")
 
 
 @prompts.command("show", cls=Command)

@@ -163,9 +163,9 @@ def run(
 
 
 def _answer(call: Call) -> None:
-    asked = perf_counter()
+    started = perf_counter()
     text = _prompt(call)
-    began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
+    began = BEGAN + perf_counter() - started  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
     served = None
     if not (call.no_server or call.trace):
@@ -238,7 +238,7 @@ def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None
     """How long prompt and answer may become; None where only the model's context ends them."""
     from longspec.engine.options import tokens_of
 
-    asked = writing["max_new_tokens"]
-    if asked is None:
+    new_tokens = writing["max_new_tokens"]
+    if new_tokens is None:
         return None
-    return len(tokens_of(vocabulary, prompt, writing)) + asked
+    return len(tokens_of(vocabulary, prompt, writing)) + new_tokens

@@ -126,8 +126,8 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
             why = "another is used" if path else _PLANNED if planned else _NO_FOLDER
             progress.say(f"longspec run doesn't use this server: {why}")
         shown = f"[{serving.host}]" if ":" in serving.host else serving.host
-        said = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
-        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(said)))
+        sentence = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
+        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(sentence)))
         worker.stop(_GRACE_SECONDS)
 
 

@@ -90,7 +90,7 @@ def train(
 
         if training.head not in KINDS:
             raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}.")
-        read = read_prompts(training.prompts)
+        prompts = read_prompts(training.prompts)
         model, writer = _models(loading, progress)
         recipe = Recipe(
             training.head,
@@ -101,20 +101,20 @@ def train(
             sampling.seed or 0,
             invented=training.invent,
         )
-        written = _sampling(model.defaults, sampling.temperature, recipe.seed)
-        course = start(model, recipe, training.output, read, written, writer, training.first)
+        sampled = _sampling(model.defaults, sampling.temperature, recipe.seed)
+        course = start(model, recipe, training.output, prompts, sampled, writer, training.first)
         if int(os.environ.get("RANK", "0")) == 0:
             progress.report("measuring")
             progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
         if training.dry_run:
             return
-        said = course.run(progress.report, int8=training.int8)
-    if said is None:  # one of several processes, and not the one that speaks
+        report = course.run(progress.report, int8=training.int8)
+    if report is None:  # one of several processes, and not the one that speaks
         return
     if reporting.as_json:
-        typer.echo(json.dumps({**said, "folder": str(training.output)}, ensure_ascii=False))
+        typer.echo(json.dumps({**report, "folder": str(training.output)}, ensure_ascii=False))
     else:
-        typer.echo(_table(said, training.output))
+        typer.echo(_table(report, training.output))
 
 
 def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
@@ -141,11 +141,11 @@ def _sampling(defaults: Any, temperature: float | None, seed: int) -> dict[str, 
     return chosen
 
 
-def _table(said: dict[str, Any], folder: Path) -> str:
-    shares = "  ".join(f"{share:.2f}" for share in said["accuracy"])
+def _table(report: dict[str, Any], folder: Path) -> str:
+    shares = "  ".join(f"{share:.2f}" for share in report["accuracy"])
     return (
-        f"{said['tokens_per_step']:.2f} tokens per step on prompts that it wasn't trained on, "
-        f"{said['untrained_tokens_per_step']:.2f} untrained; {said['steps']:,} steps on {said['texts']:,} texts\n"
+        f"{report['tokens_per_step']:.2f} tokens per step on prompts that it wasn't trained on, "
+        f"{report['untrained_tokens_per_step']:.2f} untrained; {report['steps']:,} steps on {report['texts']:,} texts\n"
         f"Right behind true tokens, by depth: {shares}\n"
         f"Kept in {folder}: longspec run --drafter {_path(folder)}"
     )

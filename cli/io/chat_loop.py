@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from longspec.cli.io import signals
 from longspec.cli.io.colour import coloured
 from longspec.cli.io.line_editor import PipedLines, TypedLines
-from longspec.cli.io.progress import Progress
+from longspec.cli.io.progress import Progress, printable
 from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import UNSAID, Local, Policy, statistics, stream, unsaid
 from longspec.errors import LongspecError, UsageError
@@ -107,12 +107,12 @@ class Dialogue:
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         argument = argument.strip()
-        wanted = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
-        if wanted is None:
+        command = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
+        if command is None:
             raise UsageError(f"{name} is no command; /help lists them, and a space before the / makes it a message.")
-        if (" " in wanted) < bool(argument) or (wanted.endswith(("FILE", "NAME")) and not argument):
-            raise UsageError(f"{line.partition(' ')[0]} takes {wanted.partition(' ')[2] or 'nothing'}: {wanted}.")
-        getattr(self, f"_{name[1:]}")(*[argument] * (" " in wanted))
+        if (" " in command) < bool(argument) or (command.endswith(("FILE", "NAME")) and not argument):
+            raise UsageError(f"{line.partition(' ')[0]} takes {command.partition(' ')[2] or 'nothing'}: {command}.")
+        getattr(self, f"_{name[1:]}")(*[argument] * (" " in command))
 
     def _help(self) -> None:
         self._tell(_HELP)
@@ -204,9 +204,8 @@ class Dialogue:
     def _tell(self, text: str) -> None:
         """What was asked for by a command, or went wrong: said with --quiet too. A terminal must not obey it."""
         if sys.stderr is not None:
-            said = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
             with suppress(OSError):
-                print(said, file=sys.stderr, flush=True)
+                print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def _count(number: int, noun: str) -> str:

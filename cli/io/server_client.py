@@ -86,10 +86,10 @@ def folder(*, make: bool = False) -> Path | None:
     try:
         if make:
             path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     return path if mine and len(os.fsencode(path)) <= _PATH_NBYTES - 20 else None
 
 
@@ -99,14 +99,14 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
     What is a file or a folder counts with its place and time: where it was changed, a server has the old one.
     """
     names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "OMP_NUM_THREADS")
-    told = {
+    description = {
         "longspec": [__version__, __file__, sys.executable],
         "cache": str(cache_folder()),
         "environment": {name: os.environ.get(name) for name in names},
         "model": _placed(model),
         "loading": {name: _placed(value) if name in _FILES else value for name, value in loading.items() if value},
     }
-    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(errors="replace"), digest_size=8)
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(errors="replace"), digest_size=8)
     return folder / digest.hexdigest()
 
 
@@ -171,13 +171,13 @@ class Remote:
         connection = _posted(path, "/run", body) if len(body) <= _MOST_NBYTES else None
         if connection is None:
             return None
-        made = cls(connection, path, name)
+        remote = cls(connection, path, name)
         with suppress(OSError):
-            while b"\r\n\r\n" not in made._data and (data := connection.recv(_PIECE)):
-                made._data += data
-            head, _, made._data = made._data.partition(b"\r\n\r\n")
+            while b"\r\n\r\n" not in remote._data and (data := connection.recv(_PIECE)):
+                remote._data += data
+            head, _, remote._data = remote._data.partition(b"\r\n\r\n")
             if head.split(b" ", 2)[1:2] == [b"200"]:
-                return made
+                return remote
         connection.close()
         return None
 
@@ -252,8 +252,8 @@ def _is_mine(connection: socket.socket) -> bool:
     """Linux knows who listens; elsewhere the folder's mode has to do."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
-    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", told)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
     return bool(user == os.getuid())
 
 
@@ -272,5 +272,5 @@ def _placed(name: object) -> object:
         return str(name)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int]:
-    return found.st_mtime_ns, found.st_size
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_mtime_ns, status.st_size

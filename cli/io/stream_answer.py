@@ -151,9 +151,9 @@ class Local:
         """What the work gives; the first signal waits for its end."""
         with signals.deferred():
             self.is_broken = self._resumable
-            made = work()
+            result = work()
             self.is_broken = False
-        return made
+        return result
 
 
 def load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
@@ -181,14 +181,14 @@ def unsaid(answer: Answer | Reported) -> bool:
 
 def statistics(answer: Answer | Reported) -> str:
     """The closing line."""
-    count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
-    thought = answer.usage["reasoning_tokens"]
-    parts = [f"{count:,} tokens{f' ({thought:,} of reasoning)' if thought else ''} in {timing['decode_s']:.1f} s"]
+    count, speculation, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
+    reasoning = answer.usage["reasoning_tokens"]
+    parts = [f"{count:,} tokens{f' ({reasoning:,} of reasoning)' if reasoning else ''} in {timing['decode_s']:.1f} s"]
     if timing["tokens_per_second"] is not None:
         parts[0] += f" ({timing['tokens_per_second']:.1f} tokens/s)"
-    parts.append(f"{bets['tokens_per_step']:.2f} tokens per step with {bets['drafter']}")
-    if bets["drafted"]:
-        parts.append(f"acceptance {bets['accepted'] / bets['drafted']:.2f}")
+    parts.append(f"{speculation['tokens_per_step']:.2f} tokens per step with {speculation['drafter']}")
+    if speculation["drafted"]:
+        parts.append(f"acceptance {speculation['accepted'] / speculation['drafted']:.2f}")
     if timing["time_to_first_token_s"] is not None:
         parts.append(f"first token after {timing['time_to_first_token_s']:.1f} s")
     parts.append(f"ended by {answer.finish_reason}")

@@ -76,13 +76,13 @@ def group(panel: str | None = None) -> Callable[[type[_T]], type[_T]]:
     """A class of options under one heading of the help, but for those that name another panel."""
 
     def decorate(cls: type[_T]) -> type[_T]:
-        made = dataclass(frozen=True, kw_only=True)(cls)
+        options = dataclass(frozen=True, kw_only=True)(cls)
         cls.__panel__ = panel  # type: ignore[attr-defined]
-        for each in fields(made):  # type: ignore[arg-type]
+        for each in fields(options):  # type: ignore[arg-type]
             if each.metadata.get("once"):
                 flag = each.metadata["flag"] or each.name
                 COMMAND_LINE_ONLY.add(flag.split("/")[0].removeprefix("--").replace("-", "_"))
-        return made
+        return options
 
     return decorate
 
@@ -107,9 +107,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         types = get_type_hints(kind)
         parameters += [_parameter(each, types[each.name], kind.__panel__) for each in taken]
 
-    def call(**given: Any) -> None:
-        made = {name: kind(**{each: given.pop(each) for each in taken}) for name, (kind, taken) in groups.items()}
-        command(**given, **made)
+    def call(**arguments: Any) -> None:
+        built = {name: kind(**{each: arguments.pop(each) for each in taken}) for name, (kind, taken) in groups.items()}
+        command(**arguments, **built)
 
     call.__name__, call.__doc__, call.__module__ = command.__name__, command.__doc__, command.__module__
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -34,12 +34,14 @@ class Command(TyperCommand):
         if _settable(self) and not (asks_help or ctx.resilient_parsing):
             known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
             settings = read_settings(known)
-            mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
-            ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
+            own_settings = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
+            ctx.meta[_ORIGINS] = named = {
+                name: setting for name, setting in own_settings.items() if setting is not None
+            }
             several = {parameter.name for parameter in self.params if parameter.multiple}
             ctx.default_map = {
                 name: [setting.value] if name in several and not isinstance(setting.value, list) else setting.value
-                for name, setting in found.items()
+                for name, setting in named.items()
             }
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
@@ -97,11 +99,11 @@ def setting_name(parameter: Any) -> str:
 
 def settable(group: Any) -> dict[str, tuple[Any, Any]]:
     """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
-    found: dict[str, tuple[Any, Any]] = {}
+    options: dict[str, tuple[Any, Any]] = {}
     for command in group.commands.values():
         for parameter in _settable(command):
-            found.setdefault(setting_name(parameter), (command, parameter))
-    return found
+            options.setdefault(setting_name(parameter), (command, parameter))
+    return options
 
 
 def kind_of(parameter: Any) -> Kind:
