@@ -54,6 +54,7 @@ class Results:
         """Measure: a line as soon as it is known, and the whole as the last one."""
         from longspec.bench.harness import report
 
+        progress.stop()
         typer.echo(workload.table.head)
         rows = []
         for row in workload.rows(progress.report):

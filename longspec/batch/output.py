@@ -66,13 +66,13 @@ class Output:
             LongspecError: the disk is full.
         """
         marks, failed, whole = Marks(), 0, 0
-        for data, said in self._lines():
+        for data, past_record in self._lines():
             whole += len(data)
-            if said.failed:
+            if past_record.failed:
                 failed += 1
                 if retry_errors:
                     continue
-            marks.add(said.mark)
+            marks.add(past_record.mark)
         if whole < self._size:
             os.ftruncate(self._fd, whole)
             self._size = whole

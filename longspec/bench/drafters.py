@@ -106,8 +106,8 @@ class DrafterWorkload:
         model = self._plain.model
 
         def write(prompt: str) -> Took:
-            told = {"text": prompt, "raw": False, "tokens": encode(model.vocabulary, prompt)}
-            return worker.write(Case("", [told], self._new, ends=model.end_tokens), [told])
+            request = {"text": prompt, "raw": False, "tokens": encode(model.vocabulary, prompt)}
+            return worker.write(Case("", [request], self._new, ends=model.end_tokens), [request])
 
         return write
 

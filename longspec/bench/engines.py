@@ -44,12 +44,12 @@ def chats(vocabulary: Vocabulary, suite: Suite, new: int, width: int, ends: Sequ
     """A case for each category, one prompt at a time, and one of all prompts side by side. Answers end where the
     model ends them.
     """
-    made = {
+    encoded = {
         category: [{"text": one, "raw": False, "tokens": encode(vocabulary, one)} for one in prompts]
         for category, prompts in suite.items()
     }
-    cases = [Case(category, prompts, new, 1, ends, chat=True) for category, prompts in made.items()]
-    every = [prompt for prompts in made.values() for prompt in prompts]
+    cases = [Case(category, prompts, new, 1, ends, chat=True) for category, prompts in encoded.items()]
+    every = [prompt for prompts in encoded.values() for prompt in prompts]
     return [*cases, *([Case("all", every, new, width, ends)] if width > 1 and len(every) > 1 else [])]
 
 

@@ -72,10 +72,10 @@ class Worker:
 
     def write(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> Took:
         """What these prompts took. Raises LongspecError where the process has ended, or couldn't."""
-        asked = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
+        request = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
         assert self._process.stdin is not None
         with suppress(OSError):  # it has ended: what it left says why
-            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         took = self._answer()
         self.peak = took["peak_bytes"]
@@ -97,10 +97,10 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        told: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in told:
-            raise LongspecError(f"{self.contender.name} can't be measured: {told['error'].strip().rstrip('.')}.")
-        return told
+        reply: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in reply:
+            raise LongspecError(f"{self.contender.name} can't be measured: {reply['error'].strip().rstrip('.')}.")
+        return reply
 
     def _last_words(self) -> str:
         code = self._process.wait()

@@ -163,8 +163,8 @@ def _refusal(error: Exception) -> RefusedError:
         case HTTPException(status_code=405):
             return RefusedError(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
         case HTTPException():
-            said = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
-            return RefusedError(error.status_code, said, headers=error.headers)
+            sentence = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
+            return RefusedError(error.status_code, sentence, headers=error.headers)
         case RequestError():
             return RefusedError(400, str(error), param=error.param, code=error.code)
         case ContextError():
@@ -174,8 +174,8 @@ def _refusal(error: Exception) -> RefusedError:
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.
-    said = "The server failed at this; what happened is on its standard error."
-    return RefusedError(500, said, headers={"connection": "close"})
+    sentence = "The server failed at this; what happened is on its standard error."
+    return RefusedError(500, sentence, headers={"connection": "close"})
 
 
 def _failure(error: Exception) -> str:

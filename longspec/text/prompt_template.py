@@ -199,14 +199,14 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 def _parameters(table: object) -> dict[str, Parameter]:
     if not isinstance(table, dict):
         raise UsageError("sets 'parameters' to no table; write [parameters.NAME] for each.")
-    found = {}
+    parameters = {}
     for name, entry in table.items():
         if not _VARIABLE.fullmatch(name) or name == INPUT:
             raise UsageError(f"has a parameter {name!r}; a name is letters, digits and _, and not {INPUT!r}.")
         if not isinstance(entry, dict) or not set(entry) <= {"help", "default"}:
             raise UsageError(f"has a wrong parameter {name!r}; a parameter is a table with `help` and `default`.")
-        found[name] = Parameter(_text(entry, "help") or "", _text(entry, "default"))
-    return found
+        parameters[name] = Parameter(_text(entry, "help") or "", _text(entry, "default"))
+    return parameters
 
 
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
