@@ -44,7 +44,7 @@ class Loading:
     control: str = option(
         "goodput",
         "How many tokens are drafted: goodput (as many as bring the most tokens per second, none where drafting would "
-        "lose), fixed (always as many as may be), confidence (likely ones only) or entropy (none after a token that "
+        "lose), fixed (always the most), confidence (likely ones only) or entropy (none after a token that "
         "was hard to foresee).",
         metavar="NAME",
     )
