@@ -160,4 +160,4 @@ def test_a_table_leaves_out_what_a_row_lacks() -> None:
     table = Table(Column("name", -6, "{name}"), Column("share", 7, "{share[median]:.1f}"), Column("n", 3, "{n:.0f}"))
     assert table.head == "name      share    n"
     assert table.line({"name": "a", "share": {"median": 0.25}, "n": None}) == "a           0.2     "
-    assert table.line({"name": "b", "share": None, "n": 2}) == "b                   2"
+    assert table.line({"name": "b", "share": None, "n": 2}) == "b                  2"
