@@ -17,6 +17,7 @@ from longspec.cli.commands import batch, chat, completion, doctor, forget, model
 from longspec.cli.commands.bench import bench
 from longspec.cli.commands.config import config
 from longspec.cli.commands.prompts import prompts
+from longspec.cli.options.groups import expanded
 from longspec.cli.options.typer_classes import Command, Group, origin
 from longspec.cli.shell import command as shell
 from longspec.errors import UsageError
@@ -46,7 +47,7 @@ _MODULES = {
     "completion": completion,
 }
 for _name, _module in _MODULES.items():
-    app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(getattr(_module, _name))
+    app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(expanded(getattr(_module, _name)))
 
 app.add_typer(bench, name="bench")
 app.add_typer(config, name="config")
@@ -103,9 +104,9 @@ def _sentence(error: Exception) -> str:
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     message = str(getattr(error, "message", "") or error)
     if parameter is None or context is None:
-        said = error.format_message() if hasattr(error, "format_message") else message
+        sentence = error.format_message() if hasattr(error, "format_message") else message
     else:
-        said = f"{origin(context, parameter)}: {message}"
+        sentence = f"{origin(context, parameter)}: {message}"
     path = context.command_path if context is not None else "longspec"
-    said = " ".join(said.split())
-    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See {path} --help."
+    sentence = " ".join(sentence.split())
+    return f"{sentence}{'' if sentence.endswith(('.', '?')) else '.'} See {path} --help."

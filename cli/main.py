@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from longspec.cli.io import signals
+from longspec.cli.io.progress import printable
 from longspec.errors import LongspecError
 
 __all__ = ["guarded", "main"]
@@ -89,22 +90,19 @@ def _say(error: Exception) -> None:
     with suppress(OSError, AttributeError):
         if os.environ.get("LONGSPEC_DEBUG", "") not in ("", "0"):
             traceback.print_exception(error, file=sys.stderr)
-        # A sentence may quote a foreign file: a terminal must not obey what stands there.
-        said = "".join(letter if letter.isprintable() else " " for letter in _sentence(error))
-        print(f"longspec: {' '.join(said.split())}", file=sys.stderr, flush=True)
+        print(f"longspec: {' '.join(printable(_sentence(error)).split())}", file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, LongspecError):
         return str(error)
-    said = str(error).split("\n\n")[0].strip().rstrip(".") or "nothing more is known"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in said:
-        return f"The memory ran out ({said}); use a smaller model or fewer tokens."
+    message = str(error).split("\n\n")[0].strip().rstrip(".") or "nothing more is known"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in message:
+        return f"The memory ran out ({message}); use a smaller model or fewer tokens."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'A file'} can't be used: {error.strerror}."
-    return (
-        f"{type(error).__name__}: {said}. This is a bug in longspec; please report it with what LONGSPEC_DEBUG=1 shows."
-    )
+    kind = type(error).__name__
+    return f"{kind}: {message}. This is a bug in longspec; please report it with what LONGSPEC_DEBUG=1 shows."
 
 
 if __name__ == "__main__":

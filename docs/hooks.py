@@ -82,11 +82,14 @@ def api() -> str:
 
 
 def options() -> list[str]:
-    """The lines of `Options`, whose comments say what each is."""
-    source = (ROOT / "longspec" / "engine" / "options.py").read_text(encoding="utf-8")
-    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
-    fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
-    return [line.strip() for line in source.splitlines()[fields[0].lineno - 1 : fields[-1].end_lineno]]
+    """The lines of `Options` and of its sampling part, whose comments say what each is."""
+    lines = []
+    for path, name in (("engine/options.py", "Options"), ("sampling/parameters.py", "SamplingOptions")):
+        source = (ROOT / "longspec" / path).read_text(encoding="utf-8")
+        (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+        fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+        lines += [line.strip() for line in source.splitlines()[fields[0].lineno - 1 : fields[-1].end_lineno]]
+    return lines
 
 
 def modules() -> str:

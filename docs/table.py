@@ -63,7 +63,7 @@ def passes(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         places = [(each, row) for each in texts for row in rows]
         return "; ".join(f"{dtype} {', '.join(f'{ms[dtype, *place]:.1f}' for place in places)}" for dtype in dtypes)
 
-    yield "ms of a pass of 1, 9, 16 and 64 rows of a text", listed([1], [1, 9, 16, 64])
+    yield "ms of a pass over 1, 9, 16 and 64 tokens of a text", listed([1], [1, 9, 16, 64])
     yield "ms of a pass of 1, 8 and 16 texts", listed([1, 8, 16], [1])
     worse = 100 * (report["perplexity"]["int8"] / report["perplexity"]["bf16"] - 1)
     yield f"perplexity of int8 over bf16's, {report['tokens']:,} tokens of `{report['text']}`", f"{worse:+.1f} %"

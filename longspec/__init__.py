@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longspec.errors import LongspecError as LongspecError
     from longspec.errors import ModelError as ModelError
     from longspec.errors import UsageError as UsageError
-    from longspec.sampling.sampler import Sampling as Sampling
+    from longspec.sampling.parameters import Sampling as Sampling
     from longspec.types import Commit as Commit
     from longspec.types import Draft as Draft
     from longspec.types import Drafter as Drafter
@@ -35,7 +35,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "LongspecError": "errors",
     "ModelError": "errors",
-    "Sampling": "sampling.sampler",
+    "Sampling": "sampling.parameters",
     "Session": "engine.session",
     "Stats": "types",
     "UsageError": "errors",

@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspec import __version__
+from longspec.batch import FORMATS
 from longspec.cli import BEGAN
 from longspec.cli.io import signals
 from longspec.cli.io.progress import Progress
-from longspec.cli.io.prompt_input import checked
 from longspec.cli.io.stream_answer import load
-from longspec.cli.options import batch as own
-from longspec.cli.options import conflicts as precedence
-from longspec.cli.options import reasoning as reasoning_options
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, argument, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.parsers import whole
+from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.writing import Framing, Reasoning, SamplingOptions, text_options
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
     from longspec.batch.inputs import Input
+    from longspec.batch.marks import Marks
+    from longspec.batch.output import Output
     from longspec.batch.requests import Fault, Item
+    from longspec.batch.tally import Tally
+    from longspec.cli.io.batch_loop import Loop
     from longspec.engine.engine import Engine
     from longspec.engine.options import Options
 
@@ -48,161 +53,179 @@ Exit code 1 says that there are such lines, 130 that it was interrupted.
 _UNKNOWN_NOTES = 8
 
 
+@group("Input and output")
+class Files:
+    """What is read, what is written, and how a batch goes on where it ended."""
+
+    inputs: list[str] | None = argument(
+        None,
+        "A file of prompts (.jsonl, .csv, .tsv, .txt), - for standard input, or many files of one prompt each.",
+        metavar="IN...",
+    )
+    output: str | None = option(
+        None,
+        "Where the answers go, one line of JSON each; must be given. What is there is gone on with.",
+        short="-o",
+        metavar="OUT",
+        once=True,
+    )
+    files_from: str | None = option(
+        None,
+        "Read the names of files of one prompt each from LIST, or from standard input (-).",
+        metavar="LIST",
+        once=True,
+    )
+    null: bool = option(False, "The names in LIST end with NUL.", short="-0", once=True)
+    form: str | None = option(
+        None,
+        f"What IN is, if its name and first line don't tell: {', '.join(FORMATS)}.",
+        flag="--format",
+        metavar="NAME",
+    )
+    template: str | None = option(
+        None,
+        "The prompt of each record, with fields in braces: a column, a key, {text} of a line or a file, {path}.",
+        metavar="TEXT",
+        once=True,
+    )
+    in_order: bool = option(False, "Write answers in the order of the input, not as they finish.")
+    limit: int | None = option(
+        None, "Take the first N records of the input only.", metavar="N", parser=whole(1), once=True
+    )
+    batch_size: int | None = option(
+        None,
+        "Write N texts side by side; 16 if left out. The answers don't depend on it.",
+        metavar="N",
+        parser=whole(1),
+    )
+    max_errors: int | None = option(None, "Give up when more than N lines have failed.", metavar="N", parser=whole(0))
+    retry_errors: bool = option(False, "Take the errors out of OUT and try those lines again.", once=True)
+    continue_anyway: bool = option(
+        False, "Go on in OUT although it was begun with another input, model or setting.", once=True
+    )
+    summary: str | None = option(
+        None, "Write what the run did, in numbers, to FILE as JSON.", metavar="FILE", once=True
+    )
+
+    @property
+    def path(self) -> Path:
+        """The output, checked as far as the options say."""
+        if self.output is None:
+            example = f"longspec batch {(self.inputs or ['prompts.jsonl'])[0]} -o answers.jsonl"
+            raise UsageError(f"The answers need a file: {example}.")
+        if self.output == "-":
+            raise UsageError(
+                "-o - is no file that can be gone on with; name a file for the answers, or ./- for one so named."
+            )
+        if self.retry_errors and self.in_order:
+            raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
+        return Path(self.output)
+
+
 def batch(
     ctx: typer.Context,
-    inputs: own.Inputs = None,
-    output: own.OutputFile = None,
-    files_from: own.FilesFrom = None,
-    null: own.Null = False,
-    form: own.Format = None,
-    template: own.Template = None,
-    in_order: own.InOrder = False,
-    limit: own.Limit = None,
-    batch_size: own.BatchSize = None,
-    max_errors: own.MaxErrors = None,
-    retry_errors: own.RetryErrors = False,
-    continue_anyway: own.ContinueAnyway = False,
-    summary: own.Summary = None,
-    system: options.System = None,
-    raw: options.Raw = False,
-    model: options.Model = "smollm2",
-    drafter: options.Drafter = "auto",
-    draft_model: options.DraftModel = None,
-    num_speculative_tokens: options.NumSpeculativeTokens = None,
-    control: options.Control = "goodput",
-    skip_set: options.SkipSet = None,
-    cache: options.Cache = "auto",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    all_rows: options.AllRows = False,
-    memory: options.Memory = None,
-    strict: options.Strict = False,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    reasoning_budget: reasoning_options.ReasoningBudget = None,
-    effort: reasoning_options.Effort = None,
-    stop_loops: reasoning_options.StopLoops = False,
-    quiet: options.Quiet = False,
+    files: Files,
+    framing: Framing,
+    loading: Annotated[Loading, Without("draft_from", "remember")],
+    sampling: SamplingOptions,
+    reasoning: Annotated[Reasoning, Without("hide_reasoning")],
+    reporting: Annotated[Reporting, Only("quiet")],
 ) -> None:
     """Answer many prompts, and write each answer as a line of JSON.
 
     A line of the input is an object with `prompt` or `messages`, and with `id` and options of its own if it likes.
     """
-    from longspec.batch.about import About, write_json  # late, as all below: every other command starts sooner
+    from longspec.batch.about import About  # late, as all below: every other command starts sooner
     from longspec.batch.inputs import open_input
     from longspec.batch.marks import fresh
     from longspec.batch.output import Output
-    from longspec.cli.io.batch_loop import Loop
 
-    if output is None:
-        raise UsageError(
-            f"The answers need a file: longspec batch {(inputs or ['prompts.jsonl'])[0]} -o answers.jsonl."
-        )
-    if output == "-":
-        raise UsageError(
-            "-o - is no file that can be gone on with; name a file for the answers, or ./- for one so named."
-        )
-    if retry_errors and in_order:
-        raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
-    writing: Options = {
-        "system": checked(system, "--system") if system else None,
-        "raw": raw,
-        "max_new_tokens": max_new_tokens,
-        "stop": [checked(text, "--stop") for text in stop or ()],
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
-    }
-    loading: dict[str, Any] = {
-        "drafter": drafter,
-        "draft_model": draft_model,
-        "num_speculative_tokens": num_speculative_tokens,
-        "control": control,
-        "skip_set": skip_set,
-        "cache": cache,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "all_rows": all_rows,
-        "strict": strict,
-        "memory": memory,
-    }
-    precedence.writing(ctx, writing, {})
-    precedence.betting(ctx, loading)
-    width = batch_size
-    if memory is not None:  # texts are planned at the model's whole context each: one, unless more are asked for
-        width = loading["texts"] = batch_size or 1
+    path = files.path
+    writing = text_options(ctx, framing, sampling, reasoning)
+    options = loading.engine_options(ctx)
+    width = files.batch_size
+    if (
+        loading.memory is not None
+    ):  # texts are planned at the model's whole context each: one, unless more are asked for
+        width = options["texts"] = files.batch_size or 1
     with (
-        open_input(inputs or [], form=form, template=template, files_from=files_from, null=null) as source,
-        Progress(model, quiet=quiet) as progress,
-        Output(Path(output)) as out,
+        open_input(
+            files.inputs or [], form=files.form, template=files.template, files_from=files.files_from, null=files.null
+        ) as source,
+        Progress(loading.model, quiet=reporting.quiet) as progress,
+        Output(path) as out,
     ):
-        for name in [*(inputs or []), *filter(None, [files_from, summary])]:
-            if out.is_same(name):
-                raise UsageError(f"{name} is the output too; name another one with -o.")
-        about = About(out.path, empty=out.is_empty, anyway=continue_anyway)
-        settings = {
-            "input": source.digest,
-            "format": source.format,
-            "template": template,
-            "order": "the input's" if in_order else "as they finish",
-            **{name: value for name, value in writing.items() if name != "stop"},
-            "stop": writing["stop"],
-            "stop_loops": stop_loops or None,  # as in what was begun before there was such an option
-        }
+        _refuse_output_as_input(files, out)
+        about = About(out.path, empty=out.is_empty, anyway=files.continue_anyway)
+        settings = _settings(files, source, writing)
         about.check(settings)
         progress.report("reading what is there")
-        finished, failed = out.finished(retry_errors=retry_errors)
-        records = _noted(fresh(islice(source.records, limit), finished), progress)
+        finished, failed = out.finished(retry_errors=files.retry_errors)
+        records = _noted(fresh(islice(source.records, files.limit), finished), progress)
         first = next(records, None)
         if first is None:
             progress.say(f"nothing is left to do: {len(finished):,} lines are in {out.path}")
-            _summarise(summary, len(finished), failed)
+            if files.summary is not None:
+                _summarise(files.summary, _tally(finished, failed), "none", complete=True)
             raise typer.Exit(1 if failed else 0)
-        engine = load(model, loading, BEGAN, progress)
-        made = _identity(engine)
-        about.check(made)
-        about.write({"longspec": __version__, "model": model, **settings, **made})
+        engine = load(loading.model, options, BEGAN, progress)
+        identity = _identity(engine)
+        about.check(identity)
+        about.write({"longspec": __version__, "model": loading.model, **settings, **identity})
         from longspec.batch.job import Job
-        from longspec.batch.tally import Tally
+        from longspec.cli.io.batch_loop import Loop
 
-        job = Job(engine, chain((first,), records), writing, width, in_order=in_order)
-        tally = Tally(len(finished), failed)
-        left = _left(source, limit, len(finished))
-        loop = Loop(job, out, tally, progress, max_errors, left, openai=source.format == "openai")
-        complete = False
-        try:
-            loop.go()
-            complete = True
-        finally:
-            progress.stop()
-            with signals.deferred():
-                said = tally.sentence(engine.drafter_name)
-                progress.say(f"{said}; why they failed stands in {out.path}" if tally.failed else said)
-                if summary is not None:
-                    write_json(Path(summary), {"complete": complete, **tally.report(engine.drafter_name)})
+        job = Job(engine, chain((first,), records), writing, width, in_order=files.in_order)
+        tally = _tally(finished, failed)
+        left = _left(source, files.limit, len(finished))
+        _run(Loop(job, out, tally, progress, files.max_errors, left, openai=source.format == "openai"), files.summary)
     if tally.failed + tally.failed_before:
         raise typer.Exit(1)
 
 
-def _summarise(summary: str | None, finished: int, failed: int) -> None:
-    """The summary of a run that had nothing to do."""
+def _run(loop: Loop, summary: str | None) -> None:
+    """Answer all; however it ends, say what was done."""
+    complete, tally, drafter = False, loop.tally, loop.job.engine.drafter_name
+    try:
+        loop.go()
+        complete = True
+    finally:
+        loop.progress.stop()
+        with signals.deferred():
+            sentence = tally.sentence(drafter)
+            loop.progress.say(f"{sentence}; why they failed stands in {loop.out.path}" if tally.failed else sentence)
+            _summarise(summary, tally, drafter, complete=complete)
+
+
+def _refuse_output_as_input(files: Files, out: Output) -> None:
+    for name in [*(files.inputs or []), *filter(None, [files.files_from, files.summary])]:
+        if out.is_same(name):
+            raise UsageError(f"{name} is the output too; name another one with -o.")
+
+
+def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:
+    """What an answer depends on beside the model: recorded beside the output, and compared when it is gone on with."""
+    return {
+        "input": source.digest,
+        "format": source.format,
+        "template": files.template,
+        "order": "the input's" if files.in_order else "as they finish",
+        **writing,
+        "stop_loops": writing["stop_loops"] or None,  # as in what was begun before there was such an option
+    }
+
+
+def _tally(finished: Marks, failed: int) -> Tally:
+    from longspec.batch.tally import Tally
+
+    return Tally(len(finished), failed)
+
+
+def _summarise(summary: str | None, tally: Tally, drafter: str, *, complete: bool) -> None:
     if summary is not None:
         from longspec.batch.about import write_json
-        from longspec.batch.tally import Tally
 
-        write_json(Path(summary), {"complete": True, **Tally(finished, failed).report("none")})
+        write_json(Path(summary), {"complete": complete, **tally.report(drafter)})
 
 
 def _left(source: Input, limit: int | None, finished: int) -> int:
@@ -215,12 +238,12 @@ def _left(source: Input, limit: int | None, finished: int) -> int:
 
 def _identity(engine: Engine) -> dict[str, str]:
     """What else makes an answer what it is, in the words of an error."""
-    made = engine.model.fingerprint
+    fingerprint = engine.model.fingerprint
     return {
-        "weights": made["model"],
-        "tokenizer": made["tokenizer"],
-        "dtype": made["dtype"],
-        "strictness": made["strictness"],
+        "weights": fingerprint["model"],
+        "tokenizer": fingerprint["tokenizer"],
+        "dtype": fingerprint["dtype"],
+        "strictness": fingerprint["strictness"],
         "cache": engine.cache_name,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,15 +18,14 @@ from longspec.cli.io.chat_loop import COMMANDS, Dialogue
 from longspec.cli.io.colour import can_colour
 from longspec.cli.io.line_editor import PipedLines, TypedLines
 from longspec.cli.io.progress import Progress
-from longspec.cli.io.prompt_input import checked
 from longspec.cli.io.stream_answer import load
-from longspec.cli.options import conflicts as precedence
-from longspec.cli.options import reasoning as reasoning_options
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.writing import Framing, Reasoning, SamplingOptions, text_options
 
 if TYPE_CHECKING:
     from longspec.engine.engine import Engine
-    from longspec.engine.options import Options
 
 __all__ = ["EPILOG", "chat"]
 
@@ -43,99 +42,48 @@ Every flag has its opposite (--no-stats) for what the environment or config.toml
 """
 
 
-ShowDrafts = Annotated[
-    bool,
-    typer.Option(
-        "--show-drafts/--no-show-drafts",
-        rich_help_panel="Output",
-        help="Colour what came from a draft, where stdout is a terminal.",
-    ),
-]
+@group("Output")
+class Showing:
+    """What a terminal shows of drafts."""
+
+    show_drafts: bool = option(False, "Colour what came from a draft, where stdout is a terminal.")
 
 
 def chat(
     ctx: typer.Context,
-    system: options.System = None,
-    model: options.Model = "smollm2",
-    drafter: options.Drafter = "auto",
-    draft_model: options.DraftModel = None,
-    num_speculative_tokens: options.NumSpeculativeTokens = None,
-    control: options.Control = "goodput",
-    skip_set: options.SkipSet = None,
-    cache: options.Cache = "auto",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    all_rows: options.AllRows = False,
-    memory: options.Memory = None,
-    strict: options.Strict = False,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    hide_reasoning: reasoning_options.HideReasoning = False,
-    reasoning_budget: reasoning_options.ReasoningBudget = None,
-    effort: reasoning_options.Effort = None,
-    stop_loops: reasoning_options.StopLoops = False,
-    show_drafts: ShowDrafts = False,
-    quiet: options.Quiet = False,
-    stats: options.Stats = False,
+    framing: Annotated[Framing, Only("system")],
+    loading: Annotated[Loading, Without("draft_from", "remember")],
+    sampling: SamplingOptions,
+    reasoning: Reasoning,
+    showing: Showing,
+    reporting: Annotated[Reporting, Without("as_json")],
 ) -> None:
     """Hold a conversation.
 
     At a terminal, messages are typed; from a pipe, each line is one.
     """
-    writing: Options = {
-        "system": checked(system, "--system") if system else None,
-        "raw": False,
-        "max_new_tokens": max_new_tokens,
-        "stop": [checked(text, "--stop") for text in stop or ()],
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
-    }
-    loading: dict[str, Any] = {
-        "drafter": drafter,
-        "draft_model": draft_model,
-        "num_speculative_tokens": num_speculative_tokens,
-        "control": control,
-        "skip_set": skip_set,
-        "cache": cache,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "all_rows": all_rows,
-        "strict": strict,
-        "memory": memory,
-    }
-    precedence.writing(ctx, writing, {})
-    precedence.betting(ctx, loading)
-    quiet, stats = precedence.reporting(ctx, quiet, stats)
-    said = writing["system"]
+    writing = text_options(ctx, framing, sampling, reasoning)
+    options = loading.engine_options(ctx)
+    quiet, stats = reporting.settled(ctx)
+    system = writing["system"]
     settings = {name: value for name, value in writing.items() if name not in ("system", "raw")}
 
     typed = sys.stdin is not None and os.isatty(0)
-    with Progress(model, quiet=quiet) as progress:
+    with Progress(loading.model, quiet=quiet) as progress:
 
         def engine(name: str, began: float | None = None) -> Engine:
             progress.model = name
-            return load(name, loading, perf_counter() if began is None else began, progress)
+            return load(name, options, perf_counter() if began is None else began, progress)
 
-        loaded = engine(model, BEGAN)
+        loaded = engine(loading.model, BEGAN)
         progress.stop()
         from longspec.engine.conversation import Conversation
 
-        conversation = Conversation(loaded, system=said, **settings)
+        conversation = Conversation(loaded, system=system, **settings)
         lines = TypedLines("> ", [usage.split()[0] for usage in COMMANDS]) if typed else PipedLines()
         if typed:
             progress.say(f"talking with {loaded.model.name}; /help says how, Ctrl-D ends")
-        colours = show_drafts and can_colour()
-        Dialogue(conversation, lines, progress, engine, colours=colours, stats=stats, hide=hide_reasoning).hold()
+        colours = showing.show_drafts and can_colour()
+        Dialogue(
+            conversation, lines, progress, engine, colours=colours, stats=stats, hide=reasoning.hide_reasoning
+        ).hold()

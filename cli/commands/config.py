@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from longspec.cli.io.prompt_input import checked
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, expanded
+from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import (
     Setting,
     change,
@@ -49,20 +50,21 @@ Values = Annotated[
 
 
 @config.command("show", cls=Command)
-def show(ctx: typer.Context, as_json: options.Json = False) -> None:
+@expanded
+def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """Print every setting, its value, and where that comes from. In a pipe, with tabs between them."""
-    found = settable(ctx.find_root().command)
-    settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in found.items()})
+    options = settable(ctx.find_root().command)
+    settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in options.items()})
     rows: dict[str, dict[str, Any]] = {}
-    for name in sorted(found):
+    for name in sorted(options):
         setting = settings.get(name)
-        value = value_of(ctx, *found[name], setting)
+        value = value_of(ctx, *options[name], setting)
         if setting is not None and isinstance(setting.value, str) and not isinstance(value, str):
             value = _stored(setting.value, value)  # 6GiB says more than its bytes
         if value is not None and name in _HIDDEN:
             value = "***"
         rows[name] = {"value": value, "from": _from(name, setting)}
-    if as_json:
+    if reporting.as_json:
         typer.echo(json.dumps({"path": str(config_path()), "settings": rows}, ensure_ascii=False))
         return
     table = [(name, _shown(row["value"]), row["from"]) for name, row in rows.items()]
@@ -82,14 +84,14 @@ def path() -> None:
 def set_one(ctx: typer.Context, name: Name, values: Values) -> None:
     """Set an option in config.toml: longspec config set max_new_tokens 400. Several values make a list."""
     name, command, parameter = _named(ctx, name)
-    given = [checked(value, name) for value in values]
+    texts = [checked(value, name) for value in values]
     kind, flag = kind_of(parameter), f"--{name.replace('_', '-')}"
-    if kind != "list" and len(given) > 1:
-        raise UsageError(f"{name} takes one value, and {len(given)} were given; put a text with spaces in quotes.")
-    value: Any = yes_or_no(given[0], flag) if kind == "flag" else given if kind == "list" else given[0]
+    if kind != "list" and len(texts) > 1:
+        raise UsageError(f"{name} takes one value, and {len(texts)} were given; put a text with spaces in quotes.")
+    value: Any = yes_or_no(texts[0], flag) if kind == "flag" else texts if kind == "list" else texts[0]
     read = value_of(ctx, command, parameter, Setting(value, flag))
     _ask_engine(name, read)
-    change(name, _stored(given[0], read) if kind == "value" else value)
+    change(name, _stored(texts[0], read) if kind == "value" else value)
     if os.environ.get(variable(name)):
         typer.echo(f"longspec: {variable(name)} is set too, and goes before config.toml", err=True)
 
@@ -106,23 +108,23 @@ def unset(ctx: typer.Context, name: Name) -> None:
         typer.echo(f"longspec: {name} isn't set in {config_path()}", err=True)
 
 
-def _named(ctx: typer.Context, said: str) -> tuple[str, Any, Any]:
+def _named(ctx: typer.Context, text: str) -> tuple[str, Any, Any]:
     """The setting of a name, of a flag, or of a flag's other form: its name, a subcommand that has it, its parameter.
 
     Raises:
         UsageError: there is none.
     """
-    found = settable(ctx.find_root().command)
-    name = said.removeprefix("--").replace("-", "_")
+    options = settable(ctx.find_root().command)
+    name = text.removeprefix("--").replace("-", "_")
     flag = f"--{name.replace('_', '-')}"
-    for setting, (command, parameter) in found.items():
+    for setting, (command, parameter) in options.items():
         if setting == name or flag in parameter.opts:
             return setting, command, parameter
     for command in ctx.find_root().command.commands.values():  # type: ignore[attr-defined]
         if any(flag in parameter.opts for parameter in command.params if parameter.param_type_name == "option"):
             raise UsageError(f"{flag} belongs to one call and can't be set; give it to longspec {command.name}.")
-    meant = nearest(name, found) or "; `longspec config show` lists them all."
-    raise UsageError(f"{said!r} is no option that can be set{meant}")
+    meant = nearest(name, options) or "; `longspec config show` lists them all."
+    raise UsageError(f"{text!r} is no option that can be set{meant}")
 
 
 def _ask_engine(name: str, value: Any) -> None:

@@ -10,12 +10,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from longspec import __version__
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only
+from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import config_path
 from longspec.machine.system import cores, processor, quota, total_bytes
 
@@ -28,7 +29,7 @@ The report goes to stdout and the exit code is 0: it is an answer, not a verdict
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "gguf", "typer", "rich", "numpy")
 
 
-def doctor(as_json: options.Json = False) -> None:
+def doctor(reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """Show what this machine has, and what longspec uses of it."""
     report = {
         "versions": _versions(),
@@ -38,7 +39,7 @@ def doctor(as_json: options.Json = False) -> None:
         "model": _model(),
         "settings": _settings(),
     }
-    if as_json:
+    if reporting.as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
     for title, values in report.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Annotated
 
 import typer
 
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only
+from longspec.cli.options.reporting import Reporting
 
 __all__ = ["EPILOG", "models"]
 
@@ -16,22 +18,22 @@ In a pipe: one line per model; name, state, bytes and description, with tabs bet
 """
 
 
-def models(as_json: options.Json = False) -> None:
+def models(reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """List the models that are here, and those that can be pulled."""
     from longspec.model.files.hub import installed
 
-    found = installed()
-    if as_json:
+    listed = installed()
+    if reporting.as_json:
         keys = ("name", "description", "here", "nbytes")
-        typer.echo(json.dumps([{key: getattr(model, key) for key in keys} for model in found], ensure_ascii=False))
+        typer.echo(json.dumps([{key: getattr(model, key) for key in keys} for model in listed], ensure_ascii=False))
         return
     if not os.isatty(1):
-        for model in found:
+        for model in listed:
             state = "here" if model.here else "pull"
             typer.echo("\t".join((model.name, state, str(model.nbytes), model.description)))
         return
     rows = [("NAME", "STATE", "DESCRIPTION")]
-    rows += [(model.name, _state(model.here, model.nbytes, model.name), model.description) for model in found]
+    rows += [(model.name, _state(model.here, model.nbytes, model.name), model.description) for model in listed]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, state, description in rows:
         typer.echo(f"{name:{widths[0]}}  {state:{widths[1]}}  {description}".rstrip())

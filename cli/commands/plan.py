@@ -13,7 +13,9 @@ import typer
 
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError, ModelError
 
 if TYPE_CHECKING:
@@ -34,45 +36,43 @@ _TOKENIZER_NBYTES = 700
 """Per token of the vocabulary: what its tokenizer takes in memory (49,152 tokens: 33 MB)."""
 
 
+@group("Model and method")
+class Planned:
+    """The text, and the memory that has to hold it."""
+
+    context: int | None = option(
+        None,
+        "Tokens of prompt and answer; 32k is 32,768. The model's whole context if left out.",
+        short="-c",
+        metavar="N",
+        parser=readers.tokens,
+        once=True,
+    )
+    memory: str | None = option(
+        None,
+        "What has to hold it, such as 6GiB: on a CPU all that the process takes, on a GPU what is reserved "
+        "there. What is free, if left out.",
+        metavar="SIZE",
+        parser=readers.size,
+    )
+
+
 def plan(
-    model: options.Model = "smollm2",
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            "-c",
-            metavar="N",
-            parser=readers.tokens,
-            rich_help_panel="Model and method",
-            help="Tokens of prompt and answer; 32k is 32,768. The model's whole context if left out.",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            parser=readers.size,
-            rich_help_panel="Model and method",
-            help="What has to hold it, such as 6GiB: on a CPU all that the process takes, on a GPU what is reserved "
-            "there. What is free, if left out.",
-        ),
-    ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    as_json: options.Json = False,
+    loading: Annotated[Loading, Only("model")],
+    planned: Planned,
+    place: Annotated[Loading, Only("device", "dtype", "threads")],
+    reporting: Annotated[Reporting, Only("as_json")],
 ) -> None:
     """Show what each kind of cache takes for a text, and which fit, without loading the model."""
-    with Progress(model) as progress:
-        progress.report(f"reading {model}")
+    with Progress(loading.model) as progress:
+        progress.report(f"reading {loading.model}")
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        request = _request(model, device, dtype, context)
-    report = {"model": model, **_report(request, memory or "auto")}
-    if as_json:
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)
+        request = _request(loading.model, place.device, place.dtype, planned.context)
+    report = {"model": loading.model, **_report(request, planned.memory or "auto")}
+    if reporting.as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
@@ -168,7 +168,7 @@ def _print(report: dict[str, Any]) -> None:
         )
         fits = "yes" if one["fits"] else f"no: {one['lacks']}"
         if one["fits"] and one["prefill_rows"] != max(other["prefill_rows"] for other in report["caches"]):
-            fits += f", with prefill chunks of {one['prefill_rows']} rows"
+            fits += f", with prefill chunks of {one['prefill_rows']} tokens"
         mark = "" if one["cache_lossless"] else " *"
         per_token, cache_bytes = f"{one['bytes_per_token']:,.0f}", shown(one["cache_bytes"]) + below
         rows.append((one["cache"] + mark, per_token, cache_bytes, shown(one["total_bytes"]), fits))
@@ -178,9 +178,9 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
     picked = report["picked"]
     if picked:
-        said = f"takes {picked['cache']}"
+        sentence = f"takes {picked['cache']}"
     elif report["least_bytes"] > report["budget_bytes"]:
-        said = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
+        sentence = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
     else:
-        said = "finds nothing that fits"
-    typer.echo(f"* the text may differ from dense's. --cache auto {said}.")
+        sentence = "finds nothing that fits"
+    typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")

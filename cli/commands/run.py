@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from longspec.cli import BEGAN
-from longspec.cli.commands import prompts
+from longspec.cli.commands.prompts import NAME, PARAM
 from longspec.cli.io import server_client as remote
 from longspec.cli.io import signals
 from longspec.cli.io.each_line import answer_lines
@@ -23,11 +23,11 @@ from longspec.cli.io.progress import Progress
 from longspec.cli.io.prompt_input import checked, read_prompt
 from longspec.cli.io.run_request import Call, make_form
 from longspec.cli.io.stdout import Output
-from longspec.cli.io.stream_answer import UNSAID, load, statistics, unsaid, write
-from longspec.cli.options import conflicts as precedence
-from longspec.cli.options import constraints as held
-from longspec.cli.options import reasoning as reasoning_options
-from longspec.cli.options import shared as options
+from longspec.cli.io.stream_answer import UNSAID, Local, Policy, load, statistics, stream, unsaid
+from longspec.cli.options.groups import argument, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.writing import Constraints, Framing, Reasoning, SamplingOptions, text_options
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,127 +55,106 @@ Every flag has its opposite (--no-stats, --stream) for what the environment or c
 """
 
 
+@group("Prompt")
+class Asking:
+    """Where the prompt comes from."""
+
+    prompt: str | None = argument(None, "The prompt. - reads standard input.", metavar="PROMPT")
+    file: list[str] | None = option(
+        None, "Add a file to the prompt; may be repeated.", short="-f", metavar="FILE", once=True
+    )
+    no_stdin: bool = option(False, "Leave standard input alone. Without it, what is piped in is read to its end.")
+    template: str | None = NAME
+    param: list[Any] | None = PARAM
+    each_line: bool = option(
+        False, "Answer every line of standard input by itself, each answer on one line.", once=True
+    )
+
+
+@group("Output")
+class Delivery:
+    """How the answer comes, and where it goes."""
+
+    prompt_cache: str | None = option(
+        None, "Keep what was read of the prompt in FILE, and begin with it the next time.", metavar="FILE", once=True
+    )
+    output: str | None = option(
+        None,
+        "Write the answer to FILE, which is there when it is whole; until then it is FILE.part.",
+        short="-o",
+        metavar="FILE",
+        once=True,
+    )
+    no_server: bool = option(
+        False,
+        "Load the model here, also where a `longspec serve` with these settings is up.",
+        panel="Model and method",
+    )
+    no_stream: bool = option(False, "Print the answer when it is whole.")
+
+
+@group("Output")
+class Tracing:
+    """Where a step's time goes."""
+
+    profile: str | None = option(
+        None,
+        "Write torch's trace of the run to FILE (Chrome's JSON), and on stderr where a step's time goes.",
+        metavar="FILE",
+        once=True,
+    )
+
+
 def run(
     ctx: typer.Context,
-    prompt: options.Prompt = None,
-    file: options.File = None,
-    no_stdin: options.NoStdin = False,
-    template: prompts.Option = None,
-    param: prompts.Param = None,
-    each_line: options.EachLine = False,
-    system: options.System = None,
-    raw: options.Raw = False,
-    model: options.Model = "smollm2",
-    drafter: options.Drafter = "auto",
-    draft_model: options.DraftModel = None,
-    num_speculative_tokens: options.NumSpeculativeTokens = None,
-    control: options.Control = "goodput",
-    skip_set: options.SkipSet = None,
-    draft_from: options.DraftFrom = None,
-    remember: options.Remember = False,
-    cache: options.Cache = "auto",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    all_rows: options.AllRows = False,
-    memory: options.Memory = None,
-    strict: options.Strict = False,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    hide_reasoning: reasoning_options.HideReasoning = False,
-    reasoning_budget: reasoning_options.ReasoningBudget = None,
-    effort: reasoning_options.Effort = None,
-    stop_loops: reasoning_options.StopLoops = False,
-    json_schema: held.JsonSchema = None,
-    regex: held.Regex = None,
-    prompt_cache: options.PromptCache = None,
-    output: options.OutputFile = None,
-    no_server: options.NoServer = False,
-    no_stream: options.NoStream = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    stats: options.Stats = False,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            "--profile",
-            metavar="FILE",
-            rich_help_panel="Output",
-            help="Write torch's trace of the run to FILE (Chrome's JSON), and on stderr where a step's time goes.",
-        ),
-    ] = None,
+    asking: Asking,
+    framing: Framing,
+    loading: Loading,
+    sampling: SamplingOptions,
+    reasoning: Reasoning,
+    constraints: Constraints,
+    delivery: Delivery,
+    reporting: Reporting,
+    tracing: Tracing,
 ) -> None:
     """Answer one prompt.
 
     The prompt is the argument, then the files, then what is piped in, with a blank line between them.
     """
-    writing: Options = {
-        "system": checked(system, "--system") if system else None,
-        "raw": raw,
-        "prompt_cache": prompt_cache,
-        "max_new_tokens": max_new_tokens,
-        "stop": [checked(text, "--stop") for text in stop or ()],
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        **reasoning_options.asked(reasoning_budget, effort, stop_loops),
-        **held.checked(json_schema, regex),
-    }
-    loading = {
-        "drafter": drafter,
-        "draft_model": draft_model,
-        "num_speculative_tokens": num_speculative_tokens,
-        "control": control,
-        "skip_set": skip_set,
-        "draft_from": draft_from or (),
-        "remember": remember,
-        "cache": cache,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "all_rows": all_rows,
-        "strict": strict,
-        "memory": memory,
-    }
-    form = make_form(template, param or [])
-    precedence.writing(ctx, writing, form.defaults)
-    precedence.betting(ctx, loading)
-    quiet, stats = precedence.reporting(ctx, quiet, stats)
+    more = {"prompt_cache": delivery.prompt_cache, **constraints.checked()}
+    form = make_form(asking.template, asking.param or [])
+    writing = text_options(ctx, framing, sampling, reasoning, more, form.defaults)
+    options = loading.engine_options(ctx)
+    quiet, stats = reporting.settled(ctx)
     unanswered = None
-    if profile is not None and each_line:
+    if tracing.profile is not None and asking.each_line:
         raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
     with (
-        Progress(model, quiet=quiet) as progress,
-        _opened(output, progress) as out,
-        _traced(profile, progress) as trace,
+        Progress(loading.model, quiet=quiet) as progress,
+        _opened(delivery.output, progress) as out,
+        _traced(tracing.profile, progress) as trace,
     ):
         call = Call(
-            argument=prompt,
-            files=file or [],
-            no_stdin=no_stdin,
+            argument=asking.prompt,
+            files=asking.file or [],
+            no_stdin=asking.no_stdin,
             form=form,
-            model=model,
-            loading=loading,
+            model=loading.model,
+            loading=options,
             writing=writing,
             output=out,
             progress=progress,
-            stream=not (no_stream or as_json),
-            as_json=as_json,
+            policy=Policy(
+                stream=not (delivery.no_stream or reporting.as_json or asking.each_line),
+                text=not (reporting.as_json or asking.each_line),
+                hide=reasoning.hide_reasoning,
+            ),
+            as_json=reporting.as_json,
             stats=stats,
-            no_server=no_server,
-            hide_reasoning=hide_reasoning,
+            no_server=delivery.no_server,
             trace=trace,
         )
-        if each_line:
+        if asking.each_line:
             unanswered = answer_lines(call)
         else:
             _answer(call)
@@ -184,36 +163,24 @@ def run(
 
 
 def _answer(call: Call) -> None:
-    asked = perf_counter()
+    started = perf_counter()
     text = _prompt(call)
-    began = BEGAN + perf_counter() - asked  # waiting for a pipe isn't the answer's time
+    began = BEGAN + perf_counter() - started  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
-    served = None if call.no_server or call.trace else _served(call, text, began)
+    served = None
+    if not (call.no_server or call.trace):
+        served = remote.write(
+            call.model, call.loading, text, call.writing, call.output, call.progress, call.policy, began=began
+        )
     answer, interrupted = served or _written(call, text, began)
     if call.as_json:
         call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
-    if call.hide_reasoning and unsaid(answer):
+    if call.policy.hide and unsaid(answer):
         call.progress.say(UNSAID)
     if call.stats:
         call.progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":
         raise interrupted
-
-
-def _served(call: Call, text: str, began: float) -> tuple[remote.Reported, signals.Interrupted | None] | None:
-    """By a server that is up with the same model and settings; None where there is none."""
-    return remote.write(
-        call.model,
-        call.loading,
-        text,
-        call.writing,
-        call.output,
-        call.progress,
-        began=began,
-        stream=call.stream,
-        text=not call.as_json,
-        hide=call.hide_reasoning,
-    )
 
 
 def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Interrupted | None]:
@@ -223,11 +190,9 @@ def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Inter
         loading = {**loading, "tokens": lambda vocabulary: _length(vocabulary, text, call.writing)}
     engine = load(call.model, loading, began, progress)
     session = engine.open(text, **call.writing)
-    hide, text_too = call.hide_reasoning, not call.as_json
     following = nullcontext() if call.trace is None else _profiled(call.trace, engine, session, progress)
     with following:
-        interrupted = write(engine, session, call.output, progress, stream=call.stream, text=text_too, hide=hide)
-    progress.stop()
+        interrupted = stream(Local(engine, session), call.output, progress, call.policy)
     for note in session.notes:
         progress.say(note)
     engine.keep_costs()
@@ -273,7 +238,7 @@ def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None
     """How long prompt and answer may become; None where only the model's context ends them."""
     from longspec.engine.options import tokens_of
 
-    asked = writing["max_new_tokens"]
-    if asked is None:
+    new_tokens = writing["max_new_tokens"]
+    if new_tokens is None:
         return None
-    return len(tokens_of(vocabulary, prompt, writing)) + asked
+    return len(tokens_of(vocabulary, prompt, writing)) + new_tokens

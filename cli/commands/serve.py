@@ -13,10 +13,12 @@ import typer
 
 from longspec.cli.io import server_client as remote
 from longspec.cli.io.progress import Progress
-from longspec.cli.options import conflicts as precedence
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, group, option
+from longspec.cli.options.loading import Loading
 from longspec.cli.options.parsers import number, whole
+from longspec.cli.options.reporting import Reporting
 from longspec.errors import UsageError
+from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.engine.engine import Engine
@@ -41,82 +43,42 @@ _GRACE_SECONDS = 10.0
 
 _PLANNED = "under a memory budget its cache may be another than the one that run would choose"
 _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
-_SERVER = "Server"
+
+
+@group("Server")
+class Serving:
+    """The address, and how much is taken."""
+
+    host: str = option("127.0.0.1", "The address to listen on: 127.0.0.1 if left out.", metavar="NAME")
+    port: int = option(8000, "Its port: 8000; 0 takes a free one.", metavar="N", parser=whole(0, 65535))
+    api_key: str | None = option(
+        None,
+        "What clients must send as their bearer token; needed where others reach the address. Better set as "
+        "LONGSPEC_API_KEY, since every user of a machine can read arguments.",
+        metavar="KEY",
+    )
+    parallel: int | None = option(
+        None, "Texts written at a time: 16, or with --memory 1, if left out.", metavar="N", parser=whole(1)
+    )
+    max_waiting: int = option(
+        64,
+        "Texts that may wait for their turn: 64. Whoever comes then is told to try again later.",
+        metavar="N",
+        parser=whole(0),
+    )
+    time_limit: float = option(
+        3600.0,
+        "An answer over the network ends after so long with what it has: 3600.",
+        metavar="SECONDS",
+        parser=number(Bounds(float, 0, open_below=True)),
+    )
 
 
 def serve(
     ctx: typer.Context,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host", metavar="NAME", rich_help_panel=_SERVER, help="The address to listen on: 127.0.0.1 if left out."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            "--port",
-            metavar="N",
-            parser=whole(0, 65535),
-            rich_help_panel=_SERVER,
-            help="Its port: 8000; 0 takes a free one.",
-        ),
-    ] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            rich_help_panel=_SERVER,
-            help="What clients must send as their bearer token; needed where others reach the address. Better set as "
-            "LONGSPEC_API_KEY, since every user of a machine can read arguments.",
-        ),
-    ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            "--parallel",
-            metavar="N",
-            parser=whole(1),
-            rich_help_panel=_SERVER,
-            help="Texts written at a time: 16, or with --memory 1, if left out.",
-        ),
-    ] = None,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting",
-            metavar="N",
-            parser=whole(0),
-            rich_help_panel=_SERVER,
-            help="Texts that may wait for their turn: 64. Whoever comes then is told to try again later.",
-        ),
-    ] = 64,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            "--time-limit",
-            metavar="SECONDS",
-            parser=number(0, open_below=True),
-            rich_help_panel=_SERVER,
-            help="An answer over the network ends after so long with what it has: 3600.",
-        ),
-    ] = 3600.0,
-    model: options.Model = "smollm2",
-    drafter: options.Drafter = "auto",
-    draft_model: options.DraftModel = None,
-    num_speculative_tokens: options.NumSpeculativeTokens = None,
-    control: options.Control = "goodput",
-    skip_set: options.SkipSet = None,
-    draft_from: options.DraftFrom = None,
-    cache: options.Cache = "auto",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    all_rows: options.AllRows = False,
-    memory: options.Memory = None,
-    strict: options.Strict = False,
-    quiet: options.Quiet = False,
+    serving: Serving,
+    loading: Annotated[Loading, Without("remember")],
+    reporting: Annotated[Reporting, Only("quiet")],
 ) -> None:
     """Keep a model loaded, and answer OpenAI's API with it on this machine."""
     try:
@@ -126,41 +88,19 @@ def serve(
         raise UsageError(f"longspec serve needs {error.name}; install it with pip install 'longspec[serve]'.") from None
     from longspec.server.guard import is_loopback
 
-    if not is_loopback(host) and not api_key:
-        raise UsageError(f"Others reach {host}, so clients need a key; set LONGSPEC_API_KEY, or leave --host out.")
-    loading: dict[str, Any] = {
-        "drafter": drafter,
-        "draft_model": draft_model,
-        "num_speculative_tokens": num_speculative_tokens,
-        "control": control,
-        "skip_set": skip_set,
-        "draft_from": draft_from or (),
-        "cache": cache,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "all_rows": all_rows,
-        "strict": strict,
-        "memory": memory,
-    }
-    precedence.betting(ctx, loading)
-    if memory is not None:  # as for `batch`: each text is planned at the model's whole context
-        parallel = loading["texts"] = parallel or 1
-    with Progress(model, quiet=quiet) as progress:
-        _serve(model, loading, host, port, api_key or None, parallel, max_waiting, time_limit, progress)
+    if not is_loopback(serving.host) and not serving.api_key:
+        raise UsageError(
+            f"Others reach {serving.host}, so clients need a key; set LONGSPEC_API_KEY, or leave --host out."
+        )
+    options = loading.engine_options(ctx)
+    parallel = serving.parallel
+    if loading.memory is not None:  # as for `batch`: each text is planned at the model's whole context
+        parallel = options["texts"] = parallel or 1
+    with Progress(loading.model, quiet=reporting.quiet) as progress:
+        _serve(loading.model, options, serving, parallel, progress)
 
 
-def _serve(
-    model: str,
-    loading: dict[str, Any],
-    host: str,
-    port: int,
-    key: str | None,
-    parallel: int | None,
-    waiting: int,
-    seconds: float,
-    progress: Progress,
-) -> None:
+def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int | None, progress: Progress) -> None:
     import asyncio
 
     from longspec.engine.scheduler import WIDTH
@@ -171,34 +111,34 @@ def _serve(
     from longspec.server.worker import Worker
 
     width = parallel or WIDTH
-    folder, planned = remote.folder(make=True), loading["memory"] is not None
+    folder, planned = remote.folder(make=True), options["memory"] is not None
     # Of the files as they are now.
-    path = None if folder is None or planned else remote.address(folder, model, loading)
-    with bind(host, port) as door, ExitStack() as stack:
-        worker = Worker(lambda: _load(model, loading, progress), width)
+    path = None if folder is None or planned else remote.address(folder, model, options)
+    with bind(serving.host, serving.port) as door, ExitStack() as stack:
+        worker = Worker(lambda: _load(model, options, progress), width)
         worker.loaded.result()
-        desk = Desk(worker, width + waiting, seconds)
-        doors = [(open_to_clients(desk, model, names(host), key, progress.say), door)]
+        desk = Desk(worker, width + serving.max_waiting, serving.time_limit)
+        doors = [(open_to_clients(desk, model, names(serving.host), serving.api_key or None, progress.say), door)]
         home = None if path is None else stack.enter_context(bound_unix(path))
         if home is not None:
             doors.append((at_home(desk, progress.say), home))
         else:
             why = "another is used" if path else _PLANNED if planned else _NO_FOLDER
             progress.say(f"longspec run doesn't use this server: {why}")
-        shown = f"[{host}]" if ":" in host else host
-        said = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
-        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(said)))
+        shown = f"[{serving.host}]" if ":" in serving.host else serving.host
+        sentence = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
+        asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(sentence)))
         worker.stop(_GRACE_SECONDS)
 
 
-def _load(model: str, loading: dict[str, Any], progress: Progress) -> Engine:
+def _load(model: str, options: dict[str, Any], progress: Progress) -> Engine:
     """In the worker's thread."""
     progress.report(f"loading {model}")
     from longspec.engine.engine import Engine
 
     if not progress.drawn:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    engine = Engine.load(model, report=progress.report, **loading)
+    engine = Engine.load(model, report=progress.report, **options)
     if engine.plan is not None:
         progress.say(str(engine.plan))
     return engine

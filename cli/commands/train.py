@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, argument, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.writing import SamplingOptions
 from longspec.errors import UsageError
+
+if TYPE_CHECKING:
+    from longspec.model.load import Model, Opened
 
 __all__ = ["EPILOG", "train"]
 
@@ -28,131 +34,101 @@ it will take is said before it starts. Interrupted or killed, the same command
 goes on. The report goes to stdout, and to report.json in the folder.
 """
 
-_TRAINING = "Training"
+
+@group("Training")
+class Training:
+    """What is trained, on what, and for how long."""
+
+    head: str = argument(what="What to train: clover or clover2.", metavar="HEAD")
+    prompts: Path = option(
+        what='What the model answers: a line for each, an object with a "prompt", or with "turns".', metavar="FILE"
+    )
+    output: Path = option(what="The head, and the work on it.", short="-o", metavar="DIR")
+    steps: int = option(2000, "Steps; 2000 if left out.", metavar="N", parser=readers.whole(1))
+    tokens: int = option(
+        1000 * 1024, "Tokens that the model writes; 1000k if left out.", metavar="N", parser=readers.tokens
+    )
+    invent: int = option(
+        0,
+        "Of a hundred texts, N answer a prompt that the model invents itself; 0 if left out.",
+        metavar="N",
+        parser=readers.whole(0),
+    )
+    depth: int = option(
+        5, "Tokens that are drafted behind each other; 5 if left out.", metavar="N", parser=readers.whole(1)
+    )
+    draft_vocab: int = option(
+        16384,
+        "Draft only the N most frequent tokens; 16384 if left out, 0 is all.",
+        metavar="N",
+        parser=readers.whole(0),
+    )
+    first: Path | None = option(
+        None,
+        "Go on from this head's folder, with the tokens that it drafts; an untrained one if left out.",
+        flag="--from",
+        metavar="HEAD",
+    )
+    int8: bool = option(False, "Store the head's matrices as int8.")
+    dry_run: bool = option(False, "Say what it would take, and do nothing.", once=True)
 
 
 def train(
-    head: Annotated[
-        str, typer.Argument(metavar="HEAD", rich_help_panel=_TRAINING, help="What to train: clover or clover2.")
-    ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            rich_help_panel=_TRAINING,
-            help='What the model answers: a line for each, an object with a "prompt", or with "turns".',
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", rich_help_panel=_TRAINING, help="The head, and the work on it."),
-    ],
-    steps: Annotated[
-        int,
-        typer.Option(
-            "--steps", metavar="N", parser=readers.whole(1), rich_help_panel=_TRAINING, help="Steps; 2000 if left out."
-        ),
-    ] = 2000,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            parser=readers.tokens,
-            rich_help_panel=_TRAINING,
-            help="Tokens that the model writes; 1000k if left out.",
-        ),
-    ] = 1000 * 1024,
-    invent: Annotated[
-        int,
-        typer.Option(
-            "--invent",
-            metavar="N",
-            parser=readers.whole(0),
-            rich_help_panel=_TRAINING,
-            help="Of a hundred texts, N answer a prompt that the model invents itself; 0 if left out.",
-        ),
-    ] = 0,
-    depth: Annotated[
-        int,
-        typer.Option(
-            "--depth",
-            metavar="N",
-            parser=readers.whole(1),
-            rich_help_panel=_TRAINING,
-            help="Tokens that are drafted behind each other; 5 if left out.",
-        ),
-    ] = 5,
-    draft_vocab: Annotated[
-        int,
-        typer.Option(
-            "--draft-vocab",
-            metavar="N",
-            parser=readers.whole(0),
-            rich_help_panel=_TRAINING,
-            help="Draft only the N most frequent tokens; 16384 if left out, 0 is all.",
-        ),
-    ] = 16384,
-    first: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="HEAD",
-            rich_help_panel=_TRAINING,
-            help="Go on from this head's folder, with the tokens that it drafts; an untrained one if left out.",
-        ),
-    ] = None,
-    int8: Annotated[
-        bool,
-        typer.Option("--int8/--no-int8", rich_help_panel=_TRAINING, help="Store the head's matrices as int8."),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run/--no-dry-run", rich_help_panel=_TRAINING, help="Say what it would take, and do nothing."
-        ),
-    ] = False,
-    model: options.Model = "smollm2",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    temperature: options.Temperature = None,
-    seed: options.Seed = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    training: Training,
+    loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
+    sampling: Annotated[SamplingOptions, Only("temperature", "seed")],
+    reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
     """Train a head that drafts for a model, on what the model answers."""
-    with Progress(model, quiet=quiet) as progress:
-        progress.report(f"loading {model}")
+    with Progress(loading.model, quiet=reporting.quiet) as progress:
+        progress.report(f"loading {loading.model}")
         from longspec.heads import KINDS
-        from longspec.model.load import native_dtype, open_model
         from longspec.training.course import start
         from longspec.training.distil import read_prompts
         from longspec.training.plan import make_plan
         from longspec.training.train import Recipe
 
-        if head not in KINDS:
-            raise UsageError(f"There is no head named {head!r}; use one of: {', '.join(KINDS)}.")
-        read = read_prompts(prompts)
-        opened, writer = open_model(model, dtype=dtype, device=device, report=progress.report), None
-        opened.set_threads(threads)
-        if dtype == "auto" and opened.dtype == "int8":  # codes have no gradients, and write several times as fast
-            writer, dtype = opened.load(report=progress.report), native_dtype(opened.device)
-            opened = open_model(model, dtype=dtype, device=device, report=progress.report)
-        loaded = opened.load(report=progress.report)
-        recipe = Recipe(head, steps, tokens, depth, draft_vocab, seed or 0, invented=invent)
-        sampling = _sampling(loaded.defaults, temperature, recipe.seed)
-        course = start(loaded, recipe, output, read, sampling, writer, first)
+        if training.head not in KINDS:
+            raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}.")
+        prompts = read_prompts(training.prompts)
+        model, writer = _models(loading, progress)
+        recipe = Recipe(
+            training.head,
+            training.steps,
+            training.tokens,
+            training.depth,
+            training.draft_vocab,
+            sampling.seed or 0,
+            invented=training.invent,
+        )
+        sampled = _sampling(model.defaults, sampling.temperature, recipe.seed)
+        course = start(model, recipe, training.output, prompts, sampled, writer, training.first)
         if int(os.environ.get("RANK", "0")) == 0:
             progress.report("measuring")
-            progress.say(str(make_plan(loaded, recipe, course.prompts, course.held, course.options, course.writer)))
-        if dry_run:
+            progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
+        if training.dry_run:
             return
-        said = course.run(progress.report, int8=int8)
-    if said is None:  # one of several processes, and not the one that speaks
+        report = course.run(progress.report, int8=training.int8)
+    if report is None:  # one of several processes, and not the one that speaks
         return
-    typer.echo(json.dumps({**said, "folder": str(output)}, ensure_ascii=False) if as_json else _table(said, output))
+    if reporting.as_json:
+        typer.echo(json.dumps({**report, "folder": str(training.output)}, ensure_ascii=False))
+    else:
+        typer.echo(_table(report, training.output))
+
+
+def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
+    """The model that the head is trained on, and the one that writes its texts, where that is another one."""
+    from longspec.model.load import native_dtype, open_model
+
+    def opened(dtype: str) -> Opened:
+        return open_model(loading.model, dtype=dtype, device=loading.device, report=progress.report)
+
+    model, writer = opened(loading.dtype), None
+    model.set_threads(loading.threads)
+    if loading.dtype == "auto" and model.dtype == "int8":  # codes have no gradients, and write several times as fast
+        writer, model = model.load(report=progress.report), opened(native_dtype(model.device))
+    return model.load(report=progress.report), writer
 
 
 def _sampling(defaults: Any, temperature: float | None, seed: int) -> dict[str, Any]:
@@ -165,11 +141,11 @@ def _sampling(defaults: Any, temperature: float | None, seed: int) -> dict[str, 
     return chosen
 
 
-def _table(said: dict[str, Any], folder: Path) -> str:
-    shares = "  ".join(f"{share:.2f}" for share in said["accuracy"])
+def _table(report: dict[str, Any], folder: Path) -> str:
+    shares = "  ".join(f"{share:.2f}" for share in report["accuracy"])
     return (
-        f"{said['tokens_per_step']:.2f} tokens per step on prompts that it wasn't trained on, "
-        f"{said['untrained_tokens_per_step']:.2f} untrained; {said['steps']:,} steps on {said['texts']:,} texts\n"
+        f"{report['tokens_per_step']:.2f} tokens per step on prompts that it wasn't trained on, "
+        f"{report['untrained_tokens_per_step']:.2f} untrained; {report['steps']:,} steps on {report['texts']:,} texts\n"
         f"Right behind true tokens, by depth: {shares}\n"
         f"Kept in {folder}: longspec run --drafter {_path(folder)}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,15 @@ import typer
 
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, Without, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError
+from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.bench.fit import Measured
+    from longspec.bench.harness import Table
     from longspec.bench.tune import Tuning
     from longspec.model.load import Model
 
@@ -38,50 +43,45 @@ user's config and cache directories; the tables go to stdout.
 """
 
 _CONTEXT = 512
-_BETTING = 0.2  # of the budget: dtypes, threads and bets
+_SETTINGS = 0.2  # of the budget: dtypes, threads and drafting
 _KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
+@group("Search")
+class Search:
+    """How long is searched, and for what texts."""
+
+    budget: float = option(
+        120.0,
+        "About how long it may take, without loading the model; 120 if left out.",
+        metavar="SECONDS",
+        parser=readers.number(Bounds(float, 0, open_below=True)),
+    )
+    context: int | None = option(
+        None,
+        "Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
+        short="-c",
+        metavar="N",
+        parser=readers.tokens,
+        once=True,
+    )
+    output: Path | None = option(
+        None,
+        "Keep the set in FILE, not where --drafter skip finds it, and nothing else.",
+        metavar="FILE",
+        panel="Output",
+        once=True,
+    )
+
+
 def tune(
-    model: options.Model = "smollm2",
-    budget: Annotated[
-        float,
-        typer.Option(
-            "--budget",
-            metavar="SECONDS",
-            parser=readers.number(0, open_below=True),
-            rich_help_panel="Search",
-            help="About how long it may take, without loading the model; 120 if left out.",
-        ),
-    ] = 120.0,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            "-c",
-            metavar="N",
-            parser=readers.tokens,
-            rich_help_panel="Search",
-            help="Tokens of the texts that it is tuned for; 8k is 8,192. 512 if left out.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="FILE",
-            rich_help_panel="Output",
-            help="Keep the set in FILE, not where --drafter skip finds it, and nothing else.",
-        ),
-    ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
+    search: Search,
+    reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
-    """Find how a model is best run on this machine: dtype, threads, bets, and what --drafter skip leaves out."""
-    with Progress(model, quiet=quiet) as progress:
+    """Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves out."""
+    model = loading.model
+    with Progress(model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {model}")
         from longspec.bench import fit as fits
         from longspec.bench import tune as work
@@ -91,32 +91,32 @@ def tune(
 
         work.load_optuna()
         began = perf_counter()
-        opened = open_model(model, dtype=dtype, device=device, report=progress.report)
+        opened = open_model(model, dtype=loading.dtype, device=loading.device, report=progress.report)
         most = opened.config.context
-        if context is not None and context > most:
-            raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {most:,}.")
-        tokens = min(_CONTEXT, most) if context is None else context
-        opened.set_threads(threads)
+        if search.context is not None and search.context > most:
+            raise ContextError(f"{search.context:,} tokens were asked for; the context of {model} is {most:,}.")
+        tokens = min(_CONTEXT, most) if search.context is None else search.context
+        opened.set_threads(loading.threads)
         settings, loaded = fits.measure(
             opened,
-            fits.candidates(opened) if dtype == "auto" else [opened.dtype],
-            fits.threads_of(opened.device) if threads is None else [threads],
+            fits.candidates(opened) if loading.dtype == "auto" else [opened.dtype],
+            fits.threads_of(opened.device) if loading.threads is None else [loading.threads],
             progress.report,
         )
-        faster = fits.bets(loaded, tokens, began + _BETTING * budget, progress.report)
-        tuning = work.tune(loaded, context=tokens, seconds=(1 - _BETTING) * budget, report=progress.report)
-    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if output is None else output
+        faster = fits.bets(loaded, tokens, began + _SETTINGS * search.budget, progress.report)
+        tuning = work.tune(loaded, context=tokens, seconds=(1 - _SETTINGS) * search.budget, report=progress.report)
+    report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
-    if as_json:
+    if reporting.as_json:
         typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
     else:
         _print(report)
     kept = [path]
     save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
-    if output is None:
+    if search.output is None:
         kept.append(fit_path(opened.config, str(opened.device), coded=opened.checkpoint.coded))
         keep_fit(kept[1], fits.best(settings).fit, {name: report[name] for name in ("model", "settings", "versions")})
-    if not as_json:
+    if not reporting.as_json:
         typer.echo(f"Kept in {' and '.join(map(str, kept))}")
 
 
@@ -163,31 +163,52 @@ def _setting(one: Measured) -> dict[str, Any]:
     return {
         "dtype": one.fit.dtype,
         "threads": one.fit.threads,
-        "milliseconds": [round(1000 * seconds, 3) for seconds in one.seconds],  # of passes of 1, 9 and 64 rows
+        "milliseconds": [round(1000 * seconds, 3) for seconds in one.seconds],  # of passes over 1, 9 and 64 tokens
         "perplexity": round(one.perplexity, 4),
     }
 
 
 def _print(report: dict[str, Any]) -> None:
-    typer.echo("DTYPE  THREADS     1 ROW    9 ROWS   64 ROWS  PERPLEXITY")
-    for one in report["settings"]:
-        times = "".join(f"{milliseconds:7.2f} ms" for milliseconds in one["milliseconds"])
-        typer.echo(f"{one['dtype']:5}  {one['threads']:7}{times}  {one['perplexity']:10.3f}")
+    from longspec.bench.harness import Column, Table
+
+    def milliseconds(place: int) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row['milliseconds'][place]:.2f} ms"
+
+    _echo(
+        Table(
+            Column("DTYPE", -5, "{dtype}"),
+            Column("THREADS", 7, "{threads}"),
+            Column("1 TOKEN", 10, milliseconds(0)),
+            Column("9 TOKENS", 10, milliseconds(1)),
+            Column("64 TOKENS", 10, milliseconds(2)),
+            Column("PERPLEXITY", 10, "{perplexity:.3f}"),
+        ),
+        report["settings"],
+    )
     typer.echo(
         f"The fastest is {report['dtype']} with {report['threads']} thread{'s' * (report['threads'] > 1)}; there "
         f"--drafter auto writes {report['auto']:.2f} times the tokens/s of plain decoding.\n"
     )
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
-        f"{report['tokens_per_second']:.1f} tokens/s without a bet, {report['tried']} sets tried"
+        f"{report['tokens_per_second']:.1f} tokens/s without drafts, {report['tried']} sets tried"
     )
-    typer.echo("ATTENTIONS  MLPS  PASS  AGREEMENT  EXPECTED  MEASURED")
-    for one in report["sets"]:
-        typer.echo(
-            f"{len(one['attention']):10}  {len(one['mlp']):4}  {one['share']:4.2f}  {one['agreement']:9.2f}"
-            f"  {one['expected']:8.2f}  {one['measured']:8.2f}"
-        )
+    _echo(
+        Table(
+            Column("ATTENTIONS", 10, lambda row: str(len(row["attention"]))),
+            Column("MLPS", 4, lambda row: str(len(row["mlp"]))),
+            Column("PASS", 4, "{share:.2f}"),
+            Column("AGREEMENT", 9, "{agreement:.2f}"),
+            Column("EXPECTED", 8, "{expected:.2f}"),
+            Column("MEASURED", 8, "{measured:.2f}"),
+        ),
+        report["sets"],
+    )
     if report["faster"]:
         typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
     else:
         typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
+
+
+def _echo(table: Table, rows: list[dict[str, Any]]) -> None:
+    typer.echo("\n".join([table.head, *map(table.line, rows)]))

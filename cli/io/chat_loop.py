@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from longspec.cli.io import signals
 from longspec.cli.io.colour import coloured
 from longspec.cli.io.line_editor import PipedLines, TypedLines
-from longspec.cli.io.progress import Progress, thinking
+from longspec.cli.io.progress import Progress, printable
 from longspec.cli.io.stdout import Output
-from longspec.cli.io.stream_answer import UNSAID, statistics, unsaid
+from longspec.cli.io.stream_answer import UNSAID, Local, Policy, statistics, stream, unsaid
 from longspec.errors import LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ class Dialogue:
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         argument = argument.strip()
-        wanted = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
-        if wanted is None:
+        command = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
+        if command is None:
             raise UsageError(f"{name} is no command; /help lists them, and a space before the / makes it a message.")
-        if (" " in wanted) < bool(argument) or (wanted.endswith(("FILE", "NAME")) and not argument):
-            raise UsageError(f"{line.partition(' ')[0]} takes {wanted.partition(' ')[2] or 'nothing'}: {wanted}.")
-        getattr(self, f"_{name[1:]}")(*[argument] * (" " in wanted))
+        if (" " in command) < bool(argument) or (command.endswith(("FILE", "NAME")) and not argument):
+            raise UsageError(f"{line.partition(' ')[0]} takes {command.partition(' ')[2] or 'nothing'}: {command}.")
+        getattr(self, f"_{name[1:]}")(*[argument] * (" " in command))
 
     def _help(self) -> None:
         self._tell(_HELP)
@@ -159,7 +159,7 @@ class Dialogue:
         self._tell(
             f"{_count(conversation.turns, 'turn')}; of {_count(usage['prompt_tokens'], 'prompt token')} "
             f"{usage['cached_tokens']:,} were in the cache; it is {answer.cache}, with "
-            f"{_count(session.cache.length, 'row')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
+            f"{_count(session.cache.length, 'token position')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
         )
 
     def _answer(self, opening: Callable[[], Session]) -> None:
@@ -192,62 +192,20 @@ class Dialogue:
 
         A signal is raised between steps; a second one in the midst of a step goes further up.
         """
-        engine, output, progress = self.conversation.engine, self.output, self.progress
-        shown, drafted, interrupted, whole = 0, list[bool](), None, True
+        source = Local(self.conversation.engine, session, resumable=True)
 
-        def show(text: str) -> None:
-            nonlocal shown
-            shown += len(text)
+        def paint(text: str) -> str:
             begin = len(session.text) - len(text)  # it is the newest
-            output.write(coloured(text, begin, session.begins, drafted) if self.colours else text)
+            return coloured(text, begin, session.begins, source.accepted)
 
-        try:
-            prefill, new = engine.prefill(session), session.prompt_length - 1 - session.cached
-            while whole:
-                with signals.deferred():
-                    whole = False
-                    done = next(prefill, None)
-                    whole = True
-                if done is None:
-                    break
-                progress.report("reading", done - session.cached, new)
-            while session.finish_reason is None:
-                with signals.deferred():
-                    whole = False
-                    [commit] = engine.step([session])
-                    whole = True
-                drafted += [i < commit.accepted for i in range(len(commit.tokens))]
-                if piece := commit.said if self.hide else commit.text:
-                    progress.stop()
-                    show(piece)
-                elif self.hide and session.section is not None and session.section.is_open:
-                    progress.report(thinking(session.section.tokens))
-                output.check()
-        except signals.Interrupted as end:
-            if not whole:
-                raise
-            interrupted = end
-            signals.answer()
-            if session.finish_reason is None:
-                session.interrupt()
-        except (Exception, BrokenPipeError) as error:
-            progress.stop()
-            if not isinstance(error, BrokenPipeError):
-                with suppress(OSError, LongspecError):
-                    output.end_line()
-            raise
-        progress.stop()
-        if interrupted is None or output.is_ready:
-            show((session.said if self.hide else session.text)[shown:])
-            output.end_line()
-        return interrupted
+        policy = Policy(stream=True, text=True, hide=self.hide, paint=paint if self.colours else None)
+        return stream(source, self.output, self.progress, policy)
 
     def _tell(self, text: str) -> None:
         """What was asked for by a command, or went wrong: said with --quiet too. A terminal must not obey it."""
         if sys.stderr is not None:
-            said = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
             with suppress(OSError):
-                print(said, file=sys.stderr, flush=True)
+                print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def _count(number: int, noun: str) -> str:

@@ -13,8 +13,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from longspec.cli import BEGAN
+from longspec.cli.io.progress import printable
 from longspec.cli.io.prompt_input import joined, read_head, read_lines, text_of
-from longspec.cli.io.stream_answer import UNSAID, load, statistics, unsaid, write
+from longspec.cli.io.stream_answer import UNSAID, Local, load, statistics, stream, unsaid
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -40,28 +41,27 @@ def answer_lines(call: Call) -> LongspecError | None:
     if not call.form.takes_input:
         raise UsageError(f"The template {call.form.name} takes no input, so its answers are all one; drop --each-line.")
     head, output, progress = read_head(call.argument, call.files), call.output, call.progress
-    engine, failed, number, asked = None, 0, 0, perf_counter()
+    engine, failed, number, started = None, 0, 0, perf_counter()
     for number, line in enumerate(read_lines(progress.say), 1):
         if not line.strip():
             output.write("\n")
             continue
         if engine is None:  # waiting for the line isn't its time
-            engine = load(call.model, call.loading, BEGAN + perf_counter() - asked, progress)
+            engine = load(call.model, call.loading, BEGAN + perf_counter() - started, progress)
         session = _session(engine, head, line, call)
         if isinstance(session, LongspecError):
             failed += 1
             _tell(f"line {number}: {session}", progress)
             output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
             continue
-        interrupted = write(engine, session, output, progress, stream=False, text=False, hide=call.hide_reasoning)
-        progress.stop()
+        interrupted = stream(Local(engine, session), output, progress, call.policy)
         answer = engine.answer(session)
         if interrupted is None or (session.answer and output.is_ready):
-            text = session.said if call.hide_reasoning else session.text
-            said = _object(answer.report()) if call.as_json else one_line(text)
-            output.write(said + "\n")
-        unseen = [UNSAID] if call.hide_reasoning and unsaid(answer) else []
-        for note in [*session.notes, *unseen, *([statistics(answer)] if call.stats else [])]:
+            text = session.said if call.policy.hide else session.text
+            written = _object(answer.report()) if call.as_json else one_line(text)
+            output.write(written + "\n")
+        hidden = [UNSAID] if call.policy.hide and unsaid(answer) else []
+        for note in [*session.notes, *hidden, *([statistics(answer)] if call.stats else [])]:
             progress.say(f"line {number}: {note}")
         if interrupted is not None:
             raise interrupted
@@ -76,11 +76,11 @@ def one_line(text: str) -> str:
 def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session | LongspecError:
     """A session for this line, or what is wrong with it. What is wrong with all lines is raised."""
     try:
-        asked = call.form.fill(joined([head, text_of(line, "it")]))
+        prompt = call.form.fill(joined([head, text_of(line, "it")]))
     except UsageError as error:
         return error
     try:
-        return engine.open(asked, **call.writing)
+        return engine.open(prompt, **call.writing)
     except (ContextError, BudgetError) as error:
         return error
 
@@ -93,5 +93,4 @@ def _tell(sentence: str, progress: Progress) -> None:
     """An error, which --quiet doesn't silence; it may quote a foreign text, which a terminal must not obey."""
     progress.stop()
     with suppress(OSError, AttributeError):
-        said = "".join(letter if letter.isprintable() else " " for letter in sentence)
-        print(f"longspec: {said}", file=sys.stderr, flush=True)
+        print(f"longspec: {printable(sentence)}", file=sys.stderr, flush=True)

@@ -172,13 +172,13 @@ def _read_history() -> list[str]:
             lines = file.read(_HISTORY_NBYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    entries = []
     for line in lines:
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, str) and "\0" not in entry:
-                found.append(entry)
-    return found[-_HISTORY_ENTRIES:]
+                entries.append(entry)
+    return entries[-_HISTORY_ENTRIES:]
 
 
 def _write_history(entries: Sequence[str]) -> None:

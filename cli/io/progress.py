@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress", "thinking"]
+__all__ = ["Progress", "printable", "thinking"]
 
 _NOTES = {"downloading": "{model} isn't on this machine yet: pulling it once"}
 _WAITING = "waiting"
@@ -88,6 +88,11 @@ class Progress:
 def thinking(tokens: int) -> str:
     """What is drawn in place of thoughts that are hidden."""
     return f"thinking… {tokens:,} tokens"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text that may quote a foreign file, without what a terminal would obey; the letters of `keep` stay."""
+    return "".join(letter if letter.isprintable() or letter in keep else " " for letter in text)
 
 
 def _can_draw() -> bool:

@@ -29,12 +29,12 @@ def read_prompt(argument: str | None, files: Sequence[str], *, no_stdin: bool, s
     Raises:
         UsageError: a part can't be read, isn't text, or all of them are empty.
     """
-    asked = argument == "-" or "-" in files
-    if asked and no_stdin:
+    reads_stdin = argument == "-" or "-" in files
+    if reads_stdin and no_stdin:
         raise UsageError("- asks for standard input and --no-stdin forbids it; give one of them.")
     parts = [] if argument in (None, "-") else [checked(argument or "", "the prompt")]
     parts += [_text(_read_file(name), name) for name in files if name != "-"]
-    if asked or not (no_stdin or sys.stdin is None or os.isatty(_STDIN)):
+    if reads_stdin or not (no_stdin or sys.stdin is None or os.isatty(_STDIN)):
         parts.append(_text(b"".join(_chunks(say)), "standard input"))
     prompt = joined(parts)
     if not prompt.strip():
@@ -58,19 +58,19 @@ def read_lines(say: Callable[[str], None]) -> Iterator[bytes]:
     Raises:
         UsageError: standard input can't be read, or a line is longer than any prompt.
     """
-    held = bytearray()
+    line_so_far = bytearray()
     for chunk in _chunks(say, endless=True):
         *whole, rest = chunk.split(b"\n")
         for line in whole:
-            yield bytes(held + line).removesuffix(b"\r")
-            held.clear()
-        held += rest
-        if len(held) > _MOST_NBYTES:
+            yield bytes(line_so_far + line).removesuffix(b"\r")
+            line_so_far.clear()
+        line_so_far += rest
+        if len(line_so_far) > _MOST_NBYTES:
             raise UsageError(
                 f"A line of standard input holds more than {_MOST_NBYTES >> 20} MiB; is it text, one prompt a line?"
             )
-    if held:
-        yield bytes(held).removesuffix(b"\r")
+    if line_so_far:
+        yield bytes(line_so_far).removesuffix(b"\r")
 
 
 def text_of(line: bytes, name: str) -> str:

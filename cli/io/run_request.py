@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longspec.cli.io.output_file import OutputFile
     from longspec.cli.io.progress import Progress
     from longspec.cli.io.stdout import Output
+    from longspec.cli.io.stream_answer import Policy
     from longspec.engine.options import Options
     from longspec.text.prompt_template import Template
 
@@ -53,15 +54,14 @@ class Call:
     no_stdin: bool
     form: Form
     model: str
-    loading: dict[str, Any]
+    loading: dict[str, Any]  # options of `Engine.load`
     writing: Options
     output: Output | OutputFile
     progress: Progress
-    stream: bool
+    policy: Policy
     as_json: bool
     stats: bool
     no_server: bool
-    hide_reasoning: bool
     trace: OutputFile | None  # where a profile goes
 
 

@@ -27,12 +27,13 @@ from typing import Any
 from longspec import __version__
 from longspec.cli.io import signals
 from longspec.cli.io.output_file import OutputFile
-from longspec.cli.io.progress import Progress, thinking
+from longspec.cli.io.progress import Progress
 from longspec.cli.io.stdout import Output
+from longspec.cli.io.stream_answer import Policy, stream
 from longspec.errors import LongspecError
 from longspec.machine.system import cache_folder
 
-__all__ = ["Reported", "address", "folder", "write"]
+__all__ = ["Remote", "Reported", "address", "folder", "write"]
 
 _MOST_NBYTES = 8 << 20  # what a server takes; a longer prompt is written here
 _PATH_NBYTES = 100  # a socket's path has room for 108 bytes on Linux, 104 on macOS
@@ -85,10 +86,10 @@ def folder(*, make: bool = False) -> Path | None:
     try:
         if make:
             path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     return path if mine and len(os.fsencode(path)) <= _PATH_NBYTES - 20 else None
 
 
@@ -98,14 +99,14 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
     What is a file or a folder counts with its place and time: where it was changed, a server has the old one.
     """
     names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "OMP_NUM_THREADS")
-    told = {
+    description = {
         "longspec": [__version__, __file__, sys.executable],
         "cache": str(cache_folder()),
         "environment": {name: os.environ.get(name) for name in names},
         "model": _placed(model),
         "loading": {name: _placed(value) if name in _FILES else value for name, value in loading.items() if value},
     }
-    digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(errors="replace"), digest_size=8)
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(errors="replace"), digest_size=8)
     return folder / digest.hexdigest()
 
 
@@ -116,70 +117,40 @@ def write(
     writing: Mapping[str, Any],
     output: Output | OutputFile,
     progress: Progress,
+    policy: Policy,
     *,
     began: float,
-    stream: bool,
-    text: bool,
-    hide: bool,
 ) -> tuple[Reported, signals.Interrupted | None] | None:
     """The answer, written by a server that is up; None, with nothing written, where there is none that takes it.
 
-    stream: each piece as it becomes certain. text: at least at the end. hide: without what was thought. A signal ends
-    the answer and is given back.
+    A signal ends the answer and is given back.
     """
     if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
         return None  # the process's own memory is meant, and its own file
     place = folder()
     if place is None:
         return None
-    name = os.urandom(8).hex()
-    body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
-    path = address(place, model, loading)
-    remote = _Remote.reached(path, body) if len(body) <= _MOST_NBYTES else None
+    remote = Remote.reached(address(place, model, loading), prompt, writing, began)
     if remote is None:
         return None
-    seconds, shown, interrupted = perf_counter() - began, 0, None
+    seconds = perf_counter() - began
     with closing(remote):
-        while remote.report is None:
-            try:
-                remote.advance(_END_SECONDS if interrupted else _LOOK_SECONDS)
-                whole = remote.said if hide else remote.text
-                if stream and interrupted is None and len(whole) > shown:
-                    progress.stop()
-                    piece, shown = whole[shown:], len(whole)
-                    output.write(piece)
-                if hide and remote.thinking:
-                    progress.report(thinking(remote.thinking))
-                elif not stream or output.is_file:
-                    progress.report(f"writing, {remote.tokens:,} tokens")
-                output.check()
-            except signals.Interrupted as end:
-                if interrupted is not None:
-                    raise
-                interrupted = end
-                signals.answer()
-                _end(path, name)
-            except LongspecError:
-                progress.stop()
-                with suppress(OSError, LongspecError):
-                    output.end_line()
-                raise
-    progress.stop()
-    if text and (interrupted is None or output.is_ready):
-        output.write((remote.said if hide else remote.text)[shown:])
-        output.end_line()
+        interrupted = stream(remote, output, progress, policy)
     for note in remote.notes:
         progress.say(note)
+    assert remote.report is not None
     # What loading took is what coming here took: this process has loaded nothing else.
     loaded = {"load_s": seconds, "tokenizer_s": 0.0, "weights_s": 0.0, "import_s": seconds}
     remote.report["timing"] = loaded | {k: v for k, v in remote.report["timing"].items() if k not in loaded}
     return Reported(remote.report), interrupted
 
 
-class _Remote:
+class Remote:
     """An answer that a server is writing: its text so far, and at its end the report."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    is_broken = False  # the server goes on whatever comes here
+
+    def __init__(self, connection: socket.socket, path: Path, name: str) -> None:
         self.text = ""
         self.said = ""  # what of it isn't thought
         self.thinking = 0  # tokens of what was thought, until something is said
@@ -187,33 +158,50 @@ class _Remote:
         self.notes: list[str] = []
         self.report: dict[str, Any] | None = None
         self._connection = connection
+        self._path = path
+        self._name = name
+        self._seconds = _LOOK_SECONDS
         self._data = b""
 
     @classmethod
-    def reached(cls, path: Path, body: bytes) -> _Remote | None:
+    def reached(cls, path: Path, prompt: str, writing: Mapping[str, Any], began: float) -> Remote | None:
         """The server at that path, if it takes this."""
-        connection = _posted(path, "/run", body)
+        name = os.urandom(8).hex()
+        body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
+        connection = _posted(path, "/run", body) if len(body) <= _MOST_NBYTES else None
         if connection is None:
             return None
-        made = cls(connection)
+        remote = cls(connection, path, name)
         with suppress(OSError):
-            while b"\r\n\r\n" not in made._data and (data := connection.recv(_PIECE)):
-                made._data += data
-            head, _, made._data = made._data.partition(b"\r\n\r\n")
+            while b"\r\n\r\n" not in remote._data and (data := connection.recv(_PIECE)):
+                remote._data += data
+            head, _, remote._data = remote._data.partition(b"\r\n\r\n")
             if head.split(b" ", 2)[1:2] == [b"200"]:
-                return made
+                return remote
         connection.close()
         return None
 
     def close(self) -> None:
         self._connection.close()
 
-    def advance(self, seconds: float) -> None:
-        """Take what has come, or comes in so many seconds. A signal is raised only while there is nothing to take.
+    @property
+    def is_over(self) -> bool:
+        return self.report is not None
+
+    def end(self) -> None:
+        """The server is told to end the answer; what it has of it still comes."""
+        self._seconds = _END_SECONDS
+        connection = None if self.is_over else _posted(self._path, "/end", json.dumps({"id": self._name}).encode())
+        if connection is not None:
+            with suppress(OSError), closing(connection):
+                connection.recv(_PIECE)
+
+    def advance(self, progress: Progress) -> None:
+        """Take what has come, or comes in a while. A signal is raised only while there is nothing to take.
 
         Raises LongspecError: what the server says went wrong, or that it broke off.
         """
-        ready = self._data or select.select([self._connection], [], [], seconds)[0]
+        ready = self._data or select.select([self._connection], [], [], self._seconds)[0]
         with signals.deferred():
             if not ready:
                 return
@@ -241,14 +229,6 @@ class _Remote:
         self.report = line.get("answer")
 
 
-def _end(path: Path, name: str) -> None:
-    """The answer of that name is to end with what it has."""
-    connection = _posted(path, "/end", json.dumps({"id": name}).encode())
-    if connection is not None:
-        with suppress(OSError), closing(connection):
-            connection.recv(_PIECE)
-
-
 def _posted(path: Path, route: str, body: bytes) -> socket.socket | None:
     """A connection on which the body was sent; None where no server of this user listens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -272,8 +252,8 @@ def _is_mine(connection: socket.socket) -> bool:
     """Linux knows who listens; elsewhere the folder's mode has to do."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
-    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", told)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
     return bool(user == os.getuid())
 
 
@@ -292,5 +272,5 @@ def _placed(name: object) -> object:
         return str(name)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int]:
-    return found.st_mtime_ns, found.st_size
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_mtime_ns, status.st_size

@@ -1,9 +1,14 @@
-"""One text from an engine to an output: loaded, streamed, ended by a signal with what there is of it, summed up."""
+"""One answer from its source to an output: streamed, ended by a signal with what there is of it, summed up.
+
+A source is an engine that is loaded here (`Local`), or a server that is up (`longspec.cli.io.server_client`).
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +19,141 @@ from longspec.errors import LongspecError
 if TYPE_CHECKING:
     from longspec.cli.io.output_file import OutputFile
     from longspec.cli.io.progress import Progress
-    from longspec.cli.io.server_client import Reported
+    from longspec.cli.io.server_client import Remote, Reported
     from longspec.cli.io.stdout import Output
     from longspec.engine.answer import Answer
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
-__all__ = ["UNSAID", "load", "statistics", "unsaid", "write"]
+__all__ = ["UNSAID", "Local", "Policy", "load", "statistics", "stream", "unsaid"]
+
+UNSAID = (
+    "the tokens were used up by reasoning, which is hidden; allow more of them with --max-new-tokens, or bound the "
+    "reasoning with --reasoning-budget"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How an answer is shown. stream: each piece as it becomes certain. text: its text at least at the end.
+    hide: without its reasoning. paint: what a piece looks like on a terminal.
+    """
+
+    stream: bool
+    text: bool
+    hide: bool = False
+    paint: Callable[[str], str] | None = None
+
+
+def stream(
+    source: Local | Remote, output: Output | OutputFile, progress: Progress, policy: Policy
+) -> signals.Interrupted | None:
+    """Write an answer to its end, or to a signal, which is given back. What there is of its text is written then.
+
+    A source has its text so far, and without its reasoning (`said`); `advance` takes the next piece, or what comes
+    within a second, and `end` has it end with what it has. It is broken where a signal came in the midst of a step.
+    """
+    shown, interrupted = 0, None
+
+    def show() -> None:
+        nonlocal shown
+        whole = source.said if policy.hide else source.text
+        piece, shown = whole[shown:], len(whole)
+        output.write(policy.paint(piece) if policy.paint is not None and piece else piece)
+
+    try:
+        while not source.is_over:
+            try:
+                source.advance(progress)
+                if policy.stream and interrupted is None and len(source.said if policy.hide else source.text) > shown:
+                    if not output.is_file:
+                        progress.stop()
+                    show()
+                if policy.hide and source.thinking:
+                    progress.report(thinking(source.thinking))
+                elif source.tokens and (not policy.stream or output.is_file):
+                    progress.report(f"writing, {source.tokens:,} tokens")
+                output.check()
+            except signals.Interrupted as end:
+                if interrupted is not None or source.is_broken:
+                    raise
+                interrupted = end
+                signals.answer()
+                source.end()
+    except BrokenPipeError:
+        progress.stop()
+        raise
+    except Exception:
+        progress.stop()
+        with suppress(OSError, LongspecError):
+            output.end_line()
+        raise
+    progress.stop()
+    if policy.text and (interrupted is None or output.is_ready):
+        show()
+        output.end_line()
+    return interrupted
+
+
+class Local:
+    """An answer of an engine in this process. resumable: the session is gone on with, so a signal waits for the end of
+    a step, its first one at least; else a long prefill ends at once.
+    """
+
+    def __init__(self, engine: Engine, session: Session, *, resumable: bool = False) -> None:
+        self.session = session
+        self.accepted: list[bool] = []  # for each token of the answer: it was drafted
+        self.is_broken = False
+        self._engine = engine
+        self._resumable = resumable
+        self._cached = session.cached
+        self._prefill = engine.prefill(session)
+        self._prefilled = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.session.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        return self.session.text
+
+    @property
+    def said(self) -> str:
+        return self.session.said
+
+    @property
+    def tokens(self) -> int:
+        return len(self.session.tokens) - self.session.prompt_length
+
+    @property
+    def thinking(self) -> int:
+        section = self.session.section
+        return section.tokens if section is not None and section.is_open else 0
+
+    def advance(self, progress: Progress) -> None:
+        """One chunk of the prompt, or one step."""
+        if not self._prefilled:
+            done = self._whole(lambda: next(self._prefill, None)) if self._resumable else next(self._prefill, None)
+            self._prefilled = done is None
+            if done is not None:
+                total = self.session.prompt_length - 1 - self._cached
+                progress.report("reading the prompt", done - self._cached, total)
+            return
+        commit = self._whole(lambda: self._engine.step([self.session]))[0]
+        self.accepted += [i < commit.accepted for i in range(len(commit.tokens))]
+
+    def end(self) -> None:
+        if not self.is_over:
+            self.session.interrupt()
+
+    def _whole(self, work: Callable[[], Any]) -> Any:
+        """What the work gives; the first signal waits for its end."""
+        with signals.deferred():
+            self.is_broken = self._resumable
+            result = work()
+            self.is_broken = False
+        return result
 
 
 def load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
@@ -41,61 +174,6 @@ def load(model: str, options: dict[str, Any], began: float, progress: Progress) 
     return engine
 
 
-def write(
-    engine: Engine,
-    session: Session,
-    output: Output | OutputFile,
-    progress: Progress,
-    *,
-    stream: bool,
-    text: bool,
-    hide: bool = False,
-) -> signals.Interrupted | None:
-    """Write the session to its end, or to a signal, which is given back. What there is of its text is written then.
-
-    stream: each piece as it becomes certain. text: at least at the end. hide: without what was thought.
-    """
-    shown, interrupted = 0, None
-    try:
-        for done in engine.prefill(session):
-            progress.report("reading the prompt", done, session.prompt_length - 1)
-        while session.finish_reason is None:
-            with signals.deferred():
-                [commit] = engine.step([session])
-            piece = commit.said if hide else commit.text
-            if stream and piece:
-                if not output.is_file:
-                    progress.stop()
-                shown += len(piece)
-                output.write(piece)
-            if hide and session.section is not None and session.section.is_open:
-                progress.report(thinking(session.section.tokens))
-            elif not stream or output.is_file:
-                progress.report(f"writing, {len(session.answer):,} tokens")
-            output.check()
-    except signals.Interrupted as end:
-        interrupted = end
-        signals.answer()
-        if session.finish_reason is None:
-            session.interrupt()
-    except BrokenPipeError:
-        raise
-    except Exception:
-        with suppress(OSError, LongspecError):
-            output.end_line()
-        raise
-    if text and (interrupted is None or output.is_ready):
-        output.write((session.said if hide else session.text)[shown:])
-        output.end_line()
-    return interrupted
-
-
-UNSAID = (
-    "the tokens were used up by reasoning, which is hidden; allow more of them with --max-new-tokens, or bound the "
-    "reasoning with --reasoning-budget"
-)
-
-
 def unsaid(answer: Answer | Reported) -> bool:
     """It ended before anything was said."""
     return bool(answer.finish_reason == "length" and answer.usage["reasoning_tokens"] and not answer.text.strip())
@@ -103,14 +181,14 @@ def unsaid(answer: Answer | Reported) -> bool:
 
 def statistics(answer: Answer | Reported) -> str:
     """The closing line."""
-    count, bets, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
-    thought = answer.usage["reasoning_tokens"]
-    parts = [f"{count:,} tokens{f' ({thought:,} of reasoning)' if thought else ''} in {timing['decode_s']:.1f} s"]
+    count, speculation, timing = answer.usage["completion_tokens"], answer.speculation, answer.timing
+    reasoning = answer.usage["reasoning_tokens"]
+    parts = [f"{count:,} tokens{f' ({reasoning:,} of reasoning)' if reasoning else ''} in {timing['decode_s']:.1f} s"]
     if timing["tokens_per_second"] is not None:
         parts[0] += f" ({timing['tokens_per_second']:.1f} tokens/s)"
-    parts.append(f"{bets['tokens_per_step']:.2f} tokens per step with {bets['drafter']}")
-    if bets["drafted"]:
-        parts.append(f"acceptance {bets['accepted'] / bets['drafted']:.2f}")
+    parts.append(f"{speculation['tokens_per_step']:.2f} tokens per step with {speculation['drafter']}")
+    if speculation["drafted"]:
+        parts.append(f"acceptance {speculation['accepted'] / speculation['drafted']:.2f}")
     if timing["time_to_first_token_s"] is not None:
         parts.append(f"first token after {timing['time_to_first_token_s']:.1f} s")
     parts.append(f"ended by {answer.finish_reason}")

@@ -6,25 +6,24 @@ refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
 from longspec.cli.options.typer_classes import given
 from longspec.errors import UsageError
+from longspec.sampling.parameters import without_idle
 
-if TYPE_CHECKING:
-    from longspec.engine.options import Options
-
-__all__ = ["betting", "reporting", "writing"]
+__all__ = ["settle_loading", "settle_reporting", "settle_writing"]
 
 
-def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> None:
-    """How the text is written; `template` holds what a template would have."""
+def settle_writing(ctx: typer.Context, options: dict[str, Any], template: Mapping[str, Any]) -> None:
+    """The options of a text; `template` holds what a template would have."""
     chosen = {name: value for name, value in template.items() if not given(ctx, name)}
     if "system" in chosen and not given(ctx, "raw"):
         options["raw"] = False
-    options.update(chosen)  # type: ignore[typeddict-item]
+    options.update(chosen)
     if options["raw"] and options["system"] is not None:
         if _yields(ctx, "system", to="raw"):
             options["system"] = None
@@ -44,13 +43,12 @@ def writing(ctx: typer.Context, options: Options, template: dict[str, Any]) -> N
     if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
         # Greedy: what settings say of sampling gives way, and what a template says to a flag.
         kept = chosen if "temperature" in chosen else {}
-        for name in ("top_p", "top_k", "min_p"):
-            if name not in kept and not given(ctx, name):
-                options[name] = None
+        effective = without_idle(options, keep={*kept, *(name for name in options if given(ctx, name))})
+        options.update(dict.fromkeys(options.keys() - effective.keys()))
 
 
-def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
-    """What is bet, and how much."""
+def settle_loading(ctx: typer.Context, options: dict[str, Any]) -> None:
+    """The options of an engine: its drafter against what only other drafters use, its cache likewise."""
     drafter = options["drafter"]
     for name, user in (("remember", "suffix"), ("draft_from", "suffix"), ("draft_model", "model")):
         if options.get(name) and drafter != "auto" and user not in drafter.split("+"):
@@ -75,7 +73,7 @@ def betting(ctx: typer.Context, options: dict[str, Any]) -> None:
         del options["num_speculative_tokens"]
 
 
-def reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
+def settle_reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
     """What goes to stderr."""
     if quiet and stats:
         if _yields(ctx, "stats", to="quiet"):

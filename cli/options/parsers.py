@@ -13,45 +13,33 @@ import typer
 
 from longspec.errors import UsageError
 from longspec.machine.system import parse_bytes
+from longspec.sampling.parameters import Bounds
 
 __all__ = ["number", "size", "tokens", "whole"]
 
 
-def number(least: float, most: float = math.inf, *, open_below: bool = False, open_above: bool = False) -> Any:
-    """Reads a number between two bounds, which count unless they are open."""
-    low = f"above {least:g}" if open_below else f"{least:g} or more"
-    high = "" if most == math.inf else f" and below {most:g}" if open_above else f" and at most {most:g}"
+def number(bounds: Bounds) -> Callable[[object], Any]:
+    """Reads a number within bounds."""
 
     def read(text: object) -> float:
         try:
-            value = float(str(text))
+            value: float = bounds.kind(str(text))
         except ValueError:
             value = math.nan
-        if math.isnan(value):
-            raise typer.BadParameter(f"{str(text)!r} is not a number.")
-        above = value > least if open_below else value >= least
-        below = value < most if open_above or most == math.inf else value <= most
-        if not (above and below):
-            raise typer.BadParameter(f"{text} is out of range; it must be {low}{high}.")
+        if value != value:
+            kind = "a whole number" if bounds.kind is int else "a number"
+            raise typer.BadParameter(f"{str(text)!r} is not {kind}.")
+        if not bounds.hold(value):
+            shown = value if bounds.kind is int else text
+            raise typer.BadParameter(f"{shown} is out of range; it must be {bounds.words or 'finite'}.")
         return value
 
     return read
 
 
-def whole(least: int | None = None, most: float = math.inf) -> Callable[[object], int]:
+def whole(least: int, most: float = math.inf) -> Callable[[object], Any]:
     """Reads a whole number that isn't below `least`, or above `most`."""
-
-    def read(text: object) -> int:
-        try:
-            value = int(str(text))
-        except ValueError:
-            raise typer.BadParameter(f"{str(text)!r} is not a whole number.") from None
-        if least is not None and not least <= value <= most:
-            high = "or more" if most == math.inf else f"to {most}"
-            raise typer.BadParameter(f"{value} is out of range; it must be {least} {high}.")
-        return value
-
-    return read
+    return number(Bounds(int, least, most))
 
 
 def size(text: object) -> int | str:
@@ -64,5 +52,5 @@ def size(text: object) -> int | str:
 
 def tokens(text: object) -> int:
     """Reads a number of tokens; k is 1,024 of them."""
-    number, kilo = (str(text)[:-1], 1024) if str(text)[-1:] in ("k", "K") else (str(text), 1)
-    return whole(1)(number) * kilo
+    digits, kilo = (str(text)[:-1], 1024) if str(text)[-1:] in ("k", "K") else (str(text), 1)
+    return int(whole(1)(digits)) * kilo

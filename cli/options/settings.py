@@ -57,15 +57,15 @@ def read_settings(known: Mapping[str, Kind]) -> dict[str, Setting]:
 
 
 def _from_environment(known: Mapping[str, Kind]) -> dict[str, Setting]:
-    found = {}
+    settings = {}
     for name, kind in known.items():
         origin = variable(name)
         text = os.environ.get(origin, "")
         if not text:
             continue
         value: Any = yes_or_no(text, origin) if kind == "flag" else [text] if kind == "list" else text
-        found[name] = Setting(value, origin)
-    return found
+        settings[name] = Setting(value, origin)
+    return settings
 
 
 def variable(name: str) -> str:
@@ -89,7 +89,7 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
 
 def _from_file(known: Mapping[str, Kind]) -> dict[str, Setting]:
     path, table = config_path(), read_table()
-    found = {}
+    settings = {}
     for name, value in table.items():
         origin = f"{name} in {path}"
         if name not in known:
@@ -100,8 +100,8 @@ def _from_file(known: Mapping[str, Kind]) -> dict[str, Setting]:
         if not _fits(value, known[name]):
             wanted = {"flag": "true or false", "list": "a list of texts", "value": "a text or a number"}[known[name]]
             raise UsageError(f"{origin} is {value!r}; it must be {wanted}.")
-        found[name] = Setting(value, origin)
-    return found
+        settings[name] = Setting(value, origin)
+    return settings
 
 
 def read_table() -> dict[str, Any]:

@@ -12,29 +12,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from longspec.cli.options.groups import COMMAND_LINE_ONLY
 from longspec.cli.options.settings import Kind, Setting, read_settings
 
 __all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
-
-_COMMAND_LINE_ONLY = {
-    *(
-        "allow_destructive",
-        "context",
-        "dry_run",
-        "each_line",
-        "file",
-        "init",
-        "json_schema",
-        "output",
-        "param",
-        "profile",
-        "prompt_cache",
-        "regex",
-        "template",
-    ),
-    *("continue_anyway", "files_from", "limit", "null", "retry_errors", "summary", "wheel"),
-}
-"""Belong to one call: neither the environment nor config.toml sets them."""
 
 _NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
 """The metavars of what is a file, or may be one."""
@@ -53,12 +34,14 @@ class Command(TyperCommand):
         if _settable(self) and not (asks_help or ctx.resilient_parsing):
             known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
             settings = read_settings(known)
-            mine = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
-            ctx.meta[_ORIGINS] = found = {name: setting for name, setting in mine.items() if setting is not None}
+            own_settings = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
+            ctx.meta[_ORIGINS] = named = {
+                name: setting for name, setting in own_settings.items() if setting is not None
+            }
             several = {parameter.name for parameter in self.params if parameter.multiple}
             ctx.default_map = {
                 name: [setting.value] if name in several and not isinstance(setting.value, list) else setting.value
-                for name, setting in found.items()
+                for name, setting in named.items()
             }
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
@@ -116,11 +99,11 @@ def setting_name(parameter: Any) -> str:
 
 def settable(group: Any) -> dict[str, tuple[Any, Any]]:
     """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
-    found: dict[str, tuple[Any, Any]] = {}
+    options: dict[str, tuple[Any, Any]] = {}
     for command in group.commands.values():
         for parameter in _settable(command):
-            found.setdefault(setting_name(parameter), (command, parameter))
-    return found
+            options.setdefault(setting_name(parameter), (command, parameter))
+    return options
 
 
 def kind_of(parameter: Any) -> Kind:
@@ -150,7 +133,7 @@ def _settable(command: Any) -> list[Any]:
         for parameter in command.params
         if parameter.param_type_name == "option"
         and not parameter.required  # what a call can't do without belongs to that call
-        and setting_name(parameter) not in _COMMAND_LINE_ONLY
+        and setting_name(parameter) not in COMMAND_LINE_ONLY
     ]
 
 

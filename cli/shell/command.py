@@ -14,7 +14,11 @@ from longspec.cli.io import signals
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.prompt_input import read_prompt
 from longspec.cli.io.stdout import Output
-from longspec.cli.options import shared as options
+from longspec.cli.options.groups import Only, argument, group, option
+from longspec.cli.options.loading import Loading
+from longspec.cli.options.parsers import whole
+from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.writing import SamplingOptions
 from longspec.cli.shell.environment import SHELLS, Place, here
 from longspec.errors import LongspecError, UsageError
 
@@ -25,7 +29,6 @@ DESTRUCTIVE = 5
 
 _INITS = ("bash", "zsh", "fish")
 _MOST_REQUEST = 2000
-_WHAT, _HOW = "Command", "Output"
 
 EPILOG = f"""\b
 Examples:
@@ -40,87 +43,62 @@ be that on stderr, and gives exit code {DESTRUCTIVE} unless it is allowed.
 """
 
 
+@group("Command")
+class Asking:
+    """The request, and what is made of it."""
+
+    request: str | None = argument(None, "What the command is to do. - reads standard input.", metavar="REQUEST")
+    shell: str | None = option(
+        None, f"The shell that it is for: {', '.join(SHELLS)}. $SHELL if left out.", metavar="NAME"
+    )
+    number: int = option(
+        1,
+        "Up to N different commands, one a line, the best first; 1 if left out.",
+        short="-n",
+        metavar="N",
+        parser=whole(1),
+    )
+    allow_destructive: bool = option(
+        False, f"End with 0, and not with {DESTRUCTIVE}, where a command may destroy something.", once=True
+    )
+    init: str | None = option(
+        None,
+        f"Print a key binding for {', '.join(_INITS)}: Alt-G replaces the line by a command for it.",
+        metavar="SHELL",
+        once=True,
+    )
+    no_stdin: bool = option(
+        False, "Leave standard input alone. Without it, what is piped in is read to its end.", panel="Prompt"
+    )
+
+
+@group("Output")
+class Explaining:
+    """What is said of the command."""
+
+    explain: bool = option(False, "Say on stderr what each program in the command is, as far as this machine knows.")
+
+
 def command(
-    request: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REQUEST", rich_help_panel=_WHAT, help="What the command is to do. - reads standard input."
-        ),
-    ] = None,
-    shell: Annotated[
-        str | None,
-        typer.Option(
-            "--shell",
-            metavar="NAME",
-            rich_help_panel=_WHAT,
-            help=f"The shell that it is for: {', '.join(SHELLS)}. $SHELL if left out.",
-        ),
-    ] = None,
-    number: Annotated[
-        int,
-        typer.Option(
-            "--number",
-            "-n",
-            metavar="N",
-            parser=options.whole(1),
-            rich_help_panel=_WHAT,
-            help="Up to N different commands, one a line, the best first; 1 if left out.",
-        ),
-    ] = 1,
-    allow_destructive: Annotated[
-        bool,
-        typer.Option(
-            "--allow-destructive/--no-allow-destructive",
-            rich_help_panel=_WHAT,
-            help=f"End with 0, and not with {DESTRUCTIVE}, where a command may destroy something.",
-        ),
-    ] = False,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            "--init",
-            metavar="SHELL",
-            rich_help_panel=_WHAT,
-            help=f"Print a key binding for {', '.join(_INITS)}: Alt-G replaces the line by a command for it.",
-        ),
-    ] = None,
-    no_stdin: options.NoStdin = False,
-    model: options.Model = "smollm2",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    seed: options.Seed = None,
-    explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain/--no-explain",
-            rich_help_panel=_HOW,
-            help="Say on stderr what each program in the command is, as far as this machine knows.",
-        ),
-    ] = False,
-    quiet: options.Quiet = False,
+    asking: Asking,
+    loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
+    sampling: Annotated[SamplingOptions, Only("seed")],
+    explaining: Explaining,
+    reporting: Annotated[Reporting, Only("quiet")],
 ) -> None:
     """Print a shell command for a request; nothing is run."""
-    if init is not None:
-        Output().write(_binding(init))
+    if asking.init is not None:
+        Output().write(_binding(asking.init))
         return
-    place, output = here(shell), Output()
-    with Progress(model, quiet=quiet) as progress:
-        text = " ".join(
-            read_prompt(request, [], no_stdin=no_stdin or request not in (None, "-"), say=progress.say).split()
-        )
-        if len(text) > _MOST_REQUEST:
-            raise UsageError(
-                f"The request has {len(text):,} characters; {_MOST_REQUEST:,} is the most, so say it shorter."
-            )
-        lines = _suggest(
-            text, place, number, seed or 0, progress, model=model, device=device, dtype=dtype, threads=threads
-        )
+    place, output = here(asking.shell), Output()
+    with Progress(loading.model, quiet=reporting.quiet) as progress:
+        text = _request(asking, progress)
+        lines = _suggest(text, place, asking.number, sampling.seed or 0, progress, loading)
         progress.stop()
         if not lines:
             raise LongspecError(
-                f"No answer of {model} was a command that {place.shell} reads and whose programs are here; say the "
-                "request in other words, or name a larger model with -m."
+                f"No answer of {loading.model} was a command that {place.shell} reads and whose programs are here; say "
+                "the request in other words, or name a larger model with -m."
             )
         from longspec.cli.shell.danger import judge  # late: every other command starts sooner
 
@@ -130,34 +108,34 @@ def command(
                 destructive = True
                 progress.stop()
                 typer.echo(f"longspec: dangerous: {harm}" + (f" ({line})" if len(lines) > 1 else ""), err=True)
-            if explain:
+            if explaining.explain:
                 from longspec.cli.shell.explain import explained
 
                 for said in explained(line):
                     progress.say(said)
         output.write("".join(f"{line}\n" for line in lines))
-    if destructive and not allow_destructive:
+    if destructive and not asking.allow_destructive:
         raise typer.Exit(DESTRUCTIVE)
 
 
-def _suggest(
-    request: str,
-    place: Place,
-    number: int,
-    seed: int,
-    progress: Progress,
-    *,
-    model: str,
-    device: str,
-    dtype: str,
-    threads: int | None,
-) -> list[str]:
-    progress.report(f"loading {model}")
+def _request(asking: Asking, progress: Progress) -> str:
+    """The request on one line. UsageError where it is too long."""
+    no_stdin = asking.no_stdin or asking.request not in (None, "-")
+    text = " ".join(read_prompt(asking.request, [], no_stdin=no_stdin, say=progress.say).split())
+    if len(text) > _MOST_REQUEST:
+        raise UsageError(f"The request has {len(text):,} characters; {_MOST_REQUEST:,} is the most, so say it shorter.")
+    return text
+
+
+def _suggest(request: str, place: Place, number: int, seed: int, progress: Progress, loading: Loading) -> list[str]:
+    progress.report(f"loading {loading.model}")
     from longspec.cli.shell.suggest import suggest
     from longspec.engine.engine import Engine
 
     signals.check()
-    engine = Engine.load(model, device=device, dtype=dtype, threads=threads, report=progress.report)
+    engine = Engine.load(
+        loading.model, device=loading.device, dtype=loading.dtype, threads=loading.threads, report=progress.report
+    )
 
     def step(asked: int) -> None:
         progress.report(f"thinking of a command, answer {asked + 1}")

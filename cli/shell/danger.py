@@ -25,131 +25,47 @@ _FETCHERS = {"curl", "wget", "fetch", "aria2c", "http", "https", "nc", "ncat", "
 # Programs that run the rest of their arguments: the letters of options that take a value, and how many operands stand
 # before the command.
 _WRAPPERS: dict[str, tuple[str, int]] = {
-    "nohup": ("", 0),
-    "time": ("fo", 0),
-    "nice": ("n", 0),
-    "ionice": ("cn", 0),
-    "timeout": ("sk", 1),
-    "gtimeout": ("sk", 1),
-    "stdbuf": ("ioe", 0),
-    "setsid": ("", 0),
-    "builtin": ("", 0),
-    "exec": ("a", 0),
-    "command": ("", 0),
-    "coproc": ("", 0),
-    "env": ("uC", 0),
-    "sudo": ("ugpCThrtUD", 0),
-    "doas": ("uC", 0),
-    "pkexec": ("", 0),
-    "run0": ("", 0),
-    "gosu": ("", 1),
-    "chrt": ("TPD", 1),
-    "taskset": ("", 1),
-    "caffeinate": ("tw", 0),
-    "unbuffer": ("", 0),
-    "chroot": ("", 1),
-    "noglob": ("", 0),
-    "nocorrect": ("", 0),
-    "not": ("", 0),
-    "and": ("", 0),
-    "or": ("", 0),
-    "busybox": ("", 0),
-    "toybox": ("", 0),
-    "setarch": ("", 1),
-    "linux32": ("", 0),
-    "linux64": ("", 0),
-    "faketime": ("", 1),
-    "xargs": ("aEIdLnPsJRS", 0),
-    "ltrace": ("eopsu", 0),
-    "strace": ("eopsuEPSOabXI", 0),
-    "valgrind": ("", 0),
-    "gdb": ("", 0),
-    "perf": ("eo", 1),
-    "hyperfine": ("", 0),
-    "firejail": ("", 0),
-    "bwrap": ("", 0),
-    "dbus-run-session": ("", 0),
-    "xvfb-run": ("nes", 0),
-    "prlimit": ("", 0),
-    "ts": ("", 0),
-    "chronic": ("", 0),
-    "ifne": ("", 0),
-    "direnv": ("", 0),
-    "proxychains": ("f", 0),
-    "torsocks": ("", 0),
-    "rlwrap": ("", 0),
-    "fakeroot": ("", 0),
-    "-": ("", 0),
+    name: how
+    for names, how in {
+        "nohup setsid builtin command coproc pkexec run0 unbuffer noglob nocorrect not and or busybox toybox "
+        "linux32 linux64 valgrind gdb hyperfine firejail bwrap dbus-run-session prlimit ts chronic ifne "
+        "direnv torsocks rlwrap fakeroot -": ("", 0),
+        "time": ("fo", 0),
+        "nice": ("n", 0),
+        "ionice": ("cn", 0),
+        "timeout gtimeout": ("sk", 1),
+        "stdbuf": ("ioe", 0),
+        "exec": ("a", 0),
+        "env doas": ("uC", 0),
+        "sudo": ("ugpCThrtUD", 0),
+        "gosu taskset chroot setarch faketime": ("", 1),
+        "chrt": ("TPD", 1),
+        "caffeinate": ("tw", 0),
+        "xargs": ("aEIdLnPsJRS", 0),
+        "ltrace": ("eopsu", 0),
+        "strace": ("eopsuEPSOabXI", 0),
+        "perf": ("eo", 1),
+        "xvfb-run": ("nes", 0),
+        "proxychains": ("f", 0),
+    }.items()
+    for name in names.split()
 }
 
 # Programs that run some part of their arguments, given as words or as a line of shell: every part is tried as both.
-_RUNNERS = {
-    "ssh",
-    "watch",
-    "parallel",
-    "entr",
-    "flock",
-    "script",
-    "tmux",
-    "screen",
-    "systemd-run",
-    "nsenter",
-    "unshare",
-    "su",
-    "runuser",
-    "docker",
-    "podman",
-    "kubectl",
-    "expect",
-    "at",
-    "trap",
-    "alias",
-    "eval",
-    "git",
-    "vagrant",
-    "lxc",
-    "distrobox",
-    "toolbox",
-    "adb",
-    "mosh",
-    "xterm",
-    "konsole",
-    "gnome-terminal",
-    "npx",
-    "make",
-    "just",
-    "poetry",
-    "pipenv",
-    "uv",
-    "tar",
-    "fd",
-    "fdfind",
-    "rg",
-    "sem",
-    "moreutils-parallel",
-    "inotifywait",
-    "watchexec",
-    "nodemon",
-    "cpulimit",
-    "start-stop-daemon",
-}
+_RUNNERS = set(
+    """
+    ssh watch parallel entr flock script tmux screen systemd-run nsenter unshare su runuser docker podman kubectl
+    expect at trap alias eval git vagrant lxc distrobox toolbox adb mosh xterm konsole gnome-terminal npx make just
+    poetry pipenv uv tar fd fdfind rg sem moreutils-parallel inotifywait watchexec nodemon cpulimit start-stop-daemon
+    """.split()  # noqa: SIM905 - a list would be as many lines as words
+)
 
-_STEERING = {
-    "LD_PRELOAD",
-    "LD_AUDIT",
-    "LD_LIBRARY_PATH",
-    "BASH_ENV",
-    "ENV",
-    "PROMPT_COMMAND",
-    "PS4",
-    "GIT_SSH_COMMAND",
-    "GIT_EXTERNAL_DIFF",
-    "DYLD_INSERT_LIBRARIES",
-    "PERL5OPT",
-    "PYTHONSTARTUP",
-    "NODE_OPTIONS",
-    "IFS",
-}
+_STEERING = set(
+    """
+    LD_PRELOAD LD_AUDIT LD_LIBRARY_PATH BASH_ENV ENV PROMPT_COMMAND PS4 GIT_SSH_COMMAND GIT_EXTERNAL_DIFF
+    DYLD_INSERT_LIBRARIES PERL5OPT PYTHONSTARTUP NODE_OPTIONS IFS
+    """.split()  # noqa: SIM905 - a list would be as many lines as words
+)
 
 
 def judge(line: str) -> tuple[str, ...]:

@@ -26,134 +26,32 @@ _SECONDS = 5.0
 _SYSTEMS = {"Darwin": "macOS"}
 
 # Each shell's own commands; its keywords are the grammar's to know, but for those that a command may follow.
-_COMMON = {
-    ".",
-    ":",
-    "[",
-    "alias",
-    "bg",
-    "break",
-    "cd",
-    "command",
-    "continue",
-    "echo",
-    "eval",
-    "exec",
-    "exit",
-    "export",
-    "false",
-    "fg",
-    "getopts",
-    "hash",
-    "jobs",
-    "kill",
-    "printf",
-    "pwd",
-    "read",
-    "readonly",
-    "return",
-    "set",
-    "shift",
-    "test",
-    "times",
-    "trap",
-    "true",
-    "type",
-    "ulimit",
-    "umask",
-    "unalias",
-    "unset",
-    "wait",
-    "time",
-}
-SHELLS: dict[str, set[str]] = {
-    "bash": {
-        "bind",
-        "builtin",
-        "caller",
-        "compgen",
-        "complete",
-        "coproc",
-        "declare",
-        "dirs",
-        "disown",
-        "enable",
-        "help",
-        "history",
-        "let",
-        "local",
-        "logout",
-        "mapfile",
-        "popd",
-        "pushd",
-        "readarray",
-        "shopt",
-        "source",
-        "suspend",
-        "typeset",
-    },
-    "zsh": {
-        "autoload",
-        "bindkey",
-        "builtin",
-        "coproc",
-        "declare",
-        "dirs",
-        "disown",
-        "emulate",
-        "fc",
-        "float",
-        "functions",
-        "history",
-        "integer",
-        "let",
-        "local",
-        "logout",
-        "noglob",
-        "popd",
-        "print",
-        "pushd",
-        "rehash",
-        "setopt",
-        "source",
-        "suspend",
-        "typeset",
-        "unfunction",
-        "unsetopt",
-        "vared",
-        "whence",
-        "where",
-        "which",
-    },
-    "fish": {
-        "abbr",
-        "and",
-        "argparse",
-        "begin",
-        "bind",
-        "builtin",
-        "complete",
-        "contains",
-        "count",
-        "disown",
-        "emit",
-        "functions",
-        "history",
-        "math",
-        "not",
-        "or",
-        "popd",
-        "pushd",
-        "random",
-        "realpath",
-        "set_color",
-        "source",
-        "status",
-        "string",
-    },
-    "sh": {"local"},
-    "dash": {"local"},
-    "ksh": {"builtin", "let", "print", "source", "typeset", "whence", "history"},
+_COMMON = set(
+    """
+    . : [ alias bg break cd command continue echo eval exec exit export false fg getopts hash jobs kill printf pwd
+    read readonly return set shift test times trap true type ulimit umask unalias unset wait time
+    """.split()  # noqa: SIM905 - a list would be as many lines as words
+)
+SHELLS = {
+    shell: set(commands.split())
+    for shell, commands in {
+        "bash": """
+            bind builtin caller compgen complete coproc declare dirs disown enable help history let local logout
+            mapfile popd pushd readarray shopt source suspend typeset
+        """,
+        "zsh": """
+            autoload bindkey builtin coproc declare dirs disown emulate fc float functions history integer let local
+            logout noglob popd print pushd rehash setopt source suspend typeset unfunction unsetopt vared whence where
+            which
+        """,
+        "fish": """
+            abbr and argparse begin bind builtin complete contains count disown emit functions history math not or
+            popd pushd random realpath set_color source status string
+        """,
+        "sh": "local",
+        "dash": "local",
+        "ksh": "builtin let print source typeset whence history",
+    }.items()
 }
 _WITHOUT_SETTINGS = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}
 _BEYOND_SH = {"process_substitution", "herestring_redirect", "ansi_c_string", "translated_string"}

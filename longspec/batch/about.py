@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longspec.errors import LongspecError, UsageError
-from longspec.machine.files import replaced
+from longspec.machine.files import read_json, replaced
 
 __all__ = ["About", "meta_path", "write_json"]
 
@@ -60,11 +60,8 @@ class About:
 
     def _read(self) -> Mapping[str, Any] | None:
         try:
-            with open(self.path, "rb") as file:
-                value = json.loads(file.read(_MOST_NBYTES))
-            if isinstance(value, dict):
-                return value
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.path, _MOST_NBYTES, "The record")
+        except UsageError:
             pass
         if self.anyway:
             self.mixed = True

@@ -15,14 +15,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from longspec.batch import FORMATS
 from longspec.batch.lines import LINE_NBYTES, Line, as_text, names, read_lines
 from longspec.batch.openai import is_openai, openai_request
-from longspec.batch.requests import Fault, Id, Item, as_object, checked_id, request
+from longspec.batch.requests import Fault, Id, Item, checked_id, request
 from longspec.batch.template import Template
 from longspec.errors import UsageError
+from longspec.requests.fields import RequestError, parse_object
 
 __all__ = ["Input", "open_input"]
 
@@ -114,8 +115,8 @@ def _told(name: str, first: Line | None) -> str:
             f"{', '.join(FORMATS)})."
         )
     if form == "jsonl" and start:
-        with suppress(ValueError):
-            return "openai" if is_openai(as_object(start)) else "jsonl"
+        with suppress(RequestError):
+            return "openai" if is_openai(parse_object(start, "the line")) else "jsonl"
     return form
 
 
@@ -140,27 +141,26 @@ def _digest(file: BinaryIO) -> tuple[str | None, int | None]:
 
 
 def _objects(lines: Iterator[Line], template: Template | None) -> Iterator[Item | Fault]:
-    for index, line in enumerate(line for line in lines if not line.is_blank):
-        try:
-            if line.fault is not None:
-                raise ValueError(line.fault)
-            fields = as_object(line.text)
-        except ValueError as wrong:
-            yield Fault(index, None, f"line {line.number}: {wrong}")
-        else:
-            yield request(index, line.number, fields, template)
+    for index, line, fields in _parsed(lines):
+        yield fields if isinstance(fields, Fault) else request(index, line.number, fields, template)
 
 
 def _openai(lines: Iterator[Line], template: Template | None) -> Iterator[Item | Fault]:
+    for index, _, fields in _parsed(lines):
+        yield fields if isinstance(fields, Fault) else openai_request(index, fields)
+
+
+def _parsed(lines: Iterator[Line]) -> Iterator[tuple[int, Line, dict[str, Any] | Fault]]:
+    """Each line that isn't blank with its number among them, and its object."""
     for index, line in enumerate(line for line in lines if not line.is_blank):
-        try:
-            if line.fault is not None:
-                raise ValueError(line.fault)
-            fields = as_object(line.text)
-        except ValueError as wrong:
-            yield Fault(index, None, f"line {line.number}: {wrong}")
-        else:
-            yield openai_request(index, fields)
+        fault = line.fault
+        if fault is None:
+            try:
+                yield index, line, parse_object(line.text, "it")
+                continue
+            except RequestError as wrong:
+                fault = str(wrong)
+        yield index, line, Fault(index, None, f"line {line.number}: {fault}")
 
 
 def _texts(lines: Iterator[Line], template: Template | None) -> Iterator[Item | Fault]:

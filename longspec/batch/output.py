@@ -17,8 +17,8 @@ from types import TracebackType
 
 from longspec.batch.marks import Marks
 from longspec.batch.records import Past, past
-from longspec.batch.requests import as_object
 from longspec.errors import LongspecError, UsageError
+from longspec.requests.fields import RequestError, parse_object
 
 __all__ = ["Output"]
 
@@ -66,13 +66,13 @@ class Output:
             LongspecError: the disk is full.
         """
         marks, failed, whole = Marks(), 0, 0
-        for data, said in self._lines():
+        for data, past_record in self._lines():
             whole += len(data)
-            if said.failed:
+            if past_record.failed:
                 failed += 1
                 if retry_errors:
                     continue
-            marks.add(said.mark)
+            marks.add(past_record.mark)
         if whole < self._size:
             os.ftruncate(self._fd, whole)
             self._size = whole
@@ -121,9 +121,9 @@ class Output:
                         raise self._foreign(number, f"it has more than {_LINE_NBYTES:,} bytes")
                     return
                 try:
-                    said = past(as_object(data.decode()))
-                except ValueError as wrong:
-                    raise self._foreign(number, str(wrong)) from None
+                    said = past(parse_object(data.decode(), "it"))
+                except (ValueError, RequestError) as wrong:
+                    raise self._foreign(number, str(wrong).rstrip(".")) from None
                 yield data, said
 
     def _foreign(self, number: int, reason: str) -> UsageError:

@@ -43,8 +43,8 @@ class Past:
 
 def line(result: Written | Fault, *, openai: bool) -> bytes:
     """The whole line, in UTF-8."""
-    made = _openai(result) if openai else _plain(result)
-    return json.dumps(made, ensure_ascii=False).encode(errors="replace") + b"\n"
+    record = _openai(result) if openai else _plain(result)
+    return json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def past(record: Mapping[str, Any]) -> Past:

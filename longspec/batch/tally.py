@@ -39,19 +39,19 @@ class Tally:
 
     def stage(self, tokens: int) -> str:
         """How far it is; tokens: committed so far, those of unfinished texts too."""
-        said = f"{self.done + self.finished:,} done"
-        said += f", {failed:,} failed" if (failed := self.failed + self.failed_before) else ""
-        said += f", {tokens / max(1e-9, perf_counter() - self.began):,.0f} tokens/s"
-        return said + (f", acceptance {self.stats.acceptance:.2f}" if self.stats.drafted else "")
+        sentence = f"{self.done + self.finished:,} done"
+        sentence += f", {failed:,} failed" if (failed := self.failed + self.failed_before) else ""
+        sentence += f", {tokens / max(1e-9, perf_counter() - self.began):,.0f} tokens/s"
+        return sentence + (f", acceptance {self.stats.acceptance:.2f}" if self.stats.drafted else "")
 
     def sentence(self, drafter: str) -> str:
         """The closing line."""
         seconds, stats = perf_counter() - self.began, self.stats
-        said = f"{self.written:,} written, {self.failed:,} failed"
-        said += f", {self.finished:,} there before" if self.finished else ""
-        said += f"; {stats.committed:,} tokens in {seconds:.1f} s ({stats.committed / max(1e-9, seconds):.1f} tokens/s)"
-        said += f", {stats.tokens_per_step:.2f} tokens per step with {drafter}" if stats.steps else ""
-        return said + (f", acceptance {stats.acceptance:.2f}" if stats.drafted else "")
+        text = f"{self.written:,} written, {self.failed:,} failed"
+        text += f", {self.finished:,} there before" if self.finished else ""
+        text += f"; {stats.committed:,} tokens in {seconds:.1f} s ({stats.committed / max(1e-9, seconds):.1f} tokens/s)"
+        text += f", {stats.tokens_per_step:.2f} tokens per step with {drafter}" if stats.steps else ""
+        return text + (f", acceptance {stats.acceptance:.2f}" if stats.drafted else "")
 
     def report(self, drafter: str) -> dict[str, Any]:
         """As --summary writes it."""

@@ -1,6 +1,6 @@
 """The kinds of cache against dense: bytes, perplexity, a needle, and tokens per second.
 
-Takes a loaded engine and a text; gives one frozen `Result` per kind. Everything goes through the kinds' own stages: a
+Takes a loaded engine and a text; gives one row per kind and context. Everything goes through the kinds' own stages: a
 row reads in a prefill chunk what it would read in plain decoding, so a perplexity by chunks is that of decoding.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
+from longspec.bench.harness import Column, Progress, Row, Table, spread
+from longspec.bench.plot import draw_caches
 from longspec.cache import CACHES
 from longspec.cache.stage import BLOCK, Cache
 from longspec.engine.engine import Engine
@@ -20,7 +22,7 @@ from longspec.errors import UsageError
 from longspec.model.decoder import Rows, Span
 from longspec.text.detokenizer import decode
 
-__all__ = ["KINDS", "Result", "measure"]
+__all__ = ["KINDS", "CacheWorkload"]
 
 KINDS = [kind for kind in CACHES if " " not in kind]
 
@@ -30,40 +32,59 @@ _NEEDLE = "The number of the old lighthouse is {number}. Remember it."
 _QUESTION = "What is the number of the old lighthouse?"
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One kind at one context. Rates are medians; bytes are those allocated over committed rows."""
+class CacheWorkload:
+    """Kinds of cache on a text, at several contexts. Rates are medians; bytes are those allocated over committed rows.
 
-    kind: str
-    context: int
-    bytes_per_token: float
-    perplexity: float
-    needles: tuple[bool, ...]  # found at each depth
-    tokens_per_second: float
-    milliseconds: tuple[float, float, float]  # a step of one row: least, median, greatest
+    Raises UsageError where the text is too short.
+    """
 
+    what = "kinds of cache: allocated bytes per committed row, perplexity, needles found, plain steps"
+    table = Table(
+        Column("cache", -7, "{kind}"),
+        Column("context", 7, "{context:,}"),
+        Column("bytes/token", 11, "{bytes_per_token:,.0f}"),
+        Column("perplexity", 10, "{perplexity:.3f}"),
+        Column("needles", 7, lambda row: f"{sum(row['needles'])} of {len(row['needles'])}"),
+        Column("tokens/s", 8, "{tokens_per_second:.1f}"),
+    )
 
-def measure(engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str] = KINDS) -> Iterator[Result]:
-    """A result for each context and kind, as they come. Raises UsageError where the text is too short."""
-    tokens = engine.model.vocabulary.encode(text, add_special=False)
-    for context in contexts:
-        if len(tokens) < context:
-            raise UsageError(
-                f"The text has {len(tokens):,} tokens, and {context:,} are needed; give a longer one, or --context."
-            )
-        for kind in kinds:
-            cache = CACHES[kind](engine.model.decoder.shape)
-            perplexity = _perplexity(engine, cache, tokens[: context - 32])
-            times = _step_times(engine, cache, tokens[context - 32 : context])
-            yield Result(
-                kind,
-                context,
-                cache.nbytes / cache.length,
-                perplexity,
-                tuple(_finds(engine, kind, text, context, depth) for depth in _DEPTHS),
-                1.0 / sorted(times)[len(times) // 2],
-                (min(times) * 1e3, sorted(times)[len(times) // 2] * 1e3, max(times) * 1e3),
-            )
+    def __init__(self, engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str]) -> None:
+        self._engine = engine
+        self._text = text
+        self._tokens = engine.model.vocabulary.encode(text, add_special=False)
+        self._contexts = contexts
+        self._kinds = kinds
+
+    def rows(self, progress: Progress) -> Iterator[Row]:
+        for context in self._contexts:
+            if len(self._tokens) < context:
+                raise UsageError(
+                    f"The text has {len(self._tokens):,} tokens, and {context:,} are needed; give a longer one, or "
+                    "--context."
+                )
+            for kind in self._kinds:
+                progress(f"measuring {kind}", 0, 0)
+                yield self._row(kind, context)
+
+    def _row(self, kind: str, context: int) -> Row:
+        cache = CACHES[kind](self._engine.model.decoder.shape)
+        perplexity = _perplexity(self._engine, cache, self._tokens[: context - 32])
+        times = spread(_step_times(self._engine, cache, self._tokens[context - 32 : context]))
+        return {
+            "kind": kind,
+            "context": context,
+            "bytes_per_token": cache.nbytes / cache.length,
+            "perplexity": perplexity,
+            "needles": [_finds(self._engine, kind, self._text, context, depth) for depth in _DEPTHS],
+            "tokens_per_second": 1.0 / times["median"],
+            "milliseconds": [1e3 * times[name] for name in ("least", "median", "most")],  # of a step of one row
+        }
+
+    def about(self) -> Row:
+        return {"model": self._engine.model.name, "dtype": self._engine.model.dtype}
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        draw_caches(rows, path)
 
 
 @torch.inference_mode()

@@ -45,7 +45,7 @@ def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: 
     Raises:
         UsageError: a setting has more parts, or a name in it is unknown.
     """
-    made = []
+    contenders = []
     for setting in settings:
         drafter, cache, dtype, *more = [*setting.split("/"), *["auto"] * max(0, 2 - setting.count("/"))]
         if more or not (drafter and cache and dtype):
@@ -53,9 +53,11 @@ def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: 
         drafts = drafter == "auto" or "model" in drafter.split("+")
         check(drafter, cache, False, DRAFT_TOKENS, {"draft": draft_model} if drafts and draft_model else {})
         check_dtype(dtype)
-        told = {"model": model, "drafter": drafter, "cache": cache, "dtype": dtype, "threads": threads}
-        made.append(Contender(setting, "longspec", {**told, "draft_model": draft_model if drafts else None}, True))
-    return made
+        common = {"model": model, "drafter": drafter, "cache": cache, "dtype": dtype, "threads": threads}
+        contenders.append(
+            Contender(setting, "longspec", {**common, "draft_model": draft_model if drafts else None}, True)
+        )
+    return contenders
 
 
 def ends(model: Opened) -> tuple[int, ...]:
@@ -70,29 +72,29 @@ def peers(
     python: the interpreter that has llama-cpp-python; this one, if empty.
     """
     dtype = native_dtype(torch.device("cpu"))
-    found: list[Contender | str] = []
+    contenders: list[Contender | str] = []
     for name in wanted:
         if name == "llama.cpp":
             if checkpoint.gguf is None:
-                found.append("llama.cpp reads GGUF files, and this model has none")
+                contenders.append("llama.cpp reads GGUF files, and this model has none")
             elif not python and find_spec("llama_cpp") is None:
-                found.append("llama.cpp needs llama-cpp-python, here or in the interpreter of --llama-python")
+                contenders.append("llama.cpp needs llama-cpp-python, here or in the interpreter of --llama-python")
             else:
-                told = {"file": str(checkpoint.gguf), "threads": threads, "context": context}
-                found.append(Contender(name, name, {**told, "repacked": True}, False, python))
+                settings = {"file": str(checkpoint.gguf), "threads": threads, "context": context}
+                contenders.append(Contender(name, name, {**settings, "repacked": True}, False, python))
             continue
         assistant = smaller if name == "assistant" else None
         if name == "assistant" and assistant is None:
-            found.append("assisted generation needs a --draft-model")
+            contenders.append("assisted generation needs a --draft-model")
         elif checkpoint.folder is None or (assistant is not None and assistant.folder is None):
-            found.append(f"{name} reads a model's folder, and this is a single file")
+            contenders.append(f"{name} reads a model's folder, and this is a single file")
         else:
-            told = {"folder": _readable(checkpoint, dtype), "dtype": dtype, "threads": threads}
-            told |= {"lookup": _LOOKUP if name == "lookup" else 0}
-            told |= {"assistant": _readable(assistant, dtype) if assistant is not None else None}
+            settings = {"folder": _readable(checkpoint, dtype), "dtype": dtype, "threads": threads}
+            settings |= {"lookup": _LOOKUP if name == "lookup" else 0}
+            settings |= {"assistant": _readable(assistant, dtype) if assistant is not None else None}
             plain = name == "transformers"
-            found.append(Contender(name if plain else f"transformers {name}", "transformers", told, plain))
-    return found
+            contenders.append(Contender(name if plain else f"transformers {name}", "transformers", settings, plain))
+    return contenders
 
 
 def _readable(checkpoint: Checkpoint, dtype: str) -> str:

@@ -1,174 +1,126 @@
 """Drafters against plain decoding on a suite of prompts: tokens per step, acceptance, time, and the ratio to `none`.
 
-Takes engines that share one loaded model and a suite of prompts by category; gives one frozen `Result` per category and
-drafter. Every prompt is written by all of them in turns, the order rotated from prompt to prompt, so that what else the
-machine does meets them alike. A rate is new tokens over the seconds from the end of the prefill to the last token: the
-first step counts, since a draft can bring several tokens in it.
-
-An engine's controller goes on learning from prompt to prompt, as it does in a batch.
+Takes engines that share one loaded model and a suite of prompts by category; gives one row per category and drafter.
+A rate is new tokens over the seconds from the end of the prefill to the last token: the first step counts, since a
+draft can bring several tokens in it. An engine's controller goes on learning from prompt to prompt, as it does in a
+batch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
+from longspec.bench.harness import Column, Progress, Row, Suite, Table, Took, Turns
+from longspec.bench.plot import draw_drafters
+from longspec.bench.process import Case, Worker
 from longspec.engine.engine import Engine
-from longspec.errors import UsageError
+from longspec.text.prompt import encode
 
-__all__ = ["Result", "measure", "prompt_lookup", "read_suite", "sample"]
-
-Suite = Mapping[str, Sequence[str]]
-"""Prompts by category."""
+__all__ = ["DrafterWorkload"]
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One drafter on one category; seconds and counts are sums over its prompts."""
+class DrafterWorkload:
+    """Engines by drafter, `none` among them, and peers in processes of their own; answers are greedy."""
 
-    category: str
-    drafter: str
-    prompts: int
-    tokens: int
-    seconds: float  # from the end of the prefill to the last token
-    steps: int
-    steps_without_a_bet: int
-    drafted: int
-    accepted: int
-    draft_seconds: float
-    verify_seconds: float
-    different: int  # prompts whose text is not that of `none`: in bf16 a near-tie may fall otherwise
+    what = "drafters on first turns, one prompt at a time, greedy, in turns"
+    table = Table(
+        Column("category", -17, "{category}"),
+        Column("drafter", -20, "{drafter}"),
+        Column("tokens/step", 11, "{tokens_per_step:.2f}"),
+        Column("acceptance", 10, "{acceptance:.2f}"),
+        Column("draft s", 7, "{draft_seconds:.1f}"),
+        Column("verify s", 8, "{verify_seconds:.1f}"),
+        Column("tokens/s", 8, "{tokens_per_second:.1f}"),
+        Column("ratio", 5, "{ratio:.2f}"),
+    )
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def __init__(
+        self, engines: Mapping[str, Engine], suite: Suite, new_tokens: int, peers: Mapping[str, Worker]
+    ) -> None:
+        self._plain = engines["none"]
+        self._suite = suite
+        self._new = new_tokens
+        self._texts: dict[str, list[int]] = {}  # what each drafter last wrote
+        self._writers: dict[str, Callable[[str], Took]] = {
+            **{name: self._writer(name, engine) for name, engine in engines.items()},
+            **{name: self._peer(worker) for name, worker in peers.items()},
+        }
 
-    def __add__(self, other: Result) -> Result:
-        counted = [name for name in Result.__slots__ if name not in ("category", "drafter")]
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counted})
+    def rows(self, progress: Progress) -> Iterator[Row]:
+        for writer in self._writers.values():
+            writer("Say hello.")  # warms up
+        totals, turns, done = dict.fromkeys(self._writers, Took()), Turns(), 0
+        total = sum(map(len, self._suite.values()))
+        for category, prompts in self._suite.items():
+            sums = dict.fromkeys(self._writers, Took())
+            for prompt in prompts:
+                self._texts.clear()
+                took = turns.write(self._writers, prompt, lambda name, done=done: progress(name, done, total))  # type: ignore[misc]
+                done += 1
+                for name, one in took.items():
+                    other = self._texts.get(name, self._texts["none"]) != self._texts["none"]
+                    sums[name] += replace(one, different=int(other), firsts=())
+            for name, each in sums.items():
+                totals[name] += each
+            yield from _rows(category, sums)
+        yield from _rows("all", totals)
 
+    def about(self) -> Row:
+        model = self._plain.model
+        return {
+            "model": model.name,
+            "dtype": model.dtype,
+            "max_new_tokens": self._new,
+            "cache": self._plain.cache_name,
+        }
 
-def read_suite(path: Path) -> dict[str, list[str]]:
-    """The first turns of a Spec-Bench file, by category in the file's order.
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        draw_drafters(rows, path)
 
-    Raises:
-        UsageError: a line is not an object with `category` and `turns`.
-    """
-    suite: dict[str, list[str]] = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                said = json.loads(line)
-                if not (isinstance(said, dict) and isinstance(said.get("category"), str) and said.get("turns")):
-                    raise UsageError(f"{path}:{number} has no category and turns; a suite has one such object a line.")
-                suite.setdefault(said["category"], []).append(str(said["turns"][0]))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path} can't be read as a suite: {why}.") from error
-    return suite
+    def _writer(self, name: str, engine: Engine) -> Callable[[str], Took]:
+        def write(prompt: str) -> Took:
+            session = engine.open(prompt, max_new_tokens=self._new, temperature=0)
+            for _ in engine.write(session):
+                pass
+            assert session.prefilled is not None
+            assert session.last_token is not None
+            self._texts[name] = session.answer
+            stats = session.stats
+            return Took(
+                prompts=1,
+                tokens=len(session.answer),
+                seconds=session.last_token - session.prefilled,
+                steps=stats.steps,
+                steps_without_a_bet=stats.steps_without_a_bet,
+                drafted=stats.drafted,
+                accepted=stats.accepted,
+                draft_seconds=session.drafting,
+                verify_seconds=session.verifying,
+            )
 
+        return write
 
-def sample(suite: Suite, count: int) -> dict[str, list[str]]:
-    """At most `count` prompts of each category, evenly spread."""
-    return {
-        category: [prompts[i * len(prompts) // min(count, len(prompts))] for i in range(min(count, len(prompts)))]
-        for category, prompts in suite.items()
-    }
+    def _peer(self, worker: Worker) -> Callable[[str], Took]:
+        model = self._plain.model
 
+        def write(prompt: str) -> Took:
+            request = {"text": prompt, "raw": False, "tokens": encode(model.vocabulary, prompt)}
+            return worker.write(Case("", [request], self._new, ends=model.end_tokens), [request])
 
-Write = Callable[[str], Result]
-
-
-def measure(
-    engines: Mapping[str, Engine], suite: Suite, new_tokens: int, peers: Mapping[str, Write] | None = None
-) -> Iterator[Result]:
-    """Results as categories end. engines: by drafter, `none` among them. peers: others that write a prompt."""
-    writers: dict[str, Callable[[str], tuple[Result, tuple[int, ...]]]] = {
-        name: _writer(name, engine, new_tokens) for name, engine in engines.items()
-    }
-    for name, peer in (peers or {}).items():
-        writers[name] = lambda prompt, peer=peer: (peer(prompt), ())  # type: ignore[misc]
-    names, turn = list(writers), 0
-    for writer in writers.values():
-        writer("Say hello.")  # warms up
-    for category, prompts in suite.items():
-        sums: dict[str, Result] = {}
-        for prompt in prompts:
-            written = {name: writers[name](prompt) for name in names[turn:] + names[:turn]}
-            turn = (turn + 1) % len(names)
-            plain = written["none"][1]
-            for name in names:
-                one, tokens = written[name]
-                one = replace(one, category=category, drafter=name, different=int(bool(tokens) and tokens != plain))
-                sums[name] = sums[name] + one if name in sums else one
-        yield from sums.values()
-
-
-def _writer(name: str, engine: Engine, new_tokens: int) -> Callable[[str], tuple[Result, tuple[int, ...]]]:
-    def write(prompt: str) -> tuple[Result, tuple[int, ...]]:
-        session = engine.open(prompt, max_new_tokens=new_tokens, temperature=0)
-        for _ in engine.write(session):
-            pass
-        assert session.prefilled is not None
-        assert session.last_token is not None
-        stats = session.stats
-        return Result(
-            "",
-            name,
-            1,
-            len(session.answer),
-            session.last_token - session.prefilled,
-            stats.steps,
-            stats.steps_without_a_bet,
-            stats.drafted,
-            stats.accepted,
-            session.drafting,
-            session.verifying,
-            0,
-        ), tuple(session.answer)
-
-    return write
+        return write
 
 
-def prompt_lookup(folder: Path, engine: Engine, new_tokens: int) -> Write:
-    """Transformers' generate with its prompt lookup, on the same prompts and dtype."""
-    import torch
-    import transformers
-    from transformers.generation.streamers import BaseStreamer
-
-    from longspec.model.load import DTYPES
-
-    dtype = DTYPES[engine.model.dtype]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.puts: list[tuple[float, int]] = []  # when, and how many tokens
-
-        def put(self, value: Any) -> None:
-            self.puts.append((perf_counter(), value.numel()))
-
-        def end(self) -> None:
-            pass
-
-    def write(prompt: str) -> Result:
-        given, clock = torch.tensor([engine.open(prompt).tokens]), Clock()
-        model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            prompt_lookup_num_tokens=10,
-            eos_token_id=list(engine.model.end_tokens),
-            pad_token_id=engine.model.end_tokens[0],
-            streamer=clock,
-        )
-        _, (first, _), *rest = clock.puts  # the prompt, then the tokens of each step
-        seconds = rest[-1][0] - first if rest else 0.0
-        return Result("", "", 1, sum(count for _, count in rest), seconds, 1 + len(rest), 0, 0, 0, 0.0, 0.0, 0)
-
-    return write
+def _rows(category: str, sums: Mapping[str, Took]) -> Iterator[Row]:
+    for name, took in sums.items():
+        counts = {key: value for key, value in asdict(took).items() if key != "firsts"}
+        yield {
+            "category": category,
+            "drafter": name,
+            **counts,
+            "tokens_per_second": took.rate,
+            "ratio": took.rate / max(sums["none"].rate, 1e-9),
+            "tokens_per_step": took.tokens / took.steps if took.steps else None,
+            "acceptance": took.accepted / took.drafted if took.drafted else None,
+        }

@@ -1,194 +1,55 @@
 """longspec beside transformers' generate and llama.cpp: tokens per second, time to the first token, peak of memory.
 
-Takes what each engine is (`Contender`) and cases; gives one frozen `Result` per case and engine. Each engine is a
-process of its own (`longspec.bench.worker`), which waits on its input while another one works: peaks are its own, and
-nobody's threads disturb another's. Every prompt is written by all of them in turns, the order rotated from turn to
-turn, round after round; a ratio is that of one round's rates. All get the same tokens, greedy.
+Takes workers and cases; gives one row per case and engine. Every prompt is written by all of them in turns, round after
+round; a ratio is that of one round's rates. All get the same tokens, greedy.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from longspec.bench.contenders import Contender
-from longspec.errors import LongspecError, UsageError
+from longspec.bench.harness import Column, Progress, Row, Suite, Table, Took, Turns, spread
+from longspec.bench.plot import draw_engines
+from longspec.bench.process import Case, Worker
+from longspec.errors import ContextError, UsageError
 from longspec.text.detokenizer import decode
 from longspec.text.prompt import encode
 from longspec.text.tokenizer import Vocabulary
 
-__all__ = [
-    "CONTEXTS",
-    "Case",
-    "Result",
-    "Spread",
-    "Worker",
-    "chats",
-    "contexts",
-    "measure",
-    "opened",
-]
+__all__ = ["EngineWorkload", "chats", "contexts", "lengths"]
 
 CONTEXTS = (512, 2048, 7000)
-
-_PLACES = ("assistant", "file", "folder")
 
 BATCHED = 2048
 """Tokens of context up to which texts are written side by side too: eight of 7,000 take minutes to read."""
 
-Report = Callable[[str, int, int], None]
+
+def lengths(asked: Sequence[int], new: int, most: int, model: str) -> list[int]:
+    """The contexts that are measured with `new` tokens more, where the model's own is `most`.
+
+    Raises:
+        ContextError: one that was asked for is too long.
+    """
+    taken = sorted(asked or [length for length in CONTEXTS if length + new <= most])
+    if taken and taken[-1] + new > most:
+        raise ContextError(f"{taken[-1]:,} tokens and {new} more were asked for; the context of {model} is {most:,}.")
+    return taken
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is written: prompts as the worker takes them, one by one or `width` at a time."""
-
-    name: str
-    prompts: Sequence[Mapping[str, Any]]
-    new: int
-    width: int = 1
-    ends: Sequence[int] = ()
-    chat: bool = False  # a category's prompts, one by one
-
-    @property
-    def turns(self) -> list[list[Mapping[str, Any]]]:
-        """What is asked at once."""
-        return [[prompt] for prompt in self.prompts] if self.width == 1 else [list(self.prompts)]
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(median(values), min(values), max(values))
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One engine on one case; spreads are over rounds."""
-
-    case: str
-    engine: str
-    width: int
-    prompts: int
-    prompt_tokens: float  # mean
-    tokens: int  # of one round's rate
-    tokens_per_second: Spread
-    ratio: Spread  # to the base, round by round
-    first_token_seconds: Spread | None  # the median prompt's
-    peak_bytes: int  # of its process so far, everything included
-
-
-@dataclass(slots=True)
-class _Sum:
-    """A round's turns of one engine."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    firsts: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
-
-    def add(self, took: Mapping[str, Any]) -> None:
-        self.tokens += took["tokens"]
-        self.seconds += took["seconds"]
-        self.firsts += [] if took["first"] is None else [took["first"]]
-
-
-class Worker:
-    """A contender's process, ready to write."""
-
-    def __init__(self, contender: Contender) -> None:
-        """Raises LongspecError where it can't be loaded, with its own words."""
-        self.contender = contender
-        own = [sys.executable, "-m", "longspec.bench.worker"]
-        script = [contender.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
-        command = script if contender.kind == "llama.cpp" else own
-        environment = dict(os.environ)
-        if "OMP_WAIT_POLICY" not in environment:  # as the command itself: threads that wait sleep soon
-            environment.setdefault("GOMP_SPINCOUNT", "10000")
-        self._heard = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        try:
-            self._process = subprocess.Popen(  # noqa: S603
-                [*command, contender.kind, json.dumps(dict(contender.settings))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._heard, text=True, encoding="utf-8",
-                env=environment, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            self._heard.close()
-            raise LongspecError(f"{command[0]} can't be run for {contender.name}: {error.strerror}.") from error
-        try:
-            self.told = self._answer()
-        except BaseException:
-            self.close()
-            raise
-        self.peak = 0
-
-    def write(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What these prompts took. Raises LongspecError where the process has ended, or couldn't."""
-        asked = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended: what it left says why
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-        took = self._answer()
-        self.peak = took["peak_bytes"]
-        return took
-
-    def report(self) -> dict[str, Any]:
-        """What it is: its settings but for where its files lie, and what it told of itself."""
-        return {name: value for name, value in self.contender.settings.items() if name not in _PLACES} | self.told
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._heard):
-            if stream is not None:
-                with suppress(OSError):  # what it didn't take any more
-                    stream.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        told: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in told:
-            raise LongspecError(f"{self.contender.name} can't be measured: {told['error'].strip().rstrip('.')}.")
-        return told
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._heard.seek(0)
-        lines = self._heard.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), f"its process ended with code {code}")
-
-
-def chats(
-    vocabulary: Vocabulary, suite: Mapping[str, Sequence[str]], new: int, width: int, ends: Sequence[int]
-) -> list[Case]:
+def chats(vocabulary: Vocabulary, suite: Suite, new: int, width: int, ends: Sequence[int]) -> list[Case]:
     """A case for each category, one prompt at a time, and one of all prompts side by side. Answers end where the
     model ends them.
     """
-    made = {
+    encoded = {
         category: [{"text": one, "raw": False, "tokens": encode(vocabulary, one)} for one in prompts]
         for category, prompts in suite.items()
     }
-    cases = [Case(category, prompts, new, 1, ends, chat=True) for category, prompts in made.items()]
-    every = [prompt for prompts in made.values() for prompt in prompts]
+    cases = [Case(category, prompts, new, 1, ends, chat=True) for category, prompts in encoded.items()]
+    every = [prompt for prompts in encoded.values() for prompt in prompts]
     return [*cases, *([Case("all", every, new, width, ends)] if width > 1 and len(every) > 1 else [])]
 
 
@@ -218,101 +79,107 @@ def _cut(vocabulary: Vocabulary, tokens: Sequence[int], start: int, length: int)
     return {"text": text, "raw": True, "tokens": encode(vocabulary, text, raw=True)}
 
 
-def measure(
-    workers: Mapping[str, Worker], cases: Sequence[Case], rounds: int, base: str, report: Report
-) -> Iterator[list[Result]]:
-    """Results of each case as it ends; behind the last category, those of all categories."""
-    report("warming up", 0, 0)
-    shortest = min((case.prompts[0] for case in cases), key=lambda one: len(one["tokens"]))
-    warm = Case("", [shortest], cases[0].new)  # a whole answer: what steps cost here has to be learned
-    for worker in workers.values():
-        worker.write(warm, warm.prompts)
-    done, total, turn = 0, rounds * sum(len(case.turns) * len(_able(workers, case)) for case in cases), 0
-    categories: list[tuple[Case, dict[str, list[_Sum]]]] = []
-    wanted = sum(case.chat for case in cases)
-    for case in cases:
-        names = _able(workers, case)
-        sums: dict[str, list[_Sum]] = {name: [] for name in names}
-        for _ in range(rounds):
-            for name in names:
-                sums[name].append(_Sum())
-            for prompts in case.turns:
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    report(f"{case.name}: {name}", done, total)
-                    sums[name][-1].add(workers[name].write(case, prompts))
-                    done += 1
-                turn += 1
-        yield _results(case, sums, base, workers)
-        if case.chat:
-            categories.append((case, sums))
-            if 1 < wanted == len(categories):
-                yield _together(categories, base, workers)
+class EngineWorkload:
+    """Workers on cases, so many rounds. base: whom ratios are to."""
 
+    what = "engines on the same tokens, greedy, each in a process of its own, in turns"
+    table = Table(
+        Column("case", -18, lambda row: row["case"] + (f", {row['width']} at once" if row["width"] > 1 else "")),
+        Column("engine", -24, "{engine}"),
+        Column("tokens/s", 8, "{tokens_per_second[median]:.1f}"),
+        Column("least", 8, "{tokens_per_second[least]:.1f}"),
+        Column("most", 8, "{tokens_per_second[most]:.1f}"),
+        Column("ratio", 5, "{ratio[median]:.2f}"),
+        Column("first token s", 13, "{first_token_seconds[median]:.3f}"),
+        Column("peak MiB", 8, lambda row: f"{row['peak_bytes'] / 2**20:,.0f}"),
+    )
 
-def _able(workers: Mapping[str, Worker], case: Case) -> list[str]:
-    return [name for name, worker in workers.items() if case.width == 1 or worker.contender.batches]
+    def __init__(
+        self, workers: Mapping[str, Worker], cases: Sequence[Case], rounds: int, base: str | None, model: str
+    ) -> None:
+        if base is not None and base not in workers:
+            raise UsageError(f"The base {base!r} isn't measured; use one of: {', '.join(workers)}.")
+        self._workers = workers
+        self._cases = cases
+        self._rounds = rounds
+        self._base = base or ("transformers" if "transformers" in workers else next(iter(workers)))
+        self._model = model
 
+    def rows(self, progress: Progress) -> Iterator[Row]:
+        """Rows of each case as it ends; behind the last category, those of all categories."""
+        progress("warming up", 0, 0)
+        shortest = min((case.prompts[0] for case in self._cases), key=lambda one: len(one["tokens"]))
+        warm = Case("", [shortest], self._cases[0].new)  # a whole answer: what steps cost here has to be learned
+        for worker in self._workers.values():
+            worker.write(warm, warm.prompts)
+        turns, done = Turns(), 0
+        total = self._rounds * sum(len(case.turns) * len(self._able(case)) for case in self._cases)
+        chats: list[tuple[Case, dict[str, list[Took]]]] = []
+        wanted = sum(case.chat for case in self._cases)
+        for case in self._cases:
+            writers: dict[str, Callable[[Any], Took]] = {
+                name: partial(self._workers[name].write, case) for name in self._able(case)
+            }
+            rounds: dict[str, list[Took]] = {name: [] for name in writers}
+            for _ in range(self._rounds):
+                sums = dict.fromkeys(writers, Took())
+                for prompts in case.turns:
 
-def _together(
-    categories: Sequence[tuple[Case, Mapping[str, Sequence[_Sum]]]], base: str, workers: Mapping[str, Worker]
-) -> list[Result]:
-    """All categories' turns as one case."""
-    first, _ = categories[0]
-    sums: dict[str, list[_Sum]] = {}
-    for name, rounds in categories[0][1].items():
-        sums[name] = [_Sum() for _ in rounds]
-        for _, others in categories:
-            for mine, other in zip(sums[name], others[name], strict=True):
-                mine.tokens, mine.seconds = mine.tokens + other.tokens, mine.seconds + other.seconds
-                mine.firsts += other.firsts
-    every = [prompt for case, _ in categories for prompt in case.prompts]
-    return _results(Case("all", every, first.new, 1, first.ends), sums, base, workers)
+                    def tell(name: str, case: Case = case) -> None:
+                        nonlocal done
+                        progress(f"{case.name}: {name}", done, total)
+                        done += 1
 
+                    for name, took in turns.write(writers, prompts, tell).items():
+                        sums[name] += took
+                for name, took in sums.items():
+                    rounds[name].append(took)
+            yield from self._case_rows(case, rounds)
+            if case.chat:
+                chats.append((case, rounds))
+                if 1 < wanted == len(chats):
+                    yield from self._together(chats)
 
-def _results(case: Case, sums: Mapping[str, Sequence[_Sum]], base: str, workers: Mapping[str, Worker]) -> list[Result]:
-    against = sums[base if base in sums else next(iter(sums))]
-    return [
-        Result(
-            case.name,
-            name,
-            case.width,
-            len(case.prompts),
-            sum(len(prompt["tokens"]) for prompt in case.prompts) / len(case.prompts),
-            rounds[-1].tokens,
-            Spread.of([one.rate for one in rounds]),
-            Spread.of([one.rate / max(other.rate, 1e-9) for one, other in zip(rounds, against, strict=True)]),
-            Spread.of([median(one.firsts) for one in rounds]) if rounds[0].firsts else None,
-            workers[name].peak,
-        )
-        for name, rounds in sums.items()
-    ]
+    def about(self) -> Row:
+        first = self._cases[0]
+        return {
+            "model": self._model,
+            "rounds": self._rounds,
+            "max_new_tokens": first.new,
+            "base": self._base,
+            "engines": {name: worker.report() for name, worker in self._workers.items()},
+        }
 
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        draw_engines(rows, path)
 
-def opened(contenders: Sequence[Contender | str], held: ExitStack, report: Report) -> Iterator[Worker | LongspecError]:
-    """Their workers, or why there is none, in their order; `held` ends them."""
-    for done, contender in enumerate(contenders):
-        if isinstance(contender, str):
-            yield UsageError(f"{contender}.")
-            continue
-        report(f"loading {contender.name}", done, len(contenders))
-        try:
-            worker = _started(contender)
-        except LongspecError as error:
-            yield error
-        else:
-            held.callback(worker.close)
-            yield worker
+    def _able(self, case: Case) -> list[str]:
+        """Those who can write texts side by side, where the case wants it."""
+        return [name for name, worker in self._workers.items() if case.width == 1 or worker.contender.batches]
 
+    def _together(self, chats: Sequence[tuple[Case, Mapping[str, Sequence[Took]]]]) -> Iterator[Row]:
+        """All categories' turns as one case."""
+        first, names = chats[0][0], chats[0][1]
+        rounds = {
+            name: [sum(same, Took()) for same in zip(*(each[name] for _, each in chats), strict=True)] for name in names
+        }
+        every = [prompt for case, _ in chats for prompt in case.prompts]
+        return self._case_rows(Case("all", every, first.new, 1, first.ends), rounds)
 
-def _started(contender: Contender) -> Worker:
-    """Its worker; llama.cpp's a second time with weights as they lie in the file, where its kernels for tiles end it
-    by a segmentation fault (llama.cpp's issue 20824).
-    """
-    try:
-        return Worker(contender)
-    except LongspecError as error:
-        if not (contender.settings.get("repacked") and "ended with code -" in str(error)):
-            raise
-        worker = Worker(replace(contender, settings={**contender.settings, "repacked": False}))
-        worker.told["note"] = f"With weights laid out for this processor {error}"
-        return worker
+    def _case_rows(self, case: Case, rounds: Mapping[str, Sequence[Took]]) -> Iterator[Row]:
+        """One row for each engine; spreads are over rounds."""
+        against = rounds[self._base if self._base in rounds else next(iter(rounds))]
+        for name, tooks in rounds.items():
+            ratios = [one.rate / max(other.rate, 1e-9) for one, other in zip(tooks, against, strict=True)]
+            yield {
+                "case": case.name,
+                "engine": name,
+                "width": case.width,
+                "prompts": len(case.prompts),
+                "prompt_tokens": sum(len(prompt["tokens"]) for prompt in case.prompts) / len(case.prompts),  # mean
+                "tokens": tooks[-1].tokens,  # of one round
+                "tokens_per_second": spread([one.rate for one in tooks]),
+                "ratio": spread(ratios),
+                "first_token_seconds": spread([median(one.firsts) for one in tooks]) if tooks[0].firsts else None,
+                "peak_bytes": self._workers[name].peak,  # of its process so far, everything included
+            }

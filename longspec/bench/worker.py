@@ -135,7 +135,7 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
         rows = out[:, size:].tolist()
         counts = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
         tokens = sum(max(0, count - (length - size)) for count in counts)
-        return {"tokens": tokens, "seconds": last - first, "first": first - began}
+        return {"tokens": tokens, "seconds": last - first, "first": first - began, "steps": len(clock.seen)}
 
     def write(case: Case) -> Took:
         if case["width"] == 1:

@@ -14,6 +14,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from longspec.errors import UsageError
+from longspec.machine.files import read_bytes
 
 __all__ = ["LIMITS", "MOST_BYTES", "grammar_of"]
 
@@ -65,12 +66,9 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
 
 
 def _read(path: Path) -> str:
+    data = read_bytes(path, MOST_BYTES, "The JSON schema", pipe=True)
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
         return data.decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"The JSON schema {path} can't be read: {error.strerror or error}.") from None
     except ValueError:
         raise UsageError(f"The JSON schema {path} isn't UTF-8 text; give a file of JSON, or JSON itself.") from None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from longspec.drafters.common.skip_search import Search
 from longspec.drafters.common.tree_growth import grow
 from longspec.errors import LongspecError, UsageError
-from longspec.machine.files import replaced
+from longspec.machine.files import read_json, replaced
 from longspec.machine.system import config_folder
 from longspec.model.decoder import Decoder, Rows, Skip
 from longspec.model.load import Model
@@ -133,7 +133,7 @@ def load_skip(path: str | Path, layers: int, model: str | None = None) -> Skip:
     Raises:
         UsageError: the file can't be read, isn't a set, or is of a model that differs.
     """
-    found = _read(Path(path))
+    found = read_json(Path(path), _MOST_NBYTES, "The skip set", hint="`longspec tune --output FILE` writes one")
     if found.get("kind") != _KIND or found.get("version") != _VERSION:
         raise UsageError(f"{path} is no skip set that this longspec knows; `longspec tune --output FILE` writes one.")
     if found.get("layers") != layers:
@@ -173,19 +173,3 @@ def save_skip(path: str | Path, skip: Skip, model: Model, measured: Mapping[str,
         replaced(path, lambda place: place.write_text(json.dumps(said) + "\n", encoding="utf-8"))
     except OSError as error:
         raise LongspecError(f"{path} can't be written: {error.strerror}; name another file (--output).") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_NBYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}.") from error
-    try:
-        found = json.loads(data) if len(data) <= _MOST_NBYTES else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is no JSON object of at most {_MOST_NBYTES >> 10} KiB, as a skip set is; "
-                         "`longspec tune --output FILE` writes one.")  # fmt: skip
-    return found

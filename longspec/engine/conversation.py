@@ -15,13 +15,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longspec.engine.engine import Engine
+from longspec.engine.options import Options, asked
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, UsageError
-from longspec.machine.files import replaced
-from longspec.sampling.sampler import Sampling
+from longspec.machine.files import read_json, replaced
+from longspec.sampling.parameters import PARAMETERS, Sampling
 from longspec.text.reasoning_effort import EFFORTS
 
 __all__ = ["Conversation", "cache_path"]
@@ -30,8 +31,6 @@ Message = dict[str, Any]
 
 _VERSION = 1
 _MOST_NBYTES = 64 << 20
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_WHOLE = ("top_k", "seed", "max_new_tokens")
 
 
 class Conversation:
@@ -191,8 +190,7 @@ def cache_path(path: Path) -> Path:
 
 def _sampling(engine: Engine, settings: dict[str, Any]) -> None:
     """Raises UsageError where these can't be this model's settings."""
-    given: dict[str, Any] = {name: settings.get(name) for name in _SAMPLING if settings.get(name) is not None}
-    Sampling.over(engine.model.defaults, given)
+    Sampling.over(engine.model.defaults, asked(cast(Options, settings)))
 
 
 def _check_ours(place: Path, beginning: bytes) -> None:
@@ -210,20 +208,8 @@ def _check_ours(place: Path, beginning: bytes) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file's conversation, every value of the type that it should have. UsageError where it isn't."""
-    try:
-        if not path.is_file():
-            raise UsageError(f"{path} isn't a file; name one that /save has written.")
-        with path.open("rb") as file:
-            data = file.read(_MOST_NBYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror or error}.") from error
-    if len(data) > _MOST_NBYTES:
-        raise UsageError(f"{path} holds more than {_MOST_NBYTES >> 20} MiB, which is no conversation for any model.")
-    try:
-        saved = json.loads(data.decode())
-    except (ValueError, RecursionError):
-        saved = None
-    if not isinstance(saved, dict) or saved.get("longspec_conversation") != _VERSION:
+    saved = read_json(path, _MOST_NBYTES, "The conversation", hint="name a file that /save has written")
+    if saved.get("longspec_conversation") != _VERSION:
         raise UsageError(f"{path} isn't a conversation of version {_VERSION}; name a file that /save has written.")
     wrong = _wrong(saved)
     if wrong is not None:
@@ -270,7 +256,7 @@ def _is_whole(value: object) -> bool:
 
 
 _KNOWN: dict[str, Any] = {
-    **{name: _is_whole if name in _WHOLE else _is_number for name in _SAMPLING},
+    **{name: _is_whole if bounds.kind is int else _is_number for name, bounds in PARAMETERS.items()},
     "max_new_tokens": lambda value: _is_whole(value) and value > 0,
     "reasoning_budget": lambda value: _is_whole(value) and value >= 0,
     "effort": lambda value: value in EFFORTS,

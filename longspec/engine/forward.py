@@ -206,7 +206,7 @@ def _sampled_alike(one: Input) -> tuple[object, ...]:
     """A grouping key: neighbours with equal sampling choose in one call; one with a grammar or a penalty, alone."""
     session, sampling = one.session, one.session.sampling
     alone = id(one) if session.constraint is not None or sampling.penalises else None
-    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, alone
+    return *sampling.without_seed, alone
 
 
 def _entropies(logits: Tensor) -> list[float]:

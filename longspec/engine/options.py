@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from longspec.cache import BLOCK, CACHES
 from longspec.constraints.grammar import grammar_of
@@ -17,6 +17,7 @@ from longspec.drafters.spec import parse
 from longspec.engine.session import Session
 from longspec.errors import BudgetError, ContextError, UsageError
 from longspec.model.load import Model
+from longspec.sampling.parameters import PARAMETERS, SamplingOptions
 from longspec.text.prompt import Prompt, encode
 from longspec.text.reasoning_effort import variables
 from longspec.text.repetition import Loops
@@ -26,7 +27,7 @@ from longspec.types import Drafter
 __all__ = ["Options", "asked", "check", "drafter_options", "guidance", "kind", "most_tokens", "tokens_of"]
 
 
-class Options(TypedDict, total=False):
+class Options(SamplingOptions, total=False):
     """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
 
     prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
@@ -36,12 +37,6 @@ class Options(TypedDict, total=False):
     key: str  # names the text in the noise of its sampling
     max_new_tokens: int | None  # None: up to the end of text, or of the model's context
     stop: str | Sequence[str]
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
     json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
     regex: str | None  # or a regular expression, for the whole of it
     reasoning_budget: int | None  # tokens of reasoning, after which the section is ended and the answer follows
@@ -144,8 +139,5 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
 
 
 def asked(options: Options) -> dict[str, Any]:
-    """What was said of sampling."""
-    return {name: value for name, value in options.items() if name in _SAMPLING and value is not None}
-
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    """The sampling parameters that were named, without those that are left open."""
+    return {name: value for name, value in options.items() if name in PARAMETERS and value is not None}

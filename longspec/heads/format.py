@@ -24,7 +24,7 @@ from longspec.heads import KINDS
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
 from longspec.heads.layers import block_of
-from longspec.machine.files import replaced
+from longspec.machine.files import read_json, replaced
 from longspec.model.config import Config
 from longspec.model.load import Model
 from longspec.model.weights.safetensors import Shard
@@ -177,20 +177,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none.
     """
-    path = Path(folder) / CONFIG
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_NBYTES + 1)
-        found = json.loads(data) if len(data) <= _MOST_NBYTES else None
-    except OSError as error:
-        raise UsageError(
-            f"{folder} holds no head that can be read ({CONFIG}: {error.strerror}); `longspec train` writes one."
-        ) from error
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
-    return found
+    return read_json(Path(folder) / CONFIG, _MOST_NBYTES, "The head's config", hint="`longspec train` writes one")
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

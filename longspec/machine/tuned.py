@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longspec.errors import LongspecError
-from longspec.machine.files import replaced
+from longspec.errors import LongspecError, UsageError
+from longspec.machine.files import read_json, replaced
 from longspec.machine.system import config_folder, cores
 
 __all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
@@ -43,11 +43,10 @@ def fit_path(config: object, device: str, *, coded: bool) -> Path:
 def read_fit(path: Path) -> Fit | None:
     """The fit that is kept there."""
     try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_MOST_NBYTES))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, _MOST_NBYTES, "The fit")
+    except UsageError:
         return None
-    if not isinstance(found, dict) or (found.get("kind"), found.get("version")) != (_KIND, _VERSION):
+    if (found.get("kind"), found.get("version")) != (_KIND, _VERSION):
         return None
     dtype, threads = found.get("dtype"), found.get("threads")
     if dtype not in ("fp32", "bf16", "int8") or type(threads) is not int or not 1 <= threads <= (os.cpu_count() or 1):

@@ -16,21 +16,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from longspec.errors import UsageError
 from longspec.kernels.build import library
+from longspec.sampling.parameters import Sampling
 
-__all__ = ["MOST_TEMPERATURE", "Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
-
-MOST_TEMPERATURE = 2.0
-"""As OpenAI's API has it. Above, little but noise is written, and 7 for 0.7 is likelier meant than asked for."""
+__all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
 
 _SOURCE = "sampler.c"
 _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
@@ -38,66 +32,6 @@ _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
 
 _LOOKS = (128, 4096)
 """Tokens that top-p and min-p look at, before all: sorting 49,152 logits costs 3 ms a row, their best 128 about 0.2."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen, applied in this order, which is transformers'.
-
-    repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the text holds; temperature
-    divides logits, and 0 is greedy; top_k keeps that many tokens (0: all); top_p the smallest set that holds
-    this much probability; min_p the tokens with at least this fraction of the best one's probability.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = (
-            (
-                "temperature",
-                self.temperature,
-                0 <= self.temperature <= MOST_TEMPERATURE,
-                f"0 (greedy) or more, and at most {MOST_TEMPERATURE:g}",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (off) or more, below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-        )
-        for name, value, good, wanted in checks:
-            if not good or not math.isfinite(value):
-                raise UsageError(f"{name} is {value}; it must be {wanted}.")
-
-    @classmethod
-    def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """What a user gave, over what the checkpoint's generation config says, over greedy.
-
-        Raises:
-            UsageError: a value is out of range, or has no effect since decoding is greedy.
-        """
-        known = {f.name for f in fields(cls)} - {"seed"}
-        sampled = defaults.get("do_sample", False)
-        named = known if sampled else {"repetition_penalty"}
-        base = {name: defaults[name] for name in named if defaults.get(name) is not None}
-        if sampled:
-            base.setdefault("temperature", 1.0)
-        sampling = cls(**{**base, **given})
-        if sampling.is_greedy and (idle := sorted(given.keys() & {"top_k", "top_p", "min_p"})):
-            raise UsageError(f"{idle[0]} has no effect without sampling; give a temperature above 0 too.")
-        return sampling
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def penalises(self) -> bool:
-        return self.repetition_penalty != 1.0
 
 
 def choose(

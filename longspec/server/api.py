@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter, time
+from typing import Any
 from uuid import uuid4
 
 from starlette.applications import Starlette
@@ -19,10 +20,13 @@ from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
 from longspec.errors import ContextError, LongspecError, UsageError
-from longspec.server.asks import Ask, ask, local, parsed
+from longspec.requests.fields import RequestError, parse_object
+from longspec.requests.openai import CHAT, COMPLETIONS
+from longspec.requests.replies import Reply
+from longspec.server.asks import Ask, ask, local
 from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.guard import Guard
-from longspec.server.replies import RefusedError, Reply, encoded
+from longspec.server.refusals import RefusedError, encoded
 from longspec.server.worker import Ended
 
 __all__ = ["MOST_NBYTES", "at_home", "open_to_clients"]
@@ -51,8 +55,8 @@ def open_to_clients(
         return _json(status, 503 if desk.closing else 200)
 
     async def answer(request: Request) -> Response:
-        chat = request.url.path == "/v1/chat/completions"
-        wanted = ask(parsed(await _body(request)), model, desk.most, chat=chat)
+        chat = request.url.path == CHAT
+        wanted = ask(await _object(request), model, desk.most, chat=chat)
         reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", int(time()), model)
         texts = desk.take(wanted.texts, request.receive)
         await texts.opened()
@@ -66,8 +70,8 @@ def open_to_clients(
         return _json(reply.whole([answers[i] for i in range(len(answers))], wanted.seeds, wanted.choices))
 
     routes = [
-        Route("/v1/chat/completions", answer, methods=["POST"]),
-        Route("/v1/completions", answer, methods=["POST"]),
+        Route(CHAT, answer, methods=["POST"]),
+        Route(COMPLETIONS, answer, methods=["POST"]),
         Route("/v1/models", models),
         Route("/health", health),
     ]
@@ -79,7 +83,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
     running: dict[str, Texts] = {}
 
     async def run(request: Request) -> Response:
-        body = parsed(await _body(request))
+        body = await _object(request)
         prompt, options, began = local(body)
         began = None if began is None else min(began, perf_counter())
         texts = desk.take([(prompt, options)], request.receive, began=began, local=True)
@@ -106,7 +110,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
             del running[name]
 
     async def end(request: Request) -> Response:
-        texts = running.get(str(parsed(await _body(request)).get("id")))
+        texts = running.get(str((await _object(request)).get("id")))
         if texts is not None:
             texts.end()
         return _json({})
@@ -159,8 +163,10 @@ def _refusal(error: Exception) -> RefusedError:
         case HTTPException(status_code=405):
             return RefusedError(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
         case HTTPException():
-            said = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
-            return RefusedError(error.status_code, said, headers=error.headers)
+            sentence = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
+            return RefusedError(error.status_code, sentence, headers=error.headers)
+        case RequestError():
+            return RefusedError(400, str(error), param=error.param, code=error.code)
         case ContextError():
             return RefusedError(400, str(error), code="context_length_exceeded")
         case UsageError():
@@ -168,8 +174,8 @@ def _refusal(error: Exception) -> RefusedError:
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.
-    said = "The server failed at this; what happened is on its standard error."
-    return RefusedError(500, said, headers={"connection": "close"})
+    sentence = "The server failed at this; what happened is on its standard error."
+    return RefusedError(500, sentence, headers={"connection": "close"})
 
 
 def _failure(error: Exception) -> str:
@@ -191,6 +197,10 @@ async def _body(request: Request) -> bytes:
     except TimeoutError:
         raise RefusedError(408, f"The body didn't arrive within {_BODY_SECONDS:g} seconds.") from None
     return bytes(data)
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    return parse_object(await _body(request), "The body")
 
 
 def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

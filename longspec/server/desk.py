@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from longspec.engine.options import Options
-from longspec.server.replies import RefusedError
+from longspec.server.refusals import RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
@@ -60,11 +60,11 @@ class Desk:
         if self.closing:
             raise RefusedError(503, "This server is closing; ask another, or later.", code="closing")
         if len(self) + len(texts) > self.most:
-            said = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
-            raise RefusedError(429, said, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
-        made = Texts(self, texts, receive, began, None if local else self.seconds)
-        self._open.add(made)
-        return made
+            sentence = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
+            raise RefusedError(429, sentence, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
+        taken = Texts(self, texts, receive, began, None if local else self.seconds)
+        self._open.add(taken)
+        return taken
 
     def leave(self, texts: Texts) -> None:
         self._open.discard(texts)

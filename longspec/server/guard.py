@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from longspec.server.replies import RefusedError, encoded
+from longspec.server.refusals import RefusedError, encoded
 
 __all__ = ["Guard", "is_loopback", "names"]
 

@@ -86,15 +86,15 @@ def bind(host: str, port: int) -> socket.socket:
     """Raises UsageError: the address can't be had."""
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen()
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
     except OSError as error:
         raise UsageError(
             f"{host}:{port} can't be listened on: {error.strerror}; give another --port, or --host."
         ) from error
-    return made
+    return listener
 
 
 @contextmanager
@@ -106,15 +106,15 @@ def bound_unix(path: Path) -> Iterator[socket.socket | None]:
     if _answers(path):
         yield None
         return
-    made, beside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_name(f".{os.getpid()}")
+    listener, beside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path.with_name(f".{os.getpid()}")
     beside.unlink(missing_ok=True)
-    made.bind(str(beside))
+    listener.bind(str(beside))
     beside.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    made.listen()
+    listener.listen()
     mine = beside.stat().st_ino
     beside.rename(path)
     try:
-        yield made
+        yield listener
     finally:
         with suppress(OSError):
             if path.stat().st_ino == mine:  # not another server's by now

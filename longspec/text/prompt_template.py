@@ -18,10 +18,9 @@ bounds. Gives values; knows no engine, no option and no folder of the user's.
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +30,8 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from longspec.errors import UsageError
+from longspec.machine.files import read_bytes
+from longspec.sampling.parameters import PARAMETERS, Bounds
 
 __all__ = ["INPUT", "Parameter", "Template", "check_name", "find", "names", "parse", "read"]
 
@@ -44,16 +45,8 @@ _MOST_TEMPLATE_NBYTES = 64 << 10
 _MOST_PROMPT_LETTERS = 64 << 20
 """As much as a prompt without a template may have."""
 
-_SAMPLING: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "max_new_tokens": (int, lambda n: n >= 1, "a whole number, 1 or more"),
-    "temperature": (float, lambda x: 0 <= x <= 2, "a number, 0 or more and at most 2"),
-    "top_p": (float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
-    "top_k": (int, lambda n: n >= 0, "a whole number, 0 or more"),
-    "min_p": (float, lambda x: 0 <= x < 1, "a number, 0 or more and below 1"),
-    "repetition_penalty": (float, lambda x: x > 0, "a number above 0"),
-    "seed": (int, lambda n: True, "a whole number"),
-}
-_KEYS = ("description", "system", "stop", "parameters", *_SAMPLING)
+_NUMBERS: Mapping[str, Bounds] = {"max_new_tokens": Bounds(int, least=1), **PARAMETERS}
+_KEYS = ("description", "system", "stop", "parameters", *_NUMBERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +154,7 @@ def read(path: Path) -> Template:
     Raises:
         UsageError: it can't be read, or isn't a template.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_TEMPLATE_NBYTES + 1)
-    except OSError as error:
-        raise UsageError(f"The template {path} can't be read: {error.strerror}.") from error
-    if len(data) > _MOST_TEMPLATE_NBYTES:
-        raise UsageError(f"The template {path} is larger than {_MOST_TEMPLATE_NBYTES >> 10} KiB; make it shorter.")
+    data = read_bytes(path, _MOST_TEMPLATE_NBYTES, "The template", pipe=True)
     try:
         return parse(path.stem, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -212,14 +199,14 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 def _parameters(table: object) -> dict[str, Parameter]:
     if not isinstance(table, dict):
         raise UsageError("sets 'parameters' to no table; write [parameters.NAME] for each.")
-    found = {}
+    parameters = {}
     for name, entry in table.items():
         if not _VARIABLE.fullmatch(name) or name == INPUT:
             raise UsageError(f"has a parameter {name!r}; a name is letters, digits and _, and not {INPUT!r}.")
         if not isinstance(entry, dict) or not set(entry) <= {"help", "default"}:
             raise UsageError(f"has a wrong parameter {name!r}; a parameter is a table with `help` and `default`.")
-        found[name] = Parameter(_text(entry, "help") or "", _text(entry, "default"))
-    return found
+        parameters[name] = Parameter(_text(entry, "help") or "", _text(entry, "default"))
+    return parameters
 
 
 def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,12 +218,11 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
             raise UsageError(f"sets 'stop' to {stop!r}; it must be a text, or a list of texts, none of them empty.")
         defaults["stop"] = stop
-    for name, (kind, fits, wanted) in _SAMPLING.items():
+    for name, bounds in _NUMBERS.items():
         value: Any = table.get(name)
         if value is not None:
-            number = type(value) in (int, kind) and math.isfinite(value)
-            if not number or not fits(value):
-                raise UsageError(f"sets {name!r} to {value!r}; it must be {wanted}.")
+            if type(value) not in (int, bounds.kind) or not bounds.hold(value):
+                raise UsageError(f"sets {name!r} to {value!r}; it must be {bounds.number}.")
             defaults[name] = value
     return defaults
 

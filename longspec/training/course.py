@@ -22,7 +22,7 @@ from torch import Tensor
 from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, UsageError
 from longspec.heads.format import Trained, load_head, new_head, save_head
-from longspec.machine.files import replaced
+from longspec.machine.files import read_json, replaced
 from longspec.model.load import Model
 from longspec.training.distil import Text, distil
 from longspec.training.report import accuracies, tokens_per_step, write_report
@@ -147,13 +147,10 @@ class Course:
             work.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
-            with path.open("rb") as file:
-                held = json.loads(file.read(1 << 16))
-        except (ValueError, RecursionError):
-            held = None
         except OSError as error:
             raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
-        other = [name for name in said if not isinstance(held, dict) or held.get(name) != said[name]]
+        begun = read_json(path, 1 << 16, "The recipe", hint="name another folder")
+        other = [name for name in said if begun.get(name) != said[name]]
         if other:
             raise UsageError(f"{self.folder} holds another training (its {', '.join(other)} differ); ask for the same, "
                              "or name another folder.")  # fmt: skip

@@ -16,11 +16,11 @@ import pytest
 from longspec.batch.inputs import open_input
 from longspec.batch.lines import Line, names, read_lines
 from longspec.batch.marks import Marks, fresh, mark_id, mark_index
-from longspec.batch.openai import CHAT, COMPLETIONS
 from longspec.batch.records import past
 from longspec.batch.requests import Fault, Item, over, request
 from longspec.batch.template import Template
 from longspec.errors import UsageError
+from longspec.requests.openai import CHAT, COMPLETIONS
 
 
 def read(path: Path, data: bytes | str, **options: Any) -> list[Item | Fault]:
@@ -95,7 +95,7 @@ def test_jsonl(tmp_path: Path) -> None:
     records = read(tmp_path / "in.jsonl", text)
     assert items(records) == [(0, 1, "one"), (1, "b", [{"role": "user", "content": "hi"}]), (2, 0, "two")]
     first, second, third = (record for record in records if isinstance(record, Item))
-    assert first.options == {"temperature": 1.0, "stop": "x", "seed": 3}
+    assert first.options == {"temperature": 1.0, "stop": ["x"], "seed": 3}
     assert first.unknown == ("extra",)
     assert second.options == {"max_new_tokens": 5}
     assert third.options == {"raw": True}
@@ -106,29 +106,29 @@ def test_jsonl(tmp_path: Path) -> None:
 
 BAD_LINES = [
     (b"nonsense", "isn't JSON"),
-    (b"[1]", "a list; it must be an object"),
+    (b"[1]", "it is [1]; it must be an object"),
     (b"{}", "either 'prompt' or 'messages'"),
-    (b'{"prompt": "a", "messages": []}', "either 'prompt' or 'messages'"),
+    (b'{"prompt": "a", "messages": ["b"]}', "either 'prompt' or 'messages'"),
     (b'{"prompt": " "}', "'prompt' is empty"),
-    (b'{"prompt": 5}', "'prompt' is a number"),
-    (b'{"messages": "hi"}', "'messages' must be a list"),
-    (b'{"messages": []}', "at least one"),
-    (b'{"messages": [{"role": "user"}]}', "the 'content' of messages[0] is null"),
-    (b'{"messages": [{"content": "x"}]}', "must be an object with a 'role'"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a part that isn't text"),
+    (b'{"prompt": 5}', "prompt is 5; it must be a text"),
+    (b'{"messages": "hi"}', 'messages is "hi"; it must be a list'),
+    (b'{"messages": []}', "messages is empty"),
+    (b'{"messages": [{"role": "user"}]}', "messages[0].content is null"),
+    (b'{"messages": [{"content": "x"}]}', "messages[0].role is missing"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a list of parts of type text"),
     (b'{"prompt": "a", "id": 1.5}', "'id' is a number; it must be a text or a whole number"),
     (b'{"prompt": "a", "id": [1]}', "'id' is a list"),
     (b'{"prompt": "a", "id": true}', "'id' is true or false"),
     (b'{"prompt": "a", "id": "' + b"x" * 1001 + b'"}', "more than 1,000 characters"),
     (b'{"prompt": "a", "id": "\\ud800"}', "lone surrogate"),
-    (b'{"prompt": "a", "max_new_tokens": "5"}', "'max_new_tokens' is a text; it must be a whole number"),
-    (b'{"prompt": "a", "max_new_tokens": 5.5}', "'max_new_tokens' is a number; it must be a whole number"),
-    (b'{"prompt": "a", "temperature": true}', "'temperature' is true or false"),
-    (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "'temperature' is out of range"),
+    (b'{"prompt": "a", "max_new_tokens": "5"}', 'max_new_tokens is "5"; it must be a whole number'),
+    (b'{"prompt": "a", "max_new_tokens": 5.5}', "max_new_tokens is 5.5; it must be a whole number"),
+    (b'{"prompt": "a", "temperature": true}', "temperature is true; it must be a number"),
+    (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "it must be a number"),
     (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "isn't JSON"),
-    (b'{"prompt": "a", "stop": [1]}', "'stop' is a list; it must be a text or a list of texts"),
-    (b'{"prompt": "a", "system": 1}', "'system' is a number"),
-    (b'{"prompt": "a", "raw": 1}', "'raw' is a number; it must be true or false"),
+    (b'{"prompt": "a", "stop": [1]}', "stop is [1]; it must be a text, or a list of texts"),
+    (b'{"prompt": "a", "system": 1}', "system is 1"),
+    (b'{"prompt": "a", "raw": 1}', "raw is 1; it must be true or false"),
     (b'{"prompt": "a", "raw": true, "system": "b"}', "'system' contradicts 'raw'"),
     (b'{"messages": [{"role": "user", "content": "a"}], "raw": true}', "'raw' sends a text without roles"),
     (b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}', "'system' contradicts"),
@@ -264,17 +264,17 @@ def test_openai(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (openai(n=2), "'n', which isn't supported with this value"),
-        (openai(stream=True), "'stream'"),
-        (openai(tools=[{}]), "'tools'"),
-        (openai(response_format={"type": "json_object"}), "'response_format'"),
-        (openai(verbosity="low"), "'verbosity', which isn't supported"),
-        (openai(COMPLETIONS, prompt="a", reasoning_effort="low"), "'reasoning_effort', which isn't supported"),
-        (openai(reasoning_budget="low"), "'reasoning_budget' is a text"),
-        (openai(max_tokens="5"), "'max_new_tokens' is a text"),
+        (openai(n=2), "n and prompts at one"),
+        (openai(stream=True), "leave stream out"),
+        (openai(tools=[{}]), "tools isn't supported"),
+        (openai(response_format={"type": "json_object"}), "response_format isn't supported"),
+        (openai(verbosity="low"), "verbosity isn't supported"),
+        (openai(COMPLETIONS, prompt="a", reasoning_effort="low"), "reasoning_effort isn't supported"),
+        (openai(reasoning_budget="low"), 'reasoning_budget is "low"'),
+        (openai(max_tokens="5"), 'max_tokens is "5"'),
         (openai("/v1/embeddings"), "'url' must be"),
         (openai(messages=[{"role": "user", "content": None}]), "is null"),
-        (openai(COMPLETIONS, prompt=["a"]), "'prompt' must be a text"),
+        (openai(COMPLETIONS, prompt=["a", "b"]), "n and prompts at one"),
         ('{"custom_id": "a", "url": "/v1/completions", "body": 5}', "'body' must be an object"),
         ('{"custom_id": "a", "method": "GET", "body": {}}', "'method' must be POST"),
         ('{"body": {}}', "'custom_id' is null"),

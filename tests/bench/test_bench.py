@@ -12,7 +12,9 @@ import pytest
 from support.commands import call, write_tiny
 
 from longspec.bench.contenders import Contender, ours
-from longspec.bench.engines import Case, Worker, chats, contexts, measure, opened
+from longspec.bench.engines import EngineWorkload, chats, contexts
+from longspec.bench.harness import Column, Table, Took, Turns
+from longspec.bench.process import Case, Worker, opened
 from longspec.errors import LongspecError, UsageError
 from longspec.model.load import open_model
 
@@ -108,7 +110,7 @@ def test_rounds_go_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
     model, order = open_model(str(tiny), dtype="fp32"), list[str]()
     write = Worker.write
 
-    def noted(self: Worker, case: Case, prompts: object) -> dict[str, object]:
+    def noted(self: Worker, case: Case, prompts: object) -> Took:
         order.append(self.contender.name)
         return write(self, case, prompts)  # type: ignore[arg-type]
 
@@ -121,13 +123,13 @@ def test_rounds_go_in_turns(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
             workers[worker.contender.name] = worker
         cases = chats(model.vocabulary, {"sums": ["What is 7 and 8?"]}, 6, 1, ())
         cases += contexts(model.vocabulary, "Row upon row. " * 40, [256], 6, 1)
-        results = [each for some in measure(workers, cases, 3, names[1], silent) for each in some]
+        results = list(EngineWorkload(workers, cases, 3, names[1], str(tiny)).rows(silent))
     none, ngram = names
     assert order == [none, ngram, *([none, ngram, ngram, none] * 3)]
-    assert [(one.case, one.engine, one.tokens) for one in results] == [
+    assert [(one["case"], one["engine"], one["tokens"]) for one in results] == [
         (case, name, 6) for case in ("sums", "256") for name in names
     ]
-    assert all(one.ratio.least == one.ratio.most == 1 for one in results if one.engine == ngram)
+    assert all(one["ratio"]["least"] == one["ratio"]["most"] == 1 for one in results if one["engine"] == ngram)
 
 
 def test_a_text_is_cut_at_evenly_spread_places(tiny: Path) -> None:
@@ -139,3 +141,23 @@ def test_a_text_is_cut_at_evenly_spread_places(tiny: Path) -> None:
     assert several.turns == [list(several.prompts)]
     with pytest.raises(UsageError, match="has 1,000 tokens, and 2,000 are needed"):
         contexts(vocabulary, text, [2000], 8, 4)
+
+
+def test_the_order_rotates_and_counts_add_up() -> None:
+    order, turns = list[str](), Turns()
+    writers = {name: lambda prompt: Took(1, len(prompt), 0.5, firsts=(0.1,)) for name in "abc"}
+    sums = dict.fromkeys(writers, Took())
+    for prompt in ("x", "xx", "xxx", "x"):
+        for name, took in turns.write(writers, prompt, order.append).items():
+            sums[name] += took
+    assert "".join(order) == "abcbcacababc"
+    assert sums == dict.fromkeys("abc", Took(4, 7, 2.0, firsts=(0.1,) * 4))
+    assert sums["a"].rate == 3.5
+    assert Took().rate == 0
+
+
+def test_a_table_leaves_out_what_a_row_lacks() -> None:
+    table = Table(Column("name", -6, "{name}"), Column("share", 7, "{share[median]:.1f}"), Column("n", 3, "{n:.0f}"))
+    assert table.head == "name      share    n"
+    assert table.line({"name": "a", "share": {"median": 0.25}, "n": None}) == "a           0.2     "
+    assert table.line({"name": "b", "share": None, "n": 2}) == "b                  2"

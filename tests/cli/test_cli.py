@@ -395,7 +395,7 @@ def test_a_signal_while_loading_or_prefilling(tiny: str, home: Path) -> None:
 
 def test_a_reader_who_waits_is_left_at_the_first_signal(home: Path) -> None:
     program = (
-        "import sys; from longspec.cli import signals; from longspec.cli.io.stdout import Output\n"
+        "import sys; from longspec.cli.io import signals; from longspec.cli.io.stdout import Output\n"
         "signals.catch(); output = Output(); print('ready', file=sys.stderr, flush=True)\n"
         "try: output.write('x' * 1_000_000)\n"
         "except signals.Interrupted as end: sys.exit(end.exit_code if not output.is_ready else 1)"
@@ -411,7 +411,7 @@ def test_a_reader_who_waits_is_left_at_the_first_signal(home: Path) -> None:
 
 def test_a_signal_that_python_loses_is_raised_again() -> None:
     program = (
-        "import os, signal, sys; from longspec.cli import signals\n"
+        "import os, signal, sys; from longspec.cli.io import signals\n"
         "class Last:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "signals.catch(); last = Last(); del last\n"

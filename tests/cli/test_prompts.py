@@ -158,7 +158,7 @@ def test_files_are_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "a b.md").write_text("{{ input }}")
     (tmp_path / "dos.md").write_bytes(b"\xef\xbb\xbf+++\r\nseed = 3\r\n+++\r\n{{ input }}\r\n")
     assert read(tmp_path / "dos.md").defaults == {"seed": 3}
-    with pytest.raises(UsageError, match="larger than 64 KiB"):
+    with pytest.raises(UsageError, match="more than 64 KiB"):
         read(tmp_path / "large.md")
     with pytest.raises(UsageError, match="byte 3 isn't UTF-8"):
         read(tmp_path / "bytes.md")

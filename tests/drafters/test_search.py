@@ -284,7 +284,7 @@ def test_a_damaged_set_is_refused(model: Model, tmp_path: Path, changes: dict[st
 def test_what_is_no_set_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "set.json"
     path.write_bytes(data)
-    with pytest.raises(UsageError, match="no JSON object of at most 64 KiB"):
+    with pytest.raises(UsageError, match=r"more than 64 KiB|isn't a JSON object"):
         load_skip(path, 8)
     with pytest.raises(UsageError, match="can't be read"):
         load_skip(tmp_path / "missing.json", 8)

@@ -159,7 +159,7 @@ def test_the_command_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Pa
     done = call(["tune", "-m", str(folder), "--budget", "0.5", "-c", "300", "--output", str(path)], tmp_path)
     assert (done.code, done.err) == (0, "")
     lines = done.out.decode().splitlines()
-    assert lines[0].split() == ["DTYPE", "THREADS", "1", "ROW", "9", "ROWS", "64", "ROWS", "PERPLEXITY"]
+    assert lines[0].split() == ["DTYPE", "THREADS", "1", "TOKEN", "9", "TOKENS", "64", "TOKENS", "PERPLEXITY"]
     assert ["ATTENTIONS", "MLPS", "PASS", "AGREEMENT", "EXPECTED", "MEASURED"] in [line.split() for line in lines]
     assert ("times the tokens/s" in lines[-2]) != ("None is faster" in lines[-2])
     assert lines[-1] == f"Kept in {path}"

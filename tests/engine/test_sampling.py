@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from longspec.errors import UsageError
-from longspec.sampling.sampler import Sampling, choose, gumbel, noise_key, rank
+from longspec.sampling.parameters import PARAMETERS, Bounds, Sampling, SamplingOptions
+from longspec.sampling.sampler import choose, gumbel, noise_key, rank
 
 DRAWS = 40_000
 ALPHA = 1e-6
@@ -180,3 +182,26 @@ def test_a_part_of_the_vocabulary_is_ranked_as_the_whole_without_the_rest(option
     rest = (Sampling(**options), [5, 6, 7, 8], [{1, 2, 3}, {40}, set(range(60)), {0}], 3)  # type: ignore[arg-type]
     for got, want in zip(rank(logits[:, some], *rest, some), rank(whole, *rest), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_every_parameter_is_an_option_of_a_text() -> None:
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    assert list(PARAMETERS) == names
+    assert list(SamplingOptions.__annotations__) == names
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        (Bounds(float, least=0, most=2), "a number, 0 or more and at most 2"),
+        (Bounds(float, least=0, most=1, open_below=True), "a number above 0 and at most 1"),
+        (Bounds(float, least=0, most=1, open_above=True), "a number, 0 or more and below 1"),
+        (Bounds(int, least=1, most=64), "a whole number, 1 to 64"),
+        (Bounds(int), "a whole number"),
+    ],
+)
+def test_bounds_say_what_they_hold(bounds: Bounds, words: str) -> None:
+    assert bounds.number == words
+    assert bounds.hold(1) == (not bounds.open_above)
+    assert not bounds.hold(math.inf)
+    assert not bounds.hold(math.nan)

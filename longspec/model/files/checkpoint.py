@@ -6,13 +6,13 @@ from the file once per dtype). Gives its config, templates, tokenizer and weight
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspec.errors import ModelError
+from longspec.machine.files import read_json
 from longspec.model.files.store import Report, place_of_codes, quiet
 
 if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
     from longspec.model.weights.read import Weights
 
 __all__ = ["Checkpoint"]
+
+
+_MOST_NBYTES = 64 << 20  # of a config
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} isn't JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} should hold a JSON object and holds a {type(value).__name__}.")
-    return value
+    return read_json(path, _MOST_NBYTES, "The model's file", error=ModelError)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -1,49 +1,21 @@
-"""What is answered, in OpenAI's shapes: whole answers, pieces of a stream, errors.
+"""Answers in OpenAI's shapes: whole ones, and pieces of a stream.
 
 Takes answers and texts as plain values, gives dicts. What OpenAI has no field for stands in each choice's `longspec`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longspec.engine.answer import Answer
+if TYPE_CHECKING:
+    from longspec.engine.answer import Answer
 
-__all__ = ["RefusedError", "Reply", "encoded"]
+__all__ = ["Reply"]
 
 _REASONS = {"stop": "stop", "length": "length"}
 """The others have no name there; a text that was ended early is told as one that was cut: `length`."""
-
-
-class RefusedError(Exception):
-    """A request that isn't carried out: the status, and a sentence for a person."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-def encoded(value: object) -> bytes:
-    """JSON on one line; half a surrogate pair, which a body may spell, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +29,8 @@ class Reply:
 
     def whole(self, answers: Sequence[Answer], seeds: Sequence[int | None], choices: int) -> dict[str, Any]:
         """All texts, in their order; `choices` of them answer each prompt."""
-        made = [self._choice(i, answer, seed) for i, (answer, seed) in enumerate(zip(answers, seeds, strict=True))]
-        return {**self._head(""), "choices": made, "usage": usage(answers, choices)}
+        replies = [self._choice(i, answer, seed) for i, (answer, seed) in enumerate(zip(answers, seeds, strict=True))]
+        return {**self._head(""), "choices": replies, "usage": usage(answers, choices)}
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Before a text's first piece: a chat says whose words they are."""
@@ -73,9 +45,9 @@ class Reply:
 
     def last(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
         """After a text's last piece: why it ended, and what it took."""
-        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        said |= {"finish_reason": _reason(answer), "longspec": statistics(answer, seed)}
-        return self._piece(index, said)
+        ending: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        ending |= {"finish_reason": _reason(answer), "longspec": statistics(answer, seed)}
+        return self._piece(index, ending)
 
     def closing(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
         """What the whole request took, where a stream was asked for it."""
@@ -85,27 +57,30 @@ class Reply:
         kind = f"chat.completion{suffix}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _piece(self, index: int, said: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head(".chunk"), "choices": [{"index": index, "logprobs": None, "finish_reason": None, **said}]}
+    def _piece(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **self._head(".chunk"),
+            "choices": [{"index": index, "logprobs": None, "finish_reason": None, **content}],
+        }
 
     def _choice(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
-        said: dict[str, Any] = {"message": message} if self.chat else {"text": answer.text}
+        content: dict[str, Any] = {"message": message} if self.chat else {"text": answer.text}
         end = {"finish_reason": _reason(answer), "logprobs": None, "longspec": statistics(answer, seed)}
-        return {"index": index, **said, **end}
+        return {"index": index, **content, **end}
 
 
 def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
     """Tokens of all texts together; a prompt with several choices is counted once."""
     prompts = [answer.usage for answer in answers[::choices]]
     prompt = sum(each["prompt_tokens"] for each in prompts)
-    written = sum(answer.usage["completion_tokens"] for answer in answers)
+    completion = sum(answer.usage["completion_tokens"] for answer in answers)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(each["cached_tokens"] for each in prompts)},
         "completion_tokens_details": {"reasoning_tokens": sum(each.usage["reasoning_tokens"] for each in answers)},
     }

@@ -1,0 +1,104 @@
+"""The options by which a model is loaded and drafted for. Names of drafters, caches and devices are the engine's to
+check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from longspec.cli.options.conflicts import settle_loading
+from longspec.cli.options.groups import group, option, values
+from longspec.cli.options.parsers import size, whole
+
+__all__ = ["Loading"]
+
+
+@group("Model and method")
+class Loading:
+    """What an engine is loaded with; the fields' names are those of `Engine.load`."""
+
+    model: str = option(
+        "smollm2",
+        "A short name (longspec models), a folder, a .gguf file, or a Hugging Face id: owner/name, or "
+        "owner/name:file.gguf. smollm2 if left out.",
+        short="-m",
+        metavar="MODEL",
+    )
+    drafter: str = option(
+        "auto",
+        "What drafts the next tokens: auto, one by name, one over another (model+ngram), or the folder of a "
+        "trained head. none is plain decoding; the text is the same.",
+        metavar="NAME",
+    )
+    draft_model: str | None = option(
+        None, "The smaller model that the drafter `model` drafts with, named as --model is.", metavar="MODEL"
+    )
+    num_speculative_tokens: int | None = option(
+        None,
+        "The most tokens that are drafted in a step: 1 to 64, 15 if left out.",
+        metavar="N",
+        parser=whole(1, 64),
+    )
+    control: str = option(
+        "goodput",
+        "How many tokens are drafted: goodput (as many as bring the most tokens per second, none where drafting would "
+        "lose), fixed (always the most), or entropy (none after a token that "
+        "was hard to foresee).",
+        metavar="NAME",
+    )
+    skip_set: str | None = option(
+        None,
+        "What the drafter `skip` leaves out: a file that `longspec tune` wrote. Else what it saved for the model, "
+        "and a search on the text.",
+        metavar="FILE",
+    )
+    draft_from: list[str] | None = option(
+        None, "A text that the answer may repeat in parts, to draft from. May be repeated.", metavar="FILE"
+    )
+    remember: bool = option(
+        False,
+        "Draft from earlier answers too, and keep this one in the cache folder; longspec forget deletes them.",
+    )
+    cache: str = option(
+        "auto",
+        "How keys and values are kept: auto, or one by name. auto is dense, or with --memory what fits.",
+        metavar="NAME",
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N. auto is the GPU where there is one.", metavar="NAME")
+    dtype: str = option(
+        "auto",
+        "auto, fp32, bf16, or int8: quantized weights, of 8 bits or of the fewer that a GGUF file has, with nearly "
+        "the same text. auto is int8 where a file's weights are quantized, else bf16, as far as the processor has "
+        "them.",
+        metavar="NAME",
+    )
+    threads: int | None = option(
+        None, "Threads on a CPU; torch chooses if this is left out.", metavar="N", parser=whole(1, 1024)
+    )
+    all_rows: bool = option(
+        False,
+        "With the caches offload and disk: read keys and values of every token position exactly, as dense does. "
+        "Slower.",
+    )
+    memory: str | None = option(
+        None,
+        "What the process may have, such as 6GiB (on a GPU: what is reserved there), or auto for what is free. "
+        "The cache is chosen to fit, unless it is named; what can't fit is refused at once.",
+        metavar="SIZE",
+        parser=size,
+    )
+    strict: bool = option(
+        False,
+        "Make a token's bits independent of the tokens beside it in a pass: slower, and without the rare flip "
+        "of a near-tie.",
+    )
+
+    def engine_options(self, ctx: typer.Context) -> dict[str, Any]:
+        """All of it but the model, as `Engine.load` takes it, with nothing left that contradicts anything else."""
+        options = values(self)
+        del options["model"]
+        options["draft_from"] = self.draft_from or ()
+        settle_loading(ctx, options)
+        return options

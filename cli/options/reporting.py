@@ -1,0 +1,23 @@
+"""The options of what a command says beside its answer."""
+
+from __future__ import annotations
+
+import typer
+
+from longspec.cli.options.conflicts import settle_reporting
+from longspec.cli.options.groups import group, option
+
+__all__ = ["Reporting"]
+
+
+@group("Output")
+class Reporting:
+    """JSON in place of text, and what goes to stderr."""
+
+    as_json: bool = option(False, "Print one line of JSON.", flag="--json/--no-json")
+    quiet: bool = option(False, "Nothing but errors on stderr.", short="-q")
+    stats: bool = option(False, "A line of statistics on stderr, after the answer.")
+
+    def settled(self, ctx: typer.Context) -> tuple[bool, bool]:
+        """Whether to be quiet, and whether to say statistics: not both."""
+        return settle_reporting(ctx, self.quiet, self.stats)

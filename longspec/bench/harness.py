@@ -1,0 +1,198 @@
+"""What all measurements share: contenders that write in turns, what their turns took, a table, and a report.
+
+A workload gives rows as they are measured, plain values as docs/benchmarks holds them; it prints and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+from longspec import __version__
+from longspec.errors import UsageError
+from longspec.machine.system import cores, processor, total_bytes
+
+__all__ = [
+    "Column",
+    "Progress",
+    "Row",
+    "Suite",
+    "Table",
+    "Took",
+    "Turns",
+    "Workload",
+    "read_suite",
+    "report",
+    "sample",
+    "spread",
+]
+
+_Prompt = TypeVar("_Prompt")
+
+Row = dict[str, Any]
+"""One line of a table, and one entry of `results` in a report."""
+
+Progress = Callable[[str, int, int], None]
+"""Told of a stage, how much of it is done, and how much there is."""
+
+Suite = Mapping[str, Sequence[str]]
+"""Prompts by category."""
+
+
+class Workload(Protocol):
+    """One kind of measurement, ready to begin."""
+
+    what: str  # a sentence on it, for the report
+    table: Table
+
+    def rows(self, progress: Progress) -> Iterator[Row]:
+        """Results as they are measured."""
+        ...
+
+    def about(self) -> Row:
+        """What was measured, once it is: model, dtype, settings."""
+        ...
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What writing one prompt took, or several: all of it can be added."""
+
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of decoding: from the end of the prefill to the last token
+    steps: int = 0
+    steps_without_a_bet: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    different: int = 0  # prompts whose text is not that of plain decoding
+    firsts: tuple[float, ...] = ()  # seconds to the first token of each prompt
+
+    def __add__(self, other: Took) -> Took:
+        return Took(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Took)))
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class Turns:
+    """Every prompt is written by all contenders, the order rotated from prompt to prompt, so that what else the machine
+    does meets them alike.
+    """
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def write(
+        self, contenders: Mapping[str, Callable[[_Prompt], Took]], prompt: _Prompt, tell: Callable[[str], None]
+    ) -> dict[str, Took]:
+        """What the prompt took each of them; `tell` hears who is next."""
+        names = list(contenders)
+        start = self._turn % len(names)
+        self._turn += 1
+        took = {}
+        for name in names[start:] + names[:start]:
+            tell(name)
+            took[name] = contenders[name](prompt)
+        return {name: took[name] for name in names}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median of some values, and what lies around it."""
+    return {"median": median(values), "least": min(values), "most": max(values)}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """width: letters, on the left side if negative. cell: a format of a row's values, or what makes text of a row."""
+
+    title: str
+    width: int
+    cell: str | Callable[[Row], str]
+
+    def show(self, row: Row) -> str:
+        """A cell; empty where the row has no such value."""
+        try:
+            return self.cell.format(**row) if isinstance(self.cell, str) else self.cell(row)
+        except TypeError:  # None has no decimals
+            return ""
+
+    def aligned(self, text: str) -> str:
+        return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
+
+
+class Table:
+    """Lines of text, one at a time, so that the first are read while the last are measured."""
+
+    def __init__(self, *columns: Column) -> None:
+        self.columns = columns
+
+    @property
+    def head(self) -> str:
+        return "  ".join(column.aligned(column.title) for column in self.columns)
+
+    def line(self, row: Row) -> str:
+        return "  ".join(column.aligned(column.show(row)) for column in self.columns)
+
+
+def report(workload: Workload, rows: Sequence[Row], path: Path | None) -> Row:
+    """Everything about a measurement, also as JSON in a file where a path is given."""
+    import torch
+
+    whole = {
+        "what": workload.what,
+        **workload.about(),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": processor(),
+            "cores": cores(),
+            "memory_bytes": total_bytes(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"longspec": __version__, "torch": torch.__version__},
+        "results": list(rows),
+    }
+    if path is not None:
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return whole
+
+
+def read_suite(path: Path) -> dict[str, list[str]]:
+    """The first turns of a Spec-Bench file, by category in the file's order.
+
+    Raises:
+        UsageError: a line is not an object with `category` and `turns`.
+    """
+    suite: dict[str, list[str]] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                entry = json.loads(line)
+                if not (isinstance(entry, dict) and isinstance(entry.get("category"), str) and entry.get("turns")):
+                    raise UsageError(f"{path}:{number} has no category and turns; a suite has one such object a line.")
+                suite.setdefault(entry["category"], []).append(str(entry["turns"][0]))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} can't be read as a suite: {why}.") from error
+    return suite
+
+
+def sample(suite: Suite, count: int | None) -> dict[str, list[str]]:
+    """At most `count` prompts of each category, evenly spread; all of them where it is None."""
+
+    def some(prompts: Sequence[str]) -> list[str]:
+        taken = len(prompts) if count is None else min(count, len(prompts))
+        return [prompts[i * len(prompts) // taken] for i in range(taken)]
+
+    return {category: some(prompts) for category, prompts in suite.items()}

@@ -1,0 +1,135 @@
+"""Fields of JSON objects from strangers: each of the type that it should be, or refused in a sentence.
+
+Takes parsed JSON; gives values, and the options of a text by our own names. Ranges are the engine's to check.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from longspec.errors import UsageError
+from longspec.sampling.parameters import PARAMETERS
+
+if TYPE_CHECKING:
+    from longspec.engine.options import Options
+
+__all__ = ["OPTIONS", "RequestError", "messages", "named_options", "parse_object", "shown", "stops", "typed"]
+
+OPTIONS: Mapping[str, type] = {
+    "max_new_tokens": int,
+    **{name: bounds.kind for name, bounds in PARAMETERS.items()},
+    "system": str,
+    "raw": bool,
+    "reasoning_budget": int,
+    "effort": str,
+    "stop_loops": bool,
+}
+"""Options that a request may name beside `stop`, and their types in JSON."""
+
+_ROLES = ("system", "developer", "user", "assistant")
+_KINDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+_MISSING = object()
+
+
+class RequestError(UsageError):
+    """A request that can't be carried out. param: the field that is wrong; code: OpenAI's word for the error."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+def parse_object(data: str | bytes, name: str) -> dict[str, Any]:
+    """The JSON object of a line or a body, which `name` calls by a word. Raises RequestError where it is none."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise RequestError(f"{name} isn't JSON: it is nested too deeply.") from None
+    except ValueError as error:
+        raise RequestError(f"{name} isn't JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} is {shown(value)}; it must be an object.")
+    return value
+
+
+def typed(fields: Mapping[str, Any], name: str, kind: type, default: Any = _MISSING, *, place: str = "") -> Any:
+    """A field of this type. A whole number is a number too; true and false are neither.
+
+    default: its value where it is left out, or null. place: the object that holds it, as an error names it.
+    """
+    value: Any = fields.get(name)
+    named = f"{place}.{name}" if place else name
+    if value is None:
+        if default is _MISSING:
+            raise RequestError(f"{named} is missing; it must be {_KINDS[kind]}.", param=named)
+        return default
+    large = isinstance(value, int) and abs(value) >= 1 << 63
+    if kind is float and type(value) is int and not large:
+        return float(value)
+    if type(value) is not kind or large:
+        raise RequestError(f"{named} is {shown(value)}; it must be {_KINDS[kind]}.", param=named)
+    return value
+
+
+def named_options(fields: Mapping[str, Any]) -> Options:
+    """The options that an object names; null leaves one open."""
+    options = {name: typed(fields, name, kind) for name, kind in OPTIONS.items() if fields.get(name) is not None}
+    if fields.get("stop") is not None:
+        options["stop"] = stops(fields)
+    return cast("Options", options)
+
+
+def stops(fields: Mapping[str, Any], most: int | None = None) -> list[str]:
+    """The stop strings: `most` of them, if it is given."""
+    value = fields.get("stop") or []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"stop is {shown(value)}; it must be a text, or a list of texts.", param="stop")
+    if most is not None and len(texts) > most:
+        raise RequestError(f"stop has {len(texts)} texts; it may have {most}.", param="stop")
+    return texts
+
+
+def messages(fields: Mapping[str, Any], *, any_role: bool = False) -> list[dict[str, Any]]:
+    """The messages of a conversation, each with a role and a text; parts of type text are joined.
+
+    any_role: roles and further fields are the chat template's to understand, not ours to refuse.
+    """
+    listed = typed(fields, "messages", list)
+    if not listed:
+        raise RequestError("messages is empty; give at least one.", param="messages")
+    return [_message(message, f"messages[{i}]", any_role) for i, message in enumerate(listed)]
+
+
+def _message(message: object, place: str, any_role: bool) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise RequestError(f"{place} is {shown(message)}; it must be an object with role and content.", param=place)
+    role = typed(message, "role", str, place=place)
+    if not any_role and role not in _ROLES:
+        wanted = f"{', '.join(_ROLES[:-1])} or {_ROLES[-1]} (tools aren't supported)"
+        raise RequestError(f"{place}.role is {role!r}; it must be {wanted}.", param=f"{place}.role")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(typed(part, "text", str, place=f"{place}.content") for part in content)
+    if not isinstance(content, str):
+        wanted = "text, or a list of parts of type text"
+        raise RequestError(f"{place}.content is {shown(content)}; it must be {wanted}.", param=f"{place}.content")
+    if any_role:
+        return {**message, "content": content}
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def shown(value: object) -> str:
+    """A value as a sentence quotes it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,134 @@
+"""The sampling parameters of a text: each declared once, with the numbers that it may be.
+
+Every reader of such parameters (the command, templates, requests, saved conversations) takes names, kinds and bounds
+from `PARAMETERS`. Imports no torch, so that a wrong value is refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+from longspec.errors import UsageError
+
+__all__ = ["MOST_TEMPERATURE", "PARAMETERS", "SAMPLED_ONLY", "Bounds", "Sampling", "SamplingOptions", "without_idle"]
+
+MOST_TEMPERATURE = 2.0
+"""As OpenAI's API has it. Above, little but noise is written, and 7 for 0.7 is likelier meant than asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The numbers that a parameter may be: whole or not, between two ends that count unless they are open."""
+
+    kind: type[int] | type[float]
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is within the bounds."""
+        above = value > self.least if self.open_below else value >= self.least
+        below = value < self.most if self.open_above else value <= self.most
+        return above and below and value not in (math.inf, -math.inf)
+
+    @property
+    def words(self) -> str:
+        """The bounds as the end of a sentence: "0 or more and at most 2"; empty where there are none."""
+        if self.least == -math.inf:
+            return ""
+        low = f"above {self.least:g}" if self.open_below else f"{self.least:g} or more"
+        if self.most == math.inf:
+            return low
+        if self.kind is int:
+            return f"{self.least:g} to {self.most:g}"
+        return f"{low} and {'below' if self.open_above else 'at most'} {self.most:g}"
+
+    @property
+    def number(self) -> str:
+        """Kind and bounds: "a number, 0 or more and at most 2"."""
+        kind = "a whole number" if self.kind is int else "a number"
+        return f"{kind}{' ' if self.open_below else ', ' * bool(self.words)}{self.words}"
+
+
+def _parameter(default: float, *, sampled_only: bool = False, **bounds: Any) -> Any:
+    """A field with its bounds. sampled_only: without effect at temperature 0."""
+    return field(default=default, metadata={"bounds": Bounds(type(default), **bounds), "sampled_only": sampled_only})
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, applied in this order, which is transformers'.
+
+    repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the text holds; temperature
+    divides logits, and 0 is greedy; top_k keeps that many tokens (0: all); top_p the smallest set that holds
+    this much probability; min_p the tokens with at least this fraction of the best one's probability.
+    """
+
+    temperature: float = _parameter(0.0, least=0, most=MOST_TEMPERATURE)
+    top_k: int = _parameter(0, least=0, sampled_only=True)
+    top_p: float = _parameter(1.0, least=0, most=1, open_below=True, sampled_only=True)
+    min_p: float = _parameter(0.0, least=0, most=1, open_above=True, sampled_only=True)
+    repetition_penalty: float = _parameter(1.0, least=0, open_below=True)
+    seed: int = _parameter(0)
+
+    def __post_init__(self) -> None:
+        for name, bounds in PARAMETERS.items():
+            value = getattr(self, name)
+            if not bounds.hold(value):
+                raise UsageError(f"{name} is {value}; it must be {bounds.words or 'a number'}.")
+
+    @classmethod
+    def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
+        """What a user gave, over what the checkpoint's generation config says, over greedy.
+
+        Raises:
+            UsageError: a value is out of range, or has no effect since decoding is greedy.
+        """
+        sampled = defaults.get("do_sample", False)
+        named = PARAMETERS.keys() - {"seed"} if sampled else {"repetition_penalty"}
+        base = {name: defaults[name] for name in named if defaults.get(name) is not None}
+        if sampled:
+            base.setdefault("temperature", 1.0)
+        sampling = cls(**{**base, **given})
+        if sampling.is_greedy and (idle := sorted(given.keys() & SAMPLED_ONLY)):
+            raise UsageError(f"{idle[0]} has no effect without sampling; give a temperature above 0 too.")
+        return sampling
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0
+
+    @property
+    def without_seed(self) -> tuple[float, ...]:
+        """All values but the seed: sequences that are equal in it can be sampled by one call."""
+        return tuple(getattr(self, name) for name in PARAMETERS if name != "seed")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The parameters as options of one text; None leaves one to the model. A test holds that none is missing."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+
+
+PARAMETERS: Mapping[str, Bounds] = {each.name: each.metadata["bounds"] for each in fields(Sampling)}
+SAMPLED_ONLY = frozenset(each.name for each in fields(Sampling) if each.metadata["sampled_only"])
+"""Parameters that have no effect in greedy decoding."""
+
+
+def without_idle(options: Mapping[str, Any], keep: Container[str] = ()) -> dict[str, Any]:
+    """The options without those that have no effect at their temperature of 0, but for `keep`."""
+    idle = SAMPLED_ONLY if options.get("temperature") == 0 else frozenset()
+    return {name: value for name, value in options.items() if name not in idle or name in keep}
