@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from support.commands import call
+from support.commands import inside
 from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
@@ -201,7 +201,7 @@ def test_a_schema_may_not_switch_the_library(tmp_path: Path) -> None:
 
 def test_the_command_refuses_before_it_looks_for_a_model(tmp_path: Path) -> None:
     for given in (["--regex", "x("], ["--json-schema", "{"], ["--json-schema", "{}", "--regex", "a"]):
-        result = call(["run", "--no-stdin", "-m", "no/such/model", *given, "Hello"], tmp_path)
+        result = inside(["run", "--no-stdin", "-m", "no/such/model", *given, "Hello"], tmp_path)
         assert result.code == 2, result.err
         assert result.err.count("\n") == 1
 
