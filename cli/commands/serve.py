@@ -124,7 +124,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"longspec serve needs {error.name}; install it with pip install 'longspec[serve]'.") from None
-    from longspec.server.guard import is_loopback
+    from longspec.server.hosts import is_loopback
 
     if not is_loopback(host) and not api_key:
         raise UsageError(f"Others reach {host}, so clients need a key; set LONGSPEC_API_KEY, or leave --host out.")
@@ -166,7 +166,7 @@ def _serve(
     from longspec.engine.scheduler import WIDTH
     from longspec.server.api import at_home, open_to_clients
     from longspec.server.desk import Desk
-    from longspec.server.guard import names
+    from longspec.server.hosts import names
     from longspec.server.listen import bind, bound_unix, listen
     from longspec.server.worker import Worker
 
