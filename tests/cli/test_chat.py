@@ -366,9 +366,10 @@ class Talk:
     def begin(self, line: str) -> str:
         """The first characters of a long answer, behind progress, whose end shows the cursor again."""
         os.write(self.ours, f"{line}\r".encode())
-        seen = b""
-        while len(seen) < 2000 and len(seen.partition(b"\x1b[?25h")[2]) < 200:
+        seen = written = b""
+        while len(written) < 200 or b"\x1b[?25l" in written:  # which hides it
             seen += os.read(self.ours, 100)
+            written = seen.rpartition(b"\x1b[?25h")[2]
         return seen.decode(errors="ignore")
 
     def leave(self, keys: str = "\x04") -> int:

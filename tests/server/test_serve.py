@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from time import monotonic, sleep
 from typing import Any
 
 import openai
 import pytest
 from support.commands import SECONDS
 from support.engines import engine, prompts, tiny
-from support.servers import Served, serving
+from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
 from longspec.server.api import MOST_NBYTES
@@ -38,13 +37,6 @@ def served(made: Engine) -> Iterator[Served]:
 def client(served: Served) -> Iterator[openai.OpenAI]:
     with served.client() as made:
         yield made
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = monotonic() + SECONDS
-    while not true():
-        assert monotonic() < end, "it never came true"
-        sleep(0.01)
 
 
 CHAT: Any = [{"role": "system", "content": "ABC"}, {"role": "user", "content": "hello"}]

@@ -8,9 +8,10 @@ import json
 import re
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import openai
@@ -104,3 +105,10 @@ def loads(arguments: list[str], home: Path, extra: Mapping[str, str] | None = No
     lines = [line for line in done.err.splitlines(keepends=True) if not line.startswith("import time:")]
     imported = re.search(r"\| +torch$", done.err, re.MULTILINE) is not None
     return done.code, done.out, "".join(lines), imported
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = monotonic() + SECONDS
+    while not true():
+        assert monotonic() < end, "it never came true"
+        sleep(0.01)
