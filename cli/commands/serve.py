@@ -86,7 +86,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"longspec serve needs {error.name}; install it with pip install 'longspec[serve]'.") from None
-    from longspec.server.guard import is_loopback
+    from longspec.server.hosts import is_loopback
 
     if not is_loopback(serving.host) and not serving.api_key:
         raise UsageError(
@@ -106,7 +106,7 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
     from longspec.engine.scheduler import WIDTH
     from longspec.server.api import at_home, open_to_clients
     from longspec.server.desk import Desk
-    from longspec.server.guard import names
+    from longspec.server.hosts import names
     from longspec.server.listen import bind, bound_unix, listen
     from longspec.server.worker import Worker
 

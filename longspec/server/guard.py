@@ -6,7 +6,6 @@ its own: what names another host is refused before anything is read.
 
 from __future__ import annotations
 
-import ipaddress
 from hmac import compare_digest
 
 from starlette.datastructures import Headers
@@ -15,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from longspec.server.refusals import RefusedError, encoded
 
-__all__ = ["Guard", "is_loopback", "names"]
+__all__ = ["Guard"]
 
 _OPEN = "/health"
 """Needs no key: what starts servers asks it."""
@@ -49,19 +48,6 @@ class Guard:
                 said = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
                 return RefusedError(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return None
-
-
-def is_loopback(host: str) -> bool:
-    """Only this machine reaches a server that listens there."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def names(host: str) -> frozenset[str] | None:
-    """What requests may call a server that listens there; None where others have names for it, and it has a key."""
-    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
 
 
 def _name(host: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import random
 import resource
 import signal
@@ -16,26 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import COMMAND, ROOT, SECONDS, environment, started, write_tiny
+from support.commands import COMMAND, ROOT, SECONDS, environment, started
 
 from longspec.cli.main import guarded
 
 SETTINGS = ["--threads", "1", "--dtype", "fp32", "--max-new-tokens", "12"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in list(os.environ):
-        if name.startswith("LONGSPEC_"):
-            monkeypatch.delenv(name)
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
 
 
 def prompts(path: Path, count: int, **options: Any) -> Path:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.commands import call, write_tiny
+from support.commands import inside, write_tiny
 
 from longspec.bench.contenders import Contender, ours
 from longspec.bench.engines import EngineWorkload, chats, contexts
@@ -42,7 +42,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     settings = ["--setting", "none/dense/fp32", "--setting", "ngram/int8/fp32"]
     few = ["--rounds", "2", "--batch", "2", "--max-new-tokens", "8", "--peer", "transformers", "--peer", "lookup"]
     output = tmp_path / "engines.json"
-    result = call([*arguments, *settings, *few, "--output", str(output)], tmp_path)
+    result = inside([*arguments, *settings, *few, "--output", str(output)], tmp_path)
     assert result.code == 0, result.err
     *table, last = result.out.decode().splitlines()
     report = json.loads(last)
@@ -83,7 +83,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_measured(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
     (suite := tmp_path / "suite").write_text("".join(json.dumps(one) + "\n" for one in SUITE))
     told = [part.replace("{suite}", str(suite)) for part in arguments]
-    result = call(["bench", "engines", "-q", "-m", str(tiny), *told], tmp_path)
+    result = inside(["bench", "engines", "-q", "-m", str(tiny), *told], tmp_path)
     assert (result.code, result.out) == (2, b"")
     assert said in result.err
     assert result.err.count("\n") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import call, write_tiny
+from support.commands import inside
 from support.engines import engine, prompts
 from support.engines import tiny as tiny_model
 
@@ -15,15 +15,10 @@ from longspec.bench.profile import profiled, read_rate, table
 from longspec.engine.engine import Engine
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
 def test_the_command(tiny: str, tmp_path: Path) -> None:
     arguments = ["run", "--no-stdin", "Tell me of the sea.", "-m", tiny, "--dtype", "fp32", "--max-new-tokens", "12"]
-    plain, trace = call(arguments, tmp_path), tmp_path / "trace.json"
-    result = call([*arguments, "--profile", str(trace)], tmp_path)
+    plain, trace = inside(arguments, tmp_path), tmp_path / "trace.json"
+    result = inside([*arguments, "--profile", str(trace)], tmp_path)
     assert (result.code, result.out) == (0, plain.out), result.err
     said = result.err.splitlines()
     assert said[0].startswith("longspec: a step's time, means of ")
@@ -33,7 +28,7 @@ def test_the_command(tiny: str, tmp_path: Path) -> None:
     assert "GB/s" in said[-1]
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"step", "layers", "attention", "head"} <= names
-    quiet = call([*arguments, "-q", "--profile", str(trace)], tmp_path)
+    quiet = inside([*arguments, "-q", "--profile", str(trace)], tmp_path)
     assert (quiet.code, quiet.out, quiet.err) == (0, plain.out, "")
 
 
@@ -47,7 +42,7 @@ def test_the_command(tiny: str, tmp_path: Path) -> None:
 )
 def test_wrong_requests(arguments: list[str], said: str, tiny: str, tmp_path: Path) -> None:
     told = [part.replace("{home}", str(tmp_path)) for part in arguments]
-    result = call(["run", "hi", "-m", tiny, *told], tmp_path)
+    result = inside(["run", "hi", "-m", tiny, *told], tmp_path)
     assert (result.code, result.out) == (2, b"")
     assert said in result.err
     assert not list(tmp_path.glob("trace*"))

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import load, oracle, write
-from support.passes import feed
+from support.passes import TOKENS, TOLERANCE, continuation, feed, filled
 from support.passes import write as commit
 
 from longspec.cache import BLOCK, CACHES, Dense, Shape
-from longspec.cache.stage import Cache
 from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder
-
-TOKENS = torch.randint(3, 96, (300,), generator=torch.Generator().manual_seed(2)).tolist()
-TOLERANCE = 2e-5  # fp32; merged parts and other shapes round differently
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "mistral"])
@@ -31,17 +27,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(params=CACHES)
 def kind(request: pytest.FixtureRequest) -> Any:
     return CACHES[request.param]
-
-
-def filled(model: Decoder, kind: Any, length: int) -> Any:
-    cache = kind(model.shape)
-    if length:
-        commit(model, cache, TOKENS[:length])
-    return cache
-
-
-def continuation(model: Decoder, cache: Cache) -> torch.Tensor:
-    return feed(model, cache, TOKENS[cache.length : cache.length + 5])[1]
 
 
 def test_rows_one_by_one_equal_rows_at_once(model: Decoder, kind: Any) -> None:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import COMMAND, ROOT, Terminal, call, environment, started, write_tiny
+from support.commands import COMMAND, ROOT, Terminal, environment, inside, started, write_tiny
 from support.engines import engine, tiny
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from support.letters import tokenizer_of
 
 import longspec.engine.engine
 from longspec.cache import CACHES
@@ -46,13 +45,11 @@ def home(tmp_path: Path) -> Path:
 def merging(answer: str = "{{ m.content }}") -> Vocabulary:
     """A vocabulary in which `aa` is one token or two."""
     names = ["<pad>", "<s>", "</s>", "a", "b", "aa", " ", "u", "A", "\n"]
-    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [("a", "a")]))
-    tokenizer.decoder = decoders.Fuse()
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}u{{ m.content }}{% else %}A" + answer + "{% endif %}</s>"
         "{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     )
-    return Vocabulary(tokenizer, {"eos_token": "</s>"}, template)
+    return Vocabulary(tokenizer_of(names, [("a", "a")]), {"eos_token": "</s>"}, template)
 
 
 def talk(made: Engine, questions: list[str], **settings: Any) -> Conversation:
@@ -369,9 +366,10 @@ class Talk:
     def begin(self, line: str) -> str:
         """The first characters of a long answer, behind progress, whose end shows the cursor again."""
         os.write(self.ours, f"{line}\r".encode())
-        seen = b""
-        while len(seen) < 2000 and len(seen.partition(b"\x1b[?25h")[2]) < 200:
+        seen = written = b""
+        while len(written) < 200 or b"\x1b[?25l" in written:  # which hides it
             seen += os.read(self.ours, 100)
+            written = seen.rpartition(b"\x1b[?25h")[2]
         return seen.decode(errors="ignore")
 
     def leave(self, keys: str = "\x04") -> int:
@@ -386,7 +384,7 @@ def test_a_conversation_at_a_terminal(tiny_folder: str, home: Path) -> None:
     talk = Talk(["-m", tiny_folder, *TINY], home)
     first = talk.say("hello")
     assert len(first) == 12
-    piped = call(["chat", "-m", tiny_folder, *TINY], home, b"hello\n")
+    piped = inside(["chat", "-m", tiny_folder, *TINY], home, b"hello\n")
     assert (piped.code, piped.out.decode(), piped.err) == (0, first + "\n", "")
     assert "/retry" in talk.say("/help")
     assert talk.say("/nothing").startswith("longspec: /nothing is no command")
@@ -453,7 +451,7 @@ def test_interrupts_in_a_pipe(tiny_folder: str, home: Path) -> None:
 )
 def test_wrong_lines_end_a_pipe(stdin: bytes, said: str, home: Path, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "short", context=500)
-    done = call(["chat", "-m", str(folder), *TINY], home, stdin)
+    done = inside(["chat", "-m", str(folder), *TINY], home, stdin)
     assert done.code == 2
     assert said in done.err
     assert done.err.count("\n") == 1
@@ -468,7 +466,7 @@ def test_drafts_in_colour(tiny_folder: str, home: Path) -> None:
     talk = Talk(arguments, home, {"NO_COLOR": "1"})
     assert "\x1b[36m" not in talk.say("AbAbAb" * 30)
     talk.leave()
-    assert b"\x1b" not in call(["chat", *arguments], home, b"AbAbAb\n").out
+    assert b"\x1b" not in inside(["chat", *arguments], home, b"AbAbAb\n").out
 
 
 @pytest.mark.real

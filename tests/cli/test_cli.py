@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.commands import COMMAND, ROOT, SECONDS, Terminal, call, environment, started, write_tiny
+from support.commands import COMMAND, ROOT, SECONDS, Terminal, call, environment, inside, started
 
 from longspec.cli.main import guarded
 from longspec.engine.engine import Engine
@@ -27,22 +27,6 @@ KEYS = {
     "tokens_per_second",
     "memory": "weights_bytes drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folders, for processes and for `guarded` alike."""
-    for name in list(os.environ):
-        if name.startswith("LONGSPEC_"):
-            monkeypatch.delenv(name)
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
 
 
 def configure(home: Path, text: str) -> Path:
@@ -112,13 +96,13 @@ def test_wrong_requests_are_one_sentence(arguments: list[str | bytes], stdin: by
     (home / "binary").write_bytes(b"some\xff\xfe")
     (home / "nul").write_bytes(b"so\0me")
     told = [part.replace("{home}", str(home)) if isinstance(part, str) else part for part in arguments]
-    result = call(["run", *told], home, stdin)
+    result = inside(["run", *told], home, stdin)
     assert (result.code, result.out) == (2, b"")
     assert said in one_sentence(result.err)
 
 
 def test_a_batch_needs_a_file_for_its_answers(home: Path) -> None:
-    result = call(["batch", "in.jsonl"], home)
+    result = inside(["batch", "in.jsonl"], home)
     assert (result.code, result.out) == (2, b"")
     assert "longspec batch in.jsonl -o answers.jsonl" in one_sentence(result.err)
 
@@ -142,7 +126,7 @@ def test_odd_requests_are_one_sentence(
 
 
 def test_wrong_commands(home: Path) -> None:
-    result = call(["rnu"], home)
+    result = inside(["rnu"], home)
     assert (result.code, result.out) == (2, b"")
     assert "Did you mean 'run'?" in one_sentence(result.err)
 
@@ -185,15 +169,6 @@ def test_what_only_the_engine_knows(
     out, err = capfd.readouterr()
     assert out == ""
     assert said in one_sentence(err)
-
-
-def test_unknown_drafter_and_empty_model_folder_as_a_process(tiny: str, home: Path) -> None:
-    result = call(["run", "hi", "-m", tiny, "--drafter", "wings"], home)
-    assert (result.code, result.out) == (2, b"")
-    assert "ngram" in one_sentence(result.err)
-    result = call(["run", "hi", "-m", str(home)], home)
-    assert (result.code, result.out) == (3, b"")
-    assert "config.json" in one_sentence(result.err)
 
 
 def test_a_bug_is_a_sentence_too(
@@ -342,7 +317,7 @@ def test_a_signal_keeps_what_was_written(signum: int, code: int, tiny: str, home
         assert process.wait(SECONDS) == code
         assert process.stderr.read() == b""
     assert text.endswith("\n")
-    whole = call(["run", "hi", "-m", tiny, *TINY, "--max-new-tokens", str(len(text) + 50)], home)
+    whole = inside(["run", "hi", "-m", tiny, *TINY, "--max-new-tokens", str(len(text) + 50)], home)
     assert whole.out.decode().startswith(text[:-1])
 
 
@@ -437,7 +412,7 @@ def test_at_a_terminal(plain: bool, tiny: str, home: Path) -> None:
     seen = Terminal(ours).until(None)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.close(ours)
-    answer = call(["run", "hi", "-m", tiny, *TINY, "--max-new-tokens", "30"], home).out.decode().rstrip("\n")
+    answer = inside(["run", "hi", "-m", tiny, *TINY, "--max-new-tokens", "30"], home).out.decode().rstrip("\n")
     if plain:
         assert seen.decode() == answer + "\r\n"
     else:

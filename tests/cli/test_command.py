@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import call, write_tiny
+from support.commands import inside, write_tiny
 from support.engines import engine as made_engine
 from support.engines import tiny
 
@@ -274,7 +274,7 @@ def test_scores_are_those_of_answers_read_one_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_key_bindings_are_printed(shell: str, tmp_path: Path) -> None:
-    done = call(["command", "--init", shell], tmp_path)
+    done = inside(["command", "--init", shell], tmp_path)
     assert (done.code, done.err) == (0, "")
     assert b"longspec command --no-stdin --shell " + shell.encode() in done.out
     if program := which(shell):
@@ -292,7 +292,7 @@ def test_key_bindings_are_printed(shell: str, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_requests_are_said_at_once(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = call(["command", *arguments], tmp_path)
+    done = inside(["command", *arguments], tmp_path)
     assert (done.code, done.out) == (2, b"")
     assert said in done.err
     assert "Traceback" not in done.err
@@ -300,7 +300,7 @@ def test_wrong_requests_are_said_at_once(arguments: list[str], said: str, tmp_pa
 
 def test_a_model_that_babbles_gives_nothing(tmp_path: Path) -> None:
     tiny = str(write_tiny(tmp_path / "tiny"))
-    done = call(["command", "-m", tiny, "--dtype", "fp32", "--shell", "bash", "qqq"], tmp_path)
+    done = inside(["command", "-m", tiny, "--dtype", "fp32", "--shell", "bash", "qqq"], tmp_path)
     assert (done.code, done.out) == (1, b"")
     assert re.fullmatch(r"longspec: No answer of [^\n]+ was a command [^\n]+\n", done.err), done.err
 
@@ -337,10 +337,10 @@ def test_the_default_model_does_what_is_asked(number: int, tmp_path: Path) -> No
 def test_a_destructive_command_is_said_to_be_one(tmp_path: Path) -> None:
     pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
     asked = ["command", "--shell", "bash", "delete the file old.log"]
-    done = call(asked, tmp_path, extra=pulled)
+    done = inside(asked, tmp_path, extra=pulled)
     assert (done.code, done.out) == (5, b"rm old.log\n")
     assert "longspec: dangerous: rm " in done.err
-    done = call([*asked, "--allow-destructive", "--explain"], tmp_path, extra=pulled)
+    done = inside([*asked, "--allow-destructive", "--explain"], tmp_path, extra=pulled)
     assert (done.code, done.out) == (0, b"rm old.log\n")
     assert "dangerous" in done.err
     assert re.search(r"^longspec: rm: ", done.err, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`longspec config` as a process: what it shows, what it refuses, and what it leaves alone in the user's file."""
+"""`longspec config`: what it shows, what it refuses, and what it leaves alone in the user's file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import call
+from support.commands import inside
 
 from longspec.cli.main import guarded
 
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def shown(home: Path, **extra: str) -> dict[str, Any]:
-    result = call(["config", "show", "--json"], home, extra=extra)
+    result = inside(["config", "show", "--json"], home, extra=extra)
     assert (result.code, result.err) == (0, "")
     return dict(json.loads(result.out)["settings"])
 
@@ -52,7 +52,7 @@ def test_what_is_set_and_where_from(path: Path, tmp_path: Path) -> None:
     assert rows["top_k"] == {"value": None, "from": "default"}
     assert rows["api_key"] == {"value": "***", "from": "config.toml"}
     assert not rows.keys() & {"output", "prompt_cache", "context"}
-    lines = call(["config", "show"], tmp_path).out.decode().splitlines()
+    lines = inside(["config", "show"], tmp_path).out.decode().splitlines()
     assert "stop\t['x']\tconfig.toml".replace("'", '"') in lines
     assert "top_k\t-\tdefault" in lines
     assert len(lines) == len(rows)
@@ -60,15 +60,15 @@ def test_what_is_set_and_where_from(path: Path, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said_as_every_command_says_it(path: Path, tmp_path: Path) -> None:
     path.write_text("top_p = 3\n")
-    result = call(["config", "show"], tmp_path)
+    result = inside(["config", "show"], tmp_path)
     assert (result.code, result.out) == (2, b"")
     assert f"top_p in {path}: 3 is out of range" in result.err
 
 
 def test_the_path_is_printed_whatever_lies_there(path: Path, tmp_path: Path) -> None:
-    assert call(["config", "path"], tmp_path).out.decode() == f"{path}\n"
+    assert inside(["config", "path"], tmp_path).out.decode() == f"{path}\n"
     path.write_text("not TOML")
-    assert call(["config", "path"], tmp_path).out.decode() == f"{path}\n"
+    assert inside(["config", "path"], tmp_path).out.decode() == f"{path}\n"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -76,13 +76,13 @@ def test_other_lines_stay_as_they_are(path: Path, tmp_path: Path, end: str) -> N
     own = OWN.replace("\n", end)
     path.write_bytes(own.encode())
     path.chmod(0o640)
-    assert call(["config", "set", "model", 'a "b" \\ é'], tmp_path).code == 0
+    assert inside(["config", "set", "model", 'a "b" \\ é'], tmp_path).code == 0
     changed = own.replace('"smollm2"', '"a \\"b\\" \\\\ é"')
     assert path.read_bytes().decode() == changed
-    assert call(["config", "set", "--max-tokens", "400"], tmp_path).code == 0
+    assert inside(["config", "set", "--max-tokens", "400"], tmp_path).code == 0
     assert path.read_bytes().decode() == changed + "max_new_tokens = 400\n"
     for name in ("max-new-tokens", "seed"):
-        assert call(["config", "unset", name], tmp_path).code == 0
+        assert inside(["config", "unset", name], tmp_path).code == 0
     assert path.read_bytes().decode() == changed.replace(f"seed = 1{end}", "")
     assert path.stat().st_mode & 0o777 == 0o640
     assert [file.name for file in path.parent.iterdir()] == ["config.toml"]
@@ -107,14 +107,14 @@ def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
     real.parent.mkdir()
     real.write_text("seed = 1\n")
     path.symlink_to(real)
-    assert call(["config", "set", "seed", "-2"], tmp_path).code == 0
+    assert inside(["config", "set", "seed", "-2"], tmp_path).code == 0
     assert path.is_symlink()
     assert real.read_text() == "seed = -2\n"
 
 
 def test_a_first_setting_makes_the_file(path: Path, tmp_path: Path) -> None:
     path.parent.rmdir()
-    assert call(["config", "set", "stop", "a", "b c"], tmp_path).code == 0
+    assert inside(["config", "set", "stop", "a", "b c"], tmp_path).code == 0
     assert path.read_text() == 'stop = ["a", "b c"]\n'
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -181,40 +181,40 @@ def test_what_is_refused_changes_nothing(
 
 
 def test_the_flag_says_the_same(tmp_path: Path) -> None:
-    flag = call(["run", "hi", "--temperature", "warm"], tmp_path)
-    setting = call(["config", "set", "temperature", "warm"], tmp_path)
+    flag = inside(["run", "hi", "--temperature", "warm"], tmp_path)
+    setting = inside(["config", "set", "temperature", "warm"], tmp_path)
     assert (flag.code, flag.err) == (setting.code, setting.err)
 
 
 def test_a_file_that_stops_other_commands_can_be_mended(path: Path, tmp_path: Path) -> None:
     path.write_text("# mine\ntemperatur = 1\n")
-    refused = call(["run", "hi"], tmp_path)
+    refused = inside(["run", "hi"], tmp_path)
     assert refused.code == 2
     assert "sets 'temperatur', which is no option; the nearest is temperature." in refused.err
-    assert call(["config", "set", "temperature", "1"], tmp_path).code == 0
-    assert call(["config", "unset", "temperatur"], tmp_path).code == 0
+    assert inside(["config", "set", "temperature", "1"], tmp_path).code == 0
+    assert inside(["config", "unset", "temperatur"], tmp_path).code == 0
     assert path.read_text() == "# mine\ntemperature = 1.0\n"
     path.write_text("seed = ")
-    broken = call(["config", "set", "seed", "1"], tmp_path)
+    broken = inside(["config", "set", "seed", "1"], tmp_path)
     assert (broken.code, path.read_text()) == (2, "seed = ")
     assert f"{path} isn't TOML" in broken.err
 
 
 def test_unset_of_what_is_not_set(path: Path, tmp_path: Path) -> None:
-    result = call(["config", "unset", "seed"], tmp_path)
+    result = inside(["config", "unset", "seed"], tmp_path)
     assert (result.code, result.err) == (0, f"longspec: seed isn't set in {path}\n")
-    result = call(["config", "unset", "seeed"], tmp_path)
+    result = inside(["config", "unset", "seeed"], tmp_path)
     assert (result.code, "the nearest is seed." in result.err) == (2, True)
     assert not path.exists()
 
 
 def test_a_variable_that_goes_before_it_is_named(path: Path, tmp_path: Path) -> None:
-    result = call(["config", "set", "seed", "1"], tmp_path, extra={"LONGSPEC_SEED": "2"})
+    result = inside(["config", "set", "seed", "1"], tmp_path, extra={"LONGSPEC_SEED": "2"})
     assert (result.code, result.err) == (0, "longspec: LONGSPEC_SEED is set too, and goes before config.toml\n")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    result = call(["config", "set", "system", b"\xff"], tmp_path)
+    result = inside(["config", "set", "system", b"\xff"], tmp_path)
     assert (result.code, "isn't text" in result.err) == (2, True)
 
 
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written(path: Path, tmp_path: Path) -> None:
     path.write_text("seed = 1\n")
     path.parent.chmod(0o500)
     try:
-        result = call(["config", "set", "seed", "2"], tmp_path)
+        result = inside(["config", "set", "seed", "2"], tmp_path)
     finally:
         path.parent.chmod(0o700)
     assert (result.code, path.read_text()) == (1, "seed = 1\n")

@@ -1,4 +1,6 @@
-"""docs/cli.md's table of every command: each line is run as a process, and no command is without its lines.
+"""docs/cli.md's table of every command: each line is run, and no command is without its lines.
+
+What no signal, pipe or redirection is in is run in this process, all else as one of its own.
 
 With a tiny model that writes as long as it may: where no event ends a line, `LONGSPEC_MAX_NEW_TOKENS` does.
 """
@@ -9,8 +11,10 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -18,7 +22,7 @@ from time import monotonic
 import pytest
 from _pytest.mark import ParameterSet
 from reference import Page, pages
-from support.commands import COMMAND, ROOT, SECONDS, environment, write_tiny
+from support.commands import COMMAND, ROOT, SECONDS, environment, inside
 
 from longspec.machine.system import cache_folder
 
@@ -27,6 +31,12 @@ OUT = ("", "nothing", "text", "one line", "lines", "JSON", "what was written")
 ERR = ("nothing", "a sentence", "notes")
 UNDER_WAY = 8.0
 """Seconds after which a command that says nothing while it works is taken to be at work."""
+
+LATE = {"train eagle --prompts suite.jsonl -o head"}
+"""What is refused only when torch is there: the names of heads are a dict of its modules."""
+
+PLAIN = 'longspec run "Hello"'
+"""One that ends well is a process all the same."""
 
 LOADS = re.compile("longspec (run|chat|batch|command|serve|plan|train|tune|bench .*)")
 
@@ -74,6 +84,11 @@ class Line:
             return bool(self.event) and not self.shows
         return not (self.event == "SIGTERM" and self.shows)
 
+    @property
+    def inside(self) -> bool:
+        """Whether no process of its own is needed to see what it does."""
+        return not (self.event or re.search("[<>]", self.command) or self.slow or self.command == PLAIN)
+
 
 def table() -> list[Line]:
     section = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split("## Every command\n")[1].split("\n## ")[0]
@@ -112,11 +127,6 @@ def test_every_exit_code_is_in_use() -> None:
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)} == {line.code for line in table()}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
-
-
 def parameters() -> list[ParameterSet]:
     lines = []
     for line in table():
@@ -137,6 +147,12 @@ def test_a_line_of_the_table(line: Line, tiny: str, tmp_path: Path) -> None:
     if not line.event and "--max-new-tokens" not in line.command:
         settings["LONGSPEC_MAX_NEW_TOKENS"] = "8"
     settings["XDG_RUNTIME_DIR"] = str(tmp_path)
+    if line.inside:
+        result = inside(shlex.split(line.command)[1:], tmp_path, extra=settings, cwd=tmp_path)
+        assert result.code == line.code, result.err
+        check_out(line.out, result.out)
+        check_err(line.err, result.err)
+        return
     program = line.command.replace("longspec", " ".join(COMMAND), 1)
     process = subprocess.Popen(
         ["bash", "-c", f"exec {program}"],
@@ -155,6 +171,31 @@ def test_a_line_of_the_table(line: Line, tiny: str, tmp_path: Path) -> None:
     assert process.returncode == line.code, err
     check_out(line.out, written + out)
     check_err(line.err, (told + err).decode())
+
+
+def test_what_is_refused_needs_no_torch(tmp_path: Path) -> None:
+    """Wrong usage is told before the library that takes two seconds to load; here it can't be loaded at all."""
+    program = (
+        "import json, sys; sys.modules['torch'] = None\n"
+        "from longspec.cli.main import guarded\n"
+        "print(json.dumps([guarded(arguments) for arguments in json.loads(sys.argv[1])]))"
+    )
+    wrong = [line for line in table() if line.code == 2 and not re.search("[<>]", line.command)]
+    assert len(wrong) > 20
+    asked = json.dumps([shlex.split(line.command)[1:] for line in wrong])
+    for name in ("prompts.jsonl", "suite.jsonl"):
+        (tmp_path / name).write_text(str(FILES[name]))
+    done = subprocess.run(
+        [sys.executable, "-c", program, asked],
+        cwd=tmp_path,
+        env=environment(tmp_path, {"PYTHONPATH": str(ROOT)}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    codes = dict(zip(map(str, wrong), json.loads(done.stdout), strict=True))
+    assert {line for line, code in codes.items() if code != 2} == LATE, done.stderr
 
 
 def begin(process: subprocess.Popen[bytes], line: Line, folder: Path) -> tuple[bytes, bytes]:

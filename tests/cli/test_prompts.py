@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.commands import COMMAND, ROOT, SECONDS, call, environment, started, write_tiny
+from support.commands import COMMAND, ROOT, SECONDS, environment, inside, started, write_tiny
 
 from longspec.cli.commands.prompts import folders
 from longspec.cli.main import guarded
@@ -29,17 +29,6 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny(tmp_path_factory.mktemp("tiny"), context=2000))
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folders, for processes and for `guarded` alike."""
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    for name in list(os.environ):
-        if name.startswith("LONGSPEC_"):
-            monkeypatch.delenv(name)
-    return tmp_path
 
 
 def own(name: str, text: str) -> Path:
@@ -216,10 +205,10 @@ def test_run_fills_a_template(tiny: str, home: Path, capfd: Capture) -> None:
     assert guarded(plain) == 0
     wanted = capfd.readouterr().out
     arguments = ["run", "-t", "greet", "-p", "who=you", "hi", "-f", str(home / "file"), "-m", tiny, *TINY]
-    filled = call(arguments, home, b"and a pipe\n")
+    filled = inside(arguments, home, b"and a pipe\n")
     assert (filled.code, filled.out.decode(), filled.err) == (0, wanted, "")
     by_path = [*arguments[:2], f"{folders()[0]}/greet.md", *arguments[3:]]
-    assert call(by_path, home, b"and a pipe\n").out.decode() == wanted
+    assert inside(by_path, home, b"and a pipe\n").out.decode() == wanted
 
 
 def test_flag_then_template_then_settings(tiny: str, home: Path, capfd: Capture) -> None:
@@ -279,7 +268,7 @@ def test_each_line(tiny: str, home: Path, capfd: Capture) -> None:
     """The answers are those of runs of their own; what is wrong with a line costs that line alone."""
     lines = [b"one", b"", b"caf\xe9", b"two\r", b"x" * 3000, b" \t", b"one"]
     options = ["-m", tiny, *TINY, "--max-new-tokens", "30", "--temperature", "2"]
-    result = call(["run", "--each-line", "Say:", *options, "--quiet"], home, b"\n".join(lines))
+    result = inside(["run", "--each-line", "Say:", *options, "--quiet"], home, b"\n".join(lines))
     assert result.code == 1
     found = result.out.decode().split("\n")
     alone = []
@@ -296,7 +285,7 @@ def test_each_line(tiny: str, home: Path, capfd: Capture) -> None:
 
 def test_each_line_as_objects(tiny: str, home: Path) -> None:
     options = ["-m", tiny, *TINY, "--max-new-tokens", "5", "--json", "--stats"]
-    result = call(["run", "--each-line", "-t", "translate", *options], home, b"one\n\n\0\n")
+    result = inside(["run", "--each-line", "-t", "translate", *options], home, b"one\n\n\0\n")
     first, blank, wrong, end = result.out.decode().split("\n")
     assert (result.code, blank, end) == (1, "", "")
     assert json.loads(first)["usage"]["completion_tokens"] == 5
@@ -321,8 +310,8 @@ def test_each_line_answers_as_lines_come(tiny: str, home: Path) -> None:
 
 def test_nothing_in_nothing_out(home: Path) -> None:
     """And no model is loaded for it."""
-    assert call(["run", "--each-line", "-m", "/none"], home, b"").code == 0
-    blank = call(["run", "--each-line", "-m", "/none"], home, b"\n\n")
+    assert inside(["run", "--each-line", "-m", "/none"], home, b"").code == 0
+    blank = inside(["run", "--each-line", "-m", "/none"], home, b"\n\n")
     assert (blank.code, blank.out, blank.err) == (0, b"\n\n", "")
 
 
@@ -360,7 +349,7 @@ def test_an_interrupted_file_is_a_part(tiny: str, home: Path) -> None:
             if part.exists() and part.stat().st_size > 20:
                 break
             threading.Event().wait(0.01)
-        busy = call(["run", "hi", "-m", tiny, "-o", str(path)], home)
+        busy = inside(["run", "hi", "-m", tiny, "-o", str(path)], home)
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 130
         assert process.stderr.read().decode() == f"longspec: what was written is in {part}\n"
@@ -394,9 +383,9 @@ def test_nothing_is_left_of_a_run_that_is_ended_before_it_wrote(home: Path) -> N
 def test_lines_into_a_file(tiny: str, home: Path) -> None:
     path = home / "answers"
     arguments = ["run", "--each-line", "-m", tiny, *TINY, "--max-new-tokens", "5", "-o", str(path)]
-    assert call(arguments, home, b"a\n\nb\n").code == 0
+    assert inside(arguments, home, b"a\n\nb\n").code == 0
     assert [bool(line) for line in path.read_text().split("\n")] == [True, False, True, False]
-    failed = call(arguments, home, b"a\n\xff\nb\n")  # the others are there, and the exit code says that one isn't
+    failed = inside(arguments, home, b"a\n\xff\nb\n")  # the others are there, and the exit code says that one isn't
     assert (failed.code, len((home / "answers").read_text().splitlines())) == (1, 3)
     assert "couldn't be answered" in failed.err
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import Terminal, call, environment, started, write_tiny
-from test_reasoning import LEVELLED, OPENS, vocabulary
-from test_serve import serving
-from test_serve_run import loads, server
+from support.commands import Terminal, inside, started, write_tiny
+from support.servers import loads, server, serving
+from support.thoughts import LEVELLED, OPENS, vocabulary
 
 from longspec.cli.main import guarded
 from longspec.engine.engine import Engine
@@ -33,15 +32,6 @@ def write_thinking(folder: Path, template: str = OPENS) -> str:
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_thinking(tmp_path_factory.mktemp("thinker"))
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith("LONGSPEC_")]:
-        monkeypatch.delenv(name)
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
 
 
 def run(model: str, capfd: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
@@ -126,11 +116,11 @@ def test_an_effort_reaches_the_template(tmp_path: Path, home: Path, capfd: pytes
 
 def test_lines_and_chats_hide_it_too(thinker: str, home: Path) -> None:
     asked = ["-m", thinker, *TINY, *BOUND, "--hide-reasoning"]
-    alone = call(["run", "--no-stdin", *asked, "hi"], home)
-    lines = call(["run", "--each-line", *asked], home, b"hi\n")
+    alone = inside(["run", "--no-stdin", *asked, "hi"], home)
+    lines = inside(["run", "--each-line", *asked], home, b"hi\n")
     assert (alone.code, lines.code) == (0, 0)
     assert lines.out.decode() == " ".join(alone.out.decode().split("\n")).strip() + "\n"
-    chat = call(["chat", *asked], home, b"hi\nand?\n")
+    chat = inside(["chat", *asked], home, b"hi\nand?\n")
     assert (chat.code, chat.err) == (0, "")
     assert chat.out.startswith(alone.out)
     assert b"</think>" not in chat.out
@@ -206,4 +196,4 @@ def test_run_hides_what_a_server_thought(
         for more in ([], ["--hide-reasoning"], ["--hide-reasoning", "--no-stream"]):
             code, out, err, imported = loads([*asked, *more], tmp_path)
             assert (code, err, imported) == (0, "", False)
-            assert out == call([*asked, *more, "--no-server"], tmp_path).out
+            assert out == inside([*asked, *more, "--no-server"], tmp_path).out

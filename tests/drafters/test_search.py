@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import load, oracle, write
-from support.engines import engine, finish, prompts, tiny, vocabulary
+from support.engines import engine, finish, prompts, tiny
+from support.planted import PLANTED, eight_layers, planted
 
 import longspec.drafters.common.skip_search as module
 from longspec.drafters.common.skip_search import SHARE, WINDOW, Search
@@ -24,31 +24,10 @@ from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows, Skip
 from longspec.model.load import Model
 
-PLANTED = Skip(frozenset({2, 3, 4, 6}), frozenset({1, 3, 4, 5, 6}))
-
-
-def planted(folder: Path, skip: Skip, heads: int = 4, **sizes: int) -> Model:
-    """A model whose named sub-layers add a thousandth of what they would; it is sure of what it writes."""
-    made = oracle("llama", num_attention_heads=heads, num_key_value_heads=heads // 2, **sizes)
-    with torch.no_grad():
-        for i, layer in enumerate(made.model.layers):
-            layer.self_attn.o_proj.weight *= 0.001 if i in skip.attention else 1.0
-            layer.mlp.down_proj.weight *= 0.001 if i in skip.mlp else 1.0
-        made.lm_head.weight *= 10
-    decoder = load(write(made, folder))
-    return Model("planted", "fp32", decoder, vocabulary(decoder.config.vocabulary), (), {}, {})
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return planted(
-        tmp_path_factory.mktemp("planted"),
-        PLANTED,
-        num_hidden_layers=8,
-        hidden_size=64,
-        intermediate_size=128,
-        max_position_embeddings=4096,
-    )
+    return eight_layers(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")

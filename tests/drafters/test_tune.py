@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import call, write_tiny
+from support.commands import inside, write_tiny
 from support.engines import engine, prompts
-from test_search import PLANTED, planted
+from support.planted import PLANTED, eight_layers
 
 from longspec.bench import tune as module
 from longspec.bench.fit import Measured, best, bets, measure
@@ -34,15 +34,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return planted(
-        tmp_path_factory.mktemp("planted"),
-        PLANTED,
-        num_hidden_layers=8,
-        hidden_size=64,
-        intermediate_size=128,
-        max_position_embeddings=4096,
-        vocab_size=160,
-    )
+    return eight_layers(tmp_path_factory.mktemp("planted"), vocab_size=160)
 
 
 @pytest.mark.parametrize("context", [300, 1000])
@@ -130,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_keeps_a_set_where_skip_finds_it(folder: Path, tmp_path: Path) -> None:
     model = ["-m", str(folder)]
-    done = call(["tune", *model, "--budget", "0.5", "--json", "--threads", "1"], tmp_path)
+    done = inside(["tune", *model, "--budget", "0.5", "--json", "--threads", "1"], tmp_path)
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     (path,) = (tmp_path / "config" / "longspec" / "skip").iterdir()
@@ -146,17 +138,17 @@ def test_the_command_keeps_a_set_where_skip_finds_it(folder: Path, tmp_path: Pat
     assert {name: json.loads(fit.read_text())[name] for name in ("dtype", "threads")}.items() <= said.items()
     assert {one["threads"] for one in said["settings"]} == {1}
     run = ["run", *model, "--raw", "--no-stdin", "--max-new-tokens", "8", "abcabc"]
-    plain, skipped = call([*run, "--drafter", "none"], tmp_path), call([*run, "--drafter", "skip"], tmp_path)
+    plain, skipped = inside([*run, "--drafter", "none"], tmp_path), inside([*run, "--drafter", "skip"], tmp_path)
     assert (skipped.code, skipped.out) == (0, plain.out)
     path.write_text("{}")
-    refused = call([*run, "--drafter", "skip"], tmp_path)
+    refused = inside([*run, "--drafter", "skip"], tmp_path)
     assert refused.code == 2
     assert "no skip set" in refused.err
 
 
 def test_the_command_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.json"
-    done = call(["tune", "-m", str(folder), "--budget", "0.5", "-c", "300", "--output", str(path)], tmp_path)
+    done = inside(["tune", "-m", str(folder), "--budget", "0.5", "-c", "300", "--output", str(path)], tmp_path)
     assert (done.code, done.err) == (0, "")
     lines = done.out.decode().splitlines()
     assert lines[0].split() == ["DTYPE", "THREADS", "1", "TOKEN", "9", "TOKENS", "64", "TOKENS", "PERPLEXITY"]
@@ -178,7 +170,7 @@ def test_the_command_prints_a_table_and_writes_a_file(folder: Path, tmp_path: Pa
 def test_the_command_refuses_what_cannot_be_tuned(
     folder: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
-    done = call(["tune", "-m", str(folder), *arguments], tmp_path)
+    done = inside(["tune", "-m", str(folder), *arguments], tmp_path)
     assert done.code == 2
     assert said in done.err
     assert done.out == b""

@@ -45,9 +45,13 @@ def spec_bench(count: int) -> list[str]:
     return [json.loads(line)["turns"][0] for line in lines[:: len(lines) // count]][:count]
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)  # given back by conftest
+
+
 @cache
 def engine(drafter: str, dtype: str = "fp32", strict: bool = False) -> Engine:
-    torch.set_num_threads(2)
     return Engine.load("smollm2", dtype=dtype, drafter=drafter, strict=strict)
 
 

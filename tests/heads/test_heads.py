@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny, vocabulary, with_heads
-from test_fused import SIZES, load
-from test_groups import coded
+from support.heads import shaken
+from support.native import SIZES, coded
 
 from longspec.cache import CACHES
 from longspec.drafters.clover import Head
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
-from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, Trained, load_head, new_head, save_head
+from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
 from longspec.heads.layers import unroll
 from longspec.model.load import Model, load_model
 
@@ -26,16 +26,6 @@ from longspec.model.load import Model, load_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("target"), end_tokens=())
-
-
-def shaken(kind: str, model: Model, **options: Any) -> Trained:
-    """A head whose every parameter matters."""
-    head = new_head(kind, model, **options)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in head.module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return head
 
 
 def some(model: Model) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import call, write_tiny
+from support.commands import inside, write_tiny
 from support.engines import engine, tiny
 
 from longspec.drafters.clover import Head
@@ -285,24 +285,24 @@ def test_the_command_trains_a_head_that_run_takes(tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     train = ["train", "clover", "-m", str(folder), "--prompts", str(tmp_path / "prompts"), "--tokens", "900"]
     train += ["-o", str(tmp_path / "head"), "--steps", "3", "--draft-vocab", "64", "--int8", "--threads", "1"]
-    planned = call([*train, "--dry-run"], tmp_path)
+    planned = inside([*train, "--dry-run"], tmp_path)
     assert (planned.code, planned.out) == (0, b"")
     assert "900 tokens to write" in planned.err
     assert not (tmp_path / "head").exists()
-    done = call([*train, "--json", "--quiet"], tmp_path)
+    done = inside([*train, "--json", "--quiet"], tmp_path)
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     assert said["draft_vocabulary"] == 64
     assert json.loads((tmp_path / "head" / "config.json").read_text())["longspec"]["storage"] == "int8"
     run = ["run", "-m", str(folder), "--raw", "--no-stdin", "--max-new-tokens", "24", "abcabc", "--control", "fixed"]
-    plain = call(run, tmp_path, extra={"LONGSPEC_DRAFTER": "none"})
-    drafted = call([*run, "--drafter", str(tmp_path / "head"), "--stats"], tmp_path)
+    plain = inside(run, tmp_path, extra={"LONGSPEC_DRAFTER": "none"})
+    drafted = inside([*run, "--drafter", str(tmp_path / "head"), "--stats"], tmp_path)
     assert (drafted.code, drafted.out) == (0, plain.out)
     assert "tokens per step with" in drafted.err
-    refused = call([*run, "--drafter", "clover2"], tmp_path)
+    refused = inside([*run, "--drafter", "clover2"], tmp_path)
     assert refused.code == 2
     assert "No clover2 head comes with longspec" in refused.err
-    refused = call(["train", "magic", *train[2:]], tmp_path)
+    refused = inside(["train", "magic", *train[2:]], tmp_path)
     assert (refused.code, "no head named 'magic'" in refused.err) == (2, True)
 
 

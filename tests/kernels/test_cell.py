@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.engines import engine, prompts, vocabulary
-from test_fused import SIZES, load
-from test_groups import coded
-from test_heads import shaken
+from support.heads import shaken
+from support.native import SIZES, coded
 
 from longspec.drafters.clover import Head
 from longspec.drafters.common import clover_native as cell

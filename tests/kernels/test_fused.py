@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,41 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import oracle, write
-from support.passes import write as feed
-from torch import Tensor
+from support.checkpoints import load, oracle, write
+from support.native import SHAPES, SIZES, logits
 
-from longspec.cache import Dense
 from longspec.kernels.build import library
-from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.native import MOST_ROWS, missing
-from longspec.model.weights.read import Weights
-
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "biases": ("qwen2", {}),
-    "norms of each head": ("qwen3", {"head_dim": 32}),
-    "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    "heads wider than the model": ("llama", {"head_dim": 96, "num_key_value_heads": 4}),
-    "a layer without positions": ("smollm3", {}),
-}
-TOKENS = torch.randint(3, 96, (200,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def load(folder: Path, dtype: torch.dtype, *, strict: bool = False) -> Decoder:
-    config = Config.read(json.loads((folder / "config.json").read_text()))
-    return Decoder(config, Weights.of_folder(folder, dtype), torch.device("cpu"), strict=strict)
-
-
-def logits(made: Decoder, chunks: list[int]) -> Tensor:
-    cache, out, start = Dense(made.shape), [], 0
-    for size in chunks:
-        with torch.inference_mode():
-            out.append(feed(made, cache, TOKENS[start : start + size]))
-        start += size
-    return torch.cat(out).double()
 
 
 @pytest.fixture(params=SHAPES, scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from support.checkpoints import oracle, write
+from support.checkpoints import load, oracle, write
 from support.engines import engine, prompts, vocabulary
 from support.ggufs import write_gguf
+from support.native import SHAPES, SIZES, TOKENS, coded, logits
 from support.passes import write as feed
-from test_fused import SHAPES, SIZES, TOKENS, load, logits
 from torch import Tensor
 
 from longspec.cache import Dense
@@ -24,7 +23,6 @@ from longspec.engine.engine import Engine
 from longspec.engine.options import Options
 from longspec.errors import ModelError, UsageError
 from longspec.model import native as fused
-from longspec.model.config import Config
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.convert import write_texts
@@ -33,7 +31,6 @@ from longspec.model.gguf.file import read_gguf
 from longspec.model.load import Model, open_model
 from longspec.model.weights.packed_file import CodedFile
 from longspec.model.weights.quantized import GROUP, Codes, Groups, joined, of_blocks, of_values
-from longspec.model.weights.read import Weights
 from longspec.model.weights.safetensors import Shard, write_shard
 
 
@@ -41,15 +38,6 @@ from longspec.model.weights.safetensors import Shard, write_shard
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, changes = SHAPES[request.param]
     return write(oracle(family, **{**SIZES, **changes}), tmp_path_factory.mktemp("int8"))
-
-
-def coded(folder: Path, *, strict: bool = False) -> Decoder:
-    config = Config.read(json.loads((folder / "config.json").read_text()))
-    weights = Weights.of_folder(folder, torch.bfloat16)
-    made = Decoder(config, weights, torch.device("cpu"), strict=strict, coded=True)
-    if made.slow is not None:
-        pytest.skip(made.slow)
-    return made
 
 
 def randn(*size: int, seed: int = 2) -> Tensor:

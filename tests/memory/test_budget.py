@@ -15,7 +15,7 @@ from support.checkpoints import load, oracle, write
 from support.commands import write_tiny
 from support.engines import engine, finish, tiny
 from support.ggufs import write_gguf
-from test_cache import TOKENS, filled
+from support.passes import TOKENS, filled
 
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized

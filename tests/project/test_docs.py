@@ -1,16 +1,21 @@
 """The pages: every block of shell and Python runs, every link leads somewhere, drawings are what their script draws.
 
 A block that a test can't run says so where it begins, with the reason: `sh no-run: installs packages`. What takes
-minutes says `sh full: ...`, and `make test-full` runs it. The others run as they stand but for the length of answers, a
-page's shell blocks in one folder in their order, with the default model. A server that is up for all pages answers
+minutes says `sh full: ...`. The others run as they stand but for the length of answers, a page's shell blocks in their
+order in one fresh clone, where nothing was prepared, with the default model. A server that is up for all pages answers
 most of `longspec run` at once, as it would a user's.
+
+Every day that is done for the pages that are read first, and for what needs no model. Of the others it is only seen
+that the command takes their options, since what a block shows has tests of its own; `make test-full` runs them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,29 +24,23 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from _pytest.mark import ParameterSet
 from figures import FIGURES, FOLDER
-from support.commands import COMMAND, ROOT
+from support.commands import COMMAND, ROOT, SECONDS
+from typer.main import get_command
 
+from longspec.cli.app import app
 from longspec.machine.system import cache_folder
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 INFO = re.compile(r"(?P<language>sh|python|toml|json|text|)(?: (?P<kind>no-run|full): (?P<reason>\S.*))?")
-LETTER = "Dear Ada,\n\nthe engine is ready. Come and see it on Monday.\n\nYours, Charles\n"
-FILES = {  # what the pages take for granted
-    "prompts.jsonl": '{"prompt": "Why is the sky blue?"}\n{"prompt": "And the sea?"}\n',
-    "problem.md": "A train leaves at 9 and arrives at 11. How long does it take?\n",
-    "report.md": "The bridge is old. Rust is a risk, and so is the flood.\n",
-    "letter.md": LETTER,
-    "reviews.tsv": "1\tIt broke on the first day.\n2\tI love it.\n",
-    "schema.json": '{"type": "object", "properties": {"name": {"enum": ["Ada"]}}, "required": ["name"], '
-    '"additionalProperties": false}',
-    "text.txt": LETTER * 60,
-}
+EVERY_DAY = {"README.md", "docs/quickstart.md", "docs/cli.md", "docs/install.md"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,17 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def having(language: str, kind: str) -> list[Path]:
-    return [page for page in PAGES if any((b.language, b.kind) == (language, kind) for b in blocks(page))]
-
-
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def having(language: str, kind: str) -> list[ParameterSet]:
+    """The pages that have such blocks."""
+    return [
+        pytest.param(page, id=name_of(page), marks=[] if not kind and name_of(page) in EVERY_DAY else pytest.mark.full)
+        for page in PAGES
+        if any((block.language, block.kind) == (language, kind) for block in blocks(page))
+    ]
 
 
 # --- a user's machine, with a server that is up
@@ -125,7 +129,7 @@ def address(user: dict[str, str]) -> Iterator[str]:
             seen += line
         yield found[0]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(SECONDS) == 0
     finally:
         process.kill()
         process.communicate()
@@ -133,14 +137,12 @@ def address(user: dict[str, str]) -> Iterator[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, user: dict[str, str]) -> Path:
-    """Where a page's commands are given: a repository with a change in it, and the files that pages name."""
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text)
-    shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
-    for words in ("init -q", "add letter.md", "commit -qm Begin", "add report.md"):
-        subprocess.run(["git", *words.split()], cwd=tmp_path, env=user, check=True)
-    (tmp_path / "letter.md").write_text(LETTER.replace("Monday", "Tuesday"))
-    return tmp_path
+    """Where a page's commands are given: a fresh clone."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("a fresh clone needs git, and a repository to clone")
+    made = tmp_path / "longspec"
+    subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, made], env=user, check=True)
+    return made
 
 
 # --- shell
@@ -166,9 +168,8 @@ AFTERWARDS: dict[str, Callable[[Path, str, str], None]] = {
 
 def run_shell(page: Path, kind: str, folder: Path, user: dict[str, str]) -> tuple[str, str]:
     program = "\n".join(block.code for block in blocks(page) if (block.language, block.kind) == ("sh", kind))
-    for tool in ("jq", "git"):
-        if re.search(rf"\b{tool} ", program) and shutil.which(tool) is None:
-            pytest.skip(f"{tool} isn't installed")
+    if re.search(r"\bjq ", program) and shutil.which("jq") is None:
+        pytest.skip("jq isn't installed")
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-x", "-c", program],
         cwd=folder,
@@ -184,7 +185,7 @@ def run_shell(page: Path, kind: str, folder: Path, user: dict[str, str]) -> tupl
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("page", having("sh", ""), ids=name_of)
+@pytest.mark.parametrize("page", having("sh", ""))
 def test_the_commands_of_a_page(page: Path, folder: Path, user: dict[str, str], address: str) -> None:
     out, err = run_shell(page, "", folder, user)
     if check := AFTERWARDS.get(name_of(page)):
@@ -192,17 +193,53 @@ def test_the_commands_of_a_page(page: Path, folder: Path, user: dict[str, str], 
 
 
 @pytest.mark.real
-@pytest.mark.full
-@pytest.mark.parametrize("page", having("sh", "full"), ids=name_of)
+@pytest.mark.parametrize("page", having("sh", "full"))
 def test_the_commands_of_a_page_that_take_long(page: Path, folder: Path, user: dict[str, str]) -> None:
     run_shell(page, "full", folder, user)
+
+
+def said_to_longspec(program: str) -> Iterator[list[str]]:
+    """The arguments of every `longspec` in a shell's program."""
+    lines = re.sub(r"(^|\s)#.*$", "", program, flags=re.MULTILINE)
+    parts = shlex.shlex(lines, posix=True, punctuation_chars="();<>|&\n")
+    parts.whitespace, parts.whitespace_split, parts.commenters = " \t\r", True, ""
+    found: list[str] | None = None
+    for part in [*parts, "\n"]:
+        if found is not None and set(part) <= set("();<>|&\n"):
+            yield found
+            found = None
+        elif found is not None:
+            found.append(part)
+        elif part == "longspec":
+            found = []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_command_takes_the_options_of_a_page(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "sh" and not page.name.startswith("CHANGELOG"):
+            for arguments in said_to_longspec(re.sub(r'"?\$\((.*)\)"?', r"; \1 ;", block.code)):
+                takes(arguments)
+
+
+def takes(arguments: list[str]) -> None:
+    """Raises what the command would say of the options, and runs nothing."""
+    command: Any = get_command(app)
+    context = None
+    while hasattr(command, "commands") and arguments:
+        context = command.make_context("longspec", [], parent=context, resilient_parsing=True)
+        if arguments[0].startswith("-"):
+            break
+        command = command.commands[arguments[0]]
+        arguments = arguments[1:]
+    command.make_context("longspec", arguments, parent=context)
 
 
 # --- Python
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("page", having("python", ""), ids=name_of)
+@pytest.mark.parametrize("page", having("python", ""))
 def test_the_python_of_a_page(
     page: Path, address: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,10 +255,14 @@ def test_the_python_of_a_page(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_what_is_written_as_data_is_data(page: Path) -> None:
+def test_what_is_written_as_data_or_python_is_that(page: Path) -> None:
     for block in blocks(page):
         if block.language == "toml":
             tomllib.loads(block.code)
+        if block.language == "json":
+            json.loads(block.code)
+        if block.language == "python":
+            compile(block.code, name_of(page), "exec")
 
 
 # --- links, drawings, the site

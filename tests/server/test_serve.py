@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from time import monotonic, sleep
+from contextlib import closing
 from typing import Any
 
 import openai
 import pytest
+from support.commands import SECONDS
 from support.engines import engine, prompts, tiny
+from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
-from longspec.server.api import MOST_NBYTES, open_to_clients
-from longspec.server.desk import Desk
-from longspec.server.guard import names
-from longspec.server.listen import Listener, bind
-from longspec.server.worker import Worker
+from longspec.server.api import MOST_NBYTES
 
-SECONDS = 60.0
 LONG = 100_000  # tokens that nobody waits for
-
-
-class Served:
-    """A server in this process, on a thread of its own."""
-
-    def __init__(self, made: Engine, key: str | None = None, most: int = 40, seconds: float = SECONDS) -> None:
-        self.engine = made
-        self.said: list[str] = []
-        self.worker = Worker(lambda: made, 8)
-        self.worker.loaded.result(SECONDS)
-        self.desk = Desk(self.worker, most, seconds)
-        door = bind("127.0.0.1", 0)
-        self.port = door.getsockname()[1]
-        app = open_to_clients(self.desk, "tiny", names("127.0.0.1"), key, self.said.append)
-        self.listener = Listener(self.desk, [(app, door)], grace=0.2)
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_until_complete, args=[self.listener.run()])
-        self.thread.start()
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=SECONDS)
-
-    def ask(self, body: object, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
-        """Status and body of the answer to a request that OpenAI's client wouldn't send."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        sent = {"content-type": "application/json", **given}
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
-            connection.request("POST", path, data, {name: value for name, value in sent.items() if value})
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.listener.stop)
-        self.thread.join(SECONDS)
-        assert not self.thread.is_alive()
-        self.loop.close()
-        self.worker.stop(SECONDS)
-
-
-@contextmanager
-def serving(made: Engine, **options: Any) -> Iterator[Served]:
-    served = Served(made, **options)
-    try:
-        yield served
-    finally:
-        if served.thread.is_alive():
-            served.stop()
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +37,6 @@ def served(made: Engine) -> Iterator[Served]:
 def client(served: Served) -> Iterator[openai.OpenAI]:
     with served.client() as made:
         yield made
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = monotonic() + SECONDS
-    while not true():
-        assert monotonic() < end, "it never came true"
-        sleep(0.01)
 
 
 CHAT: Any = [{"role": "system", "content": "ABC"}, {"role": "user", "content": "hello"}]

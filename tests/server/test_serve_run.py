@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 from urllib.request import urlopen
 
 import openai
 import pytest
-from support.commands import COMMAND, ROOT, SECONDS, call, environment, started, write_tiny
+from support.commands import SECONDS, inside, started, write_tiny
+from support.servers import loads, server, until
 
 from longspec.cli.io import server_client as remote
 from longspec.engine.engine import Engine
 from longspec.machine.system import cache_folder
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
-
-
-@contextmanager
-def server(
-    arguments: list[str], home: Path, extra: Mapping[str, str] | None = None
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and its address once it listens."""
-    process = subprocess.Popen(
-        [*COMMAND, "serve", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(home, extra),
-    )
-    try:
-        assert process.stderr is not None
-        seen = ""
-        while (found := re.search(r"http://\S+/v1", seen)) is None:
-            line = process.stderr.readline()
-            assert line, seen
-            seen += line
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +32,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, runtime: Path) -> Iterator[Pa
         for name in [name for name in os.environ if name.startswith("LONGSPEC_")]:
             patch.delenv(name)
         yield made
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +47,14 @@ def health(url: str) -> dict[str, Any]:
         return found
 
 
-def loads(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> tuple[int, bytes, str, bool]:
-    """Exit code, stdout, stderr, and whether `longspec run` imported torch."""
-    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1", **(extra or {})})
-    lines = [line for line in done.err.splitlines(keepends=True) if not line.startswith("import time:")]
-    imported = re.search(r"\| +torch$", done.err, re.MULTILINE) is not None
-    return done.code, done.out, "".join(lines), imported
-
-
 def test_run_gets_the_same_answer_without_loading(up: str, tiny: str, home: Path) -> None:
     sampling = ["--max-new-tokens", "40", "--temperature", "0.9", "--seed", "3"]
     asked = ["run", "--no-stdin", "-m", tiny, *TINY, *sampling, "hi"]
     code, out, err, imported = loads(asked, home)
     assert (code, err, imported) == (0, "", False)
-    alone = call([*asked, "--no-server"], home)
+    alone = inside([*asked, "--no-server"], home)
     assert (alone.code, alone.out) == (0, out)
-    objects = [json.loads(call([*asked, "--json", *more], home).out) for more in ([], ["--no-server"])]
+    objects = [json.loads(inside([*asked, "--json", *more], home).out) for more in ([], ["--no-server"])]
     for each in objects:
         assert each["timing"].pop("load_s") > 0
     assert list(objects[0]) == list(objects[1])
@@ -108,7 +66,7 @@ def test_run_gets_the_same_answer_without_loading(up: str, tiny: str, home: Path
 def test_run_reports_errors_in_the_same_way(up: str, tiny: str, home: Path) -> None:
     asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "300000", "hi"]
     code, out, err, imported = loads(asked, home)
-    alone = call([*asked, "--no-server"], home)
+    alone = inside([*asked, "--no-server"], home)
     assert not imported
     assert (code, out, err) == (alone.code, alone.out, alone.err)
     assert code == 2
@@ -128,12 +86,12 @@ def test_texts_to_draft_from(tiny: str, home: Path) -> None:
         asked = ["run", "--no-stdin", *more, "--max-new-tokens", "20", "hi"]
         code, out, err, imported = loads(asked, home)
         assert (code, err, imported) == (0, "", False)
-        assert call([*asked, "--no-server"], home).out == out
+        assert inside([*asked, "--no-server"], home).out == out
 
 
 def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
     small = str(write_tiny(tmp_path, context=1000))
-    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    refused = inside(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
     assert (refused.code, refused.out) == (4, b"")
     assert "The memory budget is 50 MiB" in refused.err
     with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):
@@ -151,8 +109,7 @@ def test_a_signal_keeps_what_was_written(up: str, tiny: str, home: Path, more: l
     with started(["run", "--no-stdin", "-m", tiny, *TINY, *more, "hi"], home) as process:
         assert process.stdout is not None
         if more:
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(1.0)
+            until(lambda: bool(health(up)["texts"]))
         else:
             os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
@@ -169,10 +126,7 @@ def test_a_closed_pipe_frees_the_session(up: str, tiny: str, home: Path) -> None
         os.read(process.stdout.fileno(), 1)
         process.stdout.close()
         assert process.wait(SECONDS) == 141
-    end = monotonic() + SECONDS
-    while health(up)["texts"]:
-        assert monotonic() < end
-        sleep(0.05)
+    until(lambda: not health(up)["texts"])
 
 
 def test_a_server_that_breaks_off_is_told(tiny: str, home: Path) -> None:
@@ -186,7 +140,7 @@ def test_a_server_that_breaks_off_is_told(tiny: str, home: Path) -> None:
         assert running.returncode == 1
         assert err == b"longspec: The server broke off before the answer's end; ask again, or with --no-server.\n"
         assert (first + out).endswith(b"\n")
-    assert call([*asked, "--max-new-tokens", "1"], home).code == 0  # the dead socket is nobody's
+    assert inside([*asked, "--max-new-tokens", "1"], home).code == 0  # the dead socket is nobody's
 
 
 def test_sigterm_ends_it_with_code_0(tiny: str, home: Path) -> None:
@@ -202,7 +156,7 @@ def test_sigterm_ends_it_with_code_0(tiny: str, home: Path) -> None:
 
 
 def test_others_need_a_key(home: Path) -> None:
-    done = call(["serve", "--host", "0.0.0.0"], home)
+    done = inside(["serve", "--host", "0.0.0.0"], home)
     assert (done.code, done.out) == (2, b"")
     assert "set LONGSPEC_API_KEY" in done.err
 

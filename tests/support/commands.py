@@ -1,4 +1,9 @@
-"""The command as a process, and a tiny checkpoint that it can run: one printable character per token."""
+"""The command in this process and as one of its own, and a tiny checkpoint that it can run: one printable character
+per token.
+
+A process costs two seconds, most of them torch's import. `inside` is for what it says, writes and returns; `call` and
+`started` are for what only a process has: signals, pipes that close, terminals, its memory, what it imports.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +12,43 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+import torch
 from support.checkpoints import oracle, write
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from support.letters import TEMPLATE, tokenizer_of
+
+from longspec.cli.main import guarded
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "longspec.cli.main"]
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-SECONDS = 60.0
-"""More than any of these takes on a busy machine."""
+SECONDS = 300.0
+"""What a process may take before it is held to hang: on two quiet cores the slowest takes 10, and nothing waits so long
+that ends as it should.
+"""
 
 
 def write_tiny(folder: Path, context: int = 200_000) -> Path:
     """A checkpoint without an end of text: it writes as long as it may."""
     write(oracle("llama", max_position_embeddings=context, bos_token_id=1, eos_token_id=None), folder)
     names = ["<pad>", "<s>", "ß", *(chr(32 + i) for i in range(90)), "é", "世", "😀"]
-    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_of(names).save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<s>", "pad_token": "<pad>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
 
 
-def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment(
+    home: Path, extra: Mapping[str, str] | None = None, given: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """The environment without longspec's settings, and with a user's folders of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LONGSPEC_")}
+    kept = {name: value for name, value in given.items() if not name.startswith("LONGSPEC_")}
     for name in ("NO_COLOR", "PYTHONWARNINGS", "COLUMNS"):
         kept.pop(name, None)
     folders = {"XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home)}
@@ -51,6 +60,62 @@ class Result:
     code: int
     out: bytes
     err: str
+
+
+@contextmanager
+def standard_streams(stdin: bytes) -> Iterator[Result]:
+    """The three streams of this process as files, numbers and objects both; what was written is there at the end."""
+    written = Result(-1, b"", "")
+    with ExitStack() as kept:
+        files = [kept.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(stdin)
+        files[0].seek(0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        objects = (sys.stdin, sys.stdout, sys.stderr)
+        numbers = [os.dup(number) for number in range(3)]
+        for number, file in enumerate(files):
+            os.dup2(file.fileno(), number)
+        streams = [
+            kept.enter_context(open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+            for number in range(3)
+        ]
+        sys.stdin, sys.stdout, sys.stderr = streams
+        try:
+            yield written
+        finally:
+            for stream in streams:
+                stream.close()
+            sys.stdin, sys.stdout, sys.stderr = objects
+            for number, before in enumerate(numbers):
+                os.dup2(before, number)
+                os.close(before)
+        for file in files[1:]:
+            file.seek(0)
+        written.out, written.err = files[1].read(), files[2].read().decode()
+
+
+def inside(
+    arguments: Sequence[str | bytes],
+    home: Path,
+    stdin: bytes = b"",
+    extra: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> Result:
+    """Run the command to its end in this process, with streams, environment and folder as `call` gives them."""
+    before, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    with standard_streams(stdin) as result:
+        os.environ.clear()
+        os.environ.update(environment(home, extra, before))
+        os.chdir(cwd)
+        try:
+            result.code = guarded([os.fsdecode(argument) for argument in arguments])
+        finally:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(before)
+            torch.set_num_threads(threads)
+    return result
 
 
 def call(

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-CAPABILITIES = (89, 90)
-
 
 class Driver:
     capability = 0
@@ -38,7 +36,7 @@ class Compiled:
         return launch
 
 
-def targets(module: ModuleType, names: Sequence[str]) -> Iterator[list[tuple[str, Any]]]:
+def targets(module: ModuleType, names: Sequence[str], capabilities: Sequence[int]) -> Iterator[list[tuple[str, Any]]]:
     """For each capability a list that fills with the names and the compiled forms of what is launched."""
     import triton  # type: ignore[import-untyped]
 
@@ -46,6 +44,6 @@ def targets(module: ModuleType, names: Sequence[str]) -> Iterator[list[tuple[str
     triton.runtime.driver.set_active(driver)
     for name in names:
         setattr(module, name, Compiled(name, getattr(module, name), made))
-    for driver.capability in CAPABILITIES:
+    for driver.capability in capabilities:
         made.clear()
         yield made

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import load, oracle, write
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from support.letters import TEMPLATE, tokenizer_of
 
 from longspec.drafters import DRAFTERS
 from longspec.engine.engine import Engine
@@ -22,16 +21,12 @@ from longspec.model.load import Model
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft, Drafter, Writing
 
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-
 
 def vocabulary(size: int) -> Vocabulary:
     """Token i is one printable character; 0 to 2 are special, 2 ends a text."""
     names = ["<pad>", "<s>", "</s>", *(chr(48 + i) for i in range(size - 3))]
-    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, []))
-    tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return Vocabulary(tokenizer, special, TEMPLATE)
+    return Vocabulary(tokenizer_of(names), special, TEMPLATE)
 
 
 def tiny(

@@ -11,6 +11,9 @@ from torch import Tensor
 from longspec.cache.stage import Cache, Stage
 from longspec.model.decoder import Decoder, Rows, Span
 
+TOKENS = torch.randint(3, 96, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+TOLERANCE = 2e-5  # fp32; merged parts and other shapes round differently
+
 
 def feed(
     model: Decoder, cache: Cache, tokens: Sequence[int], parents: Sequence[int] | None = None, *, long: bool = False
@@ -29,3 +32,16 @@ def write(model: Decoder, cache: Cache, tokens: Sequence[int], *, long: bool = F
     stage, logits = feed(model, cache, tokens, long=long)
     cache.commit(stage, range(len(tokens)))
     return logits
+
+
+def filled(model: Decoder, kind: Any, length: int) -> Any:
+    """A cache of this kind that holds the first tokens."""
+    cache = kind(model.shape)
+    if length:
+        write(model, cache, TOKENS[:length])
+    return cache
+
+
+def continuation(model: Decoder, cache: Cache) -> Tensor:
+    """Logits [5, V] of the next tokens, which stay out of the cache."""
+    return feed(model, cache, TOKENS[cache.length : cache.length + 5])[1]
