@@ -29,7 +29,19 @@ from longspec.drafters.layer_skip import load_skip
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.forward import Feed, Pass, choices_of, choosing, entropies_of, every, readers, run
 from longspec.engine.memory_guard import Watch
-from longspec.engine.options import Options, asked, bets_with, check, drafters, guidance, kind, most_tokens, tokens_of
+from longspec.engine.options import (
+    Options,
+    asked,
+    bets_with,
+    check,
+    check_options,
+    check_tokens,
+    drafters,
+    guidance,
+    kind,
+    most_tokens,
+    tokens_of,
+)
 from longspec.engine.prefix_cache import keep, resume, take_over
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
@@ -196,6 +208,10 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """Write one answer, giving its text as it becomes certain."""
+        check_options(options)  # at the call, not at the first piece
+        return self._stream(prompt, options)
+
+    def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
         for commit in self.write(self.open(prompt, **options)):
             if commit.text:
                 yield commit.text
@@ -205,24 +221,31 @@ class Engine:
     ) -> Iterator[tuple[int, Answer | LongspecError]]:
         """Write many answers side by side, `width` at a time: each prompt's place and answer, as they finish.
 
-        A prompt may bring options of its own. One that can't be written gives the error in its answer's place. Prompts
-        are taken from the iterable as they are needed; the noise of a text is keyed by its place, unless it has a key.
+        A prompt may bring options of its own. One that can't be written gives the error in its answer's place, whatever
+        it is (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as they are
+        needed; the noise of a text is keyed by its place, unless it has a key.
         """
-        schedule, numbers, coming = Schedule(self, width), {}, enumerate(prompts)
+        check_options(options)
+        return self._generate_many(prompts, width, options)
+
+    def _generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], width: int, options: Options
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        schedule, numbers, coming = Schedule(self, width), dict[Session, int](), enumerate(prompts)
         while True:
             for number, prompt in islice(coming, schedule.wants):
                 text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
-                try:
-                    session = self.open(text, **{"key": str(number), **options, **own})
-                except LongspecError as error:
-                    yield number, error
+                opened = schedule.begin(text, {"key": str(number), **options, **own})
+                if isinstance(opened, LongspecError):
+                    yield number, opened
                 else:
-                    numbers[session] = number
-                    schedule.add(session)
+                    numbers[opened] = number
             if not schedule:
                 return
-            for session, commit in schedule.step():
-                if commit.finish_reason is not None:
+            for session, event in schedule.step():
+                if isinstance(event, LongspecError):
+                    yield numbers.pop(session), event
+                elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
@@ -230,11 +253,15 @@ class Engine:
 
         Raises:
             ContextError: the prompt, or the prompt with the tokens asked for, is longer than the model's context.
-            UsageError: an option is out of range, or the prompt has no token.
+            UsageError: an option is out of range, the prompt has no token, or one that the model has no embedding for.
+            TypeError: an option has no such name.
         """
         began = perf_counter()
+        check_options(options)
+        decoder = self.model.decoder
         tokens = tokens_of(self.model.vocabulary, prompt, options)
-        decoder, sampling = self.model.decoder, Sampling.over(self.model.defaults, asked(options))
+        check_tokens(tokens, decoder.config.vocabulary)
+        sampling = Sampling.over(self.model.defaults, asked(options))
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
         stop = options.get("stop", ())
@@ -290,6 +317,8 @@ class Engine:
         """Draft, one target forward, verify, commit: what each session got.
 
         reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
+        An error of one text's own is kept in `Session.error`, and raised where there is no other text; an error of the
+        whole pass is raised before anything is committed.
         """
         rooms = [min(self.draft_tokens, session.room - 1) for session in sessions]
         guides = [session.constraint if self.drafter_name != "none" else None for session in sessions]
@@ -320,21 +349,26 @@ class Engine:
             if successors:
                 after = [feed.lacking[-1], *feed.draft]
                 verdict = replace(verdict, successors=[(token, successors.pop(0)) for token in after])
-            commits.append(session.take(verdict, feed.draft))
-            made.commit(feed, verdict.kept)
             session.drafting += sum(draft_seconds.values())
             session.verifying += pass_seconds
-            for drafter in self.drafters.values():
-                drafter.observe(session, commits[-1], verdict)
+            commits.append(Commit((), "", len(feed.draft), 0))
+            with session.keeping_error():
+                commits[-1] = session.take(verdict, feed.draft)
+                made.commit(feed, verdict.kept)
+                for drafter in self.drafters.values():
+                    drafter.observe(session, commits[-1], verdict)
             last = verdict.kept[-1] + 1 if verdict.kept else 0
             kept = [node - len(ahead) for node in verdict.kept if 0 <= node - len(ahead) < len(draft)]  # of the bet
             outcomes.append(Outcome(session, bet, draft, kept, None if entropy is None else entropy[last]))
         for feed in chunk:
-            self._fed(feed, made)
+            with feed.session.keeping_error():
+                self._fed(feed, made)
         self.control.observe(Step(outcomes, draft_seconds, None if chunk else pass_seconds, staged))
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             at = list(sessions).index(ending)
             commits[at] += ending.interrupt("length")
+        if len(sessions) == 1 and sessions[0].error is not None:
+            raise sessions[0].error
         return commits
 
     def _chunk(self, session: Session, stop: int | None) -> Feed:

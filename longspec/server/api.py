@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
-from longspec.errors import ContextError, LongspecError, UsageError
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.server.asks import Ask, ask, local, parsed
 from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.guard import Guard
@@ -165,6 +165,8 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error), code="context_length_exceeded")
         case UsageError():
             return RefusedError(400, str(error))
+        case BudgetError():
+            return RefusedError(400, str(error), code="memory_budget_exceeded")
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.
