@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 
@@ -62,11 +63,32 @@ PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """The method, run by one thread at a time of all that use the engine's model."""
+
+    @wraps(method)
+    def locked(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with self.model.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, locked)
+
+
 class Engine:
     """A loaded model and what it bets with.
 
     engine = Engine.load("smollm2")
     print(engine.generate("Why is the sky blue?").text)
+
+    Every method may be called from any thread, and several threads may write texts with one engine: each gets the
+    tokens that it would get alone. They take turns, one forward pass at a time (the model's lock is held for a step,
+    not while a caller looks at what an iterator gave), so that threads don't make it faster: `generate_many` does,
+    where texts share passes. Engines of one `Model` share its lock; a `Model` that drafts for one engine must not be
+    used by another at the same time. A session, an iterator, a schedule or a conversation belongs to one thread at a
+    time.
     """
 
     def __init__(
@@ -186,11 +208,13 @@ class Engine:
         """The most tokens that prompt and answer may have together."""
         return self.model.decoder.config.context
 
+    @_one_at_a_time
     def keep_costs(self) -> None:
         """Keep what steps cost here, so that the next process bets well from its first step."""
         if self.costs_file is not None and isinstance(self.control, Goodput):
             costs.write(self.costs_file, self.control.report())
 
+    @_one_at_a_time
     def save(self, session: Session, path: str | Path) -> None:
         """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
 
@@ -248,6 +272,7 @@ class Engine:
                 elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
+    @_one_at_a_time
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """A session for this prompt; nothing is computed yet.
 
@@ -304,12 +329,14 @@ class Engine:
             self.read(session)
             yield session.cache.length
 
+    @_one_at_a_time
     @torch.inference_mode()
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
         feed = self._chunk(session, stop)
         self._fed(feed, run([feed], self.model.decoder, readers(self.drafters.values())))
 
+    @_one_at_a_time
     @torch.inference_mode()
     def step(
         self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
@@ -411,6 +438,7 @@ class Engine:
                     drafts[i] = constraint.prune(draft, forced[i]) if constraint else draft
         return self.control.trim(bets, drafts), seconds
 
+    @_one_at_a_time
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
         perf_counter's clock; else it is from when the session was opened.

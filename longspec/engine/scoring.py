@@ -54,9 +54,9 @@ def _scores(
             tokens += own
             end += 1
         feed = Feed.of(session, [last], Draft.tree(tokens, parents))
-        chances = torch.log_softmax(
-            engine.model.decoder.logits(choosing(run([feed], engine.model.decoder), [feed])).float(), -1
-        )
+        with engine.model.lock:
+            logits = engine.model.decoder.logits(choosing(run([feed], engine.model.decoder), [feed]))
+        chances = torch.log_softmax(logits.float(), -1)
         # The row of token i is i + 1, as the text's last comes first; the one that chose it is its parent's.
         chosen = chances[torch.tensor(parents) + 1, torch.tensor(tokens)].tolist()
         at = 0
