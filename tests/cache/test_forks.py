@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
 from longspec.cache import BLOCK, Dense, Shape
 from longspec.cache.codes import Codec
 from longspec.cache.quantized import Quantized
+from longspec.cache.snapshot import save
 
 SHAPE = Shape(2, 64, (None, None, None), torch.float32, torch.device("cpu"))
 
@@ -43,3 +47,9 @@ def test_a_fork_does_not_keep_what_its_parent_grew_to() -> None:
     grow(parent, 20 * BLOCK, seed=2)
     assert fork.nbytes == before
     assert len(all_rows(fork)[0][0, 0]) == 130
+
+
+def test_a_snapshot_names_every_row(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 tokens can't name the 0 rows"):
+        save(tmp_path / "rows", {}, [7], Dense(SHAPE))
+    assert not (tmp_path / "rows").exists()
