@@ -99,7 +99,8 @@ class Dense:
         if not 0 <= length <= self.length:
             raise ValueError(f"can't share {length} of {self.length} rows")
         twin = Dense(self.shape)
-        twin._shared = [*self._shared, (self._buffers, self.length - self._start)]
+        # A copy of the list: `reserve` and `drop` replace its entries, and the fork keeps the tensors of this moment.
+        twin._shared = [*self._shared, (list(self._buffers), self.length - self._start)]
         twin.length = twin._start = self.length
         self._lent = max(self._lent, length)
         twin.truncate(length)

@@ -49,8 +49,10 @@ def save(path: Path, identity: Mapping[str, str], tokens: Sequence[int], cache: 
 
     Raises:
         LongspecError: it can't be written.
+        ValueError: there is another number of rows than of tokens.
     """
-    assert len(tokens) == cache.length, (len(tokens), cache.length)
+    if len(tokens) != cache.length:
+        raise ValueError(f"{len(tokens)} tokens can't name the {cache.length} rows of a cache")
     place = Path(os.path.realpath(path))
     try:
         number, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)

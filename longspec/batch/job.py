@@ -1,9 +1,8 @@
 """The texts of a batch on their way: records in, results out, as many texts at a time as one pass shall hold.
 
 Takes an engine and a stream of records; knows no file, no line and no signal. `admit` reads and opens, `step` runs one
-pass. A record that can't be written is a result too. Where a pass itself fails, nobody can say whose fault it was: the
-texts of that pass are written again one at a time (their noise is keyed by their ids, so they are the same texts), and
-the one that fails alone is the fault.
+pass. A record that can't be written is a result too, whatever kept it from being written (`longspec.engine.scheduler`
+says which text an error belongs to): its line is in the output, so that a second run doesn't try it again.
 """
 
 from __future__ import annotations
@@ -50,19 +49,16 @@ class Job:
         self._records = records
         self._schedule = Schedule(engine, self.width)
         self._running: dict[Session, Item] = {}
-        self._again: deque[Item] = deque()
         self._order = _Order() if in_order else None
 
     @property
     def running(self) -> int:
-        """How many texts are under way."""
-        return len(self._running) + len(self._again)
+        """The number of texts that are open."""
+        return len(self._running)
 
     def admit(self) -> Iterator[Result]:
-        """Open as many texts as may begin; what came of those that can't."""
-        while self._again and not self._running:
-            yield from self._open(self._again.popleft())
-        while self.admitting and not self._again and self._schedule.wants and self._has_room:
+        """Open as many texts as may begin, and give the results of those that can't."""
+        while self.admitting and self._schedule.wants and self._has_room:
             record = next(self._records, None)
             if record is None:
                 self.admitting = False
@@ -72,25 +68,21 @@ class Job:
             yield from self._done(record) if isinstance(record, Fault) else self._open(record)
 
     def step(self) -> list[Result]:
-        """One pass; the texts that ended with it."""
-        try:
-            for _, commit in self._schedule.step():
-                self.tokens += len(commit.tokens)
-        except (LongspecError, MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-            ended = self._ended()
-            going = list(self._running.values())
-            self._running.clear()
-            self._schedule = Schedule(self.engine, self.width)
-            if len(going) == 1:
-                return [*ended, *self._done(_fault(going[0], error))]
-            self._again.extend(going)
-            return ended
-        return self._ended()
+        """Run one forward pass, and give the results of the texts that ended with it."""
+        results: list[Result] = []
+        for session, event in self._schedule.step():
+            if isinstance(event, LongspecError):
+                results += self._done(_fault(self._running.pop(session), event))
+                continue
+            self.tokens += len(event.tokens)
+            if event.finish_reason is not None:
+                item = self._running.pop(session)
+                results += self._done(Written(item, self.engine.answer(session), session.stats))
+        return results
 
     def close(self) -> None:
-        """Nothing more is begun: what is running may be finished, by further steps."""
+        """Begin no further text; those that are open may be finished, by further steps."""
         self.admitting = False
-        self._again.clear()
         for session in [session for session in self._running if not session.cache.length and not session.answer]:
             self._schedule.drop(session)
             del self._running[session]
@@ -100,20 +92,11 @@ class Job:
         return self._order is None or len(self._order) < AHEAD * self.width
 
     def _open(self, item: Item) -> list[Result]:
-        try:
-            session = self.engine.open(item.prompt, **over(self.defaults, item))
-        except LongspecError as error:
-            return self._done(_fault(item, error))
+        session = self._schedule.begin(item.prompt, over(self.defaults, item))
+        if isinstance(session, LongspecError):
+            return self._done(_fault(item, session))
         self._running[session] = item
-        self._schedule.add(session)
         return []
-
-    def _ended(self) -> list[Result]:
-        results: list[Result] = []
-        for session in [session for session in self._running if session.finish_reason is not None]:
-            item = self._running.pop(session)
-            results += self._done(Written(item, self.engine.answer(session), session.stats))
-        return results
 
     def _done(self, result: Result) -> list[Result]:
         return [result] if self._order is None else self._order.put(result)
@@ -141,13 +124,8 @@ class _Order:
         return leaving
 
 
-def _fault(item: Item, error: Exception) -> Fault:
-    codes = {
-        ContextError: "context_length",
-        UsageError: "invalid_request",
-        BudgetError: "memory",
-        MemoryError: "memory",
-    }
+def _fault(item: Item, error: LongspecError) -> Fault:
+    codes = {ContextError: "context_length", UsageError: "invalid_request", BudgetError: "memory"}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), "failed")
     said = " ".join(str(error).split()) or type(error).__name__
     return Fault(item.index, item.id, said if len(said) <= 1000 else f"{said[:997]}...", code)

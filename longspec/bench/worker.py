@@ -77,7 +77,9 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
             schedule.add(session)
         began = perf_counter()
         while schedule:
-            schedule.step()
+            for _, event in schedule.step():
+                if isinstance(event, Exception):  # its tokens would be missing from the rate
+                    raise event
         seconds = perf_counter() - began
         return {"tokens": sum(len(session.answer) for session in sessions), "seconds": seconds, "first": None}
 

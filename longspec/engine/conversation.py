@@ -90,7 +90,8 @@ class Conversation:
     def keep(self) -> bool:
         """Take what the session wrote; one that isn't over ends here. Where it wrote nothing, nothing is kept."""
         session = self.session
-        assert session is not None, "there is no answer to keep"
+        if session is None:
+            raise UsageError("Nothing was asked yet, so there is no answer to keep; ask something first.")
         if session.finish_reason is None:
             session.interrupt()
         if session.finish_reason == "interrupted" and not session.text:

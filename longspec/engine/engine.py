@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 
@@ -27,7 +28,18 @@ from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
-from longspec.engine.options import Options, asked, check, drafter_options, guidance, kind, most_tokens, tokens_of
+from longspec.engine.options import (
+    Options,
+    asked,
+    check,
+    check_options,
+    check_tokens,
+    drafter_options,
+    guidance,
+    kind,
+    most_tokens,
+    tokens_of,
+)
 from longspec.engine.prefix_cache import keep, resume, take_over
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
@@ -47,11 +59,32 @@ PREFILL_ROWS = CHUNKS[0]
 """Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """The method, run by one thread at a time of all that use the engine's model."""
+
+    @wraps(method)
+    def locked(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with self.model.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, locked)
+
+
 class Engine:
     """A loaded model and what it bets with.
 
     engine = Engine.load("smollm2")
     print(engine.generate("Why is the sky blue?").text)
+
+    Every method may be called from any thread, and several threads may write texts with one engine: each gets the
+    tokens that it would get alone. They take turns, one forward pass at a time (the model's lock is held for a step,
+    not while a caller looks at what an iterator gave), so that threads don't make it faster: `generate_many` does,
+    where texts share passes. Engines of one `Model` share its lock; a `Model` that drafts for one engine must not be
+    used by another at the same time. A session, an iterator, a schedule or a conversation belongs to one thread at a
+    time.
     """
 
     def __init__(
@@ -166,11 +199,13 @@ class Engine:
         """The most tokens that prompt and answer may have together."""
         return self.model.decoder.config.context
 
+    @_one_at_a_time
     def keep_costs(self) -> None:
         """Keep what steps cost here, so that the next process drafts well from its first step."""
         if self.costs_file is not None and (report := self.speculator.control.report()):
             latency.write(self.costs_file, report)
 
+    @_one_at_a_time
     def save(self, session: Session, path: str | Path) -> None:
         """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
 
@@ -188,6 +223,10 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """Write one answer, giving its text as it becomes certain."""
+        check_options(options)  # at the call, not at the first piece
+        return self._stream(prompt, options)
+
+    def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
         for commit in self.write(self.open(prompt, **options)):
             if commit.text:
                 yield commit.text
@@ -197,36 +236,48 @@ class Engine:
     ) -> Iterator[tuple[int, Answer | LongspecError]]:
         """Write many answers side by side, `width` at a time: each prompt's place and answer, as they finish.
 
-        A prompt may bring options of its own. One that can't be written gives the error in its answer's place. Prompts
-        are taken from the iterable as they are needed; the noise of a text is keyed by its place, unless it has a key.
+        A prompt may bring options of its own. One that can't be written gives the error in its answer's place, whatever
+        it is (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as they are
+        needed; the noise of a text is keyed by its place, unless it has a key.
         """
-        schedule, numbers, coming = Schedule(self, width), {}, enumerate(prompts)
+        check_options(options)
+        return self._generate_many(prompts, width, options)
+
+    def _generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], width: int, options: Options
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        schedule, numbers, coming = Schedule(self, width), dict[Session, int](), enumerate(prompts)
         while True:
             for number, prompt in islice(coming, schedule.wants):
                 text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
-                try:
-                    session = self.open(text, **{"key": str(number), **options, **own})
-                except LongspecError as error:
-                    yield number, error
+                opened = schedule.begin(text, {"key": str(number), **options, **own})
+                if isinstance(opened, LongspecError):
+                    yield number, opened
                 else:
-                    numbers[session] = number
-                    schedule.add(session)
+                    numbers[opened] = number
             if not schedule:
                 return
-            for session, commit in schedule.step():
-                if commit.finish_reason is not None:
+            for session, event in schedule.step():
+                if isinstance(event, LongspecError):
+                    yield numbers.pop(session), event
+                elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
+    @_one_at_a_time
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """A session for this prompt; nothing is computed yet.
 
         Raises:
             ContextError: the prompt, or the prompt with the tokens asked for, is longer than the model's context.
-            UsageError: an option is out of range, or the prompt has no token.
+            UsageError: an option is out of range, the prompt has no token, or one that the model has no embedding for.
+            TypeError: an option has no such name.
         """
         began = perf_counter()
+        check_options(options)
+        decoder = self.model.decoder
         tokens = tokens_of(self.model.vocabulary, prompt, options)
-        decoder, sampling = self.model.decoder, Sampling.over(self.model.defaults, asked(options))
+        check_tokens(tokens, decoder.config.vocabulary)
+        sampling = Sampling.over(self.model.defaults, asked(options))
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
         stop = options.get("stop", ())
@@ -268,12 +319,14 @@ class Engine:
             self.read(session)
             yield session.cache.length
 
+    @_one_at_a_time
     @torch.inference_mode()
     def read(self, session: Session, stop: int | None = None) -> None:
         """A pass for the next chunk of a prompt, up to row `stop`."""
         chunk = self._chunk(session, stop)
         self._prefilled(chunk, forward([], [chunk], self.model.decoder, self.speculator.needs), 0)
 
+    @_one_at_a_time
     @torch.inference_mode()
     def step(
         self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
@@ -281,6 +334,8 @@ class Engine:
         """Draft, one forward pass of the target, verify, commit: what each session got.
 
         reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
+        An error of one text's own is kept in `Session.error`, and raised where there is no other text; an error of the
+        whole pass is raised before anything is committed.
         """
         drafts = self.speculator.propose(sessions)
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
@@ -288,10 +343,13 @@ class Engine:
         output = forward(inputs, chunks, self.model.decoder, self.speculator.needs)
         commits = []
         for i, (one, verdict) in enumerate(zip(inputs, output.verdicts, strict=True)):
-            commits.append(one.session.take(verdict, one.draft))
-            self._commit(one, verdict.kept, output, i)
+            commits.append(Commit((), "", len(one.draft), 0))
+            with one.session.keeping_error():
+                commits[-1] = one.session.take(verdict, one.draft)
+                self._commit(one, verdict.kept, output, i)
         for chunk in chunks:
-            self._prefilled(chunk, output, len(inputs))
+            with chunk.session.keeping_error():
+                self._prefilled(chunk, output, len(inputs))
         rows = sum(len(one.tokens) for one in inputs)
         self.speculator.observe(commits, output.verdicts, output.seconds, rows, shared=bool(chunks))
         return self._guarded(sessions, commits)
@@ -308,6 +366,8 @@ class Engine:
             sessions[0].notes.append(remark)
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
             commits[list(sessions).index(ending)] += ending.interrupt("length")
+        if len(sessions) == 1 and sessions[0].error is not None:
+            raise sessions[0].error
         return commits
 
     def _chunk(self, session: Session, stop: int | None) -> Input:
@@ -332,6 +392,7 @@ class Engine:
                 session.notes.append(str(error))
         session.prefilled = perf_counter()
 
+    @_one_at_a_time
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
         perf_counter's clock; else it is from when the session was opened.

@@ -65,7 +65,7 @@ class Watch:
 
     def after_step(self, sessions: Sequence[Session]) -> Session | None:
         """The session that has to end here; None, nearly always, where all may go on."""
-        going = [session for session in sessions if session.finish_reason is None]
+        going = [session for session in sessions if session.finish_reason is None and session.error is None]
         self._steps += 1
         if self._steps % STEPS != 1 or not going:
             return None

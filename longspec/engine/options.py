@@ -6,6 +6,7 @@ Takes options as they were given; loads nothing, so that what is wrong is said b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,18 @@ from longspec.text.repetition import Loops
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Drafter
 
-__all__ = ["Options", "asked", "check", "drafter_options", "guidance", "kind", "most_tokens", "tokens_of"]
+__all__ = [
+    "Options",
+    "asked",
+    "check",
+    "check_options",
+    "check_tokens",
+    "drafter_options",
+    "guidance",
+    "kind",
+    "most_tokens",
+    "tokens_of",
+]
 
 
 class Options(SamplingOptions, total=False):
@@ -110,6 +122,17 @@ def most_tokens(prompt: int, asked: int | None, context: int, planned: int | Non
     return prompt + asked
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError, as a function's own keywords do: a name isn't one of `Options`. The nearest one is said."""
+    for name in options:
+        if name not in Options.__annotations__:
+            near = get_close_matches(name, Options.__annotations__, 1)
+            raise TypeError(
+                f"{name!r} is not an option of a text"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(Options.__annotations__)}.")
+            )
+
+
 def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[int]:
     """The tokens of a prompt that is asked with these options.
 
@@ -118,6 +141,16 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[
     """
     told = variables(vocabulary, options.get("effort"))
     return encode(vocabulary, prompt, options.get("system"), raw=options.get("raw", False), variables=told)
+
+
+def check_tokens(tokens: Sequence[int], rows: int) -> None:
+    """Raises UsageError where one isn't a row of the model's embedding table, which has so many."""
+    wrong = next((token for token in tokens if not 0 <= token < rows), None)
+    if wrong is not None:
+        raise UsageError(
+            f"The prompt has the token {wrong}, and the model's embedding table has {rows:,} rows (0 to {rows - 1}): "
+            "its tokenizer knows more tokens than the model was made for; leave that token's text out."
+        )
 
 
 def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def _scores(
             tokens += own
             end += 1
         staged = Input.of(session, [last], Draft.tree(tokens, parents))
-        log_probs = torch.log_softmax(logits_of([staged], engine.model.decoder).float(), -1)
+        with engine.model.lock:
+            log_probs = torch.log_softmax(logits_of([staged], engine.model.decoder).float(), -1)
         # The row of token i is i + 1, as the text's last comes first; the one that chose it is its parent's.
         chosen = log_probs[torch.tensor(parents) + 1, torch.tensor(tokens)].tolist()
         at = 0

@@ -7,7 +7,8 @@ that an end-of-text token, a stop string or a limit inside of a draft is one cas
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -67,6 +68,7 @@ class Session:
         self.long = long
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # what ended the text in place of a finish reason
         self.stats = Stats()
         self.bets: Counter[str] = Counter()  # steps by who drafted, or `none: ` and why nobody did
         self.drafting = 0.0  # seconds that the session's steps drafted; a step of several sessions counts for each
@@ -84,6 +86,14 @@ class Session:
         self._loops = loops
         self._transcript = transcript
         self._end_tokens = frozenset(end_tokens)
+
+    @contextmanager
+    def keeping_error(self) -> Iterator[None]:
+        """Keep an exception raised within as this text's `error`: it must not cost the other texts their commits."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  the scheduler reports it
+            self.error = error
 
     @property
     def answer(self) -> list[int]:

@@ -106,8 +106,9 @@ class Speculator:
             session.drafting += sum(self._seconds.values())
             session.verifying += seconds
             session.bets[pending.bet.drafter if count else f"none: {pending.why}"] += 1
-            for drafter in self.drafters.values():
-                drafter.observe(session, commit, verdict)
+            with session.keeping_error():
+                for drafter in self.drafters.values():
+                    drafter.observe(session, commit, verdict)
             kept = [node - first for node in verdict.kept if first <= node < first + count]
             outcomes.append(Outcome(session, pending.bet, pending.own, kept, verdict))
         self.control.observe(Step(outcomes, self._seconds, None if shared else seconds, rows))

@@ -29,7 +29,11 @@ static inline uint64_t mixed(uint64_t key, uint64_t token) {
     return state ^ state >> 31;
 }
 
-static inline double uniform(uint64_t state) { return ((double)(int64_t)(state >> 11) + 0.5) * 0x1p-53; }
+/* In (0, 1): the largest of the 2^53 values rounds to 1, of which the noise would be infinite. */
+static inline double uniform(uint64_t state) {
+    const double value = ((double)(int64_t)(state >> 11) + 0.5) * 0x1p-53;
+    return value < 1 ? value : 1 - 0x1p-53;
+}
 
 static inline double gumbel(uint64_t key, uint64_t token) { return -log(-log(uniform(mixed(key, token)))); }
 

@@ -1,13 +1,14 @@
 """What a checkpoint's config.json says, in the terms of our one decoder.
 
 Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here;
-what a checkpoint shows by having a tensor (biases, an untied head) is no flag.
+what a checkpoint shows by having a tensor (biases) is no flag. Weights that are quantized in a way that isn't read are
+refused here, by name, before any of them is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from longspec.errors import ModelError
@@ -18,6 +19,9 @@ Norms = Literal["before", "after", "both"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """Values of `model_type` that this decoder speaks. gemma3 is read too, for its text part."""
+
+_TIED = ("smollm3", "gemma2", "gemma3_text")
+"""Families of which transformers' config class ties the head to the embeddings where config.json doesn't say."""
 
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -63,6 +67,9 @@ class Config:
     logit_softcap: float | None = None
     fused: bool = False  # qkv_proj and gate_up_proj are one matrix each in the checkpoint
     end_tokens: tuple[int, ...] = ()
+    # The head is the embedding table, unless the file holds a head. Not in the repr, which fingerprints are made of:
+    # heads and prompt caches stay good.
+    tied: bool = field(default=False, repr=False)
 
     @property
     def layers(self) -> int:
@@ -73,15 +80,39 @@ class Config:
         """The shape that a config.json describes. ModelError names what isn't supported or doesn't fit together."""
         family = raw.get("model_type")
         if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
-            return cls.read({**raw["text_config"], "model_type": "gemma3_text"})
+            outer = {name: raw[name] for name in ("tie_word_embeddings", *_QUANTIZED) if name in raw}
+            return cls.read({**outer, **raw["text_config"], "model_type": "gemma3_text"})
         if family not in FAMILIES:
             raise ModelError(
                 f"The architecture {family!r} is not supported; longspec runs {', '.join(FAMILIES)} (text only)."
             )
+        _check_plain(raw)
         try:
             return _read(str(family), raw)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"The model's config.json can't be used: {type(error).__name__} on {error}.") from error
+
+
+_QUANTIZED = ("quantization_config", "compression_config")
+
+
+def _check_plain(raw: Mapping[str, Any]) -> None:
+    """Raises ModelError where config.json says that the weights are quantized.
+
+    Their scales would be missing from the product otherwise: FP8 weights are then thousands of times too large.
+    """
+    for name in _QUANTIZED:
+        if not (said := raw.get(name)):
+            continue
+        what = f"{said!s:.100}"
+        if isinstance(said, Mapping):
+            parts = ("format", "fmt", "bits", "group_size")
+            details = ", ".join(f"{part} {said[part]}" for part in parts if said.get(part) is not None)
+            what = str(said.get("quant_method", "an unnamed method")) + (f" ({details})" if details else "")
+        raise ModelError(
+            f"The checkpoint's weights are quantized as {what}, which isn't supported; longspec reads fp32, fp16 and "
+            "bf16 weights from safetensors, and GGUF files: take one of these of the same model."
+        )
 
 
 def _read(family: str, raw: Mapping[str, Any]) -> Config:
@@ -120,6 +151,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         attention_softcap=raw.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
         fused=family == "phi3",
+        tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (int(end),),
     )
 

@@ -339,11 +339,20 @@ class _Reader:
         return _Norm(weight, self._config.eps)
 
     def head(self, embedding: Tensor) -> Any:
+        """The output matrix [V, width]: the file's, else of a tied model the embedding table.
+
+        A tied model's file that holds another head as well counts as untied, as in transformers 5.24 and llama.cpp.
+        """
         shape = (self._config.vocabulary, self._config.width)
         for name in ("lm_head.weight", "language_model.lm_head.weight"):
             if name in self._weights:
                 return self._matrix([name], shape)
-        if self._coded:  # tied
+        if not self._config.tied:
+            raise ModelError(
+                "The checkpoint holds no lm_head.weight, and its config.json says that the head is not the embedding "
+                "table (tie_word_embeddings): the files are incomplete. Fetch them again."
+            )
+        if self._coded:
             return self._matrix([f"{self._prefix}embed_tokens.weight"], shape)
         return Linear(embedding, tile=self._tile)
 

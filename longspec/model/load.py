@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from threading import RLock
 from time import perf_counter
 from typing import Any
 
@@ -57,6 +59,8 @@ class Model:
     defaults: Mapping[str, Any]  # generation_config.json
     seconds: Mapping[str, float]  # tokenizer, weights
     is_read: bool = False  # all that passes read is in memory; else pages of files come when they are touched
+    # One forward pass at a time: a decoder has one workspace. Engines of the same model share the lock.
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, compare=False, repr=False)
 
     @property
     def lineage(self) -> str:

@@ -160,7 +160,8 @@ def gumbel(keys: Sequence[int] | Tensor, tokens: Tensor) -> Tensor:
     state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
     state = state ^ _shifted(state, 31)
-    uniform = (_shifted(state, 11).double() + 0.5) * 2.0**-53  # in (0, 1), ends excluded
+    uniform = (_shifted(state, 11).double() + 0.5) * 2.0**-53
+    uniform = uniform.clamp_(max=1 - 2.0**-53)  # the largest of the 2^53 values rounds to 1, and its noise to infinity
     return -torch.log(-torch.log(uniform))
 
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
-from longspec.errors import ContextError, LongspecError, UsageError
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.requests.fields import RequestError, parse_object
 from longspec.requests.openai import CHAT, COMPLETIONS
 from longspec.requests.replies import Reply
@@ -171,6 +171,8 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error), code="context_length_exceeded")
         case UsageError():
             return RefusedError(400, str(error))
+        case BudgetError():
+            return RefusedError(400, str(error), code="memory_budget_exceeded")
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.

@@ -20,6 +20,7 @@ from longspec.engine.engine import Engine
 from longspec.engine.options import Options
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
+from longspec.errors import LongspecError
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
@@ -112,29 +113,24 @@ class Worker:
             pass
 
     def _pass(self) -> None:
-        try:
-            commits = self._schedule.step()
-        except Exception as error:  # noqa: BLE001  of a pass that failed no text can be trusted
-            lost = list(self._sessions)
-            self._sessions, self._orders, self._schedule = {}, {}, Schedule(self._engine, self.width)
-            for order in lost:
-                order.tell(error)
-            return
-        for session, commit in commits:
+        """Run one forward pass; each text that it was for is told its tokens, or the error that ended that text."""
+        for session, event in self._schedule.step():
             order = self._orders[session]
-            order.tell(commit)
-            if commit.finish_reason is not None:
+            if isinstance(event, LongspecError):
+                self._forget(order)
+                order.tell(event)
+                continue
+            order.tell(event)
+            if event.finish_reason is not None:
                 self._close(order)
 
     def _open(self, order: Order) -> None:
-        try:
-            session = self._engine.open(order.prompt, **order.options)
-        except Exception as error:  # noqa: BLE001  what can't be opened is told to whoever asked, and the rest goes on
-            order.tell(error)
+        session = self._schedule.begin(order.prompt, order.options)
+        if isinstance(session, LongspecError):  # what can't be opened is told to whoever asked, and the rest goes on
+            order.tell(session)
             return
         self._sessions[order], self._orders[session] = session, order
         order.tell(Opened(session.prompt_length))
-        self._schedule.add(session)
 
     def _end(self, order: Order) -> None:
         session = self._sessions.get(order)

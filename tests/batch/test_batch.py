@@ -187,9 +187,14 @@ def test_a_text_that_breaks_its_pass_breaks_no_other(
     monkeypatch.setattr(Engine, "step", failing)
     assert batch(tiny, source, home / "out", *more) == 1
     read = {line["id"]: line.get("text", line.get("error")) for line in lines(home / "out")}
-    assert read.pop("n3") == {"code": "failed", "message": "the third is heavy"}
+    assert read.pop("n3") == {
+        "code": "failed",
+        "message": "The text could not be written: RuntimeError: the third is heavy.",
+    }
     whole = answers(home / "whole")
     assert read == {name: text for name, text in whole.items() if name != "n3"}
+    assert batch(tiny, source, home / "out", *more) in (0, 1)  # a second run ends: the error stands in the output
+    assert len(lines(home / "out")) == 12
 
 
 def test_memory_is_planned_for_all_texts_of_a_pass(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:

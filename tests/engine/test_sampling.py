@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from longspec.errors import UsageError
+from longspec.sampling import sampler
 from longspec.sampling.parameters import PARAMETERS, Bounds, Sampling, SamplingOptions
 from longspec.sampling.sampler import choose, gumbel, noise_key, rank
 
@@ -98,6 +99,37 @@ def test_a_large_vocabulary_keeps_what_its_definition_keeps() -> None:
         assert together.tolist() == [int(alone[0]), int(alone[1])]
         assert int(together[0]) in allowed[0]
         assert int(together[1]) in allowed[1]
+
+
+def unmixed(state: int) -> int:
+    """The key that gives token 0 this SplitMix64 state: the inverse of its mixing."""
+    whole = (1 << 64) - 1
+
+    def unshifted(value: int, bits: int) -> int:
+        result = value
+        for _ in range(64 // bits):
+            result = value ^ result >> bits
+        return result
+
+    state = unshifted(state, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & whole
+    state = unshifted(state, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & whole
+    key = unshifted(state, 30) - 0x9E3779B97F4A7C15 & whole
+    return key - (1 << 64) if key >> 63 else key
+
+
+def test_the_largest_draw_is_finite() -> None:
+    """Infinite noise would write a forbidden token: -inf and inf make a NaN, which torch takes for the greatest."""
+    key = unmixed((1 << 64) - 1)
+    noise = gumbel([key], torch.arange(4)[None])
+    assert noise.isfinite().all()
+    assert float(noise[0, 0]) == pytest.approx(53 * math.log(2))
+    logits = torch.zeros(1, 300)
+    assert choose(logits, Sampling(temperature=1.0), [key]).tolist() == [0]
+    assert sampler._choose(logits, Sampling(temperature=1.0), [key]).tolist() == [0]
+    logits[0, 0] = float("-inf")
+    written = choose(logits, Sampling(temperature=1.0), [key]).tolist()
+    assert written != [0]
+    assert sampler._choose(logits, Sampling(temperature=1.0), [key]).tolist() == written
 
 
 @pytest.mark.parametrize("sampling", [*CASES[:-1], Sampling(temperature=0.05), Sampling(temperature=0.7, top_k=100),

@@ -59,7 +59,7 @@ def test_a_short_text_makes_room_for_the_next(model: Model) -> None:
         schedule.add(session)
     ended = []
     while len(schedule):
-        ended += [sessions.index(session) for session, commit in schedule.step() if commit.finish_reason]
+        ended += [sessions.index(session) for session, _ in schedule.step() if session.finish_reason]
     assert ended == [0, 2, 1]
 
 

@@ -222,8 +222,27 @@ def test_a_pass_that_fails_ends_its_answers_and_no_others(made: Engine, monkeypa
             with pytest.raises(openai.APIError):
                 list(client.completions.create(model="tiny", prompt="ABC", stream=True))
         assert "secret" not in str(failed.value)
-        assert served.said == ["a request failed: RuntimeError: a secret path"] * 41
+        assert served.said == ["The text could not be written: RuntimeError: a secret path."] * 41
         assert client.completions.create(model="tiny", prompt="ABC").choices[0].text
+
+
+def test_a_text_that_fails_ends_beside_one_that_goes_on(made: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, length = made.step, 60
+
+    def failing(sessions: Any, *rest: Any) -> Any:
+        if any(session.prompt_length == 7 for session in sessions):
+            raise RuntimeError("the short one is heavy")
+        return step(sessions, *rest)
+
+    alone = made.generate("ABCDEFGHIJKL", raw=True, max_new_tokens=length).text
+    monkeypatch.setattr(made, "step", failing)
+    with serving(made) as served, served.client() as client:
+        asked: Any = {"model": "tiny", "temperature": 0}
+        chunks = iter(client.completions.create(prompt="ABCDEFGHIJKL", max_tokens=length, stream=True, **asked))
+        said = next(chunks).choices[0].text
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(prompt="ABCDEFG", **asked)
+        assert said + "".join(chunk.choices[0].text for chunk in chunks) == alone
 
 
 # --- what is refused

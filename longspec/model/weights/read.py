@@ -58,11 +58,10 @@ class Weights(Mapping[str, Tensor]):
         Raises ModelError where there are none, or one is missing, damaged or outside the folder.
         """
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if single.is_file():
-            shard = Shard(single)
-            return cls(dict.fromkeys(shard.names, shard), dtype, coded)
-        if index.is_file():
-            return cls(_shards(folder, index), dtype, coded)
+        if single.is_file() or index.is_file():
+            sources = _single(single) if single.is_file() else _shards(folder, index)
+            _check_floats(sources)
+            return cls(sources, dtype, coded)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
 
     @classmethod
@@ -161,6 +160,21 @@ class _Held:
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
         return self._tensors[names[0]] if len(names) == 1 else None
+
+
+def _single(path: Path) -> dict[str, Shard]:
+    shard = Shard(path)
+    return dict.fromkeys(shard.names, shard)
+
+
+def _check_floats(sources: Mapping[str, Shard]) -> None:
+    """Raises ModelError where a tensor is FP8: its values mean nothing without scales, which aren't read."""
+    for name, shard in sources.items():
+        if (dtype := shard.dtype(name)).is_floating_point and dtype.itemsize == 1:
+            raise ModelError(
+                f"{shard.path} holds {name} in FP8 ({str(dtype).removeprefix('torch.')}), which isn't supported; take "
+                "the model in bf16, or as a GGUF file."
+            )
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Shard]:

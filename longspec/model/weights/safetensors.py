@@ -81,6 +81,9 @@ class Shard:
     def names(self) -> list[str]:
         return list(self._spans)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._spans[name].dtype
+
     @property
     def dtypes(self) -> set[torch.dtype]:
         return {span.dtype for span in self._spans.values()}
@@ -141,6 +144,9 @@ def write_shard(
     """Write the named tensors in this order, converted to `dtype`, holding one at a time.
 
     The header needs every shape before the first tensor is made; `take(name)` must give a tensor of that shape.
+
+    Raises:
+        ModelError: a tensor has another shape.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -155,7 +161,8 @@ def write_shard(
         file.write(text)
         for name, shape in entries:
             tensor = take(name).to(dtype).contiguous()
-            assert tensor.shape == shape, (name, tensor.shape, shape)
+            if tensor.shape != shape:
+                raise ModelError(f"The tensor {name} is {list(tensor.shape)}, and its file says {list(shape)}.")
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
