@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 
-from longspec.cache import BLOCK, CACHES, LOSSLESS
+from longspec.cache import CACHES, LOSSLESS
 from longspec.control import latency
 from longspec.control import make as make_control
 from longspec.control.policy import Control
@@ -26,7 +25,6 @@ from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
-from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
 from longspec.engine.options import (
     Options,
@@ -40,6 +38,7 @@ from longspec.engine.options import (
     most_tokens,
     tokens_of,
 )
+from longspec.engine.passes import Passes, one_at_a_time
 from longspec.engine.prefix_cache import keep, resume, take_over
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
@@ -55,25 +54,8 @@ from longspec.types import Commit, Drafter
 
 __all__ = ["Engine", "costs_path"]
 
-PREFILL_ROWS = CHUNKS[0]
-"""Rows of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic (bf16: 0.11 ms a row, 2.1 at 8 rows)."""
 
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _one_at_a_time(method: _Method) -> _Method:
-    """The method, run by one thread at a time of all that use the engine's model."""
-
-    @wraps(method)
-    def locked(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        with self.model.lock:
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, locked)
-
-
-class Engine:
+class Engine(Passes):
     """A loaded model and what it bets with.
 
     engine = Engine.load("smollm2")
@@ -104,17 +86,17 @@ class Engine:
         by name. control: a name, or a control that is made. costs_file: what passes cost here, read and kept.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
-        self.model, self.plan = model, plan
+        self.plan = plan
         drafters = _drafters(model, drafter, options or {}, plan)
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
             learned = latency.read(costs_file) if costs_file and control == "goodput" else None
             control = make_control("fixed" if [*drafters] == ["none"] else control, [*drafters], draft_tokens, learned)
-        self.speculator = Speculator(drafters, control, draft_tokens)
+        watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
+        rows = plan.choice.prefill_rows if plan else CHUNKS[0]
+        super().__init__(model, Speculator(drafters, control, draft_tokens), watch, rows)
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
-        self.prefill_rows = plan.choice.prefill_rows if plan else PREFILL_ROWS
-        self.watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         self.load_seconds: dict[str, float] = {}
 
     @classmethod
@@ -199,13 +181,13 @@ class Engine:
         """The most tokens that prompt and answer may have together."""
         return self.model.decoder.config.context
 
-    @_one_at_a_time
+    @one_at_a_time
     def keep_costs(self) -> None:
         """Keep what steps cost here, so that the next process drafts well from its first step."""
         if self.costs_file is not None and (report := self.speculator.control.report()):
             latency.write(self.costs_file, report)
 
-    @_one_at_a_time
+    @one_at_a_time
     def save(self, session: Session, path: str | Path) -> None:
         """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
 
@@ -263,7 +245,7 @@ class Engine:
                 elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
-    @_one_at_a_time
+    @one_at_a_time
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """A session for this prompt; nothing is computed yet.
 
@@ -313,86 +295,7 @@ class Engine:
         while session.finish_reason is None:
             yield from self.step([session])
 
-    def prefill(self, session: Session) -> Iterator[int]:
-        """Feed all unfed tokens but the last, chunk by chunk; after each, the cache's length."""
-        while session.unfed[1:]:
-            self.read(session)
-            yield session.cache.length
-
-    @_one_at_a_time
-    @torch.inference_mode()
-    def read(self, session: Session, stop: int | None = None) -> None:
-        """A pass for the next chunk of a prompt, up to row `stop`."""
-        chunk = self._chunk(session, stop)
-        self._prefilled(chunk, forward([], [chunk], self.model.decoder, self.speculator.needs), 0)
-
-    @_one_at_a_time
-    @torch.inference_mode()
-    def step(
-        self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
-    ) -> list[Commit]:
-        """Draft, one forward pass of the target, verify, commit: what each session got.
-
-        reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
-        An error of one text's own is kept in `Session.error`, and raised where there is no other text; an error of the
-        whole pass is raised before anything is committed.
-        """
-        drafts = self.speculator.propose(sessions)
-        inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
-        chunks = [] if reading is None else [self._chunk(reading, stop)]
-        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs)
-        commits = []
-        for i, (one, verdict) in enumerate(zip(inputs, output.verdicts, strict=True)):
-            commits.append(Commit((), "", len(one.draft), 0))
-            with one.session.keeping_error():
-                commits[-1] = one.session.take(verdict, one.draft)
-                self._commit(one, verdict.kept, output, i)
-        for chunk in chunks:
-            with chunk.session.keeping_error():
-                self._prefilled(chunk, output, len(inputs))
-        rows = sum(len(one.tokens) for one in inputs)
-        self.speculator.observe(commits, output.verdicts, output.seconds, rows, shared=bool(chunks))
-        return self._guarded(sessions, commits)
-
-    def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:
-        """What of an input is text now goes into its cache, and its hidden states to the drafters."""
-        committed = one.commit(kept)
-        if committed and self.speculator.needs.layers:
-            self.speculator.read(one.session, output.features_of(index, committed))
-
-    def _guarded(self, sessions: Sequence[Session], commits: list[Commit]) -> list[Commit]:
-        """The commits; where the memory runs short, one of the texts ends with what it has."""
-        if (remark := self.model.decoder.remark()) is not None:
-            sessions[0].notes.append(remark)
-        if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
-            commits[list(sessions).index(ending)] += ending.interrupt("length")
-        if len(sessions) == 1 and sessions[0].error is not None:
-            raise sessions[0].error
-        return commits
-
-    def _chunk(self, session: Session, stop: int | None) -> Input:
-        """The next tokens of a prompt, up to the end of a block; its last token is the first step's."""
-        start = session.cache.length
-        end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
-        return Input.of(session, session.tokens[start:end])
-
-    def _prefilled(self, chunk: Input, output: Output, index: int) -> None:
-        """A chunk has been through the pass."""
-        session = chunk.session
-        self._commit(chunk, [], output, index)
-        if self.watch is not None:
-            self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
-        if session.unfed[1:]:
-            return
-        if session.prompt_cache is not None:
-            path, session.prompt_cache = session.prompt_cache, None
-            try:
-                self.save(session, path)
-            except LongspecError as error:  # the answer is what was asked for first
-                session.notes.append(str(error))
-        session.prefilled = perf_counter()
-
-    @_one_at_a_time
+    @one_at_a_time
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """What the session wrote so far, and what it took. began: from when the first token was waited for, on
         perf_counter's clock; else it is from when the session was opened.

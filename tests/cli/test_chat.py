@@ -18,7 +18,7 @@ from support.commands import COMMAND, ROOT, Terminal, environment, inside, start
 from support.engines import engine, tiny
 from support.letters import tokenizer_of
 
-import longspec.engine.engine
+import longspec.engine.passes
 from longspec.cache import CACHES
 from longspec.cli.io.colour import coloured
 from longspec.engine.conversation import Conversation, cache_path
@@ -68,7 +68,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(sum(len(one.lacking) for one in (*choosing, *others)))
         return longspec.engine.forward.forward(choosing, others, *more)
 
-    monkeypatch.setattr(longspec.engine.engine, "forward", counted)
+    monkeypatch.setattr(longspec.engine.passes, "forward", counted)
     return counts
 
 
