@@ -136,4 +136,18 @@ static inline void weigh(const weight_t *weights, const bf16 *values, int64_t co
     }
 }
 
+/* The same for the rows of a mask alone. */
+static inline void weigh_some(const weight_t *weights, const bf16 *values, int64_t count, int64_t dim, uint32_t rows,
+                              float *out) {
+    for (int64_t j = 0; j < count; j += DEEP) { /* the others' weights are 0, which changes none of their bits */
+        weight_t masked[TILE][DEEP] __attribute__((aligned(64)));
+        for (int i = 0; i < TILE; i++)
+            if (rows >> i & 1)
+                memcpy(masked[i], weights + j * TILE + i * DEEP, sizeof masked[i]);
+            else
+                memset(masked[i], 0, sizeof masked[i]);
+        weigh(masked[0], values + j * dim, DEEP, dim, TILE, out);
+    }
+}
+
 INLINE void save_weights(weight_t *to, vf weights) { save_bf16(to, weights); }

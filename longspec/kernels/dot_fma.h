@@ -110,4 +110,13 @@ static inline void weigh(const weight_t *weights, const bf16 *values, int64_t co
     }
 }
 
+/* The same for the rows of a mask alone. */
+static inline void weigh_some(const weight_t *weights, const bf16 *values, int64_t count, int64_t dim, uint32_t rows,
+                              float *out) {
+    for (; rows; rows &= rows - 1) {
+        const int row = __builtin_ctz(rows);
+        weigh(weights + row * DEEP, values, count, dim, 1, out + row * dim);
+    }
+}
+
 INLINE void save_weights(weight_t *to, vf weights) { save(to, rounded(weights)); }
