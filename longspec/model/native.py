@@ -178,9 +178,9 @@ class Fused:
         return logits
 
     def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
-        """Cosines and signed sines [r, dims], and dims."""
+        """Cosines and signed sines [r, 1, dims], and dims."""
         dims = turn[0].shape[-1]
-        cos, sin = (pointer(each, torch.bfloat16, rows, dims) for each in turn)
+        cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
         return cos, sin, dims
 
     def _layer(self, layer: Any) -> _Layer:
