@@ -47,9 +47,20 @@ INLINE void multiply(const float (*panel)[WIDE], const float *x, int64_t width, 
 static inline void product_bf16(const bf16 *weight, int64_t apart, int64_t width, const void *packed, int64_t rows, float *sums,
                          int64_t stride) {
     float panel[PANEL][WIDE] __attribute__((aligned(64)));
+#ifdef ALONE
+    if (rows == 1) {
+        for (int64_t i = 0; i < WIDE; i += LANES) multiply_alone(weight + i * apart, apart, width, packed, sums + i);
+        return;
+    }
+#endif
     for (int64_t start = 0; start < width; start += PANEL) {
         const int64_t count = width - start < PANEL ? width - start : PANEL;
-        for (int64_t k = 0; k < count; k += DEEP) unpack_columns(weight + start + k, apart, panel + k);
+        for (int64_t k = 0; k < count; k += DEEP) {
+            const int64_t next = start + PANEL + k; /* the next panel's columns, or the next outputs' */
+            const bf16 *soon = weight + (next < width ? next : next - width + TILE * apart);
+            UNROLL for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + i * apart);
+            unpack_columns(weight + start + k, apart, panel + k);
+        }
         const float *x = (const float *)packed + start;
         int64_t row = 0;
         for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
