@@ -49,7 +49,10 @@ def _first(source: Path, isas: tuple[tuple[str, tuple[str, ...]], ...]) -> ctype
     """The library for the first of these instruction sets that can be had; else the first one's reason."""
     reasons = []
     for isa, flags in isas:
-        found = _loaded(source, isa, flags)
+        try:
+            found = _loaded(source, isa, flags)
+        except _DistrustError as error:
+            return str(error)
         if not isinstance(found, str) and hasattr(found, "missing") and found.missing():
             found = f"the system doesn't give leave to use {isa}"
         if not isinstance(found, str):
@@ -75,11 +78,9 @@ def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str
         folder = cache_folder() / "kernels"
         place = folder / f"{source.stem}-{isa}-{hashlib.sha256(code + words).hexdigest()[:20]}.so"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if reason := _others_write(folder):
-            return reason
+        _check_trust(folder)
         if place.exists():
-            if reason := _others_write(place):
-                return reason
+            _check_trust(place)
             try:
                 return ctypes.CDLL(str(place))
             except OSError:  # damaged, or made for another system: it is made anew
@@ -98,14 +99,17 @@ def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str
         return f"{source.name} can't be built: {error}"
 
 
-def _others_write(path: Path) -> str | None:
-    """Why what lies here isn't to be trusted; None where it belongs to the user, and nobody else can write to it."""
+class _DistrustError(Exception):
+    """What lies somewhere may have been put there by someone else."""
+
+
+def _check_trust(path: Path) -> None:
+    """Raises _DistrustError unless it belongs to the user, and nobody else can write to it."""
     status = path.stat()
     if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        return f"{path} belongs to another user: no kernel is loaded from it"
+        raise _DistrustError(f"{path} belongs to another user: no kernel is loaded from it")
     if status.st_mode & 0o022:
-        return f"others can write to {path}: no kernel is loaded from it (chmod go-w)"
-    return None
+        raise _DistrustError(f"others can write to {path}: no kernel is loaded from it (chmod go-w)")
 
 
 def _build(command: list[str], compiler: str, source: Path, place: Path) -> str:

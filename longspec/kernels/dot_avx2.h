@@ -16,8 +16,10 @@ INLINE void transposed(const bf16 *x, int64_t apart, __m256i words[8]) {
         a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
         a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
-    UNROLL for (int i = 0; i < 8; i++)
-        words[i] = _mm256_castps_si256(_mm256_permute2f128_ps(a[i % 4], a[i % 4 + 4], i < 4 ? 0x20 : 0x31));
+    UNROLL for (int i = 0; i < 4; i++) {
+        words[i] = _mm256_castps_si256(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        words[i + 4] = _mm256_castps_si256(_mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
 }
 
 INLINE vf even_of(__m256i words) { return (vf)_mm256_slli_epi32(words, 16); }

@@ -76,7 +76,7 @@ static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t bits, 
         const int64_t place = (first + row) * width + g * GROUP;
         code_group(x + place, to->codes + place, to->scales + at + row, &sum);
         to->totals[at + row] = to->scales[at + row] * (float)sum;
-        to->first[at + row] = -(sum << (bits - 1));
+        to->first[at + row] = -sum * (1 << (bits - 1));
     }
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import oracle, write
+from support.checkpoints import oracle, write
 from test_fused import load
 from test_groups import coded
 from torch import Tensor
