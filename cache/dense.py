@@ -312,15 +312,18 @@ class DenseStage:
             first = torch.maximum(first, (positions // BLOCK - 1) * BLOCK)
         first = (first - start).clamp_(0, columns)
         low = int(first.min())
+        if staged and not chain:
+            low = min(low, end - start)  # a tree stays whole
         if not staged and bool((first == low).all()):
             return low, None  # all columns from `low` on
         device = self._cache.shape.device
         last = positions + 1 - start if chain and staged else torch.full_like(positions, columns)
-        tail = None if chain or not staged else self._tree.ancestors(rows, window)[:, max(0, low - (end - start)) :]
+        tail = parents = None
+        if staged and not chain:
+            tail = self._tree.ancestors(rows, window).to(device)
+            parents = torch.tensor(self._tree.parents[: rows.stop])
         causal = chain and staged and columns == len(positions) and not bool(first.any())
-        return low, Bounds(
-            (first - low).to(device), (last - low).to(device), None if tail is None else tail.to(device), causal
-        )
+        return low, Bounds((first - low).to(device), (last - low).to(device), tail, causal, parents)
 
 
 def near_start(position: int) -> int:

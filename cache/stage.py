@@ -95,6 +95,7 @@ class Bounds:
     last: Tensor  # [q] int64
     tail: Tensor | None = None  # [q, t] bool, a tree's ancestors
     causal: bool = False  # these bounds are the lower triangle of a square: row i reads columns 0..i
+    parents: Tensor | None = None  # [t] int64, of the tail's columns, of which the last q are the rows themselves
     _biases: dict[tuple[int, torch.dtype, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def allowed(self, n: int) -> Tensor:
@@ -111,7 +112,8 @@ class Bounds:
         if self.tail is None:
             return Bounds(first, last)
         before = n - self.tail.shape[1]  # columns that the tail says nothing of
-        return Bounds(first, last, self.tail[:, max(0, start - before) : max(0, stop - before)])
+        parents = self.parents if start <= before and stop == n else None  # only a whole tree is one
+        return Bounds(first, last, self.tail[:, max(0, start - before) : max(0, stop - before)], parents=parents)
 
     def bias(self, n: int, dtype: torch.dtype, repeats: int = 1) -> Tensor:
         """[repeats * q, n]: 0 where a row may read, -inf where not.

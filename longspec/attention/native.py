@@ -1,7 +1,9 @@
-"""Backend of the CPU for a few rows in bf16: the C kernel of `cpu.c`, on a processor with tiles (AMX).
+"""Backend of the CPU in bf16: the C kernel of `attention.c`.
 
-It takes all parts of a pass one by one and joins them itself, reads coded blocks in place, and keys and values once for
-all query heads and rows. A layer of the default model at 7,000 columns on two cores, milliseconds for 1 and for 9 rows:
+It takes the parts of a pass as they come and joins them itself, reads coded blocks in place, and keys and values once
+for all query heads and rows. A row's bits depend on its position and on what it may read, not on the rows beside it or
+on the buffers that its text lies in: parts that follow each other are read as one. A layer of the default model at
+7,000 columns on two cores with AMX, milliseconds for 1 and for 9 rows:
 
     dense 0.35, 0.61    int8 0.30, 0.51    int4 0.37, 0.56    dual 0.50, 0.72    dense by torch 0.72, 1.01
 """
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import Bounds, CodedPart, Part
+from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
 
 __all__ = [
@@ -31,14 +33,10 @@ __all__ = [
     "limits",
     "missing",
     "refuses",
-    "room_for",
-    "takes",
     "unfit",
 ]
 
-USE = "a few rows in bf16 on the CPU"
-
-_MOST_ROWS, _ALWAYS, _FEW_COLUMNS = 768, 64, 4096
+USE = "bf16 on the CPU"
 
 
 class _Side(ctypes.Structure):
@@ -48,13 +46,13 @@ class _Side(ctypes.Structure):
     )
 
 
-class _Part(ctypes.Structure):
+class _Segment(ctypes.Structure):
     _fields_ = (
         ("keys", _Side),
         ("values", _Side),
-        *((name, ctypes.c_int64) for name in ("kind", "bits", "columns")),
-        *((name, ctypes.c_void_p) for name in ("first", "last", "tail")),
-        ("tail_columns", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("kind", "bits", "columns", "start")),
+        *((name, ctypes.c_void_p) for name in ("first", "last", "tail", "parents")),
+        ("staged", ctypes.c_int64),
     )
 
 
@@ -70,11 +68,9 @@ class Reading(ctypes.Structure):
 
 
 DENSE, SYMMETRIC, ASYMMETRIC, DUAL = range(4)
-"""Kinds of parts."""
-_room = torch.empty(0, dtype=torch.uint8)
+"""Kinds of segments."""
 
 
-@cache
 def missing() -> str | None:
     """Why this machine can't run it; None where it can."""
     found = kernel()
@@ -90,117 +86,107 @@ def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
     return missing()
 
 
-def takes(rows: int, columns: int) -> bool:
-    """Whether it reads so many rows, times query heads of a key head, over so many columns.
-
-    Passes of the default model by it and by torch, in ms: 32 rows 12 and 25, 256 rows 62 and 77, 512 rows 140 and 157;
-    at 5,000 columns 128 rows 103 and 112, 512 rows 448 and 406. What it needs to work in grows with both.
-    """
-    return rows <= max(_ALWAYS, _MOST_ROWS // (1 + columns // _FEW_COLUMNS))
-
-
 def refuses(queries: Tensor, part: Part | CodedPart) -> str | None:
-    """Why it doesn't take a pass with these queries [q, H, D], the first part of which is this; None where it does.
-
-    Of codes it takes any rows: a prompt of 7,000 tokens is read in 8.8 s where torch decodes them in 12.8.
-    """
-    rows, heads, dim = queries.shape
-    groups = heads // _key_heads(part)
-    if not isinstance(part, CodedPart) and not takes(rows * groups, part.columns):
-        return f"{rows * groups} rows are too many for it"
-    return unfit(queries.dtype, queries.device, dim)
+    """Why it doesn't take a pass with these queries [q, H, D], the first part of which is this; None where it does."""
+    return unfit(queries.dtype, queries.device, queries.shape[2])
 
 
 def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all parts, one of which has columns; [q, H, D]."""
     library, threads = kernel(), torch.get_num_threads()
-    assert not isinstance(library, str)
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    queries = queries.contiguous()
     output = torch.empty(queries.shape, dtype=queries.dtype)
     reading = state = None
-    for part, is_last in _marked(parts):
+    for run, is_last in _runs(parts):
         begin = reading is None
         if reading is None or state is None:
-            reading = _reading(queries, part, scale, softcap)
+            reading = _reading(queries, run[0], scale, softcap)
             state = torch.empty(library.attention_state(reading), dtype=torch.uint8)
         held: list[Tensor] = []
-        made = _part(part, held)
-        room = room_for(library.attention_room(reading, part.columns, threads))
+        segments = (_Segment * len(run))(*(_segment(part, len(queries), queries.shape[2], held) for part in run))
+        room = workspace("attention", library.attention_workspace(reading, segments, len(run), threads))
         target = output.data_ptr() if is_last else None
-        library.attention_read(reading, made, begin, room.data_ptr(), threads, state.data_ptr(), target)
+        library.attention_read(reading, segments, len(run), begin, room.data_ptr(), threads, state.data_ptr(), target)
         del held
     return output
 
 
-def _marked(parts: Iterable[Part | CodedPart]) -> Iterator[tuple[Part | CodedPart, bool]]:
-    """Each part that has columns, as it comes, and whether it is the last."""
-    before = None
+def _runs(parts: Iterable[Part | CodedPart]) -> Iterator[tuple[list[Part | CodedPart], bool]]:
+    """Parts that have columns, as they come, dense ones that follow each other together; and whether it is the last."""
+    run: list[Part | CodedPart] = []
     for part in parts:
-        if part.columns:
-            if before is not None:
-                yield before, False
-            before = part
-    if before is not None:
-        yield before, True
+        if not part.columns:
+            continue
+        if run and not _follows(run[-1], part):
+            yield run, False
+            run = []
+        run.append(part)
+    if run:
+        yield run, True
 
 
-def room_for(nbytes: int) -> Tensor:
-    """The working room of one call, kept for the next."""
-    global _room
-    if len(_room) < nbytes:
-        _room = torch.empty(nbytes * 5 // 4, dtype=torch.uint8)
-    return _room
+def _follows(before: Part | CodedPart, part: Part | CodedPart) -> bool:
+    are_dense = isinstance(before, Part) and isinstance(part, Part)
+    return are_dense and before.start + before.columns == part.start
 
 
 def _reading(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None) -> Reading:
     rows, heads, dim = queries.shape
     key_heads = _key_heads(part)
-    if queries.stride()[1:] != (dim, 1):
-        queries = queries.contiguous()
-    made = Reading(
-        queries.data_ptr(), queries.stride(0), rows, key_heads, heads // key_heads, dim, scale, softcap or 0.0
-    )
-    made.held = queries  # for as long as it is pointed to
-    return made
+    at = pointer(queries, torch.bfloat16, rows, heads, dim)
+    return Reading(at, heads * dim, rows, key_heads, heads // key_heads, dim, scale, softcap or 0.0)
 
 
 def _key_heads(part: Part | CodedPart) -> int:
     return len(part.keys if isinstance(part, Part) else part.codes[0])
 
 
-def limits(bounds: Bounds | None, held: list[Tensor]) -> tuple[int | None, int | None, int | None, int]:
-    """Bounds as the kernel takes them; `held` is given the tensors that are pointed to."""
+def limits(
+    bounds: Bounds | None, rows: int, held: list[Tensor]
+) -> tuple[int | None, int | None, int | None, int | None, int]:
+    """Bounds of so many rows as the kernel takes them: first, last, tail, parents and how many columns these are of;
+    `held` is given the tensors that are pointed to.
+    """
     if bounds is None:
-        return None, None, None, 0
+        return None, None, None, None, 0
     held += (bounds.first, bounds.last)
-    first, last = bounds.first.data_ptr(), bounds.last.data_ptr()
+    first, last = (pointer(each, torch.int64, rows) for each in (bounds.first, bounds.last))
     if bounds.tail is None or not bounds.tail.shape[1]:
-        return first, last, None, 0
+        return first, last, None, None, 0
     held.append(bounds.tail.contiguous())
-    return first, last, held[-1].data_ptr(), bounds.tail.shape[1]
+    staged, parents = bounds.tail.shape[1], bounds.parents
+    if parents is not None:
+        held.append(parents)
+    tree = None if parents is None else pointer(parents, torch.int64, staged)
+    return first, last, pointer(held[-1 if parents is None else -2], torch.bool, rows, staged), tree, staged
 
 
-def _part(part: Part | CodedPart, held: list[Tensor]) -> _Part:
+def _segment(part: Part | CodedPart, rows: int, dim: int, held: list[Tensor]) -> _Segment:
     """The part as the kernel takes it; `held` is given the tensors that it points to."""
-    bounds = limits(part.bounds, held)
+    bounds = limits(part.bounds, rows, held)
     if isinstance(part, Part):
-        keys, values = _rows(part.keys, held), _rows(part.values, held)
-        return _Part(keys, values, DENSE, 16, part.columns, *bounds)
+        keys, values = _rows(part.keys, dim, held), _rows(part.values, dim, held)
+        return _Segment(keys, values, DENSE, 16, part.columns, part.start, *bounds)
     kind, half = kind_of(part.codec), len(part.codes) // 2
     keys, values = (_codes(side, kind, held) for side in (part.codes[:half], part.codes[half:]))
-    return _Part(keys, values, kind, part.codec.bits, part.columns, *bounds)
+    return _Segment(keys, values, kind, part.codec.bits, part.columns, part.start, *bounds)
 
 
 def kind_of(codec: Any) -> int:
     """Of a part that it has coded."""
-    assert isinstance(codec, Codec)
+    if not isinstance(codec, Codec):
+        raise TypeError(f"the kernel doesn't read codes of {type(codec).__name__}")
     return DUAL if isinstance(codec, DualCodec) else SYMMETRIC if codec.symmetric else ASYMMETRIC
 
 
-def _rows(rows: Tensor, held: list[Tensor]) -> _Side:
+def _rows(rows: Tensor, dim: int, held: list[Tensor]) -> _Side:
     """Rows [K, n, D] in bf16."""
-    if rows.stride()[1:] != (rows.shape[2], 1):
+    if rows.stride()[1:] != (dim, 1):
         rows = rows.contiguous()
     held.append(rows)
+    pointer(rows[0], torch.bfloat16, None, dim)
     return _Side(codes=rows.data_ptr(), head=rows.stride(0) * 2)
 
 
@@ -218,17 +204,16 @@ def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
     return made
 
 
-@cache
 def kernel() -> ctypes.CDLL | str:
     """The kernel's library; a sentence where it can't be had."""
     found = library("attention.c")
     if isinstance(found, str):
         return found
-    reading, part = ctypes.POINTER(Reading), ctypes.POINTER(_Part)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    reading, segments = ctypes.POINTER(Reading), ctypes.POINTER(_Segment)
+    place, number = ctypes.c_void_p, ctypes.c_int64
     found.attention_state.argtypes, found.attention_state.restype = (reading,), number
-    found.attention_room.argtypes, found.attention_room.restype = (reading, number, number), number
-    found.attention_read.argtypes = (reading, part, number, pointer, number, pointer, pointer)
-    found.texts_room.argtypes, found.texts_room.restype = (reading, pointer, number, number), number
-    found.texts_read.argtypes = (reading, pointer, number, number, pointer, number, pointer)
+    found.attention_workspace.argtypes, found.attention_workspace.restype = (reading, segments, number, number), number
+    found.attention_read.argtypes = (reading, segments, number, number, place, number, place, place)
+    found.texts_workspace.argtypes, found.texts_workspace.restype = (reading, place, number, number), number
+    found.texts_read.argtypes = (reading, place, number, number, number, number, place, number, place)
     return found

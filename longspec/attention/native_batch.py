@@ -1,10 +1,10 @@
-"""Attention of all texts of a pass in one call a layer, their rows dense or coded: by the C kernel of `cpu.c`.
+"""Attention of all texts of a pass in one call a layer, their rows dense or coded: by the C kernel of `attention.c`.
 
 Takes the stages of a pass; puts the rows' keys and values, reads, and gives what `longspec.attention.attend` gives, bit
 for bit. What costs some 60 us of Python a layer, part by part and text by text, is prepared once a pass: of the default
 model's passes with 1, 8 and 16 texts in int8 attention took 3.0, 17 and 34 ms, and takes 0.7, 2.8 and 5.9.
 
-A stage of which only the queries tell what is read, or that brings too many rows, is left to `attend`.
+A stage of which only the queries tell what is read is left to `attend`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from longspec.attention import native as cpu
 from longspec.cache.stage import CodedRun, Run, Shape, Stage
+from longspec.kernels.boundary import pointer, workspace
 
 __all__ = ["Texts", "reads"]
 
 
-_RUN_WORDS = 10
+_RUN_WORDS = 12
 
 
 class _Text(ctypes.Structure):
@@ -43,10 +44,9 @@ class Span(Protocol):
     def at(self) -> slice: ...  # their place in the pass
 
 
-def reads(groups: int, span: Span) -> bool:
-    """Whether the kernel takes these rows, with so many query heads to a key head."""
-    rows = span.at.stop - span.at.start
-    return span.stage.is_known(span.staged) and cpu.takes(rows * groups, span.stage.length)
+def reads(span: Span) -> bool:
+    """Whether it is known before any layer has run what these rows read."""
+    return span.stage.is_known(span.staged)
 
 
 class Texts:
@@ -55,7 +55,8 @@ class Texts:
     def __init__(self, spans: Sequence[Span], shape: Shape, queries: int, scale: float, softcap: float | None) -> None:
         """Queries: how many query heads."""
         kernel = cpu.kernel()
-        assert not isinstance(kernel, str)
+        if isinstance(kernel, str):
+            raise RuntimeError(kernel)
         self._kernel, self._threads = kernel, torch.get_num_threads()
         self._spans = spans
         self._reading = cpu.Reading(
@@ -70,22 +71,31 @@ class Texts:
         self.read_of = [different.index(kind) for kind in kinds]
         self._places: dict[int, int] = {}
         self._held: list[Any] = []
+        self._rows = max(span.at.stop for span in spans)
+        self._width = (queries + 2 * shape.key_heads) * shape.head_dim
         self._prepared = [self._prepare(kinds.index(kind)) for kind in different]
+        self._nbytes = max(
+            kernel.texts_workspace(self._reading, texts, len(texts), self._threads) for texts in self._prepared
+        )
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def read(self, layer: int, made: Tensor, output: Tensor) -> None:
         """Put keys and values of `made` [r, (H + 2 K) * D], and write attention's output to [r, H * D]."""
-        texts, room = self._prepared[self.read_of[layer]]
+        texts = self._prepared[self.read_of[layer]]
         self.begin(made, [layer])
+        at = pointer(output, torch.bfloat16, len(made), None)
         self._kernel.texts_read(
-            self._reading, texts, len(texts), layer, room.data_ptr(), self._threads, output.data_ptr()
+            self._reading, texts, len(texts), layer, 0, len(made), self._workspace(), self._threads, at
         )
 
     def begin(self, made: Tensor, layers: Sequence[int]) -> None:
         """The kernel is about to be called for these layers by another one, with all that `made` will hold."""
-        self._reading.queries, self._reading.query_row = made.data_ptr(), made.stride(0)
+        self._reading.queries = pointer(made, torch.bfloat16, None, self._width)
+        self._reading.query_row = self._width
+        if len(made) < self._rows:
+            raise ValueError(f"a pass of {self._rows} rows can't be of {len(made)}")
         for span in self._spans:
             for layer in layers:
                 span.stage.filled(layer, span.staged)
@@ -96,31 +106,36 @@ class Texts:
         kernel = ctypes.cast(self._kernel.texts_read, ctypes.c_void_p).value
         return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads
 
-    @property
     def reads(self) -> list[tuple[int, int]]:
-        """Its arguments in the layers of each kind, of which `read_of` says a layer's: texts, room."""
-        return [(ctypes.addressof(texts), room.data_ptr()) for texts, room in self._prepared]
+        """Its arguments in the layers of each kind, of which `read_of` says a layer's: texts, and the calling thread's
+        workspace.
+        """
+        at = self._workspace()
+        return [(ctypes.addressof(texts), at) for texts in self._prepared]
 
-    def _prepare(self, layer: int) -> tuple[ctypes.Array[_Text], Tensor]:
-        """All texts as the layer reads them, and the kernel's room."""
+    def _workspace(self) -> int:
+        return workspace("attention", self._nbytes).data_ptr()
+
+    def _prepare(self, layer: int) -> ctypes.Array[_Text]:
+        """All texts as the layer reads them."""
         texts = []
         for span in self._spans:
-            runs = span.stage.runs(layer, span.staged)
-            words = (ctypes.c_int64 * (_RUN_WORDS * len(runs)))(*[word for run in runs for word in self._run(run)])
+            rows = span.at.stop - span.at.start
+            runs = [self._run(run, rows) for run in span.stage.runs(layer, span.staged)]
+            words = (ctypes.c_int64 * (_RUN_WORDS * len(runs)))(*[word for run in runs for word in run])
             self._held.append(words)
             put = span.stage.offset + span.staged.start
-            rows = span.at.stop - span.at.start
             texts.append(_Text(ctypes.addressof(words), len(runs), span.at.start, rows, put))
-        made = (_Text * len(texts))(*texts)
-        return made, cpu.room_for(self._kernel.texts_room(self._reading, made, len(made), self._threads))
+        return (_Text * len(texts))(*texts)
 
-    def _run(self, run: Run | CodedRun) -> tuple[int, ...]:
-        """A run as the kernel's struct, which is ten words."""
-        limits = [word or 0 for word in cpu.limits(run.bounds, self._held)]
+    def _run(self, run: Run | CodedRun, rows: int) -> tuple[int, ...]:
+        """A run as the kernel's struct, which is twelve words."""
+        limits = [word or 0 for word in cpu.limits(run.bounds, rows, self._held)]
         if isinstance(run, Run):
-            return self._placed(run), cpu.DENSE, 16, run.buffers[0].shape[2], run.column, run.columns, *limits
+            capacity = run.buffers[0].shape[2]
+            return self._placed(run), cpu.DENSE, 16, capacity, run.column, run.columns, run.start, *limits
         kind, bits = cpu.kind_of(run.codec), run.codec.bits
-        return self._placed(run), kind, bits, 0, run.start, run.columns, *limits
+        return self._placed(run), kind, bits, 0, run.start, run.columns, run.start, *limits
 
     def _placed(self, run: Run | CodedRun) -> int:
         """Where the places of its rows in all layers stand; once for all runs of the same tensors."""

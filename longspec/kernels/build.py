@@ -3,6 +3,9 @@
 Takes a source file, gives the library or the reason why there is none; a caller then takes torch's operators instead.
 Plain C without torch's headers compiles in a second or two, where torch's own loader of extensions takes forty.
 
+A library is compiled for one instruction set (`longspec.kernels.isa`), whose name is in its own. It is loaded only from
+a folder that belongs to the user and that nobody else can write to.
+
 OpenMP is compiled in and not linked: its calls find the library that torch has loaded, so that the process has one pool
 of threads. Where they find none (another compiler's OpenMP), the source is compiled without.
 
@@ -21,49 +24,70 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from longspec.kernels.isa import candidates
 from longspec.machine.system import cache_folder
 
 __all__ = ["library"]
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-std=gnu11")
-_HEADERS = Path(__file__).parent
+_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-std=gnu11")
+_FOLDER = Path(__file__).parent
 _SECONDS = 120
 """A compiler that takes longer is given up on."""
 
 
-@cache
 def library(name: str | Path) -> ctypes.CDLL | str:
     """The library of a source file of this folder, or of one at a path, which may include headers of its folder and of
-    this one; a sentence where it can't be had. One that needs tiles says by its function `missing` whether this
-    processor lacks them.
+    this one; a sentence where it can't be had. It is for the best instructions of this processor, or what LONGSPEC_ISA
+    names; a library says by its function `missing` where the system doesn't give leave to use them.
     """
-    found = _loaded(_HEADERS / name)
-    if not isinstance(found, str) and hasattr(found, "missing") and found.missing():
-        return "this processor has no tiles (AMX), or the system doesn't give them"
-    return found
+    chosen = candidates()
+    return chosen if isinstance(chosen, str) else _first(_FOLDER / name, tuple(chosen))
 
 
-def _loaded(source: Path) -> ctypes.CDLL | str:
+@cache
+def _first(source: Path, isas: tuple[tuple[str, tuple[str, ...]], ...]) -> ctypes.CDLL | str:
+    """The library for the first of these instruction sets that can be had; else the first one's reason."""
+    reasons = []
+    for isa, flags in isas:
+        try:
+            found = _loaded(source, isa, flags)
+        except _DistrustError as error:
+            return str(error)
+        if not isinstance(found, str) and hasattr(found, "missing") and found.missing():
+            found = f"the system doesn't give leave to use {isa}"
+        if not isinstance(found, str):
+            return found
+        reasons.append(found)
+    return reasons[0]
+
+
+def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
     name = os.environ.get("LONGSPEC_COMPILER", "")
     if name == "none":
         return "LONGSPEC_COMPILER is none"
     compiler = next(filter(None, map(shutil.which, (name,) if name else ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return f"no compiler named {name} was found" if name else "no C compiler (cc, gcc, clang) was found"
+    flags = (*_FLAGS, *flags)
     try:
-        headers = sorted([*_HEADERS.glob("*.h"), *source.parent.glob("*.h")])
+        headers = sorted([*_FOLDER.glob("*.h"), *source.parent.glob("*.h")])
         code = b"".join(file.read_bytes() for file in (source, *headers))
         stamp = os.stat(compiler)
-        words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, _FLAGS, platform.machine(), _processor())).encode()
-        place = cache_folder() / "kernels" / f"{source.stem}-{hashlib.sha256(code + words).hexdigest()[:20]}.so"
+        native = platform.processor() if any("native" in flag for flag in flags) else ""
+        words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, flags, platform.machine(), native)).encode()
+        folder = cache_folder() / "kernels"
+        place = folder / f"{source.stem}-{isa}-{hashlib.sha256(code + words).hexdigest()[:20]}.so"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_trust(folder)
         if place.exists():
+            _check_trust(place)
             try:
                 return ctypes.CDLL(str(place))
             except OSError:  # damaged, or made for another system: it is made anew
                 place.unlink()
         reason = ""
         for threads in (("-fopenmp",), ()):
-            reason = _build(compiler, source, place, threads)
+            reason = _build([compiler, *flags, *threads], compiler, source, place)
             if not reason:
                 try:
                     return ctypes.CDLL(str(place))
@@ -75,29 +99,35 @@ def _loaded(source: Path) -> ctypes.CDLL | str:
         return f"{source.name} can't be built: {error}"
 
 
-def _build(compiler: str, source: Path, place: Path, threads: tuple[str, ...]) -> str:
+class _DistrustError(Exception):
+    """What lies somewhere may have been put there by someone else."""
+
+
+def _check_trust(path: Path) -> None:
+    """Raises _DistrustError unless it belongs to the user, and nobody else can write to it."""
+    status = path.stat()
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise _DistrustError(f"{path} belongs to another user: no kernel is loaded from it")
+    if status.st_mode & 0o022:
+        raise _DistrustError(f"others can write to {path}: no kernel is loaded from it (chmod go-w)")
+
+
+def _build(command: list[str], compiler: str, source: Path, place: Path) -> str:
     """Compile and link to `place`, which is there whole or not at all. What went wrong, or nothing."""
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made, linked = Path(folder, "made.o"), Path(folder, "made.so")
-        for command in (
-            [compiler, *_FLAGS, *threads, "-I", str(_HEADERS), "-c", str(source), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(linked)],
+        compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        for step in (
+            [*command, "-I", str(_FOLDER), "-c", str(source), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)  # noqa: S603
+                done = subprocess.run(step, capture_output=True, text=True, timeout=_SECONDS)  # noqa: S603
             except subprocess.TimeoutExpired:
                 return f"it took more than {_SECONDS} seconds"
             if done.returncode:
                 return (done.stderr.strip().splitlines() or ["it failed"])[0]
+        linked.chmod(0o700)
+        with linked.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(linked, place)
     return ""
-
-
-def _processor() -> str:
-    """What this processor can do: a library made for another one may not run here."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.processor()

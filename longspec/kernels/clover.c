@@ -11,84 +11,80 @@
  * those of layer.c, whose function is handed over. Which leaf is expanded, and when no more is, is as in grow.py: the
  * likeliest path first.
  */
-#include <stdint.h>
-
-#if !defined(__AMX_BF16__) || !defined(__AVX512BW__) || !defined(__AVX512BF16__)
-int missing(void) { return 1; }
-#else
-#include "tiles.h"
+#include "dot.h"
 
 enum { MOST_BREADTH = 8 };
 
-typedef void Linear(const void *matrix, const bf16 *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, char *room);
+typedef void Linear(const void *matrix, const float *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, float *sums,
+                    char *workspace);
 
 typedef struct {
     Linear *linear;
     const void *asks, *told;            /* matrices of the entry: its query, its key and value one below the other */
     const void *first, *query, *join, *head; /* of the cell; the join's half for the state */
-    const bf16 *feature_norm, *token_norm, *between, *norm; /* [width] */
+    const float *feature_norm, *token_norm, *between, *norm; /* [width] */
     const bf16 *keys, *values, *joined; /* [size, width], of each draft token */
-    char *room;
     int64_t width, heads, size; /* a head's channels are a multiple of 16, or all heads are one */
     float eps;
 } Cell;
 
 int missing(void) { return refused(); }
 
-/* The `breadth` greatest logits, best first, and the chances of their tokens. */
+/* The `breadth` greatest logits, best first, and the probabilities of their tokens. */
 static void best(const bf16 *logits, int64_t size, int64_t breadth, int64_t *tokens, float *chances) {
     float held[MOST_BREADTH];
-    __m512 most = _mm512_set1_ps(-__builtin_inff());
     for (int64_t i = 0; i < breadth; i++) held[i] = -__builtin_inff(), tokens[i] = 0;
-    for (int64_t start = 0; start < size; start += LANES) {
-        const __m512 x = load(logits + start);
-        most = _mm512_max_ps(most, x);
-        __mmask16 more = _mm512_cmp_ps_mask(x, _mm512_set1_ps(held[breadth - 1]), _CMP_GT_OQ);
-        float lanes[LANES] __attribute__((aligned(64)));
-        if (more) _mm512_store_ps(lanes, x);
-        for (; more; more &= more - 1) {
-            const int lane = __builtin_ctz(more);
-            if (lanes[lane] <= held[breadth - 1]) continue;
+    for (int64_t start = 0; start < size; start += WIDE) {
+        vf most = load_bf16(logits + start);
+        float values[WIDE];
+        UNROLL for (int p = 1; p < PIECES; p++) most = larger(most, load_bf16(logits + start + p * LANES));
+        if (largest_of(most) <= held[breadth - 1]) continue;
+        UNROLL for (int p = 0; p < PIECES; p++) save(values + p * LANES, load_bf16(logits + start + p * LANES));
+        for (int i = 0; i < WIDE; i++) {
+            if (values[i] <= held[breadth - 1]) continue;
             int64_t at = breadth - 1;
-            for (; at > 0 && held[at - 1] < lanes[lane]; at--) held[at] = held[at - 1], tokens[at] = tokens[at - 1];
-            held[at] = lanes[lane], tokens[at] = start + lane;
+            for (; at > 0 && held[at - 1] < values[i]; at--) held[at] = held[at - 1], tokens[at] = tokens[at - 1];
+            held[at] = values[i], tokens[at] = start + i;
         }
     }
-    const __m512 top = _mm512_set1_ps(held[0]);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t start = 0; start < size; start += LANES) sum += exponential(load(logits + start) - top);
-    const float whole = _mm512_reduce_add_ps(sum);
-    for (int64_t i = 0; i < breadth; i++)
-        chances[i] = _mm512_cvtss_f32(exponential(_mm512_set1_ps(held[i] - held[0]))) / whole;
+    vf sums[PIECES] = {{0}};
+    for (int64_t start = 0; start < size; start += WIDE)
+        UNROLL for (int p = 0; p < PIECES; p++) sums[p] += exponential(load_bf16(logits + start + p * LANES) - held[0]);
+    const float whole = sum_of(sums);
+    for (int64_t i = 0; i < breadth; i++) chances[i] = one_exponential(held[i] - held[0]) / whole;
 }
 
 /* next [width] = state + cosines of query and keys, head by head, times values. */
 static void attended(const Cell *c, const bf16 *state, const bf16 *query, const bf16 *keys, const bf16 *values, bf16 *next) {
     const int64_t dim = c->width / c->heads;
     for (int64_t head = 0; head < c->width; head += dim) {
-        __m512 product = _mm512_setzero_ps(), ours = _mm512_setzero_ps(), theirs = _mm512_setzero_ps();
-        for (int64_t i = head; i < head + dim; i += LANES) {
-            const __m512 q = load(query + i), k = load(keys + i);
-            product += q * k;
-            ours += q * q;
-            theirs += k * k;
-        }
-        const float lengths = __builtin_sqrtf(_mm512_reduce_add_ps(ours)) * __builtin_sqrtf(_mm512_reduce_add_ps(theirs));
-        const float cosine = _mm512_reduce_add_ps(product) / (lengths > 1e-12f ? lengths : 1e-12f);
-        for (int64_t i = head; i < head + dim; i += LANES) save(next + i, load(state + i) + cosine * load(values + i));
+        vf product[PIECES] = {{0}}, ours[PIECES] = {{0}}, theirs[PIECES] = {{0}};
+        for (int64_t i = head; i < head + dim; i += WIDE)
+            UNROLL for (int p = 0; p < PIECES; p++) {
+                const vf q = load_bf16(query + i + p * LANES), k = load_bf16(keys + i + p * LANES);
+                product[p] += q * k;
+                ours[p] += q * q;
+                theirs[p] += k * k;
+            }
+        const float lengths = __builtin_sqrtf(sum_of(ours)) * __builtin_sqrtf(sum_of(theirs));
+        const float cosine = sum_of(product) / (lengths > 1e-12f ? lengths : 1e-12f);
+        for (int64_t i = head; i < head + dim; i += LANES)
+            save_bf16(next + i, load_bf16(state + i) + cosine * load_bf16(values + i));
     }
 }
 
-/* What the layers read [rows, width], of features and of the embeddings of the tokens behind them. room [4 * rows, width]. */
-void cell_enter(const Cell *c, const bf16 *features, const bf16 *tokens, int64_t rows, bf16 *room, bf16 *entered) {
-    bf16 *query = room + rows * c->width, *both = query + rows * c->width;
+/* What the layers read [rows, width], of features and of the embeddings of the tokens behind them; beside [4 *
+ * rows, width] and the workspace are for it to work in. */
+void cell_enter(const Cell *c, const bf16 *features, const bf16 *tokens, int64_t rows, bf16 *beside, char *workspace,
+                bf16 *entered) {
+    bf16 *query = beside + rows * c->width, *both = query + rows * c->width;
     for (int64_t row = 0; row < rows; row++)
-        normed(features + row * c->width, c->feature_norm, c->width, c->eps, room + row * c->width);
-    c->linear(c->asks, 0, 0, room, rows, query, c->room);
-    c->linear(c->told, c->token_norm, c->eps, tokens, rows, both, c->room);
+        rms_norm(features + row * c->width, c->feature_norm, c->width, c->eps, beside + row * c->width);
+    c->linear(c->asks, 0, 0, beside, rows, query, 0, workspace);
+    c->linear(c->told, c->token_norm, c->eps, tokens, rows, both, 0, workspace);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t at = row * c->width;
-        attended(c, room + at, query + at, both + 2 * at, both + 2 * at + c->width, entered + at);
+        attended(c, beside + at, query + at, both + 2 * at, both + 2 * at + c->width, entered + at);
     }
 }
 
@@ -97,13 +93,13 @@ void cell_enter(const Cell *c, const bf16 *features, const bf16 *tokens, int64_t
  * width] each; scratch [size], at least width. Nodes of depth `deepest` are not expanded, nor those with a chance below
  * `floor`. */
 int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deepest, int64_t breadth, float floor,
-                  bf16 *states, bf16 *outs, bf16 *scratch, int64_t *tokens, int64_t *parents, float *chances,
-                  int64_t *depths, int64_t *rows) {
+                  bf16 *states, bf16 *outs, bf16 *scratch, char *workspace, int64_t *tokens, int64_t *parents, float *chances, int64_t *depths,
+                  int64_t *rows) {
     int64_t count = 0, at = -1;
-    normed(hidden, c->between, c->width, c->eps, states);
-    c->linear(c->first, 0, 0, states, 1, outs, c->room);
+    rms_norm(hidden, c->between, c->width, c->eps, states);
+    c->linear(c->first, 0, 0, states, 1, outs, 0, workspace);
     for (int64_t row = 0;; row++) { /* of the node `at`, which is expanded */
-        c->linear(c->head, c->norm, c->eps, outs + row * c->width, 1, scratch, c->room);
+        c->linear(c->head, c->norm, c->eps, outs + row * c->width, 1, scratch, 0, workspace);
         best(scratch, c->size, breadth, tokens + count, chances + count);
         if (at >= 0) rows[at] = row;
         for (int64_t i = count; i < count + breadth; i++) {
@@ -122,11 +118,10 @@ int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deep
         const int64_t before = parents[next] < 0 ? 0 : rows[parents[next]];
         bf16 *state = states + (row + 1) * c->width, *out = outs + (row + 1) * c->width;
         const int64_t token = tokens[next] * c->width;
-        c->linear(c->query, 0, 0, states + before * c->width, 1, scratch, c->room);
+        c->linear(c->query, 0, 0, states + before * c->width, 1, scratch, 0, workspace);
         attended(c, states + before * c->width, scratch, c->keys + token, c->values + token, state);
-        c->linear(c->join, 0, 0, state, 1, out, c->room);
-        for (int64_t i = 0; i < c->width; i += LANES) save(out + i, load(out + i) + load(c->joined + token + i));
+        c->linear(c->join, 0, 0, state, 1, out, 0, workspace);
+        for (int64_t i = 0; i < c->width; i += LANES) save_bf16(out + i, load_bf16(out + i) + load_bf16(c->joined + token + i));
         at = next;
     }
 }
-#endif

@@ -26,7 +26,7 @@ from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.linear import Linear
-from longspec.model.native import MOST_ROWS, Fused, missing
+from longspec.model.native import Fused, missing
 from longspec.model.rope import Rotation, rotate
 from longspec.model.weights.quantized import Groups
 from longspec.model.weights.read import Weights
@@ -240,8 +240,8 @@ class Decoder:
         if hidden is None:
             hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        fused, texts = self._kernel_for(len(hidden)), self._texts(rows)
-        if fused is not None and texts is not None and len(texts) == len(rows.spans) and len(hidden) <= MOST_ROWS:
+        fused, texts = self._fused, self._texts(rows)
+        if fused is not None and texts is not None and len(texts) == len(rows.spans):
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, turns, texts, parts)
         for i in range(first, last):
@@ -264,15 +264,10 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[r, width] to [r, V], in the model's dtype."""
-        fused = self._kernel_for(len(hidden))
-        logits = self._head(self._norm(hidden)) if fused is None else fused.head(hidden)
+        """[r, width] to [r, V]: in the model's dtype, and where the C kernel multiplies, its sums in fp32."""
+        logits = self._head(self._norm(hidden)) if self._fused is None else self._fused.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _kernel_for(self, rows: int) -> Fused | None:
-        """The fused kernel where it is faster; for all rows where their bits are its own: --strict, and codes."""
-        return self._fused if rows <= MOST_ROWS or self.strict or self._coded else None
 
     def _project(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (H + 2 K) * D] of normed rows, normed and turned."""
@@ -294,7 +289,7 @@ class Decoder:
         c = self.config
         if self.strict or cpu.unfit(self.dtype, self.device, c.head_dim):
             return None
-        spans = [span for span in rows.spans if reads(c.heads // c.key_heads, span)]
+        spans = [span for span in rows.spans if reads(span)]
         return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None
 
     def _read(self, index: int, made: Tensor, rows: Rows, texts: Texts | None) -> Tensor:
@@ -308,7 +303,7 @@ class Decoder:
         heads = made.view(len(made), -1, c.head_dim)
         queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
         for span in rows.spans:
-            if texts is not None and reads(c.heads // c.key_heads, span):
+            if texts is not None and reads(span):
                 continue
             own = queries[span.at]
             span.stage.put(index, span.staged, keys[span.at], values[span.at])

@@ -1,8 +1,8 @@
-"""A layer's products by the C kernel of `layer.c`: for a few rows in bf16, on a processor with tiles (AMX).
+"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or by codes, on a CPU.
 
 Takes a decoder's weights where they lie; gives what torch's operators give to within their rounding, in less than half
-of the time: on two cores all of the default model's layers and its head take 10.5 ms for 1 row and 11.4 for 16, where
-torch takes 24 and 27, and reading the weights 9. A row's bits don't depend on the rows beside it.
+of the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 row and 11.4 for
+16, where torch takes 24 and 27, and reading the weights 9. A row's bits don't depend on the rows beside it, however many.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from longspec.attention.native_batch import Texts
+from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
 from longspec.model.config import Config, Rope
 from longspec.model.weights.quantized import Groups
 
-__all__ = ["MOST_ROWS", "Fused", "Matrix", "matrix_of", "missing"]
-
-MOST_ROWS = 64
-"""From here on torch is as fast: 23 ms for 64 rows against 27, 34 for 128 against 33."""
+__all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-_UNIT = 64
+_UNIT = 32
 Turns = Mapping[Rope, tuple[Tensor, Tensor]]
 _BF16, _CODES = 0, 1
 
@@ -43,11 +41,14 @@ class Matrix(ctypes.Structure):
     )
 
 
+_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("before_attention", "before_mlp", "query_norm", "key_norm")),
-        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "head_dim", "activation")),
+        *((name, ctypes.c_void_p) for name in _NORMS),
+        *((name, ctypes.c_int64) for name in ("norms_all_heads", "heads", "key_heads", "head_dim", "activation")),
         ("eps", ctypes.c_float),
     )
 
@@ -57,12 +58,12 @@ class _Turn(ctypes.Structure):
 
 
 class _Read(ctypes.Structure):
-    _fields_ = (("texts", ctypes.c_void_p), ("room", ctypes.c_void_p))
+    _fields_ = (("texts", ctypes.c_void_p), ("workspace", ctypes.c_void_p))
 
 
 class _Pass(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layers", "turn_of", "read_of", "parts", "turns", "reads", "attend")),
+        *((name, ctypes.c_void_p) for name in ("layers", "rope_of", "read_of", "parts", "ropes", "reads", "attend")),
         ("reading", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("threads", ctypes.c_int64),
@@ -74,13 +75,13 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     c = config
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
-    if c.norms != "before" or c.norm_offset or c.query_norm == "width" or c.activation not in _ACTIVATIONS:
-        return f"it doesn't know the norms and the activation of {c.family}"
+    if c.activation not in _ACTIVATIONS:
+        return f"it doesn't know the activation {c.activation} of {c.family}"
     if any(size % _UNIT for size in (c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim)):
         return f"a width isn't a multiple of {_UNIT}"
-    if c.vocabulary % (_UNIT // 2):
-        return f"the vocabulary isn't a multiple of {_UNIT // 2}"
-    found = _kernel()
+    if c.vocabulary % _UNIT:
+        return f"the vocabulary isn't a multiple of {_UNIT}"
+    found = kernel()
     return found if isinstance(found, str) else None
 
 
@@ -88,21 +89,22 @@ class Fused:
     """The layers and the head of one decoder: its own, whose tensors it keeps; in bf16 or, all of them, as codes."""
 
     def __init__(self, config: Config, layers: Sequence[Any], norm: Tensor, head: Any) -> None:
-        kernel = _kernel()
-        assert not isinstance(kernel, str)
-        self._kernel = kernel
+        found = kernel()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        self._kernel = found
         self._config = config
-        self._layers = [_layer(config, layer) for layer in layers]
+        self._norms: list[Tensor] = []  # in fp32
+        self._layers = [self._layer(layer) for layer in layers]
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
         self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
         self._in_all = (
             torch.tensor(self._pointers),
             torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
         )
-        self._head, self._norm = matrix_of(head), norm.data_ptr()
-        self._held = (layers, norm, head)
-        room = kernel.layer_room(self._pointers[0], config.width, MOST_ROWS)
-        self._room = torch.empty(room, dtype=torch.uint8)
+        self._head, self._norm = matrix_of(head), self._norm_of(norm, config.width)
+        self._held = (layers, head)
+        self._workspace_nbytes = found.layer_workspace(self._pointers[0], config.width)
 
     @property
     def linear(self) -> int | None:
@@ -113,127 +115,118 @@ class Fused:
     def head_matrix(self) -> int:
         return ctypes.addressof(self._head)
 
-    @property
-    def room(self) -> int:
-        """Where it works: enough for any product of this decoder's widths."""
-        return self._room.data_ptr()
+    def workspace(self) -> int:
+        """Where the calling thread's calls work: enough for any product of this decoder's widths."""
+        return workspace("layer", self._workspace_nbytes).data_ptr()
 
     def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
-        """Hidden [r, width] after layers first..last, r at most 64, in one call. Parts: of each layer, 1 for its
-        attention and 2 for its MLP, together 3.
+        """Hidden [r, width] after layers first..last, in one call. Parts: of each layer, 1 for its attention and 2 for
+        its MLP, together 3.
         """
         c, rows = self._config, len(hidden)
-        hidden = hidden.clone()
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
         qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
         read = hidden.new_empty(rows, c.heads * c.head_dim)
+        at = pointer(hidden, torch.bfloat16, rows, c.width)
         texts.begin(qkv, [i for i in range(first, last) if parts[i] & 1])
-        turned = [
-            _Turn(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in map(turns.__getitem__, self._ropes)
-        ]
-        prepared = [_Read(*each) for each in texts.reads]
+        turned = [_Turn(*self._turn(turns[rope], rows)) for rope in self._ropes]
+        prepared = [_Read(*each) for each in texts.reads()]
         arrays = (
             (ctypes.c_int64 * len(parts))(*texts.read_of),
             (ctypes.c_uint8 * len(parts))(*parts),
             (_Turn * len(turned))(*turned),
             (_Read * len(prepared))(*prepared),
         )
-        made = _Pass(
+        whole = _Pass(
             *(each.data_ptr() for each in self._in_all),
             *(ctypes.addressof(array) for array in arrays),
             *texts.call,
         )
-        self._kernel.layers(
-            made, first, last, hidden.data_ptr(), rows, qkv.data_ptr(), read.data_ptr(), self._room.data_ptr()
-        )
+        self._kernel.layers(whole, first, last, at, rows, qkv.data_ptr(), read.data_ptr(), self.workspace())
         return hidden
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D], normed and turned, from hidden [r, width]."""
-        c, rows = self._config, len(hidden)
-        made = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
-        cos, sin, dims = (turn[0].data_ptr(), turn[1].data_ptr(), turn[0].shape[-1]) if turn else (0, 0, 0)
-        for at in range(0, rows, MOST_ROWS):
-            self._kernel.project(
-                self._pointers[index],
-                hidden[at:].data_ptr(),
-                min(MOST_ROWS, rows - at),
-                cos + at * dims * 2 if dims else None,
-                sin + at * dims * 2 if dims else None,
-                dims,
-                made[at:].data_ptr(),
-                self._room.data_ptr(),
-            )
-        return made
+        c, rows, hidden = self._config, len(hidden), hidden.contiguous()
+        qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
+        at = pointer(hidden, torch.bfloat16, rows, c.width)
+        rope = self._turn(turn, rows) if turn else (None, None, 0)
+        self._kernel.project(self._pointers[index], at, rows, *rope, qkv.data_ptr(), self.workspace())
+        return qkv
 
     def finish(self, index: int, attention: Tensor | None, hidden: Tensor, *, mlp: bool = True) -> Tensor:
         """Hidden [r, width] after the layer, of its attention's output [r, heads * D] and of hidden before it. Without
         attention that goes by the layer's, without `mlp` by its MLP.
         """
-        made = torch.empty_like(hidden)
-        for at in range(0, len(hidden), MOST_ROWS):
-            self._kernel.finish(
-                self._pointers[index],
-                None if attention is None else attention[at:].data_ptr(),
-                hidden[at:].data_ptr(),
-                min(MOST_ROWS, len(hidden) - at),
-                mlp,
-                made[at:].data_ptr(),
-                self._room.data_ptr(),
-            )
-        return made
+        c, rows, hidden = self._config, len(hidden), hidden.contiguous()
+        output, read = torch.empty_like(hidden), None
+        if attention is not None:
+            attention = attention.contiguous()
+            read = pointer(attention, torch.bfloat16, rows, c.heads * c.head_dim)
+        at = pointer(hidden, torch.bfloat16, rows, c.width)
+        self._kernel.finish(self._pointers[index], read, at, rows, mlp, output.data_ptr(), self.workspace())
+        return output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [r, V] of hidden states [r, width], through the final norm."""
-        hidden, made = hidden.contiguous(), hidden.new_empty(len(hidden), self._head.size)
-        for at in range(0, len(hidden), MOST_ROWS):
-            self._kernel.linear(
-                ctypes.addressof(self._head),
-                self._norm,
-                self._config.eps,
-                hidden[at:].data_ptr(),
-                min(MOST_ROWS, len(hidden) - at),
-                made[at:].data_ptr(),
-                self._room.data_ptr(),
-            )
-        return made
+        """Logits [r, V] of hidden states [r, width], through the final norm: the fp32 sums."""
+        rows, hidden = len(hidden), hidden.contiguous()
+        logits = hidden.new_empty(rows, self._head.size, dtype=torch.float32)
+        at = pointer(hidden, torch.bfloat16, rows, self._config.width)
+        self._kernel.linear(
+            self.head_matrix, self._norm, self._config.eps, at, rows, None, logits.data_ptr(), self.workspace()
+        )
+        return logits
 
+    def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
+        """Cosines and signed sines [r, 1, dims], and dims."""
+        dims = turn[0].shape[-1]
+        cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
+        return cos, sin, dims
 
-def _layer(config: Config, layer: Any) -> _Layer:
-    c = config
-    return _Layer(
-        *(matrix_of(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
-        layer.before_attention.weight.data_ptr(),
-        layer.before_mlp.weight.data_ptr(),
-        layer.query_norm.weight.data_ptr() if layer.query_norm else None,
-        layer.key_norm.weight.data_ptr() if layer.key_norm else None,
-        c.heads,
-        c.key_heads,
-        c.head_dim,
-        _ACTIVATIONS[c.activation],
-        c.eps,
-    )
+    def _layer(self, layer: Any) -> _Layer:
+        c = self._config
+        all_heads = c.query_norm == "width"
+        norms = [getattr(layer, name) for name in _NORMS]
+        queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
+        widths = (c.width, c.width, c.width, c.width, queries, keys)
+        return _Layer(
+            *(matrix_of(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+            *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
+            all_heads,
+            c.heads,
+            c.key_heads,
+            c.head_dim,
+            _ACTIVATIONS[c.activation],
+            c.eps,
+        )
+
+    def _norm_of(self, weight: Tensor, width: int) -> int:
+        self._norms.append(weight.detach().float().contiguous())
+        return pointer(self._norms[-1], torch.float32, width)
 
 
 def matrix_of(linear: Any) -> Matrix:
     """A layer of weights as the kernel takes it; its tensors must be kept."""
-    weight, bias = linear.weight, linear.bias
-    assert weight.is_contiguous()
-    at = bias.data_ptr() if bias is not None else None
+    size, width = (linear.size, linear.width) if isinstance(linear, Groups) else linear.weight.shape
+    bias = None if linear.bias is None else pointer(linear.bias, torch.bfloat16, size)
     if not isinstance(linear, Groups):
-        return Matrix(weight.data_ptr(), None, None, at, *weight.shape, _BF16)
-    low = linear.low.data_ptr() if linear.low is not None else None
-    scale = linear.scale.data_ptr()
-    return Matrix(weight.data_ptr(), scale, low, at, linear.size, linear.width, _CODES, linear.bits)
+        return Matrix(pointer(linear.weight, torch.bfloat16, size, width), None, None, bias, size, width, _BF16)
+    groups = (size // 16, width // 32)
+    weight = pointer(linear.weight, torch.uint8, *groups, linear.bits, 16, 4)
+    scale = pointer(linear.scale, torch.float16, *groups, 16)
+    low = None if linear.low is None else pointer(linear.low, torch.float16, *groups, 16)
+    return Matrix(weight, scale, low, bias, size, width, _CODES, linear.bits)
 
 
-def _kernel() -> ctypes.CDLL | str:
+def kernel() -> ctypes.CDLL | str:
+    """The kernel's library; a sentence where it can't be had."""
     found = library("layer.c")
     if isinstance(found, str):
         return found
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.layer_room.argtypes, found.layer_room.restype = (pointer, number, number), number
-    found.linear.argtypes = (pointer, pointer, ctypes.c_float, pointer, number, pointer, pointer)
-    found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, pointer, number, pointer, pointer, pointer)
-    found.project.argtypes = (pointer, pointer, number, pointer, pointer, number, pointer, pointer)
-    found.finish.argtypes = (pointer, pointer, pointer, number, number, pointer, pointer)
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    found.layer_workspace.argtypes, found.layer_workspace.restype = (place, number), number
+    found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place)
+    found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, place, number, place, place, place)
+    found.project.argtypes = (place, place, number, place, place, number, place, place)
+    found.finish.argtypes = (place, place, place, number, number, place, place)
     return found

@@ -1,4 +1,4 @@
-"""A Clover-2 head's cell in C against the same head by torch's operators; skipped where the processor has no tiles."""
+"""A Clover-2 head's cell in C against the same head by torch's operators."""
 
 from __future__ import annotations
 

@@ -23,6 +23,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "heads wider than the model": ("llama", {"head_dim": 96, "num_key_value_heads": 4}),
     "a layer without positions": ("smollm3", {}),
+    "norms before and after": ("gemma3", {"head_dim": 32}),
+    "norms after, and of all heads": ("olmo2", {}),
+    "widths of 32": (
+        "llama",
+        {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
 }
 TOKENS = torch.randint(3, 96, (200,), generator=torch.Generator().manual_seed(1)).tolist()
 

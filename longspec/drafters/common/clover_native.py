@@ -8,7 +8,6 @@ Python take 1.2.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from longspec.drafters.common.tree_growth import BREADTH, likeliest
 from longspec.heads.clover2 import Clover2
+from longspec.kernels.boundary import pointer
 from longspec.kernels.build import library
 from longspec.model.decoder import Decoder
 from longspec.model.linear import Linear
-from longspec.model.native import MOST_ROWS, matrix_of
+from longspec.model.native import matrix_of
 from longspec.model.weights.quantized import Groups, of_values
 from longspec.types import Draft
 
@@ -38,7 +38,7 @@ class _Cell(ctypes.Structure):
         ("linear", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("asks", "told", "first", "query", "join", "head")),
         *((name, ctypes.c_void_p) for name in ("feature_norm", "token_norm", "between", "norm")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "joined", "room")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "joined")),
         *((name, ctypes.c_int64) for name in ("width", "heads", "size")),
         ("eps", ctypes.c_float),
     )
@@ -67,9 +67,9 @@ class Cell:
     def __init__(self, module: Clover2, decoder: Decoder, embeddings: Tensor, *, coded: bool) -> None:
         """Embeddings [D, width] of the draft tokens. Coded: matrices as codes."""
         found, kernel, width = _library(), decoder.kernel, decoder.config.width
-        assert not isinstance(found, str)
-        assert kernel is not None
-        self._library, self._width = found, width
+        if isinstance(found, str) or kernel is None:
+            raise RuntimeError(missing(module, decoder))
+        self._library, self._kernel, self._width = found, kernel, width
         tokens, join = module.token_norm(embeddings), module.join.weight
         tables = [module.cell.key(tokens), module.cell.value(tokens), F.linear(tokens, join[:, width:])]
         entry, query = module.entry, module.cell.query
@@ -81,7 +81,11 @@ class Cell:
             _made(query.weight, query.bias, coded=coded),
             _made(join[:, :width].contiguous(), None, coded=coded),
         ]
-        norms = [each.weight.detach() for each in (module.feature_norm, module.token_norm, module.between, module.norm)]
+        norms = [
+            each.weight.detach().float().contiguous()
+            for each in (module.feature_norm, module.token_norm, module.between, module.norm)
+        ]
+        tables = [table.contiguous() for table in tables]
         matrices = [matrix_of(each) for each in layers]
         self._held = decoder, layers, matrices, norms, tables  # what is pointed to
         self.nbytes = sum(table.nbytes for table in tables)
@@ -89,8 +93,8 @@ class Cell:
             kernel.linear,
             *(ctypes.addressof(each) for each in matrices),
             kernel.head_matrix,
-            *(each.data_ptr() for each in (*norms, *tables)),
-            kernel.room,
+            *(pointer(each, torch.float32, width) for each in norms),
+            *(pointer(each, torch.bfloat16, len(embeddings), width) for each in tables),
             width,
             module.cell.heads,
             len(embeddings),
@@ -99,13 +103,13 @@ class Cell:
 
     def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
         """What the layers read [r, width], of hidden states and of the embeddings of the tokens behind them."""
-        features, tokens = features.contiguous(), tokens.contiguous()
-        made, room = torch.empty_like(features), features.new_empty(4 * MOST_ROWS, self._width)
-        for at in range(0, len(features), MOST_ROWS):
-            places = (each[at:].data_ptr() for each in (features, tokens))
-            rows = min(MOST_ROWS, len(features) - at)
-            self._library.cell_enter(self._cell, *places, rows, room.data_ptr(), made[at:].data_ptr())
-        return made
+        features, tokens, rows = features.contiguous(), tokens.contiguous(), len(features)
+        entered, beside = torch.empty_like(features), features.new_empty(4 * rows, self._width)
+        places = (pointer(each, torch.bfloat16, rows, self._width) for each in (features, tokens))
+        self._library.cell_enter(
+            self._cell, *places, rows, beside.data_ptr(), self._kernel.workspace(), entered.data_ptr()
+        )
+        return entered
 
     def draft(self, hidden: Tensor, limit: int, deepest: int, vocabulary: Tensor | None) -> Draft:
         """The likeliest `limit` nodes behind a text, of whose last row the layers gave hidden [width]."""
@@ -116,12 +120,13 @@ class Cell:
         tokens, parents, depths, rows = (each.data_ptr() for each in numbers)
         count = self._library.cell_grow(
             self._cell,
-            hidden.contiguous().data_ptr(),
+            pointer(hidden := hidden.contiguous(), torch.bfloat16, self._width),
             limit,
             deepest,
             BREADTH,
             FLOOR,
             *(room[at:].data_ptr() for at in (0, expanded, 2 * expanded)),
+            self._kernel.workspace(),
             *(tokens, parents, chances.data_ptr(), depths, rows),
         )
         drafted = numbers[0, :count] if vocabulary is None else vocabulary[numbers[0, :count]]
@@ -133,15 +138,14 @@ def _made(weight: Tensor, bias: Tensor | None, *, coded: bool) -> Linear | Group
     return Groups.of(of_values(weight), bias) if coded else Linear(weight, bias)
 
 
-@cache
 def _library() -> ctypes.CDLL | str:
     found = library("clover.c")
     if isinstance(found, str):
         return found
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.cell_enter.argtypes = (ctypes.POINTER(_Cell), pointer, pointer, number, pointer, pointer)
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    found.cell_enter.argtypes = (ctypes.POINTER(_Cell), place, place, number, place, place, place)
     found.cell_grow.argtypes = (
-        ctypes.POINTER(_Cell), pointer, number, number, number, ctypes.c_float, *(pointer,) * 8,
+        ctypes.POINTER(_Cell), place, number, number, number, ctypes.c_float, *(place,) * 9,
     )  # fmt: skip
     found.cell_grow.restype = number
     return found
