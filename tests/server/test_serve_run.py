@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import openai
 import pytest
-from support.commands import SECONDS, inside, started, write_tiny
+from support.commands import SECONDS, call, inside, started, write_tiny
 from support.servers import loads, server, until
 
 from longspec.cli.io import server_client as remote
@@ -91,7 +91,7 @@ def test_texts_to_draft_from(tiny: str, home: Path) -> None:
 
 def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
     small = str(write_tiny(tmp_path, context=1000))
-    refused = inside(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
     assert (refused.code, refused.out) == (4, b"")
     assert "The memory budget is 50 MiB" in refused.err
     with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):

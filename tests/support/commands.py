@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -102,9 +103,12 @@ def inside(
     extra: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> Result:
-    """Run the command to its end in this process, with streams, environment and folder as `call` gives them."""
+    """Run the command to its end in this process, with streams, environment and folder as `call` gives them, and with
+    no libraries' advice to programmers, as `main` has it.
+    """
     before, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
-    with standard_streams(stdin) as result:
+    with standard_streams(stdin) as result, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         os.environ.clear()
         os.environ.update(environment(home, extra, before))
         os.chdir(cwd)
