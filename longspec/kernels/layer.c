@@ -13,9 +13,11 @@
  * Activations and weights are row-major; norms' weights are fp32. A function that runs within a parallel region shares
  * its loops among the region's threads.
  */
+#include <stdlib.h>
+
 #include "quantized.h"
 
-enum { BLOCK = 32, MOST_ROWS = 64, MOST_SUMS = MOST_ROWS + TILE };
+enum { BLOCK = 32, MOST_ROWS = 64, MOST_SUMS = MOST_ROWS + TILE, FEW = 4 };
 enum { SILU = 0, GELU_TANH = 1 };
 enum { ATTENTION = 1, MLP = 2 };
 
@@ -65,23 +67,51 @@ static Workspace parted(char *at, int64_t most) {
     return w;
 }
 
-/* Within a parallel region: rows x as matrix m's product reads them. */
-static void pack(const Matrix *m, const bf16 *x, int64_t rows, void *packed) {
-    const int64_t width = m->width;
-    begin_tiles(m->kind, rows);
+/* The calling thread's own memory: at least so many bytes, for as long as it lives. */
+static char *own_memory(int64_t bytes) {
+    static __thread char *held;
+    static __thread int64_t size;
+    if (size < bytes) {
+        free(held);
+        held = malloc((size_t)(bytes + 64)), size = bytes;
+        if (!held) abort();
+    }
+    return held + (-(intptr_t)held & 63);
+}
+
+/* Part `part` of rows x as matrix m's product reads them, and how many parts there are. */
+static void pack_part(const Matrix *m, const bf16 *x, int64_t rows, int64_t part, void *packed) {
+    const int64_t width = m->width, places = width / DEEP;
     if (m->kind == CODES) {
         const Coded to = coded_in(packed, rows, width);
-        SHARED for (int64_t part = 0; part < code_parts(rows, width); part++)
-            code_rows(x, rows, width, m->bits, part, &to);
+        code_rows(x, rows, width, m->bits, part, &to);
         return;
     }
-    const int64_t places = width / DEEP, parts = (rows + TILE - 1) / TILE * places;
-    SHARED for (int64_t part = 0; part < parts; part++) {
-        const int64_t first = part / places * TILE, live = rows - first < TILE ? rows - first : TILE;
-        const bf16 *of[TILE];
-        for (int64_t i = 0; i < live; i++) of[i] = x + (first + i) * width;
-        pack_columns(of, live, width, part % places * DEEP, (char *)packed + first / TILE * packed_bytes(width));
+    const int64_t first = part / places * TILE, live = rows - first < TILE ? rows - first : TILE;
+    const bf16 *of[TILE];
+    for (int64_t i = 0; i < live; i++) of[i] = x + (first + i) * width;
+    pack_columns(of, live, width, part % places * DEEP, (char *)packed + first / TILE * packed_bytes(width));
+}
+static int64_t pack_parts(const Matrix *m, int64_t rows) { return (rows + TILE - 1) / TILE * (m->width / DEEP); }
+
+/* Within a parallel region: rows x, normed unless the norm is null, as matrix m's product reads them. Few rows every
+ * thread packs for itself, which takes less time than waiting for each other. */
+static void *pack(const Matrix *m, const bf16 *x, const float *norm, float eps, int64_t rows, const Workspace *w) {
+    const int64_t width = m->width, parts = pack_parts(m, rows);
+    begin_tiles(m->kind, rows);
+    if (rows <= FEW) {
+        bf16 *normed = (bf16 *)own_memory((2 * FEW + 5 * TILE) * width);
+        void *packed = normed + FEW * width;
+        for (int64_t row = 0; norm && row < rows; row++) rms_norm(x + row * width, norm, width, eps, normed + row * width);
+        for (int64_t part = 0; part < parts; part++) pack_part(m, norm ? normed : x, rows, part, packed);
+        return packed;
     }
+    if (norm) {
+        SHARED for (int64_t row = 0; row < rows; row++)
+            rms_norm(x + row * width, norm, width, eps, w->hidden + row * width);
+    }
+    SHARED for (int64_t part = 0; part < parts; part++) pack_part(m, norm ? w->hidden : x, rows, part, w->packed);
+    return w->packed;
 }
 
 /* Sums [rows, 32] of the outputs from `out` on, with the bias. */
@@ -110,15 +140,10 @@ static void multiplied(const Matrix *m, void *packed, int64_t rows, const bf16 *
     }
 }
 
-/* Within a parallel region: norms of the rows. */
-static void normed(const bf16 *x, const float *weight, float eps, int64_t rows, int64_t width, bf16 *y) {
-    SHARED for (int64_t row = 0; row < rows; row++) rms_norm(x + row * width, weight, width, eps, y + row * width);
-}
-
 /* Within a parallel region: hidden [rows, size] = before + packed rows times m, through the norm unless it is null. */
-static void residual(const Matrix *m, const float *norm, float eps, const Workspace *w, int64_t rows, const bf16 *before,
-                     bf16 *hidden) {
-    multiplied(m, w->packed, rows, norm ? 0 : before, norm ? w->beside : hidden);
+static void residual(const Matrix *m, const float *norm, float eps, const Workspace *w, void *packed, int64_t rows,
+                     const bf16 *before, bf16 *hidden) {
+    multiplied(m, packed, rows, norm ? 0 : before, norm ? w->beside : hidden);
     if (!norm) return;
     SHARED for (int64_t row = 0; row < rows; row++) {
         bf16 *y = w->beside + row * m->size;
@@ -137,11 +162,10 @@ void linear(const Matrix *m, const float *norm, float eps, const bf16 *x, int64_
 #pragma omp parallel
         {
             float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
-            if (norm) normed(given, norm, eps, here, m->width, w.hidden);
-            pack(m, norm ? w.hidden : given, here, w.packed);
-            if (y) multiplied(m, w.packed, here, 0, y + at * m->size);
+            void *packed = pack(m, given, norm, eps, here, &w);
+            if (y) multiplied(m, packed, here, 0, y + at * m->size);
             else SHARED for (int64_t out = 0; out < m->size; out += BLOCK) {
-                product(m, out, w.packed, here, sums);
+                product(m, out, packed, here, sums);
                 for (int64_t row = 0; row < here; row++)
                     memcpy(logits + (at + row) * m->size + out, sums[row], sizeof sums[row]);
             }
@@ -172,9 +196,7 @@ typedef struct {
 static void project_rows(const Layer *l, const bf16 *hidden, int64_t rows, Rope rope, bf16 *qkv, const Workspace *w) {
     const Matrix *m = &l->qkv;
     const int64_t heads = l->heads + l->key_heads, dim = l->head_dim;
-    if (l->before_attention) normed(hidden, l->before_attention, l->eps, rows, m->width, w->hidden);
-    pack(m, l->before_attention ? w->hidden : hidden, rows, w->packed);
-    multiplied(m, w->packed, rows, 0, qkv);
+    multiplied(m, pack(m, hidden, l->before_attention, l->eps, rows, w), rows, 0, qkv);
     if (l->norms_all_heads) {
         SHARED for (int64_t i = 0; i < 2 * rows; i++) {
             bf16 *at = qkv + i / 2 * m->size + i % 2 * l->heads * dim;
@@ -191,13 +213,13 @@ static void project_rows(const Layer *l, const bf16 *hidden, int64_t rows, Rope 
 }
 
 /* Within a parallel region: w->wide [rows, mlp width] = activation(gate) * up, of packed rows. */
-static void gated(const Layer *l, const Workspace *w, int64_t rows) {
+static void gated(const Layer *l, const Workspace *w, void *packed, int64_t rows) {
     const Matrix *m = &l->gate_up;
     const int64_t wide = l->down.width;
     float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64))), gates[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
     SHARED for (int64_t out = 0; out < wide; out += BLOCK) {
-        product(m, out, w->packed, rows, gates);
-        product(m, wide + out, w->packed, rows, sums);
+        product(m, out, packed, rows, gates);
+        product(m, wide + out, packed, rows, sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < BLOCK; i += LANES) {
                 const vf gate = activated(rounded(load(gates[row] + i)), l->activation);
@@ -210,17 +232,13 @@ static void gated(const Layer *l, const Workspace *w, int64_t rows) {
  * for at most 64 rows. Null attention: the layer's is left out; mlp 0: its MLP is. */
 static void finish_rows(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden,
                         const Workspace *w) {
-    const int64_t width = l->output.size;
     if (attention) {
-        pack(&l->output, attention, rows, w->packed);
-        residual(&l->output, l->after_attention, l->eps, w, rows, before, hidden);
+        void *packed = pack(&l->output, attention, 0, 0, rows, w);
+        residual(&l->output, l->after_attention, l->eps, w, packed, rows, before, hidden);
     }
     if (!mlp) return;
-    if (l->before_mlp) normed(hidden, l->before_mlp, l->eps, rows, width, w->hidden);
-    pack(&l->gate_up, l->before_mlp ? w->hidden : hidden, rows, w->packed);
-    gated(l, w, rows);
-    pack(&l->down, w->wide, rows, w->packed);
-    residual(&l->down, l->after_mlp, l->eps, w, rows, hidden, hidden);
+    gated(l, w, pack(&l->gate_up, hidden, l->before_mlp, l->eps, rows, w), rows);
+    residual(&l->down, l->after_mlp, l->eps, w, pack(&l->down, w->wide, 0, 0, rows, w), rows, hidden, hidden);
 }
 
 /* The rows from `at` on. */

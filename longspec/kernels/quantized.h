@@ -80,9 +80,6 @@ static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t bits, 
     }
 }
 
-/* How many parts `code_rows` has. */
-static int64_t code_parts(int64_t rows, int64_t width) { return (rows + TILE - 1) / TILE * (width / GROUP); }
-
 /* What a group adds to a row's outputs. All instructions come here, and so to the same bits. */
 INLINE vf add_group(vf sum, vi codes, vf step, vf low, const int has_low, float scale, float total) {
     sum += to_float(codes) * scale * step;

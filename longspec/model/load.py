@@ -181,7 +181,7 @@ def choose_dtype(
     name: str, device: torch.device, checkpoint: Checkpoint, config: Config, fit: Fit | None = None
 ) -> str:
     """`auto` is what tuning found, if it did; else int8 where the checkpoint holds codes and their kernel can be had,
-    and `native_dtype` elsewhere.
+    bf16 where its kernel can be had, and `native_dtype` elsewhere.
     """
     check_dtype(name)
     if name == "auto" and fit is not None and fit.dtype != "int8":
@@ -192,6 +192,8 @@ def choose_dtype(
             raise UsageError(f"The dtype int8 can't be had here: {why}. Use auto, bf16 or fp32.")
         if name == "int8" or (why is None and (checkpoint.coded or fit is not None)):
             return "int8"
+        if why is None:
+            return "bf16"
     return native_dtype(device) if name == "auto" else name
 
 
