@@ -45,11 +45,8 @@ class Times:
     trace: str = ""  # Chrome's JSON
 
 
-@contextmanager
-def profiled(engine: Engine) -> Iterator[Times]:
-    """Inside, steps of this engine are measured and traced; at the end the trace is there."""
-    times, decoder = Times(), engine.model.decoder
-    device = decoder.device
+def _timer(times: Times, device: torch.device) -> Callable[[str, Callable[..., Any], str], Callable[..., Any]]:
+    """Wraps a call so that its seconds are counted under a name, within a step or within its drafting."""
 
     def ranged(name: str, call: Callable[..., Any], within: str) -> Callable[..., Any]:
         def timed(*given: Any, **more: Any) -> Any:
@@ -69,6 +66,15 @@ def profiled(engine: Engine) -> Iterator[Times]:
                 times.inside = outside
 
         return timed
+
+    return ranged
+
+
+@contextmanager
+def profiled(engine: Engine) -> Iterator[Times]:
+    """Inside, steps of this engine are measured and traced; at the end the trace is there."""
+    times, decoder = Times(), engine.model.decoder
+    device, ranged = decoder.device, _timer(times, decoder.device)
 
     def steps(*given: Any, **more: Any) -> Any:
         times.steps += 1
@@ -131,7 +137,7 @@ class _Kernel:
     """The attention kernel, called through a range also where another C function calls it."""
 
     def __init__(self, kernel: ctypes.CDLL, ranged: Callable[..., Callable[..., Any]]) -> None:
-        self.texts_room, call = kernel.texts_room, ranged("attention", kernel.texts_read, "step")
+        self.texts_workspace, call = kernel.texts_workspace, ranged("attention", kernel.texts_read, "step")
         self.texts_read = ctypes.CFUNCTYPE(None, *kernel.texts_read.argtypes)(lambda *given: call(*given) and None)
 
 

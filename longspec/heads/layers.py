@@ -147,6 +147,7 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
         embedding_scale=1.0,
         attention_softcap=None,
         fused=False,
+        tied=True,
     )
 
 

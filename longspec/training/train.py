@@ -134,13 +134,7 @@ def train(
             group["lr"] = recipe.rate_at(step)
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
-        total = sum(len(text.tokens) - text.prompt for text in chosen)
-        running = 0.0
-        for text in company.share(chosen):
-            loss = loss_of(model, head, rows, text, hidden.of(text.number, text.tokens)) / total
-            loss.backward()  # type: ignore[no-untyped-call]
-            running += loss.item()
-        running = company.add(parameters, running)
+        running = company.add(parameters, _backward(model, head, rows, hidden, chosen, company))
         if not math.isfinite(running):
             raise LongspecError(f"The loss of step {step} is no number; train with another seed or in fp32.")
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
@@ -164,6 +158,18 @@ def train(
             _save(checkpoint, head, optimizer, progress)
             saved = perf_counter()
     return progress
+
+
+def _backward(
+    model: Model, head: Trained, rows: Tensor, hidden: Features, chosen: Sequence[Text], company: Together
+) -> float:
+    """Add the gradients of this process's share of a step's texts; the loss of an answer's token."""
+    total, running = sum(len(text.tokens) - text.prompt for text in chosen), 0.0
+    for text in company.share(chosen):
+        loss = loss_of(model, head, rows, text, hidden.of(text.number, text.tokens)) / total
+        loss.backward()  # type: ignore[no-untyped-call]
+        running += loss.item()
+    return running
 
 
 def loss_of(model: Model, head: Trained, rows: Tensor, text: Text, hidden: Tensor) -> Tensor:
