@@ -10,9 +10,9 @@ from longspec.cache.dense import Dense
 from longspec.cache.disk import FileStore
 from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
-from longspec.cache.stage import BLOCK, Bounds, Cache, Part, Shape, Stage
+from longspec.cache.stage import BLOCK, Bounds, Cache, Segment, Shape, Stage
 
-__all__ = ["BLOCK", "CACHES", "LOSSLESS", "Bounds", "Cache", "Dense", "Part", "Shape", "Stage"]
+__all__ = ["BLOCK", "CACHES", "LOSSLESS", "Bounds", "Cache", "Dense", "Segment", "Shape", "Stage"]
 
 CACHES: dict[str, Callable[[Shape], Cache]] = {
     "dense": Dense,

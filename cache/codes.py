@@ -58,6 +58,10 @@ class Codec:
         keys, values = self._decode(codes[:half], dtype), self._decode(codes[half:], dtype)
         return keys.flatten(1, 2), values.flatten(1, 2)
 
+    def upper(self, codes: Codes) -> tuple[Codec, Codes]:
+        """A coarser codec and its codes of the same blocks, for guessing: these codes have no coarser part."""
+        return self, codes
+
     def _encode(self, rows: Tensor, axis: int) -> Codes:
         rows = rows.float()
         if self.symmetric:

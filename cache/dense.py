@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import BLOCK, Bounds, Part, Room, Run, Shape, Take
+from longspec.cache.stage import BLOCK, Bounds, Cache, Room, Segment, Shape, Stage, Take
 from longspec.cache.tree import Tree
 
 __all__ = ["Dense", "DenseStage", "near_start"]
@@ -33,8 +33,12 @@ _NEAR_UNIT = 16
 """Near rows grow by so many: 128 and a draft take 144, where whole blocks would take 192, 2% of a text of 3,000."""
 
 
-class Dense:
+class Dense(Cache):
     """Keys and values of one session. See `longspec.cache.stage.Cache` for the verbs."""
+
+    lossless = True
+    in_one_piece = True
+    can_become = ("int8", "int4")
 
     def __init__(self, shape: Shape, *, near: bool = False) -> None:
         self.shape = shape
@@ -47,6 +51,10 @@ class Dense:
         self._buffers: list[Tensor] = [self._empty(0) for _ in shape.windows]
         self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows stand behind the text
         self._changes = 0  # commits and cuts so far: a stage opened before the last one is stale
+
+    @property
+    def can_cut_anywhere(self) -> bool:  # type: ignore[override]
+        return not self.near
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -181,7 +189,7 @@ class Dense:
         return s.empty((2, s.key_heads, rows, s.head_dim), s.dtype)
 
 
-class DenseStage:
+class DenseStage(Stage):
     """Rows behind a dense cache's text. `behind`: they stand in the cache's own buffers, right after its rows."""
 
     by_layer = False
@@ -243,10 +251,10 @@ class DenseStage:
     def filled(self, layer: int, rows: slice) -> None:
         self._held[layer] = max(self._held[layer], rows.stop)
 
-    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part]:
-        return (run.part(layer) for run in self.runs(layer, rows))
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
+        return (run.at(layer) for run in self.runs(layer, rows))
 
-    def runs(self, layer: int, rows: slice) -> list[Run]:
+    def runs(self, layer: int, rows: slice) -> list[Segment]:
         window = self._cache.shape.windows[layer]
         self._check_fresh()
         cache, length = self._cache, self.length
@@ -282,11 +290,11 @@ class DenseStage:
         *,
         offset: int = 0,
         staged: bool = False,
-    ) -> Run:
+    ) -> Segment:
         """The text's rows start..end, from `offset` of the buffers on, and where `staged` the stage's rows behind."""
         columns = end - start + (rows.stop if staged else 0)
         low, bounds = self._reach(rows, start, end, window, staged)
-        return Run(buffers, offset + low, columns - low, bounds, start + low)
+        return Segment(buffers, offset + low, columns - low, bounds, start + low)
 
     def _reach(self, rows: slice, start: int, end: int, window: int | None, staged: bool) -> tuple[int, Bounds | None]:
         """The first column that any of `rows` reads, and each row's bounds from there; kept for the other layers."""

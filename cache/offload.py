@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from longspec.cache.codes import Codec
 from longspec.cache.dense import near_start
 from longspec.cache.pages import block_scores
 from longspec.cache.quantized import Quantized, QuantizedStage
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, Part, Room, Shape, Take
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, Room, Segment, Shape, Take
 
 __all__ = ["HostStore", "Offload", "Store"]
 
@@ -88,7 +89,7 @@ class Offload(Quantized):
     def __init__(self, shape: Shape, store: Store, *, bits: int = 2, all_rows: bool = False) -> None:
         super().__init__(shape, Codec(bits))
         self.store = store
-        self.all_rows = all_rows
+        self.all_rows = self.lossless = all_rows
         self.fetched = 0  # blocks that had to be read from the store
         self.asked = 0  # blocks that rows asked for
         self._held: list[OrderedDict[int, Tensor]] = [OrderedDict() for _ in shape.windows]
@@ -171,9 +172,7 @@ class OffloadStage(QuantizedStage):
     def is_known(self, rows: slice) -> bool:
         return False  # the queries choose
 
-    def far_parts(
-        self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor
-    ) -> Iterator[Part | CodedPart]:
+    def far_parts(self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor) -> Iterator[Segment]:
         cache = self._cache
         if cache.all_rows:
             n = (blocks.stop - blocks.start) * BLOCK
@@ -182,28 +181,28 @@ class OffloadStage(QuantizedStage):
                 low = (start - blocks.start) * BLOCK
                 within = bounds.within(low, low + len(piece) * BLOCK, n) if bounds is not None else None
                 keys, values = cache.exact(layer, piece, self.rows(layer))
-                yield Part(keys, values, within, start * BLOCK)
+                yield Segment.dense(keys, values, within, start * BLOCK)
             return
         coded = self.coded(layer, blocks, bounds)
         n = (blocks.stop - blocks.start) * BLOCK
         allowed = torch.ones(len(queries), n, dtype=torch.bool) if bounds is None else bounds.allowed(n)
-        chosen = _asked_for(queries, coded, allowed[:, BLOCK - 1 :: BLOCK])  # [q, b]
+        chosen = _asked_for(queries, coded, cache.codec, allowed[:, BLOCK - 1 :: BLOCK])  # [q, b]
         union = chosen.any(0).nonzero()[:, 0]
         keys, values = cache.exact(layer, (union + blocks.start).tolist(), self.rows(layer))
         columns = chosen.repeat_interleave(BLOCK, 1)
-        yield Part(keys, values, _reading(allowed & columns, union))
+        yield Segment.dense(keys, values, _reading(allowed & columns, union))
         if not bool(chosen[allowed[:, BLOCK - 1 :: BLOCK]].all()):
-            yield CodedPart(coded.codec, coded.codes, coded.dtype, _reading(allowed & ~columns), coded.start)
+            yield replace(coded, bounds=_reading(allowed & ~columns))
 
 
-def _asked_for(queries: Tensor, coded: CodedPart, readable: Tensor) -> Tensor:
+def _asked_for(queries: Tensor, coded: Segment, codec: Codec, readable: Tensor) -> Tensor:
     """[q, b] bool: for each row [q, H, D] the blocks it reads exactly, of those that it may read [q, b].
 
     The copy's scales hold each block's least and greatest keys.
     """
-    _, step, low = coded.codes[:3]
+    _, step, low = coded.tensors[:3]
     least = low[:, :, 0].float()  # [K, b, D]
-    greatest = least + step[:, :, 0].float() * ((1 << coded.codec.bits) - 1)
+    greatest = least + step[:, :, 0].float() * ((1 << codec.bits) - 1)
     score = block_scores(queries, least, greatest, readable)
     best = score.topk(min(EXACT_BLOCKS, score.shape[1])).indices
     return torch.zeros_like(readable).scatter_(1, best, True) & readable

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from longspec.cache.codes import Codec, Codes
 from longspec.cache.dense import Dense, DenseStage, near_start
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, CodedPart, CodedRun, Part, Room, Run, Shape, Take
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, Cache, Room, Segment, Shape, Stage, Take
 
 __all__ = ["Quantized", "QuantizedStage"]
 
 _GROWTH = 64
 
 
-class Quantized:
+class Quantized(Cache):
     """Keys and values of one session. See `longspec.cache.stage.Cache` for the verbs."""
 
     def __init__(self, shape: Shape, codec: Codec) -> None:
@@ -41,29 +41,34 @@ class Quantized:
 
     @classmethod
     def of_dense(cls, dense: Dense, codec: Codec) -> Quantized:
-        """The same text with old rows as codes, layer by layer and out of `dense`, which is of no use afterwards.
+        """A new cache that has taken the rows of `dense`."""
+        quantized = cls(dense.shape, codec)
+        quantized.take_rows(dense)
+        return quantized
+
+    def take_rows(self, other: Dense) -> None:
+        """The same text with old rows as codes, layer by layer and out of a dense cache, which is of no use afterwards.
 
         Its rows were made by reading dense rows, so that the text goes on unlike that of either kind.
         """
-        made = cls(dense.shape, codec)
-        start = near_start(dense.length)
-        made.near.reserve(dense.length - start)
-        for layer, near in enumerate(made.near.buffers):
-            rows = dense.rows(layer)
-            made._reserve(layer, start // BLOCK, own=True)
-            for first in range(0, start // BLOCK, PIECE_BLOCKS):
-                last = min(first + PIECE_BLOCKS, start // BLOCK)
+        start = near_start(other.length)
+        blocks = start // BLOCK
+        self.near.reserve(other.length - start)
+        for layer, near in enumerate(self.near.buffers):
+            rows = other.rows(layer)
+            self._reserve(layer, blocks, own=True)
+            for first in range(0, blocks, PIECE_BLOCKS):
+                last = min(first + PIECE_BLOCKS, blocks)
                 keys, values = (run.unflatten(1, (-1, BLOCK)) for run in rows[:, :, first * BLOCK : last * BLOCK])
-                for old, new in zip(made._codes[layer], codec.encode(keys, values), strict=True):
+                for old, new in zip(self._codes[layer], self.codec.encode(keys, values), strict=True):
                     old[:, first:last] = new
-            near[:, :, : dense.length - start] = rows[:, :, start:]
-            dense.drop(layer)
-        made.near.begin(start, dense.length)
-        made._coded = [start // BLOCK] * dense.shape.layers
-        return made
+            near[:, :, : other.length - start] = rows[:, :, start:]
+            other.drop(layer)
+        self.near.begin(start, other.length)
+        self._coded = [blocks] * self.shape.layers
 
     @property
-    def length(self) -> int:
+    def length(self) -> int:  # type: ignore[override]
         return self.near.length
 
     @property
@@ -162,7 +167,7 @@ class Quantized:
         self._coded = [min(done, row // BLOCK) for done in self._coded]
 
 
-class QuantizedStage:
+class QuantizedStage(Stage):
     """Rows behind a quantized cache's text."""
 
     by_layer = False
@@ -182,7 +187,7 @@ class QuantizedStage:
         return self._cache.shape.layers
 
     @property
-    def length(self) -> int:
+    def length(self) -> int:  # type: ignore[override]
         return self._length
 
     @property
@@ -210,32 +215,33 @@ class QuantizedStage:
         """Where the codes that they read are of text alone."""
         return near_start(self._length + max(self.depths[rows])) <= self._length
 
-    def runs(self, layer: int, rows: slice) -> list[Run | CodedRun]:
+    def runs(self, layer: int, rows: slice) -> list[Segment]:
         cache, (blocks, bounds) = self._cache, self._far(rows, self._cache.shape.windows[layer])
-        near: list[Run | CodedRun] = [*self.near.runs(layer, rows)]
+        near: list[Segment] = [*self.near.runs(layer, rows)]
         if blocks.stop == blocks.start:
             return near
         if min(cache._coded) < blocks.stop:
             for each in range(cache.shape.layers):
                 cache.encode(each, blocks.stop, self.rows(each))
-        return [CodedRun(cache.codec, cache._codes, blocks, bounds), *near]
+        first, columns = blocks.start * BLOCK, (blocks.stop - blocks.start) * BLOCK
+        far = Segment(cache._codes, first, columns, bounds, first, cache.codec, cache.shape.dtype)
+        return [far, *near]
 
-    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         blocks, bounds = self._far(rows, self._cache.shape.windows[layer])
         if blocks.stop > blocks.start:
             yield from self.far_parts(layer, blocks, bounds, queries)
         yield from self.near.parts(layer, rows, queries)
 
-    def far_parts(
-        self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor
-    ) -> Iterator[Part | CodedPart]:
+    def far_parts(self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor) -> Iterator[Segment]:
         """These blocks, of which each row of `queries` may read what `bounds` say."""
         yield self.coded(layer, blocks, bounds)
 
-    def coded(self, layer: int, blocks: slice, bounds: Bounds | None) -> CodedPart:
+    def coded(self, layer: int, blocks: slice, bounds: Bounds | None) -> Segment:
         cache = self._cache
         cache.encode(layer, blocks.stop, self.rows(layer))
-        return CodedPart(cache.codec, cache.codes(layer, blocks), cache.shape.dtype, bounds, blocks.start * BLOCK)
+        codes = cache.codes(layer, blocks)
+        return Segment.coded(cache.codec, codes, cache.shape.dtype, bounds, blocks.start * BLOCK)
 
     def rows(self, layer: int) -> Tensor:
         """The dense rows [2, K, n, D] from `near.start` on. Rows that are staged apart aren't among them: they never

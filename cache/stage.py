@@ -1,39 +1,32 @@
-"""What every cache speaks: parts to read, stages to write to, and the commit between them.
+"""What every cache speaks: KV segments to read, stages to write to, and the commit between them.
 
     cache.open() -> stage        rows of a pass that are not text yet
     stage.add(parents)           announces rows, returns their place
     stage.put(layer, rows, ...)  their keys and values at one layer
-    stage.parts(layer, rows)     everything those rows may read at that layer, in readable pieces
+    stage.parts(layer, rows)     the segments that hold everything those rows may read at that layer
     cache.commit(stage, rows)    these rows are text now; the rest never were
 
-Letters: q rows that read, n columns of a part, K key heads, D head dimension.
+`Cache` and `Stage` are base classes: a new kind has the abstract members, and says by values what else it can do.
+
+Letters: q rows that read, n columns of a segment, b blocks, K key heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "BLOCK",
-    "Bounds",
-    "Cache",
-    "Codec",
-    "CodedPart",
-    "CodedRun",
-    "Part",
-    "Room",
-    "Run",
-    "Shape",
-    "Stage",
-    "Take",
-]
+from longspec.errors import LongspecError
+
+__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "Room", "Segment", "Shape", "Stage", "Take"]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
@@ -129,100 +122,88 @@ class Bounds:
         return self._biases[key]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One readable piece of a cache. Bounds of None: every row reads every column."""
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A KV segment: columns of keys and values that attention can read, dense or coded, in one layer or in each of all.
 
-    keys: Tensor  # [K, n, D]
-    values: Tensor  # [K, n, D]
-    bounds: Bounds | None = None
-    start: int = 0  # the text's row in the first column; staged rows count on from the text's last
+    What a cache gives of all layers stands in the same place in each (`at` takes one of them); `tensors`, `keys` and
+    `values` are of a segment of one layer. Bounds of None: every row reads every column.
+    """
 
-    @property
-    def columns(self) -> int:
-        return self.keys.shape[1]
-
-    def cut(self, first: int, last: int) -> Part:
-        """Columns first..last alone."""
-        bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
-        return Part(self.keys[:, first:last], self.values[:, first:last], bounds, self.start + first)
-
-    def pieces(self) -> Iterator[Part]:
-        yield self
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Dense rows of a text that stand in the same place in every layer: a `Part` of each."""
-
-    buffers: Sequence[Tensor]  # of each layer [2, K, capacity, D]: keys, then values
-    column: int  # a head's rows from here on
+    # Of each layer, dense: keys and values, each [K, capacity, D] (or both as [2, K, capacity, D]). Coded: the codec's
+    # tensors, each [K, capacity / 64, ...].
+    layers: Sequence[Sequence[Tensor] | Tensor]
+    column: int  # of these tensors, where the segment begins; at a block's start where it is coded
     columns: int
-    bounds: Bounds | None
-    start: int
+    bounds: Bounds | None = None
+    start: int = 0  # the token position of the first column; staged rows count on from the text's last
+    codec: Codec | None = None  # None: dense
+    dtype: torch.dtype | None = None  # that codes are decoded to
 
-    def cut(self, first: int, last: int) -> Run:
-        """Columns first..last alone."""
-        bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
-        return Run(self.buffers, self.column + first, last - first, bounds, self.start + first)
+    @classmethod
+    def dense(cls, keys: Tensor, values: Tensor, bounds: Bounds | None = None, start: int = 0) -> Segment:
+        """All columns of keys and values [K, n, D] of one layer."""
+        return cls(((keys, values),), 0, keys.shape[1], bounds, start)
 
-    def part(self, layer: int) -> Part:
-        keys, values = self.buffers[layer][:, :, self.column : self.column + self.columns]
-        return Part(keys, values, self.bounds, self.start)
-
-
-@dataclass(frozen=True, slots=True)
-class CodedRun:
-    """Coded blocks of a text that stand in the same place in every layer: a `CodedPart` of each."""
-
-    codec: Codec
-    codes: Sequence[tuple[Tensor, ...]]  # of each layer, each [K, capacity, ...]
-    blocks: slice  # of these
-    bounds: Bounds | None  # over their columns
-
-    @property
-    def columns(self) -> int:
-        count: int = self.blocks.stop - self.blocks.start
-        return count * BLOCK
+    @classmethod
+    def coded(
+        cls,
+        codec: Codec,
+        codes: tuple[Tensor, ...],
+        dtype: torch.dtype,
+        bounds: Bounds | None = None,
+        start: int = 0,
+    ) -> Segment:
+        """All columns of a codec's tensors of one layer, each [K, b, ...]: b blocks, decoded to `dtype`."""
+        return cls((codes,), 0, codes[0].shape[1] * BLOCK if codes else 0, bounds, start, codec, dtype)
 
     @property
-    def start(self) -> int:
-        """The text's row in the first column."""
-        start: int = self.blocks.start
-        return start * BLOCK
-
-    def cut(self, first: int, last: int) -> CodedRun:
-        """Columns first..last alone, both at blocks."""
-        bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
-        at = self.blocks.start
-        return CodedRun(self.codec, self.codes, slice(at + first // BLOCK, at + last // BLOCK), bounds)
-
-
-@dataclass(frozen=True, slots=True)
-class CodedPart:
-    """A run of coded blocks. A backend that reads codes takes them as they are; others read `pieces`."""
-
-    codec: Codec
-    codes: tuple[Tensor, ...]  # of b blocks, each [K, b, ...]
-    dtype: torch.dtype
-    bounds: Bounds | None = None  # over the b * 64 columns
-    start: int = 0  # the text's row in the first column
+    def is_coded(self) -> bool:
+        return self.codec is not None
 
     @property
-    def columns(self) -> int:
-        return self.codes[0].shape[1] * BLOCK
+    def key_heads(self) -> int:
+        return len(self.layers[0][0])
 
-    def cut(self, first: int, last: int) -> CodedPart:
-        """Columns first..last alone, both at blocks."""
-        codes = tuple(each[:, first // BLOCK : last // BLOCK] for each in self.codes)
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of one layer: keys and values [K, n, D], or the codec's tensors, each [K, b, ...]; exactly these columns."""
+        (tensors,) = self.layers
+        unit = 1 if self.codec is None else BLOCK
+        first, last = self.column // unit, (self.column + self.columns) // unit
+        return tuple(tensor[:, first:last] for tensor in tensors)
+
+    @property
+    def keys(self) -> Tensor:
+        """[K, n, D], of a dense segment of one layer."""
+        return self.tensors[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[K, n, D], of a dense segment of one layer."""
+        return self.tensors[1]
+
+    def at(self, layer: int) -> Segment:
+        """The same columns of one layer alone."""
+        return Segment(
+            (self.layers[layer],), self.column, self.columns, self.bounds, self.start, self.codec, self.dtype
+        )
+
+    def cut(self, first: int, last: int) -> Segment:
+        """Columns first..last alone; both at blocks where it is coded."""
         bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
-        return CodedPart(self.codec, codes, self.dtype, bounds, self.start + first)
+        column, start = self.column + first, self.start + first
+        return Segment(self.layers, column, last - first, bounds, start, self.codec, self.dtype)
 
-    def pieces(self) -> Iterator[Part]:
-        """The run in dense parts of at most 16 blocks: it never stands decoded as a whole."""
+    def pieces(self) -> Iterator[Segment]:
+        """One layer's columns as dense segments: of codes at most 16 blocks each, which never stand decoded at once."""
+        if self.codec is None:
+            yield self
+            return
+        assert self.dtype is not None
         for first in range(0, self.columns, PIECE_BLOCKS * BLOCK):
             piece = self.cut(first, min(first + PIECE_BLOCKS * BLOCK, self.columns))
-            yield Part(*self.codec.decode(piece.codes, self.dtype), piece.bounds, piece.start)
+            yield Segment.dense(*self.codec.decode(piece.tensors, self.dtype), piece.bounds, piece.start)
 
 
 class Codec(Protocol):
@@ -235,98 +216,127 @@ class Codec(Protocol):
         """Keys and values [K, b * 64, D]."""
         ...
 
+    def upper(self, codes: tuple[Tensor, ...]) -> tuple[Codec, tuple[Tensor, ...]]:
+        """A coarser codec and its codes of the same blocks, for guessing; the same where there is none."""
+        ...
 
-class Stage(Protocol):
-    """The rows of one or more passes that are not text yet. Dropping a stage is free and leaves no trace."""
 
+class Stage(ABC):
+    """The token positions of one or more forward passes that are not text yet. Dropping a stage leaves no trace.
+
+    A stage has `add`, `depths`, `put` and `parts`. The rest is for kernels that run all layers in one call, and may be
+    left as it is: they ask `is_known` first.
+    """
+
+    length: int
+    """Rows of the text before the stage."""
+
+    by_layer: bool = True
+    """Whether runs differ between layers of one window."""
+
+    @abstractmethod
     def add(self, parents: Sequence[int]) -> slice:
         """Announce rows; row i continues stage row `parents[i]`, -1 is the text. Returns their place in the stage."""
-        ...
 
     @property
+    @abstractmethod
     def depths(self) -> Sequence[int]:
         """Per row, how far behind the text's end: its position is `cache.length + depth`."""
-        ...
 
+    @abstractmethod
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         """Keys and values [q, K, D] of `rows` at `layer`. A row may stop at a layer and resume in a later pass."""
-        ...
 
-    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
-        """All that `rows` may read at `layer`, themselves included. A cache may choose by the queries [q, H, D]."""
-        ...
+    @abstractmethod
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
+        """The segments of one layer that `rows` may read at `layer`, themselves included. A cache may choose by the
+        queries [q, H, D].
+        """
 
     def is_known(self, rows: slice) -> bool:
         """Whether it is known before any layer has run what `rows` will read: only then the rest may be asked for."""
-        ...
+        return False
 
-    def runs(self, layer: int, rows: slice) -> Sequence[Run | CodedRun]:
-        """The parts of `rows` at `layer`, by where they stand. The last run is dense, and holds the staged rows."""
-        ...
+    def runs(self, layer: int, rows: slice) -> Sequence[Segment]:
+        """The segments, of all layers, that `rows` read at `layer`. The last is dense, and holds the staged rows."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
-    @property
-    def by_layer(self) -> bool:
-        """Whether runs differ between layers of one window."""
-        ...
-
-    @property
-    def layers(self) -> int: ...
+    def reads(self, rows: slice) -> list[int] | None:
+        """Of each row, a bit for each staged row that it reads; None where that isn't told."""
+        return None
 
     @property
-    def length(self) -> int:
-        """Of the text before the stage."""
-        ...
+    def layers(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
     @property
     def offset(self) -> int:
-        """Where the stage's row 0 stands in the last run's buffers."""
-        ...
+        """Where the stage's row 0 stands in the last run's tensors."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
     def filled(self, layer: int, rows: slice) -> None:
-        """Keys and values of `rows` stand in the last run's buffers, put there by someone else."""
-        ...
+        """Keys and values of `rows` stand in the last run's tensors, put there by someone else."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
 
-class Cache(Protocol):
-    """The keys and values of one session, in all layers."""
+class Cache(ABC):
+    """The keys and values of one session, in all layers.
+
+    What a cache can do beside that is asked for by these values, never by its type or its name.
+    """
+
+    length: int
+    """Committed rows."""
+
+    lossless: bool = False
+    """Whether rows are read as they were written; a text of another kind of cache is exact to its own kind only."""
+
+    can_cut_anywhere: bool = False
+    """Whether `truncate` and `fork` give exactly the length that they are asked for."""
+
+    in_one_piece: bool = False
+    """Whether attention reads all committed rows of a layer at once, as dense keys and values."""
+
+    can_become: tuple[str, ...] = ()
+    """Names in CACHES of the kinds that `take_rows` makes of this one, the largest first: what to shrink to."""
 
     @property
-    def length(self) -> int:
-        """Committed rows."""
-        ...
-
-    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated."""
-        ...
 
+    @abstractmethod
     def open(self) -> Any:
         """A new stage behind the committed rows. Several may be open at once; a commit makes the others stale."""
-        ...
 
+    @abstractmethod
     def commit(self, stage: Any, rows: Sequence[int]) -> None:
         """Make these stage rows text, in this order. Each must have been put in all layers."""
-        ...
 
+    @abstractmethod
     def truncate(self, length: int) -> None:
         """Forget all rows from `length` on; a cache may forget more, down to a block's start."""
-        ...
 
+    @abstractmethod
     def fork(self, length: int) -> Cache:
-        """A second text with the same first `length` rows, shared and not copied."""
-        ...
+        """A second text with the same first `length` rows, shared and not copied; a cache may share fewer."""
 
+    @abstractmethod
     def room(self, rows: int) -> Room:
-        """What that many rows of text need, without what is staged and what stands empty, but with what growing takes.
+        """The planned bytes of that many rows of text, without what is staged and what stands empty, but with what
+        growing takes.
 
         It depends on the shape alone: asked of an empty cache, on torch's `meta` device too.
         """
-        ...
+
+    def take_rows(self, other: Any) -> None:
+        """Become the cache of another one's rows, whose `can_become` names this kind, and empty that one by and by."""
+        raise NotImplementedError(f"{type(self).__name__} takes no other cache's rows")
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """All that the committed rows are, tensor by tensor, each with its name; a cache of this kind loads it."""
-        ...
+        raise LongspecError("This kind of cache can't be kept in a file; take another --cache.")
 
     def load_state(self, length: int, take: Take) -> None:
         """Become the cache of `length` rows whose state can be taken. This one must be empty."""
-        ...
+        raise LongspecError("This kind of cache can't be read from a file; take another --cache.")

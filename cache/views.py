@@ -12,29 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longspec.cache.codes import DualCodec
 from longspec.cache.dense import near_start
 from longspec.cache.pages import block_scores
-from longspec.cache.stage import BLOCK, Cache, CodedPart, CodedRun, Part, Run, Stage
+from longspec.cache.stage import BLOCK, Cache, Segment, Stage
 
 __all__ = ["Pages", "Upper", "View", "ViewedStage", "Window", "viewed"]
-
-Cuttable = TypeVar("Cuttable", Part | CodedPart, Run | CodedRun)
 
 
 class View(Protocol):
     """Chooses what of a part is read."""
 
-    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+    def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
         """As `read`, of what stands in the same place in every layer; None where only the layer's queries can tell."""
         ...
 
-    def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
+    def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
         """What is left of the part, for rows behind a text of `length` rows."""
         ...
 
@@ -46,13 +43,13 @@ class Window:
     first: int = BLOCK
     last: int = 8 * BLOCK
 
-    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+    def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
         return list(_cut(run, self._ranges(run, length)))
 
-    def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
+    def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
         yield from _cut(part, self._ranges(part, length))
 
-    def _ranges(self, part: Part | CodedPart | Run | CodedRun, length: int) -> list[tuple[int, int]]:
+    def _ranges(self, part: Segment, length: int) -> list[tuple[int, int]]:
         head = -(-self.first // BLOCK) * BLOCK - part.start
         return [(0, head), (max(head, (length - self.last) // BLOCK * BLOCK - part.start), part.columns)]
 
@@ -70,14 +67,14 @@ class Pages:
     _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of a layer: least, greatest [K, b, D]
     _chosen: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)  # of a layer
 
-    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
+    def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
         old = self._old(run, length)
         if not old:
             return [run]
         at, chosen = self._chosen.get(layer, (-1, []))  # of how many old blocks, and their columns
         return list(_cut(run, [*chosen, (old * BLOCK, run.columns)])) if at == old else None
 
-    def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
+    def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
         old = self._old(part, length)
         if not old:
             yield part
@@ -88,12 +85,12 @@ class Pages:
             self._chosen[layer] = old, chosen
         yield from _cut(part, [*chosen, (old * BLOCK, part.columns)])
 
-    def _old(self, part: Part | CodedPart | Run | CodedRun, length: int) -> int:
+    def _old(self, part: Segment, length: int) -> int:
         """Blocks of a part of which some are left out; 0 for near rows, the rows of a window, or too few to choose."""
         old = min((near_start(length) - part.start) // BLOCK, part.columns // BLOCK)
         return 0 if part.start or old <= self.count else old
 
-    def _choice(self, layer: int, part: Part | CodedPart, old: int, queries: Tensor) -> list[tuple[int, int]]:
+    def _choice(self, layer: int, part: Segment, old: int, queries: Tensor) -> list[tuple[int, int]]:
         """Columns of the chosen blocks, neighbours together."""
         least, greatest = self._bounds(layer, part, old)
         readable = torch.ones(len(queries), old, dtype=torch.bool, device=queries.device)
@@ -104,7 +101,7 @@ class Pages:
             columns.append((first, (block + 1) * BLOCK))
         return columns
 
-    def _bounds(self, layer: int, part: Part | CodedPart, old: int) -> tuple[Tensor, Tensor]:
+    def _bounds(self, layer: int, part: Segment, old: int) -> tuple[Tensor, Tensor]:
         least, greatest = self._keys.get(layer, (None, None))
         done = 0 if least is None else least.shape[1]
         if done < old:
@@ -122,24 +119,23 @@ class Pages:
 class Upper:
     """Of a dual cache's old blocks, the upper plane: half the bytes."""
 
-    def known(self, layer: int, run: Run | CodedRun, length: int) -> list[Run | CodedRun] | None:
-        return None if isinstance(run, CodedRun) else [run]
+    def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
+        return None if run.is_coded else [run]
 
-    def read(self, layer: int, part: Part | CodedPart, queries: Tensor, length: int) -> Iterator[Part | CodedPart]:
-        if isinstance(part, CodedPart) and isinstance(part.codec, DualCodec):
-            codec, codes = part.codec.upper(part.codes)
-            part = replace(part, codec=codec, codes=codes)
-        yield part
+    def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
+        if part.codec is None:
+            yield part
+            return
+        codec, codes = part.codec.upper(part.tensors)
+        yield replace(part, layers=(codes,), column=0, codec=codec)
 
 
-class ViewedStage:
+class ViewedStage(Stage):
     """A stage of which a view is read. Its rows are inexact: it can't be committed."""
-
-    by_layer = True
 
     def __init__(self, stage: Stage, view: View, length: int) -> None:
         self._stage, self._view, self._length = stage, view, length
-        self._runs: dict[tuple[int, int], list[list[Run | CodedRun]] | None] = {}  # of each layer, by rows
+        self._runs: dict[tuple[int, int], list[list[Segment]] | None] = {}  # of each layer, by rows
 
     @property
     def depths(self) -> Sequence[int]:
@@ -150,7 +146,7 @@ class ViewedStage:
         return self._stage.layers
 
     @property
-    def length(self) -> int:
+    def length(self) -> int:  # type: ignore[override]
         return self._length
 
     @property
@@ -166,29 +162,29 @@ class ViewedStage:
     def filled(self, layer: int, rows: slice) -> None:
         self._stage.filled(layer, rows)
 
-    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Part | CodedPart]:
+    def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         for part in self._stage.parts(layer, rows, queries):
             yield from self._view.read(layer, part, queries, self._length)
 
     def is_known(self, rows: slice) -> bool:
         return self._seen(rows) is not None
 
-    def runs(self, layer: int, rows: slice) -> Sequence[Run | CodedRun]:
+    def runs(self, layer: int, rows: slice) -> Sequence[Segment]:
         seen = self._seen(rows)
         assert seen is not None
         return seen[layer]
 
-    def _seen(self, rows: slice) -> list[list[Run | CodedRun]] | None:
+    def _seen(self, rows: slice) -> list[list[Segment]] | None:
         key = (rows.start, rows.stop)
         if key not in self._runs:
             self._runs[key] = self._look(rows)
         return self._runs[key]
 
-    def _look(self, rows: slice) -> list[list[Run | CodedRun]] | None:
+    def _look(self, rows: slice) -> list[list[Segment]] | None:
         """What is left of each layer's runs; None where one isn't known."""
         if not self._stage.is_known(rows):
             return None
-        layers: list[list[Run | CodedRun]] = []
+        layers: list[list[Segment]] = []
         for layer in range(self._stage.layers):
             seen = [self._view.known(layer, run, self._length) for run in self._stage.runs(layer, rows)]
             if None in seen:
@@ -202,7 +198,7 @@ def viewed(cache: Cache, view: View) -> ViewedStage:
     return ViewedStage(cache.open(), view, cache.length)
 
 
-def _cut(part: Cuttable, ranges: Iterable[tuple[int, int]]) -> Iterator[Cuttable]:
+def _cut(part: Segment, ranges: Iterable[tuple[int, int]]) -> Iterator[Segment]:
     for first, last in ranges:
         first, last = max(0, first), min(last, part.columns)
         if first < last:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspec.attention import flash, reference, triton
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part
+from longspec.cache.stage import BLOCK, Bounds, Segment
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 CODECS = {"int8": Codec(8, symmetric=True), "int4": Codec(4), "int2": Codec(2), "dual": DualCodec()}
@@ -35,10 +35,10 @@ TURN_NBYTES = 512 << 20
 Read = Callable[[Tensor, Any, float], tuple[Tensor, Tensor]]
 
 
-def kernels(device: str, q: int, n: int) -> Iterator[tuple[str, Read, Part | CodedPart]]:
+def kernels(device: str, q: int, n: int) -> Iterator[tuple[str, Read, Segment]]:
     """Each kernel that this machine has, and a part of n columns for q rows."""
     keys, values = torch.randn(2, KEY_HEADS, n, DIM, device=device, dtype=torch.bfloat16)
-    whole = Part(keys, values)
+    whole = Segment.dense(keys, values)
     if flash.missing() is None:
         yield "bf16, flash-attn", flash.read, whole
     if reference.has_flash(keys[:, 0], whole, None):
@@ -46,22 +46,20 @@ def kernels(device: str, q: int, n: int) -> Iterator[tuple[str, Read, Part | Cod
     yield "bf16", triton.read, whole
     last = torch.full((q,), n, device=device)
     tree = Bounds(torch.zeros_like(last), last, torch.ones(q, q, dtype=torch.bool, device=device).tril())
-    yield "bf16, tree", triton.read, Part(keys, values, tree)
+    yield "bf16, tree", triton.read, Segment.dense(keys, values, tree)
     blocks = (keys.unflatten(1, (-1, BLOCK)), values.unflatten(1, (-1, BLOCK)))
     for name, codec in CODECS.items():
-        yield name, triton.read, CodedPart(codec, codec.encode(*blocks), torch.bfloat16)
+        yield name, triton.read, Segment.coded(codec, codec.encode(*blocks), torch.bfloat16)
 
 
-def tensors(part: Part | CodedPart) -> tuple[Tensor, ...]:
+def tensors(part: Segment) -> tuple[Tensor, ...]:
     """What is read of a part: its bytes count."""
-    return part.codes if isinstance(part, CodedPart) else (part.keys, part.values)
+    return part.tensors
 
 
-def copied(part: Part | CodedPart) -> Part | CodedPart:
+def copied(part: Segment) -> Segment:
     """Another layer's: the same at another place."""
-    if isinstance(part, CodedPart):
-        return replace(part, codes=tuple(codes.clone() for codes in part.codes))
-    return replace(part, keys=part.keys.clone(), values=part.values.clone())
+    return replace(part, layers=(tuple(tensor.clone() for tensor in part.tensors),), column=0)
 
 
 def turns(work: Callable[[], object], repeats: int) -> list[float]:
@@ -92,7 +90,7 @@ def copy_rate(repeats: int) -> float:
     return 2 * TURN_NBYTES / median(turns(lambda: target.copy_(source), repeats))
 
 
-def measure(q: int, n: int, name: str, read: Read, part: Part | CodedPart, repeats: int) -> dict[str, Any]:
+def measure(q: int, n: int, name: str, read: Read, part: Segment, repeats: int) -> dict[str, Any]:
     nbytes = sum(tensor.nbytes for tensor in tensors(part))
     layers = [part] + [copied(part) for _ in range(-(-TURN_NBYTES // nbytes))]
     queries = torch.randn(q, HEADS, DIM, device="cuda", dtype=torch.bfloat16)

@@ -19,7 +19,7 @@ from torch import Tensor
 from longspec.attention import flash, reference, triton
 from longspec.attention import native as cpu
 from longspec.attention.batch_invariant import attend_strictly
-from longspec.cache.stage import CodedPart, Part
+from longspec.cache.stage import Segment
 
 __all__ = ["BACKENDS", "Backend", "attend", "attend_strictly", "backends", "merge"]
 
@@ -33,13 +33,11 @@ class Backend(Protocol):
         """Why this machine can't run it; None where it can."""
         ...
 
-    def refuses(self, queries: Tensor, part: Part | CodedPart, softcap: float | None) -> str | None:
+    def refuses(self, queries: Tensor, part: Segment, softcap: float | None) -> str | None:
         """Why it doesn't read this part for these queries; None where it does."""
         ...
 
-    def read(
-        self, queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `longspec.attention.reference.read`."""
         ...
 
@@ -48,7 +46,7 @@ BACKENDS: dict[str, Backend] = {"flash": flash, "triton": triton}
 """The first that doesn't refuse a part reads it; the reference reads the rest, and on a CPU everything."""
 
 
-def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
+def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all parts; [q, H, D] in the queries' dtype.
 
     Every row must be allowed at least one column of at least one part (its own staged row always is).
@@ -92,8 +90,8 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def _readable(
-    queries: Tensor, parts: Iterable[Part | CodedPart], softcap: float | None
-) -> Iterator[tuple[Part | CodedPart, Backend | None]]:
+    queries: Tensor, parts: Iterable[Segment], softcap: float | None
+) -> Iterator[tuple[Segment, Backend | None]]:
     """The parts as they are read, and who reads them; codes that no backend takes come in dense pieces."""
     for part in parts:
         backend = _backend(queries, part, softcap)
@@ -103,12 +101,12 @@ def _readable(
             yield from ((piece, None) for piece in part.pieces())
 
 
-def _backend(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> Backend | None:
+def _backend(queries: Tensor, part: Segment, softcap: float | None) -> Backend | None:
     return next((each for each in BACKENDS.values() if each.refuses(queries, part, softcap) is None), None)
 
 
 def _read(
-    queries: Tensor, part: Part | CodedPart, backend: Backend | None, scale: float, softcap: float | None
+    queries: Tensor, part: Segment, backend: Backend | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     if backend is not None:
         return backend.read(queries, part, scale, softcap)
@@ -117,6 +115,6 @@ def _read(
     return reference.read(queries, _dense(part), scale, softcap)
 
 
-def _dense(part: Part | CodedPart) -> Part:
-    assert isinstance(part, Part)
+def _dense(part: Segment) -> Segment:
+    assert not part.is_coded
     return part

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from longspec.attention import reference
-from longspec.cache.stage import CodedPart, Part
+from longspec.cache.stage import Segment
 
 __all__ = ["attend_strictly"]
 
 
-def attend_strictly(
-    queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None
-) -> Tensor:
+def attend_strictly(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
     """As `longspec.attention.attend`: queries [q, H, D] over all parts; [q, H, D] in their dtype."""
     pieces = list(reference.decoded(parts))
     chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
@@ -28,7 +26,7 @@ def attend_strictly(
     for i in range(len(queries)):
         runs = [_columns(part, None if rows is None else rows[i]) for part, rows in zip(pieces, chosen, strict=True)]
         keys, values = (torch.cat(tensors, 1).contiguous() for tensors in zip(*runs, strict=True))
-        row, run = queries[i : i + 1].contiguous(), Part(keys, values)
+        row, run = queries[i : i + 1].contiguous(), Segment.dense(keys, values)
         if softcap is None:
             output[i : i + 1] = reference.whole(row, run, scale)
         else:
@@ -36,7 +34,7 @@ def attend_strictly(
     return output
 
 
-def _columns(part: Part, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _columns(part: Segment, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     if allowed is None:
         return part.keys, part.values
     return part.keys[:, allowed], part.values[:, allowed]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longspec.attention.reference import no_gpu
-from longspec.cache.stage import CodedPart, Part
+from longspec.cache.stage import Segment
 
 __all__ = ["USE", "missing", "read", "refuses"]
 
@@ -44,13 +44,13 @@ def missing() -> str | None:
     return None
 
 
-def refuses(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> str | None:
+def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None:
     """Why it doesn't read this part for these queries; None where it does."""
     if queries.device.type != "cuda":
         return "the pass is not on a CUDA GPU"
     if (why := missing()) is not None:
         return why
-    if isinstance(part, CodedPart):
+    if part.is_coded:
         return "it reads dense rows only"
     if queries.dtype not in (torch.bfloat16, torch.float16):
         return f"it reads bf16 and fp16, not {queries.dtype}"
@@ -61,9 +61,9 @@ def refuses(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> s
     return None
 
 
-def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention of queries [q, H, D] over one part: output [q, H, D] in their dtype, log-sum-exp [q, H] in fp32."""
-    assert isinstance(part, Part)
+    assert not part.is_coded
     output, lse = _kernel()(
         queries[None],
         part.keys.transpose(0, 1)[None],  # [1, n, K, D]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import Bounds, CodedPart, Part
+from longspec.cache.stage import Bounds, Segment
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
 
@@ -86,12 +86,12 @@ def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
     return missing()
 
 
-def refuses(queries: Tensor, part: Part | CodedPart) -> str | None:
+def refuses(queries: Tensor, part: Segment) -> str | None:
     """Why it doesn't take a pass with these queries [q, H, D], the first part of which is this; None where it does."""
     return unfit(queries.dtype, queries.device, queries.shape[2])
 
 
-def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, softcap: float | None = None) -> Tensor:
+def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all parts, one of which has columns; [q, H, D]."""
     library, threads = kernel(), torch.get_num_threads()
     if isinstance(library, str):
@@ -113,9 +113,9 @@ def attend(queries: Tensor, parts: Iterable[Part | CodedPart], scale: float, sof
     return output
 
 
-def _runs(parts: Iterable[Part | CodedPart]) -> Iterator[tuple[list[Part | CodedPart], bool]]:
+def _runs(parts: Iterable[Segment]) -> Iterator[tuple[list[Segment], bool]]:
     """Parts that have columns, as they come, dense ones that follow each other together; and whether it is the last."""
-    run: list[Part | CodedPart] = []
+    run: list[Segment] = []
     for part in parts:
         if not part.columns:
             continue
@@ -127,20 +127,15 @@ def _runs(parts: Iterable[Part | CodedPart]) -> Iterator[tuple[list[Part | Coded
         yield run, True
 
 
-def _follows(before: Part | CodedPart, part: Part | CodedPart) -> bool:
-    are_dense = isinstance(before, Part) and isinstance(part, Part)
-    return are_dense and before.start + before.columns == part.start
+def _follows(before: Segment, part: Segment) -> bool:
+    return not before.is_coded and not part.is_coded and before.start + before.columns == part.start
 
 
-def _reading(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None) -> Reading:
+def _reading(queries: Tensor, part: Segment, scale: float, softcap: float | None) -> Reading:
     rows, heads, dim = queries.shape
-    key_heads = _key_heads(part)
+    key_heads = part.key_heads
     at = pointer(queries, torch.bfloat16, rows, heads, dim)
     return Reading(at, heads * dim, rows, key_heads, heads // key_heads, dim, scale, softcap or 0.0)
-
-
-def _key_heads(part: Part | CodedPart) -> int:
-    return len(part.keys if isinstance(part, Part) else part.codes[0])
 
 
 def limits(
@@ -163,14 +158,14 @@ def limits(
     return first, last, pointer(held[-1 if parents is None else -2], torch.bool, rows, staged), tree, staged
 
 
-def _segment(part: Part | CodedPart, rows: int, dim: int, held: list[Tensor]) -> _Segment:
+def _segment(part: Segment, rows: int, dim: int, held: list[Tensor]) -> _Segment:
     """The part as the kernel takes it; `held` is given the tensors that it points to."""
     bounds = limits(part.bounds, rows, held)
-    if isinstance(part, Part):
+    if part.codec is None:
         keys, values = _rows(part.keys, dim, held), _rows(part.values, dim, held)
         return _Segment(keys, values, DENSE, 16, part.columns, part.start, *bounds)
-    kind, half = kind_of(part.codec), len(part.codes) // 2
-    keys, values = (_codes(side, kind, held) for side in (part.codes[:half], part.codes[half:]))
+    kind, half = kind_of(part.codec), len(part.tensors) // 2
+    keys, values = (_codes(side, kind, held) for side in (part.tensors[:half], part.tensors[half:]))
     return _Segment(keys, values, kind, part.codec.bits, part.columns, part.start, *bounds)
 
 

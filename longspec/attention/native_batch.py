@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from longspec.attention import native as cpu
-from longspec.cache.stage import CodedRun, Run, Shape, Stage
+from longspec.cache.stage import Segment, Shape, Stage
 from longspec.kernels.boundary import pointer, workspace
 
 __all__ = ["Texts", "reads"]
@@ -128,24 +128,24 @@ class Texts:
             texts.append(_Text(ctypes.addressof(words), len(runs), span.at.start, rows, put))
         return (_Text * len(texts))(*texts)
 
-    def _run(self, run: Run | CodedRun, rows: int) -> tuple[int, ...]:
+    def _run(self, run: Segment, rows: int) -> tuple[int, ...]:
         """A run as the kernel's struct, which is twelve words."""
         limits = [word or 0 for word in cpu.limits(run.bounds, rows, self._held)]
-        if isinstance(run, Run):
-            capacity = run.buffers[0].shape[2]
+        if run.codec is None:
+            capacity = run.layers[0][0].shape[1]
             return self._placed(run), cpu.DENSE, 16, capacity, run.column, run.columns, run.start, *limits
         kind, bits = cpu.kind_of(run.codec), run.codec.bits
-        return self._placed(run), kind, bits, 0, run.start, run.columns, run.start, *limits
+        return self._placed(run), kind, bits, 0, run.column, run.columns, run.start, *limits
 
-    def _placed(self, run: Run | CodedRun) -> int:
+    def _placed(self, run: Segment) -> int:
         """Where the places of its rows in all layers stand; once for all runs of the same tensors."""
-        tensors = run.buffers if isinstance(run, Run) else run.codes
+        tensors = run.layers
         if id(tensors) not in self._places:
-            if isinstance(run, Run):
-                places = [buffer.data_ptr() for buffer in run.buffers]
+            if run.codec is None:
+                places = [layer.data_ptr() for layer in cast(Sequence[Tensor], run.layers)]
             else:
                 kind = cpu.kind_of(run.codec)
-                places = [place for codes in run.codes for place in _places(codes, kind)]
+                places = [place for codes in run.layers for place in _places(tuple(codes), kind)]
             array = (ctypes.c_int64 * len(places))(*places)
             self._held += (array, tensors)
             self._places[id(tensors)] = ctypes.addressof(array)

@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.cache.stage import CodedPart, Part
+from longspec.cache.stage import Segment
 
 __all__ = ["USE", "decoded", "has_flash", "no_gpu", "read", "read_flash", "whole"]
 
 USE = "torch's own operators, for the CPU and for what others leave on a GPU"
 
 
-def decoded(parts: Iterable[Part | CodedPart]) -> Iterator[Part]:
+def decoded(parts: Iterable[Segment]) -> Iterator[Segment]:
     """The parts as rows that torch's operators can read: coded runs come piece by piece."""
     for part in parts:
         yield from part.pieces()
 
 
-def whole(queries: Tensor, part: Part, scale: float) -> Tensor:
+def whole(queries: Tensor, part: Segment, scale: float) -> Tensor:
     """Attention of queries [q, H, D] over one part; [q, H, D]."""
     rows, groups = _grouped(queries, part)
     output = F.scaled_dot_product_attention(
@@ -44,7 +44,7 @@ def whole(queries: Tensor, part: Part, scale: float) -> Tensor:
     return _ungrouped(output[0], queries)
 
 
-def has_flash(queries: Tensor, part: Part, softcap: float | None) -> bool:
+def has_flash(queries: Tensor, part: Segment, softcap: float | None) -> bool:
     """Whether `read_flash` can read it: all on the CPU, on a GPU whole parts in half precision."""
     if softcap is not None:
         return False
@@ -55,7 +55,7 @@ def has_flash(queries: Tensor, part: Part, softcap: float | None) -> bool:
     return queries.device.type == "cuda" and part.bounds is None and half and fits and no_gpu() is None
 
 
-def read_flash(queries: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+def read_flash(queries: Tensor, part: Segment, scale: float) -> tuple[Tensor, Tensor]:
     """As `read`, by torch's flash kernels where `has_flash`; the output in the queries' dtype."""
     rows, groups = _grouped(queries, part)
     keys, values = part.keys.unsqueeze(0), part.values.unsqueeze(0)
@@ -71,7 +71,7 @@ def read_flash(queries: Tensor, part: Part, scale: float) -> tuple[Tensor, Tenso
     return _ungrouped(output.squeeze(0), queries), lse
 
 
-def read(queries: Tensor, part: Part, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
 
     With a softcap c the scores are c * tanh(score / c) (Gemma 2). A row that may read nothing gives -inf and zeros.
@@ -97,7 +97,7 @@ def no_gpu() -> str | None:
     return f"the GPU's compute capability is {major}.{minor}, below 8.0" if major < 8 else None
 
 
-def _grouped(queries: Tensor, part: Part) -> tuple[Tensor, int]:
+def _grouped(queries: Tensor, part: Segment) -> tuple[Tensor, int]:
     """[q, H, D] to [1, K, G * q, D], and G: the G query heads that share a key head, behind each other."""
     q, heads, dim = queries.shape
     key_heads = part.keys.shape[0]
@@ -115,11 +115,11 @@ def _ungrouped(output: Tensor, queries: Tensor) -> Tensor:
     return output.reshape(heads, q, dim).transpose(0, 1)
 
 
-def _is_causal(part: Part, groups: int) -> bool:
+def _is_causal(part: Segment, groups: int) -> bool:
     return groups == 1 and part.bounds is not None and part.bounds.causal
 
 
-def _bias(part: Part, rows: Tensor, groups: int) -> Tensor | None:
+def _bias(part: Segment, rows: Tensor, groups: int) -> Tensor | None:
     if part.bounds is None or _is_causal(part, groups):
         return None
     return part.bounds.bias(part.keys.shape[1], rows.dtype, groups)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longspec.attention.reference import no_gpu
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import BLOCK, CodedPart, Part
+from longspec.cache.stage import BLOCK, Segment
 
 __all__ = [
     "MOST_CHUNKS",
@@ -64,7 +64,7 @@ def missing() -> str | None:
     return None
 
 
-def refuses(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> str | None:
+def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None:
     """Why it doesn't read this part for these queries; None where it does."""
     if queries.device.type != "cuda":
         return "the pass is not on a CUDA GPU"
@@ -72,14 +72,14 @@ def refuses(queries: Tensor, part: Part | CodedPart, softcap: float | None) -> s
         return why
     if queries.dtype not in _DTYPES or queries.shape[-1] > 256:
         return "it reads heads of at most 256 channels in fp32, bf16 or fp16"
-    if isinstance(part, CodedPart):
+    if part.is_coded:
         return None if isinstance(part.codec, Codec) else "it doesn't know these codes"
     if part.bounds is None and softcap is None and queries.dtype != torch.float32:
         return "a whole part in half precision is left to flash attention"
     return None
 
 
-def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
 
     A row that may read nothing gives zeros and -inf. CPU tensors are for Triton's interpreter (TRITON_INTERPRET=1).
@@ -87,8 +87,8 @@ def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float |
     from longspec.attention import triton_kernels as kernels  # imports triton, which not every machine has
 
     q, heads, dim = queries.shape
-    coded = isinstance(part, CodedPart)
-    key_heads, n = (part.codes[0] if isinstance(part, CodedPart) else part.keys).shape[0], part.columns
+    coded = part.is_coded
+    key_heads, n = part.key_heads, part.columns
     rows = heads // key_heads * q
     own = tile(rows, dim, queries.dtype, coded)
     tiles = -(-rows // own["M"])
@@ -103,7 +103,7 @@ def read(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float |
     tail = queries if bounds is None or bounds.tail is None else _contiguous_in_dim(bounds.tail).view(torch.uint8)
     t = 0 if tail is queries else tail.shape[1]
     multiplier, cap = score_factors(scale, softcap)
-    kernel, tensors, strides, kind = _coded(part) if isinstance(part, CodedPart) else _dense(part)
+    kernel, tensors, strides, kind = _coded(part) if part.is_coded else _dense(part)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
         getattr(kernels, kernel)[tiles, chunks, key_heads](
             queries, *tensors, first, last, tail, outputs, lses,
@@ -182,14 +182,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _dense(part: Part) -> _Arguments:
+def _dense(part: Segment) -> _Arguments:
     keys, values = _contiguous_in_dim(part.keys), _contiguous_in_dim(part.values)
     return "dense", [keys, values], [*keys.stride()[:2], *values.stride()[:2]], {}
 
 
-def _coded(part: CodedPart) -> _Arguments:
+def _coded(part: Segment) -> _Arguments:
     assert isinstance(part.codec, Codec)
-    tensors = all_of(part.codes, part.codec)
+    tensors = all_of(part.tensors, part.codec)
     plane_blocks, scale_blocks = (tensors[i].stride(0) // tensors[i][0, 0].numel() for i in (0, 2))
     return "coded", tensors, [plane_blocks, scale_blocks], kind_of(part.codec)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from longspec.cache import Dense
 from longspec.drafters.common.skip_speedup import MOST, Prices, agreement, gain, influence, nested, united
 from longspec.drafters.layer_skip import Skipping
 from longspec.engine.engine import Engine
@@ -195,7 +194,7 @@ def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: floa
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     counts = [len(text.answer) for text in texts]
     moved = [
-        influence(decoder, _cache(text), text.tokens, count, long=text.long)
+        influence(decoder, text.cache, text.tokens, count, long=text.long)
         for text, count in zip(texts, counts, strict=True)
     ]
     mean = [[sum(values) / len(moved) for values in zip(*kind, strict=True)] for kind in zip(*moved, strict=True)]
@@ -215,7 +214,7 @@ def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: floa
         skip = united([unit for i, unit in enumerate(units) if trial.suggest_categorical(str(i), (False, True))])
         if skip not in found:
             agreed = sum(
-                agreement(decoder, _cache(text), text.tokens, count, skip, long=text.long)
+                agreement(decoder, text.cache, text.tokens, count, skip, long=text.long)
                 for text, count in zip(texts, counts, strict=True)
             )
             share, part = agreed / sum(counts), paid.share(skip)
@@ -277,11 +276,6 @@ def _opened(engine: Engine, question: str, context: int) -> Session:
     while count and length(NOTES * count + question) > context - NEW:
         count -= 1
     return engine.open(NOTES * count + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
-
-
-def _cache(text: Session) -> Dense:
-    assert isinstance(text.cache, Dense)
-    return text.cache
 
 
 def load_optuna() -> Any:

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longspec.cache import CACHES, Dense
-from longspec.cache.quantized import Quantized
+from longspec.cache import CACHES
 from longspec.engine.session import Session
 from longspec.errors import BudgetError
 from longspec.machine.system import peak_bytes, resident_bytes, shown
@@ -28,9 +27,6 @@ __all__ = ["Watch"]
 
 STEPS = 16
 """Between two looks: looking takes 20 microseconds, a step milliseconds."""
-
-SMALLER = ("int8", "int4")
-"""What a dense cache may become."""
 
 
 class Watch:
@@ -93,7 +89,7 @@ class Watch:
         for session in sessions if self.moves else ():
             if (excess := self._excess(rows, more)) <= 0:
                 return True
-            if isinstance(session.cache, Dense):
+            if session.cache.can_become:
                 self._shrink(session, excess)
                 _release()
         self._peak = peak_bytes()  # what moving took is no pass's
@@ -107,16 +103,15 @@ class Watch:
         return self.used() + coming + passing - self.plan.budget
 
     def _shrink(self, session: Session, excess: int) -> None:
-        """A dense cache as codes: of int8 if that gives enough back, else of int4."""
+        """Turn a cache into the largest kind that it can become and that gives `excess` bytes back, or the smallest."""
         old = session.cache
-        assert isinstance(old, Dense)
         nbytes, length = old.nbytes, old.length
-        for name in SMALLER:
-            made = CACHES[name](old.shape)
-            if nbytes - made.room(length).device >= excess:
+        for name in old.can_become:
+            smaller = CACHES[name](self.plan.request.shape)
+            if nbytes - smaller.room(length).device >= excess:
                 break
-        assert isinstance(made, Quantized)
-        session.cache, session.cache_name = Quantized.of_dense(old, made.codec), name
+        smaller.take_rows(old)
+        session.cache, session.cache_name = smaller, name
         session.notes.append(
             f"the cache became {name} after {len(session.tokens):,} tokens, to stay below "
             f"{shown(self.plan.budget)}: the text may differ from dense's"

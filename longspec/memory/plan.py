@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Room, Shape
+from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache, Room, Shape
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse
@@ -294,8 +294,8 @@ def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
 def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     """What the text needs with that cache and prefill chunk."""
     r, shape, on_cpu = request, request.shape, request.device.type == "cpu"
-    one = CACHES[cache](replace(shape, device=torch.device("meta"))).room(r.tokens)
-    room = Room(*(part * r.texts for part in one))
+    empty = CACHES[cache](replace(shape, device=torch.device("meta")))
+    room = Room(*(part * r.texts for part in empty.room(r.tokens)))
     rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens) + (r.texts - 1) * (r.draft_tokens + 1)
     drafter = sum(spec.planned_bytes(r) for spec in r.drafters)
     own = r.process + _LATER
@@ -304,7 +304,7 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
         # A buffer grows by an eighth. On a CPU what stands empty of it was never touched, and takes nothing.
         "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
         "staged": rows * shape.row_bytes,
-        "workspace": _workspace(r, cache, rows) + (0 if on_cpu else _GPU_LATER),
+        "workspace": _workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
     }
     if not on_cpu:
         need = Need(weights=r.footprint.weights, **working)
@@ -326,17 +326,17 @@ def _order(device: torch.device) -> tuple[str, ...]:
     return ("dense", "int8", "int4", "disk") if device.type == "cpu" else ("dense", "int8", "int4", "offload", "disk")
 
 
-def _workspace(r: Request, cache: str, rows: int) -> int:
+def _workspace(r: Request, cache: Cache, rows: int) -> int:
     """Activations, masks, scores and logits of the largest pass, from above: measured, 0.4 to 0.9 of it is used."""
     c, item = r.config, DTYPES[r.dtype].itemsize
     heads = (c.heads + 2 * c.key_heads) * c.head_dim
     activations = rows * (4 * c.mlp_width + 8 * c.width + 3 * heads) * item
     partial = rows * c.heads * c.head_dim * 4 * 6  # outputs in fp32 while parts are merged
     layer = 2 * c.key_heads * c.head_dim * item  # of one row
-    piece = r.tokens if cache == "dense" else min(r.tokens, PIECE_BLOCKS * BLOCK)
+    piece = r.tokens if cache.in_one_piece else min(r.tokens, PIECE_BLOCKS * BLOCK)
     read = 2 * piece * layer  # decoded, and laid out anew for the kernel
     windows = [window for window in c.windows if window is not None]
-    masked = r.tokens if cache != "dense" else min(r.tokens, max(windows, default=0) + rows)
+    masked = r.tokens if not cache.in_one_piece else min(r.tokens, max(windows, default=0) + rows)
     masks = 3 * rows * (c.heads // c.key_heads) * masked * item
     # Without a kernel that gives the log-sum-exp: scores, their exponents and two copies, in fp32.
     scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0

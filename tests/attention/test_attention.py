@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspec.attention import attend, merge, reference
 from longspec.attention.batch_invariant import attend_strictly
-from longspec.cache.stage import Bounds, Part
+from longspec.cache.stage import Bounds, Segment
 
 SHAPES = [(1, 4, 4, 8, 1), (5, 6, 2, 16, 40), (3, 9, 3, 64, 129), (17, 8, 1, 24, 63), (64, 4, 2, 32, 64)]
 
@@ -56,7 +56,7 @@ def test_bounds_are_what_rows_read(shape: tuple[int, ...], softcap: float | None
             assert bool(bounds.allowed(shape[-1])[row, j]) is want
     readable = bounds.allowed(shape[-1]).any(1)
     want = exact(queries, keys, values, bounds.allowed(shape[-1]), 0.2, softcap)
-    got, lse = reference.read(queries, Part(keys, values, bounds), 0.2, softcap)
+    got, lse = reference.read(queries, Segment.dense(keys, values, bounds), 0.2, softcap)
     assert (got[readable] - want[readable]).abs().max() < 2e-6  # fp32, sums of up to 129 terms of size 1
     assert (lse[~readable] == float("-inf")).all()
     assert (got[~readable] == 0).all()
@@ -70,8 +70,8 @@ def test_attend_is_the_same_whole_in_parts_and_strict(shape: tuple[int, ...], so
     last = torch.arange(n - q + 1, n + 1).clamp(min=1)
     want = exact(queries, keys, values, torch.arange(n) < last[:, None], 0.2, softcap)
 
-    def cut(a: int, b: int) -> Part:
-        return Part(keys[:, a:b], values[:, a:b], Bounds(torch.zeros_like(last), (last - a).clamp(0, b - a)))
+    def cut(a: int, b: int) -> Segment:
+        return Segment.dense(keys[:, a:b], values[:, a:b], Bounds(torch.zeros_like(last), (last - a).clamp(0, b - a)))
 
     cuts = sorted({0, n // 3, n // 2, n})
     parts = [cut(a, b) for a, b in pairwise(cuts)]
@@ -86,11 +86,11 @@ def test_attend_is_the_same_whole_in_parts_and_strict(shape: tuple[int, ...], so
 
 def test_flash_and_reference_agree_on_rows_that_read_nothing() -> None:
     queries, keys, values = torch.randn(3, 4, 16), torch.randn(2, 20, 16), torch.randn(2, 20, 16)
-    part = Part(keys, values, Bounds(torch.tensor([0, 20, 5]), torch.tensor([20, 20, 9])))
+    part = Segment.dense(keys, values, Bounds(torch.tensor([0, 20, 5]), torch.tensor([20, 20, 9])))
     for a, b in zip(reference.read(queries, part, 0.25), reference.read_flash(queries, part, 0.25), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     nothing = reference.read_flash(queries, part, 0.25)
-    other = reference.read_flash(queries, Part(keys + 1, values), 0.25)
+    other = reference.read_flash(queries, Segment.dense(keys + 1, values), 0.25)
     assert torch.equal(merge(nothing, other)[0][1], other[0][1])
 
 
@@ -98,16 +98,16 @@ def test_a_causal_square_takes_no_mask() -> None:
     queries, keys, values = torch.randn(9, 2, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     rows = torch.arange(9)
     want = exact(queries, keys, values, rows <= rows[:, None], 0.25, None)
-    got = attend(queries, [Part(keys, values, Bounds(torch.zeros(9).long(), rows + 1, causal=True))], 0.25)
+    got = attend(queries, [Segment.dense(keys, values, Bounds(torch.zeros(9).long(), rows + 1, causal=True))], 0.25)
     assert (got - want).abs().max() < 2e-6
 
 
 def test_strict_bits_do_not_depend_on_companions() -> None:
     queries, keys, values = torch.randn(8, 9, 64), torch.randn(3, 300, 64), torch.randn(3, 300, 64)
     last = torch.arange(293, 301)
-    together = attend_strictly(queries, [Part(keys, values, Bounds(torch.zeros(8).long(), last))], 0.125)
+    together = attend_strictly(queries, [Segment.dense(keys, values, Bounds(torch.zeros(8).long(), last))], 0.125)
     for i, end in enumerate(last.tolist()):
-        alone = attend_strictly(queries[i : i + 1], [Part(keys[:, :end], values[:, :end])], 0.125)
-        halves = [Part(keys[:, :100], values[:, :100]), Part(keys[:, 100:end], values[:, 100:end])]
+        alone = attend_strictly(queries[i : i + 1], [Segment.dense(keys[:, :end], values[:, :end])], 0.125)
+        halves = [Segment.dense(keys[:, :100], values[:, :100]), Segment.dense(keys[:, 100:end], values[:, 100:end])]
         assert torch.equal(together[i], alone[0])
         assert torch.equal(attend_strictly(queries[i : i + 1], halves, 0.125), alone)

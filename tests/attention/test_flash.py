@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longspec import attention
 from longspec.attention import backends, flash, merge, reference
 from longspec.cache.codes import Codec
-from longspec.cache.stage import Bounds, CodedPart, Part
+from longspec.cache.stage import Bounds, Segment
 
 
 def flash_attn_with_kvcache(  # as in flash-attn 2.8
@@ -31,7 +31,7 @@ def flash_attn_with_kvcache(  # as in flash-attn 2.8
     rows, columns = q.shape[1], k_cache.shape[1]
     last = torch.arange(columns - rows + 1, columns + 1)  # aligned to the lower right corner
     bounds = Bounds(torch.zeros_like(last), last) if causal else None
-    part = Part(k_cache[0].transpose(0, 1), v_cache[0].transpose(0, 1), bounds)
+    part = Segment.dense(k_cache[0].transpose(0, 1), v_cache[0].transpose(0, 1), bounds)
     output, lse = reference.read(q[0], part, softmax_scale, softcap or None)
     return (output.to(q.dtype)[None], lse.T[None]) if return_softmax_lse else output.to(q.dtype)[None]
 
@@ -55,16 +55,18 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_a_whole_part_and_a_causal_square(shape: tuple[int, ...], softcap: float | None) -> None:
     q, heads, key_heads, dim, n = shape
     queries, rows = torch.randn(q, heads, dim), torch.randn(2, key_heads, n + q, dim)
-    prefix = Part(rows[0, :, :n], rows[1, :, :n])
+    prefix = Segment.dense(rows[0, :, :n], rows[1, :, :n])
     last = torch.arange(1, q + 1)
-    square = Part(rows[0, :, n:], rows[1, :, n:], Bounds(torch.zeros_like(last), last, causal=True))
+    square = Segment.dense(rows[0, :, n:], rows[1, :, n:], Bounds(torch.zeros_like(last), last, causal=True))
     for part in (prefix, square):
         got, want = flash.read(queries, part, 0.2, softcap), reference.read(queries, part, 0.2, softcap)
         assert got[0].shape == queries.shape
         assert got[1].shape == queries.shape[:2]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
     together = merge(flash.read(queries, prefix, 0.2, softcap), flash.read(queries, square, 0.2, softcap))[0]
-    whole = reference.read(queries, Part(rows[0], rows[1], Bounds(torch.zeros_like(last), last + n)), 0.2, softcap)[0]
+    whole = reference.read(
+        queries, Segment.dense(rows[0], rows[1], Bounds(torch.zeros_like(last), last + n)), 0.2, softcap
+    )[0]
     assert (together - whole).abs().max() < 2e-6
 
 
@@ -74,13 +76,13 @@ def test_a_gpu_pass_is_given_to_it_where_it_can() -> None:
         queries = torch.empty(3, 32, 128, dtype=torch.bfloat16, device="cuda")
         rows = torch.empty(8, 640, 128, dtype=torch.bfloat16, device="cuda")
         bound = torch.zeros(3, dtype=torch.int64, device="cuda")
-        for part in (Part(rows, rows), Part(rows, rows, Bounds(bound, bound, causal=True))):
+        for part in (Segment.dense(rows, rows), Segment.dense(rows, rows, Bounds(bound, bound, causal=True))):
             assert attention._backend(queries, part, None) is flash
             assert attention._backend(queries, part, 30.0) is flash
         own, codes, whole = (
-            Part(rows, rows, Bounds(bound, bound)),
-            CodedPart(Codec(4), (), torch.bfloat16),
-            Part(rows, rows),
+            Segment.dense(rows, rows, Bounds(bound, bound)),
+            Segment.coded(Codec(4), (), torch.bfloat16),
+            Segment.dense(rows, rows),
         )
         assert flash.refuses(queries, own, None) == "each row reads columns of its own"
         assert flash.refuses(queries, codes, None) == "it reads dense rows only"

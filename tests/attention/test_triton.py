@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from longspec import attention  # noqa: E402
 from longspec.attention import attend, flash, merge, reference, triton  # noqa: E402
 from longspec.cache.codes import Codec, DualCodec  # noqa: E402
 from longspec.cache.quantized import Quantized  # noqa: E402
-from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part, Shape  # noqa: E402
+from longspec.cache.stage import BLOCK, Bounds, Segment, Shape  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton isn't installed")
 
@@ -56,7 +57,7 @@ CODED_OUTPUT = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2} 
 CODED_LSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
-def naive(queries: Tensor, part: Part | CodedPart, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def naive(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """The reference over the part's pieces."""
     results = [reference.read(queries, piece, scale, softcap) for piece in part.pieces()]
     total = results[0]
@@ -81,18 +82,18 @@ def bounded(q: int, n: int, kind: str) -> Bounds | None:
     return Bounds(first.to(HERE), last.to(HERE), tail.to(HERE) if kind == "tree" else None)
 
 
-def dense_part(key_heads: int, n: int, dim: int, dtype: torch.dtype, bounds: Bounds | None) -> Part:
+def dense_part(key_heads: int, n: int, dim: int, dtype: torch.dtype, bounds: Bounds | None) -> Segment:
     keys, values = normal(2, key_heads, n, dim).to(HERE, dtype)
-    return Part(keys, values, bounds)
+    return Segment.dense(keys, values, bounds)
 
 
 def coded_part(
     codec: Codec, key_heads: int, blocks: int, dim: int, dtype: torch.dtype, bounds: Bounds | None
-) -> CodedPart:
+) -> Segment:
     """Blocks 1.. of a larger buffer, of rows that aren't centred: some channels are always large."""
     rows = normal(2, key_heads, blocks + 2, BLOCK, dim) + 2 * normal(2, key_heads, 1, 1, dim)
     codes = tuple(each[:, 1:-1].to(HERE) for each in codec.encode(*rows))
-    return CodedPart(codec, codes, dtype, bounds)
+    return Segment.coded(codec, codes, dtype, bounds)
 
 
 def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], output: float, lse: float) -> None:
@@ -126,7 +127,7 @@ def test_dense_in_half_precision(shape: tuple[int, ...], dtype: torch.dtype) -> 
 def test_strides_are_any() -> None:
     """Rows before heads, a part that begins inside a buffer, queries cut out of a larger projection."""
     keys, values = normal(2, 90, 3, 16).to(HERE)
-    part = Part(keys.transpose(0, 1)[:, 7:], values.transpose(0, 1)[:, 7:], bounded(2, 83, "tree"))
+    part = Segment.dense(keys.transpose(0, 1)[:, 7:], values.transpose(0, 1)[:, 7:], bounded(2, 83, "tree"))
     queries = normal(5, 9, 16).to(HERE)[1:3, 3:]
     check(triton.read(queries, part, 0.25), naive(queries, part, 0.25), OUTPUT[torch.float32], LSE)
 
@@ -149,7 +150,7 @@ def test_codes_in_half_precision(codec: str, dtype: torch.dtype) -> None:
     """Against the codes' own values in fp32: decoded to bf16 first, as the naive form has it, they are no nearer."""
     q, heads, key_heads, dim, blocks = CODED_SHAPES[1]
     part = coded_part(CODECS[codec], key_heads, blocks, dim, dtype, bounded(q, blocks * BLOCK, "own"))
-    exact = CodedPart(part.codec, part.codes, torch.float32, part.bounds)
+    exact = replace(part, dtype=torch.float32)
     queries = normal(q, heads, dim, seed=1).to(HERE, dtype)
     want = naive(queries.float(), exact, dim**-0.5)
     check(triton.read(queries, part, dim**-0.5), want, CODED_OUTPUT[dtype], CODED_LSE[dtype])
@@ -164,8 +165,8 @@ def test_small_weights_survive_small_scales_in_fp16() -> None:
     codec = Codec(4)
     codes = tuple(each.to(HERE) for each in codec.encode(keys, values))
     queries = torch.ones(1, 1, 16, dtype=torch.float16, device=HERE)
-    want = naive(queries.float(), CodedPart(codec, codes, torch.float32), 1.0)[0]
-    got = triton.read(queries, CodedPart(codec, codes, torch.float16), 1.0)[0]
+    want = naive(queries.float(), Segment.coded(codec, codes, torch.float32), 1.0)[0]
+    got = triton.read(queries, Segment.coded(codec, codes, torch.float16), 1.0)[0]
     assert (got - want).abs().max() < 0.02 * want.abs().max()
 
 
@@ -173,8 +174,8 @@ def test_an_upper_plane_is_read_in_place() -> None:
     """A drafter's view of dual codes: the plane lies in the cache's buffer, its scales in tensors of their own."""
     dual = coded_part(CODECS["dual"], 3, 2, 64, torch.float32, None)
     assert isinstance(dual.codec, DualCodec)
-    codec, codes = dual.codec.upper(dual.codes)
-    part = CodedPart(codec, codes, torch.float32)
+    codec, codes = dual.codec.upper(dual.tensors)
+    part = Segment.coded(codec, codes, torch.float32)
     queries = normal(2, 9, 64).to(HERE)
     check(triton.read(queries, part, 0.125), naive(queries, part, 0.125), 2e-5, 1e-5)
 
@@ -207,8 +208,8 @@ def test_a_quantized_cache_is_read_as_by_the_reference() -> None:
     rows = stage.add([-1, 0, 0, 1])
     stage.put(0, rows, *normal(2, 4, 3, 16, seed=1).to(HERE))
     queries = normal(4, 6, 16).to(HERE)
-    parts: list[Part | CodedPart] = list(stage.parts(0, rows, queries))
-    assert [type(part) for part in parts] == [CodedPart, Part]
+    parts: list[Segment] = list(stage.parts(0, rows, queries))
+    assert [part.is_coded for part in parts] == [True, False]
     got = merge(*(triton.read(queries, part, 0.25) for part in parts))[0]
     assert (got - attend(queries, parts, 0.25)).abs().max() < 2e-5
 
@@ -221,14 +222,14 @@ def test_a_gpu_pass_is_given_to_it_where_it_is_best(monkeypatch: pytest.MonkeyPa
     with FakeTensorMode():
         bound = torch.zeros(3, dtype=torch.int64, device="cuda")
         rows = torch.empty(8, 640, 128, dtype=torch.bfloat16, device="cuda")
-        whole, own = Part(rows, rows), Part(rows, rows, Bounds(bound, bound))
+        whole, own = Segment.dense(rows, rows), Segment.dense(rows, rows, Bounds(bound, bound))
         codec = Codec(4)
         empty = codec.empty(Shape(8, 128, (None,), torch.bfloat16, torch.device("cuda")), 10)
         queries = torch.empty(3, 32, 128, dtype=torch.bfloat16, device="cuda")
-        for part in (own, CodedPart(codec, empty, torch.bfloat16)):
+        for part in (own, Segment.coded(codec, empty, torch.bfloat16)):
             assert attention._backend(queries, part, None) is triton
         assert attention._backend(queries, whole, 30.0) is triton
-        assert attention._backend(queries.float(), Part(rows.float(), rows.float()), None) is triton
+        assert attention._backend(queries.float(), Segment.dense(rows.float(), rows.float()), None) is triton
         assert attention._backend(queries, whole, None) is None
         assert reference.has_flash(queries, whole, None)
         output, lse = reference.read_flash(queries, whole, 0.1)
@@ -261,7 +262,7 @@ from support.compiled import targets
 from longspec.attention import triton_kernels as kernels
 from longspec.attention.triton import read
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part
+from longspec.cache.stage import BLOCK, Bounds, Segment
 
 zeros = torch.zeros(16, dtype=torch.int64)
 KINDS = [
@@ -275,9 +276,9 @@ for made in targets(kernels, ("dense", "coded", "joined"), [capability]):
         bounds = Bounds(zeros[:q], zeros[:q], torch.ones(q, 5, dtype=torch.bool))
         rows = torch.zeros(2, 8, 2, BLOCK, dim, dtype=dtype)
         if codec is None:
-            part = Part(*rows.flatten(2, 3), bounds)
+            part = Segment.dense(*rows.flatten(2, 3), bounds)
         else:
-            part = CodedPart(codec, codec.encode(*rows), dtype, bounds)
+            part = Segment.coded(codec, codec.encode(*rows), dtype, bounds)
         read(torch.zeros(q, 32, dim, dtype=dtype), part, 0.1)
     print(max(kernel.metadata.shared for _, kernel in made))
 """

@@ -87,13 +87,13 @@ def test_agreement_is_that_of_chains_behind_the_text(model: Model, text: Session
                 rows = Rows.of([Chunk(stage, stage.add(range(-1, len(own) - 1)), own, start, False)], decoder.device)
                 likeliest = decoder.logits(decoder.forward(rows, skip=skip)).argmax(-1).tolist()
                 want += sum(a == b for a, b in zip(likeliest, tokens[start + 1 :], strict=False))
-        assert agreement(decoder, text.cache, tokens, count, skip, long=False) == want  # type: ignore[arg-type]
+        assert agreement(decoder, text.cache, tokens, count, skip, long=False) == want
         assert want == count or len(skip)
     assert all(torch.equal(rows, was) for (_, rows), was in zip(text.cache.state(), held, strict=True))
 
 
 def test_planted_sub_layers_have_the_least_influence(model: Model, text: Session) -> None:
-    moved = influence(model.decoder, text.cache, text.tokens, WINDOW, long=False)  # type: ignore[arg-type]
+    moved = influence(model.decoder, text.cache, text.tokens, WINDOW, long=False)
     order = nested(Prices.by_bytes(model.decoder, 300), moved)
     assert united(order[: len(PLANTED)]) == PLANTED
     for i in range(8):
@@ -113,7 +113,7 @@ def test_the_search_finds_the_planted_set_while_a_text_is_written(model: Model, 
             assert search.tries <= session.stats.steps
     prices = Prices.by_bytes(model.decoder, 400)
     found, wanted = (
-        gain(agreement(model.decoder, session.cache, session.tokens, 256, skip, long=False) / 256, prices.share(skip))  # type: ignore[arg-type]
+        gain(agreement(model.decoder, session.cache, session.tokens, 256, skip, long=False) / 256, prices.share(skip))
         for skip in (search.best, PLANTED)
     )
     assert found > 0.97 * wanted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from longspec.attention import attend, flash, merge, reference, triton
 from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import BLOCK, Bounds, CodedPart, Part
+from longspec.cache.stage import BLOCK, Bounds, Segment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,20 +54,20 @@ def tree(q: int, n: int) -> Bounds:
     return Bounds(torch.zeros(q, dtype=torch.int64).cuda(), torch.full((q,), n).cuda(), ancestors)
 
 
-def dense(q: int, n: int, bounds: Bounds | None = None) -> Part:
+def dense(q: int, n: int, bounds: Bounds | None = None) -> Segment:
     keys, values = normal(2, KEY_HEADS, n + q, DIM).bfloat16()[:, :, :n]
-    return Part(keys, values, bounds)
+    return Segment.dense(keys, values, bounds)
 
 
-def coded(codec: Codec, n: int, bounds: Bounds | None = None) -> CodedPart:
+def coded(codec: Codec, n: int, bounds: Bounds | None = None) -> Segment:
     keys, values = normal(2, KEY_HEADS, n // BLOCK, BLOCK, DIM)
-    return CodedPart(codec, codec.encode(keys + 2 * normal(KEY_HEADS, 1, 1, DIM), values), torch.bfloat16, bounds)
+    return Segment.coded(codec, codec.encode(keys + 2 * normal(KEY_HEADS, 1, 1, DIM), values), torch.bfloat16, bounds)
 
 
-def naive(rows: Tensor, part: Part | CodedPart) -> tuple[Tensor, Tensor]:
+def naive(rows: Tensor, part: Segment) -> tuple[Tensor, Tensor]:
     """In fp32 over pieces of 1,024 columns, codes at their own values."""
-    if isinstance(part, CodedPart):
-        pieces = list(CodedPart(part.codec, part.codes, torch.float32, part.bounds).pieces())
+    if part.is_coded:
+        pieces = list(replace(part, dtype=torch.float32).pieces())
     else:
         pieces = [part.cut(at, min(at + 1024, part.columns)) for at in range(0, part.columns, 1024)]
     total = reference.read(rows.float(), pieces[0], SCALE)
@@ -117,14 +118,14 @@ def test_triton_reads_all_dtypes_and_head_dimensions(dtype: torch.dtype, dim: in
     bounds = Bounds(torch.zeros_like(last), last)
     exact = dtype == torch.float32
     for softcap in (None, 20.0):
-        part = Part(keys.to(dtype), values.to(dtype), bounds)
+        part = Segment.dense(keys.to(dtype), values.to(dtype), bounds)
         want = reference.read(rows, part, 0.1, softcap)
         check(triton.read(rows, part, 0.1, softcap), want, 1e-5 if exact else OUTPUT, 1e-5 if exact else LSE)
         for codec in CODECS.values():
             codes = codec.encode(keys.unflatten(1, (-1, BLOCK)), values.unflatten(1, (-1, BLOCK)))
-            (piece,) = CodedPart(codec, codes, torch.float32, bounds).pieces()
+            (piece,) = Segment.coded(codec, codes, torch.float32, bounds).pieces()
             want = reference.read(rows.float(), piece, 0.1, softcap)
-            got = triton.read(rows, CodedPart(codec, codes, dtype, bounds), 0.1, softcap)
+            got = triton.read(rows, Segment.coded(codec, codes, dtype, bounds), 0.1, softcap)
             check(got, want, 1e-4 if exact else CODED_OUTPUT, 1e-4 if exact else CODED_LSE)
 
 

@@ -19,7 +19,7 @@ from longspec.attention.native_batch import Texts, reads
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense, DenseStage
 from longspec.cache.quantized import Quantized, QuantizedStage
-from longspec.cache.stage import Bounds, CodedPart, CodedRun, Part, Shape
+from longspec.cache.stage import Bounds, Segment, Shape
 
 TOLERANCE = 0.01
 
@@ -30,18 +30,18 @@ def randn(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def want(queries: Tensor, parts: Sequence[Part | CodedPart], scale: float, softcap: float | None) -> Tensor:
+def want(queries: Tensor, parts: Sequence[Segment], scale: float, softcap: float | None) -> Tensor:
     total = None
     for part in parts:
         for piece in part.pieces():
-            wide = Part(piece.keys.float(), piece.values.float(), piece.bounds, piece.start)
+            wide = Segment.dense(piece.keys.float(), piece.values.float(), piece.bounds, piece.start)
             read = reference.read(queries.float(), wide, scale, softcap)
             total = read if total is None else merge(total, read)
     assert total is not None
     return total[0]
 
 
-def check(queries: Tensor, parts: Sequence[Part | CodedPart], softcap: float | None = None) -> None:
+def check(queries: Tensor, parts: Sequence[Segment], softcap: float | None = None) -> None:
     scale = queries.shape[2] ** -0.5
     expected = want(queries, parts, scale, softcap)
     got = cpu.attend(queries, parts, scale, softcap).float()
@@ -54,13 +54,13 @@ def check(queries: Tensor, parts: Sequence[Part | CodedPart], softcap: float | N
 def test_one_part(dim: int, rows: int, columns: int) -> None:
     """In a buffer of larger capacity, as caches have it."""
     kv = randn(2, 3, columns + 50, dim)
-    check(randn(rows, 9, dim, seed=1), [Part(kv[0, :, :columns], kv[1, :, :columns])])
+    check(randn(rows, 9, dim, seed=1), [Segment.dense(kv[0, :, :columns], kv[1, :, :columns])])
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 2), (16, 1)])
 def test_groups_of_heads(heads: tuple[int, int]) -> None:
     kv = randn(2, heads[1], 600, 64)
-    check(randn(3, heads[0], 64, seed=1), [Part(kv[0], kv[1])])
+    check(randn(3, heads[0], 64, seed=1), [Segment.dense(kv[0], kv[1])])
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -74,7 +74,7 @@ def test_bounds_a_tree_and_several_parts(softcap: float | None) -> None:
     tail = torch.rand(rows, 20, generator=generator) > 0.5
     kv, near = randn(2, 3, columns, 64), randn(2, 3, 70, 64, seed=2)
     square = Bounds(torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + 62)
-    parts = [Part(kv[0], kv[1], Bounds(first, last, tail)), Part(near[0], near[1], square)]
+    parts = [Segment.dense(kv[0], kv[1], Bounds(first, last, tail)), Segment.dense(near[0], near[1], square)]
     check(randn(rows, 9, 64, seed=1), parts, softcap)
     check(randn(rows, 9, 64, seed=1), parts[::-1], softcap)
 
@@ -87,17 +87,17 @@ def test_codes_are_read_as_they_decode(codec: Codec, dim: int) -> None:
     codes = tuple(each[:, 2:22] for each in codec.encode(blocks[0], blocks[1]))
     queries = randn(5, 9, dim, seed=1)
     bounds = Bounds(torch.tensor([0, 70, 600, 3, 64]), torch.tensor([1280, 1280, 601, 64, 1000]))
-    for part in (CodedPart(codec, codes, torch.bfloat16), CodedPart(codec, codes, torch.bfloat16, bounds)):
+    for part in (Segment.coded(codec, codes, torch.bfloat16), Segment.coded(codec, codes, torch.bfloat16, bounds)):
         check(queries, [part])
         if isinstance(codec, DualCodec):
-            upper, kept = codec.upper(part.codes)
-            check(queries, [CodedPart(upper, kept, torch.bfloat16, part.bounds)])
+            upper, kept = codec.upper(part.tensors)
+            check(queries, [Segment.coded(upper, kept, torch.bfloat16, part.bounds)])
 
 
 def test_rows_and_threads_change_no_bit() -> None:
     kv, queries = randn(2, 3, 2000, 64), randn(16, 9, 64, seed=1)
     last = torch.arange(16) + 1985
-    parts = [Part(kv[0], kv[1], Bounds(torch.zeros(16, dtype=torch.int64), last))]
+    parts = [Segment.dense(kv[0], kv[1], Bounds(torch.zeros(16, dtype=torch.int64), last))]
     whole, before = cpu.attend(queries, parts, 0.125), torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -106,7 +106,7 @@ def test_rows_and_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     for row in (0, 7, 15):
-        alone = [Part(kv[0, :, : last[row]], kv[1, :, : last[row]])]
+        alone = [Segment.dense(kv[0, :, : last[row]], kv[1, :, : last[row]])]
         assert torch.equal(cpu.attend(queries[row : row + 1], alone, 0.125), whole[row : row + 1])
 
 
@@ -114,7 +114,7 @@ def test_nothing_behind_a_part_is_read() -> None:
     """What stands there may be no number at all."""
     kv = randn(2, 3, 200, 64)
     kv[:, :, 77:] = float("nan")
-    check(randn(2, 9, 64, seed=1), [Part(kv[0, :, :77], kv[1, :, :77])])
+    check(randn(2, 9, 64, seed=1), [Segment.dense(kv[0, :, :77], kv[1, :, :77])])
 
 
 def test_what_it_refuses() -> None:
@@ -123,9 +123,9 @@ def test_what_it_refuses() -> None:
         (randn(1, 9, 80), "64, 128, 192 or 256 channels"),
     ):
         kv = randn(2, 3, 100, queries.shape[2])
-        assert why in (cpu.refuses(queries, Part(kv[0], kv[1])) or "")
+        assert why in (cpu.refuses(queries, Segment.dense(kv[0], kv[1])) or "")
     kv = randn(2, 3, 100, 80)
-    assert attend(randn(1, 9, 80), [Part(kv[0], kv[1])], 0.1).isfinite().all()  # torch takes it
+    assert attend(randn(1, 9, 80), [Segment.dense(kv[0], kv[1])], 0.1).isfinite().all()  # torch takes it
 
 
 class Rows(NamedTuple):
@@ -173,7 +173,7 @@ def test_texts_in_one_call(heads: tuple[int, int], windows: tuple[int | None, ..
         stage = cache.open()
         spans.append(Rows(stage, stage.add(each), slice(count, count + len(each))))
         count += len(each)
-    assert codec is None or any(isinstance(run, CodedRun) for run in spans[1].stage.runs(1, spans[1].staged))
+    assert codec is None or any(run.is_coded for run in spans[1].stage.runs(1, spans[1].staged))
     assert all(reads(span) for span in spans)
     texts = Texts(spans, shape, queries, 0.125, None)
     for layer in range(shape.layers):

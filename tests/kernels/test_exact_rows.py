@@ -21,7 +21,7 @@ from longspec.attention import attend
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense
 from longspec.cache.quantized import Quantized
-from longspec.cache.stage import Part
+from longspec.cache.stage import Segment
 from longspec.kernels.isa import ISAS, candidates
 from longspec.model.decoder import Chunk, Decoder, Rows
 
@@ -224,4 +224,4 @@ def test_what_is_no_row_of_bf16_never_reaches_a_kernel(folder: Path) -> None:
         made.kernel.head(torch.zeros(3, 64, dtype=torch.bfloat16))
     queries = torch.zeros(2, 6, 64, dtype=torch.bfloat16)
     with pytest.raises((TypeError, ValueError)):
-        attend(queries, [Part(torch.zeros(2, 9, 64), torch.zeros(2, 9, 64))], 0.1)
+        attend(queries, [Segment.dense(torch.zeros(2, 9, 64), torch.zeros(2, 9, 64))], 0.1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from random import Random
 from time import perf_counter
 
-from longspec.cache.dense import Dense
+from longspec.cache.stage import Cache
 from longspec.drafters.common.skip_speedup import Prices, agreement, gain, influence, nested, swapped, united
 from longspec.model.decoder import Decoder, Skip
 from longspec.types import Writing
@@ -87,7 +87,7 @@ class Search:
         cache = session.cache
         if self.is_resting or self._credit < self._cost or written < WINDOW:
             return
-        if not isinstance(cache, Dense) or cache.near:  # others can't be cut back to any row
+        if not cache.can_cut_anywhere:
             return
         began = perf_counter()
         self._try(session, cache)
@@ -97,7 +97,7 @@ class Search:
         self.tries += 1
         self._last = perf_counter()
 
-    def _try(self, session: Writing, cache: Dense) -> None:
+    def _try(self, session: Writing, cache: Cache) -> None:
         if not self._order:
             self._prices = Prices.by_bytes(self._decoder, cache.length)
             moved = influence(self._decoder, cache, session.tokens, WINDOW, long=session.long)

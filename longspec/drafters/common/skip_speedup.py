@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from longspec.cache.dense import Dense
+from longspec.cache.stage import Cache
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
 
 __all__ = ["CHAIN", "MOST", "ROW", "Prices", "agreement", "gain", "influence", "nested", "swapped", "united"]
@@ -112,7 +112,7 @@ def swapped(skip: Skip, unit: Skip) -> Skip:
 
 
 @torch.inference_mode()
-def agreement(decoder: Decoder, cache: Dense, tokens: Sequence[int], count: int, skip: Skip, *, long: bool) -> int:
+def agreement(decoder: Decoder, cache: Cache, tokens: Sequence[int], count: int, skip: Skip, *, long: bool) -> int:
     """How many of the text's last `count` tokens the skipping model thinks likeliest too, in one pass.
 
     cache: holds all rows of the text but the last at least; its forks are read, and dropped.
@@ -125,7 +125,7 @@ def agreement(decoder: Decoder, cache: Dense, tokens: Sequence[int], count: int,
 
 @torch.inference_mode()
 def influence(
-    decoder: Decoder, cache: Dense, tokens: Sequence[int], count: int, *, long: bool
+    decoder: Decoder, cache: Cache, tokens: Sequence[int], count: int, *, long: bool
 ) -> tuple[list[float], list[float]]:
     """How far each layer's attention, and each layer's MLP, moves the hidden state of the last `count` rows.
 
@@ -154,7 +154,7 @@ def nested(prices: Prices, moved: tuple[Sequence[float], Sequence[float]]) -> li
     return sorted(prices.units(), key=loss)
 
 
-def _chunks(cache: Dense, tokens: Sequence[int], count: int, chain: int, long: bool) -> Iterator[Chunk]:
+def _chunks(cache: Cache, tokens: Sequence[int], count: int, chain: int, long: bool) -> Iterator[Chunk]:
     """The rows that the last `count` tokens follow, in chains that go on from the text's own rows."""
     end = len(tokens) - 1
     for start in range(end - count, end, chain):

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,7 @@ from longspec.attention import triton
 from longspec.attention.native_batch import Span
 from longspec.attention.triton import MOST_CHUNKS, OPTIONS
 from longspec.cache.codes import Codec
-from longspec.cache.dense import DenseStage
-from longspec.cache.quantized import QuantizedStage
-from longspec.cache.stage import CodedRun, Run
+from longspec.cache.stage import Stage
 from longspec.model.config import Config
 from longspec.model.rope import Rotation
 
@@ -110,24 +108,26 @@ class Graphs:
         stage, staged = span.stage, span.staged
         if self.broken is not None or others or not self._takes(stage, staged) or count > BUCKETS[-1]:
             return None
+        if (reads := stage.reads(staged)) is None:
+            return None
         *far, near = stage.runs(self._widest, staged)
-        coded = [run for run in far if isinstance(run, CodedRun)]
-        if len(far) > 1 or len(coded) != len(far) or not isinstance(near, Run):
+        coded = [run for run in far if run.is_coded]
+        if len(far) > 1 or len(coded) != len(far):
             return None  # a fork: it begins with rows that it shares
-        codec, places = None, [[buffer.data_ptr()] for buffer in near.buffers]
+        codec, places = None, [[layer.data_ptr()] for layer in near.layers if isinstance(layer, Tensor)]
         for run in coded:
             assert isinstance(run.codec, Codec)
             codec = run.codec
-            for place, codes in zip(places, run.codes, strict=True):
-                place += [each.data_ptr() for each in triton.all_of(codes, codec)]
+            for place, codes in zip(places, run.layers, strict=True):
+                place += [each.data_ptr() for each in triton.all_of(tuple(codes), codec)]
                 place.append(codes[0].stride(0) // codes[0].stride(1))
         first = near.start - near.column  # the text's row in the buffers' first column
-        text = [stage.length - first, staged.start, count, near.buffers[0].shape[2], first]
+        text = [stage.length - first, staged.start, count, near.layers[0][0].shape[1], first]
         text.append(sum(run.start + run.columns for run in coded))
         bucket = next(each for each in BUCKETS if each >= count)
         try:
             inputs, replay = self._pass(bucket, codec)
-            words = torch.tensor([*text, *chain.from_iterable(places), *stage.reads(staged)])
+            words = torch.tensor([*text, *chain.from_iterable(places), *reads])
             if self._device.type == "cuda":
                 words = words.pin_memory()  # held by torch until it is copied
             words = words.to(self._device, non_blocking=True)
@@ -150,12 +150,12 @@ class Graphs:
         self._said = True
         return f"passes go to the GPU operator by operator, which is slower: {self.broken}"
 
-    def _takes(self, stage: object, staged: slice) -> TypeGuard[DenseStage | QuantizedStage]:
+    def _takes(self, stage: Stage, staged: slice) -> bool:
         """Whether the rows are few enough, and it is known what they read."""
         narrow = any(window is not None and window < _MOST_STAGED for window in self._config.windows)
         if narrow or staged.stop > _MOST_STAGED:
             return False
-        return type(stage) is DenseStage or (type(stage) is QuantizedStage and stage.is_known(staged))
+        return stage.is_known(staged)
 
     def _pass(self, bucket: int, codec: Codec | None) -> tuple[_Inputs, Callable[[], Tensor]]:
         found = self._passes.get((bucket, codec))
