@@ -171,7 +171,7 @@ def test_an_option_that_is_not_known_is_named(model: Model) -> None:
             ask("ABC", temprature=0.5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"'max_tokens'.*'max_new_tokens'"):
         made.generate_many(["ABC"], max_tokens=5)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'xyz' is not an option of a text; there are: prompt_cache, "):
+    with pytest.raises(TypeError, match="'xyz' is not an option of a text; there are: temperature, "):
         made.open("ABC", xyz=1)  # type: ignore[call-arg]
 
 
