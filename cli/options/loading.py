@@ -90,8 +90,8 @@ class Loading:
     )
     strict: bool = option(
         False,
-        "Make a token's bits independent of the tokens beside it in a pass: slower, and without the rare flip "
-        "of a near-tie.",
+        "Make a token's bits independent of the tokens beside it in a pass (batch invariance), as the C kernels do, "
+        "where there are none: on a GPU, in fp32, without a C compiler. Slower.",
     )
 
     def engine_options(self, ctx: typer.Context) -> dict[str, Any]:

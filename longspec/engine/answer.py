@@ -22,6 +22,7 @@ class Answer:
     finish_reason: str
     model: str
     dtype: str
+    exactness: str  # exact: the tokens are plain decoding's, bit for bit; rounding: but for flips of near-ties
     cache: str
     cache_lossless: bool
     usage: dict[str, int]
@@ -37,7 +38,7 @@ class Answer:
             "text": self.text,
             "reasoning": self.reasoning,
             "finish_reason": self.finish_reason,
-            "exactness": "exact",
+            "exactness": self.exactness,
             "cache": self.cache,
             "cache_lossless": self.cache_lossless,
             "usage": self.usage,

@@ -307,6 +307,7 @@ class Engine(Passes):
             finish_reason=session.finish_reason or "interrupted",
             model=self.model.name,
             dtype=self.model.dtype,
+            exactness="exact" if self.model.decoder.is_exact else "rounding",
             cache=session.cache_name,
             cache_lossless=session.cache_name in LOSSLESS,
             usage=usage(session),

@@ -237,6 +237,13 @@ class Decoder:
                 hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
         return hidden
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether a token position's bits depend on its own path alone: in the C kernels, and under --strict. torch's
+        operators round by the shape of a pass.
+        """
+        return self.strict or self._fused is not None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[r, width] to [r, V]: in the model's dtype, and where the C kernel multiplies, its sums in fp32."""
         logits = self._head(self._norm(hidden)) if self._fused is None else self._fused.head(hidden)
