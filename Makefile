@@ -11,14 +11,18 @@ SUITE ?= docs/benchmarks/prompts.jsonl
 TEXT ?= docs/design.md
 RESULTS ?= build/bench
 
+# An index of torch's builds for the CPU: make demo TORCH_INDEX=https://... Where it can't be reached, pip goes on without it.
+TORCH_INDEX ?=
+PIP_INSTALL = $(BIN)/python -m pip install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) --editable
+
 .PHONY: help bench demo test test-full lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed ## answer a reasoning prompt with the default model (downloads it once, 92 MB)
+demo: $(VENV)/installed ## write an answer with the default model (92 MB, once), drafted and plain
 	$(BIN)/longspec pull smollm2
-	$(BIN)/longspec run --no-stdin --stats --template demo
+	$(BIN)/python docs/demo.py
 
 # Most tests take one thread: they run on a few processors at once, each process with a model of its own in memory.
 ONCE := -n auto --maxprocesses 4 --dist worksteal
@@ -73,17 +77,19 @@ $(BIN)/python:
 
 # The stamps lie in the environment and go when it goes. An editable install is repeated only when its metadata changes.
 $(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable .
+	@echo "Installing into $(VENV): 0.3 GB where pip finds torch for the CPU, 5 GB with its CUDA packages (Linux' usual index)."
+	@echo "make $(MAKECMDGOALS) TORCH_INDEX=URL names an index of builds for the CPU; docs/install.md has one."
+	$(PIP_INSTALL) .
 	@touch $@
 
 $(VENV)/installed-bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[bench]'
+	$(PIP_INSTALL) '.[bench]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(PIP_INSTALL) '.[dev]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[docs]'
+	$(PIP_INSTALL) '.[docs]'
 	@touch $@ $(VENV)/installed
