@@ -15,12 +15,12 @@ from longspec.model.load import open_model
 from longspec.text.prompt_template import read
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENS = 150
+TOKENS = 200
 
 
 def write(engine: Engine, question: str) -> tuple[str, float, float]:
     """Write the answer while it comes: its text, tokens per second, tokens per step."""
-    session = engine.open(question, max_new_tokens=TOKENS, temperature=0)
+    session = engine.open(question, max_new_tokens=TOKENS, temperature=0, stop="\n```")
     for commit in engine.write(session):
         print(commit.text, end="", flush=True)
     print("\n")
