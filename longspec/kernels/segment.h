@@ -71,6 +71,22 @@ INLINE void go_on(int64_t *place, int64_t *shift, int64_t size, int64_t bits) {
     if (*place == size) *place = 0, *shift += bits;
 }
 
+/* LANES codes from channel d on, in the lowest bits, of a column that has no LANES of them in a row. */
+INLINE const uint8_t *picked(const uint8_t *column, int64_t size, int64_t d, int64_t bits, uint8_t some[LANES]) {
+    for (int64_t i = 0; i < LANES; i++) some[i] = (uint8_t)(column[(d + i) % size] >> (d + i) / size * bits);
+    return some;
+}
+
+/* What a column's LANES codes from channel d on stand for; they are at `place` and `shift`. */
+INLINE vf values_of(const Columns *c, int64_t column, int64_t d, int64_t place, int64_t shift, const int kind,
+                    const int bits, vf step, vf low) {
+    const uint8_t *codes = c->codes + column * c->size, *lower = c->lower ? c->lower + column * c->size : codes;
+    uint8_t some[LANES], others[LANES];
+    if (c->size % LANES == 0) return value(codes + place, lower + place, shift, kind, bits, step, low);
+    codes = picked(codes, c->size, d, bits, some);
+    return value(codes, picked(lower, c->size, d, bits, others), 0, kind, bits, step, low);
+}
+
 /* Keys of `count` columns as rows of bf16 [count, dim]. */
 INLINE void decode_keys(const Segment *s, int64_t head, int64_t first, int64_t count, int64_t dim, bf16 *keys,
                         const int kind, const int bits) {
@@ -86,8 +102,8 @@ INLINE void decode_keys(const Segment *s, int64_t head, int64_t first, int64_t c
         }
         int64_t place = 0, shift = 0;
         for (int64_t d = 0; d < dim; d += LANES) {
-            const int64_t at = j * c.size + place;
-            save_bf16(keys + j * dim + d, value(c.codes + at, c.lower + at, shift, kind, bits, load(step + d), load(low + d)));
+            const vf keys_of = values_of(&c, j, d, place, shift, kind, bits, load(step + d), load(low + d));
+            save_bf16(keys + j * dim + d, keys_of);
             go_on(&place, &shift, c.size, bits);
         }
     }
@@ -118,10 +134,8 @@ INLINE void decode_values(const Segment *s, int64_t head, int64_t first, int64_t
         int64_t place = 0, shift = 0;
         for (int64_t d = 0; d < dim; d += LANES) {
             vu both[2];
-            UNROLL for (int64_t i = 0; i < 2; i++) {
-                const int64_t at = (j + i) * c.size + place;
-                both[i] = bits_bf16(value(c.codes + at, c.lower + at, shift, kind, bits, step[i], low[i]));
-            }
+            UNROLL for (int64_t i = 0; i < 2; i++)
+                both[i] = bits_bf16(values_of(&c, j + i, d, place, shift, kind, bits, step[i], low[i]));
             save_pair(values, j, dim, d, both[0], both[1]);
             go_on(&place, &shift, c.size, bits);
         }
