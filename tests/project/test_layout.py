@@ -105,8 +105,9 @@ def test_imports_point_one_way(path: Path) -> None:
 MOST_LINES, MOST_FUNCTION, MOST_FILES = 350, 60, 20
 LOOSE = {"longspec": {"__init__.py", "types.py", "errors.py"}, "cli": {"__init__.py", "main.py", "app.py"}}
 
-# What is larger as yet, with its lines. None may grow, and one that fits is to be taken out.
+# What is larger as yet, with its lines or files. None may grow, and one that fits is to be taken out.
 LARGE_FILES: dict[str, int] = {}
+FULL_FOLDERS: dict[str, int] = {"longspec/kernels": 21}
 LONG_FUNCTIONS: dict[str, int] = {
     "longspec/engine/engine.py load": 75,  # it declares what a model is loaded with
 }
@@ -124,8 +125,8 @@ def name_of(path: Path) -> str:
 
 
 def check_sizes(found: dict[str, int], most: int, known: dict[str, int]) -> None:
-    larger = {name: lines for name, lines in found.items() if lines > max(most, known.get(name, 0))}
-    assert larger == {}, f"more than {most} lines, or more than it had: divide it"
+    larger = {name: size for name, size in found.items() if size > max(most, known.get(name, 0))}
+    assert larger == {}, f"more than {most}, or more than it had: divide it"
     fits = [name for name in known if found.get(name, 0) <= most]
     assert fits == [], "no exception is needed any more: take it out of the list"
 
@@ -178,8 +179,8 @@ def test_few_files_are_loose(folder: str) -> None:
 
 
 def test_a_folder_can_be_looked_over() -> None:
-    counts = Counter(path.parent for path in product())
-    assert {name_of(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
+    counts = Counter(name_of(path.parent) for path in product())
+    check_sizes(counts, MOST_FILES, FULL_FOLDERS)
 
 
 def test_importing_longspec_is_light() -> None:
