@@ -187,6 +187,10 @@ def statistics(answer: Answer | Reported) -> str:
     if timing["tokens_per_second"] is not None:
         parts[0] += f" ({timing['tokens_per_second']:.1f} tokens/s)"
     parts.append(f"{speculation['tokens_per_step']:.2f} tokens per step with {speculation['drafter']}")
+    if len(bets := speculation.get("bets", {})) > 1:
+        parts[-1] += (
+            f" ({', '.join(f'{name} {steps}' for name, steps in bets.items())} of {speculation['steps']} steps)"
+        )
     if speculation["drafted"]:
         parts.append(f"acceptance {speculation['accepted'] / speculation['drafted']:.2f}")
     if timing["time_to_first_token_s"] is not None:

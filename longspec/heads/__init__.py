@@ -6,8 +6,9 @@ A head knows the target's widths and nothing of texts, sessions or drafts; `long
 
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
+from longspec.heads.layers import Head
 
 __all__ = ["KINDS"]
 
-KINDS: dict[str, type[Clover] | type[Clover2]] = {"clover": Clover, "clover2": Clover2}
+KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2}
 """By the names that the command takes."""

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspec.heads.layers import Layer, Norm, TokenAttention, heads_of
+from longspec.heads.layers import Head, Layer, Norm, TokenAttention, heads_of
 from longspec.model.config import Config
 
 __all__ = ["Clover"]
 
 
-class Clover(nn.Module):
+class Clover(Head):
     LAYERS = 1
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         width, eps = config.width, config.eps
         self.feature_norm, self.token_norm = Norm(width, eps), Norm(width, eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(self.LAYERS))

@@ -14,17 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longspec.heads.layers import Layer, Norm, TokenAttention, heads_of, near_identity
+from longspec.heads.layers import Head, Layer, Norm, TokenAttention, heads_of, near_identity
 from longspec.model.config import Config
 
 __all__ = ["Clover2"]
 
 
-class Clover2(nn.Module):
+class Clover2(Head):
     LAYERS = 2
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         width, eps = config.width, config.eps
         self.feature_norm, self.token_norm = Norm(width, eps), Norm(width, eps)
         self.entry = TokenAttention(width, heads_of(config))

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import KINDS
-from longspec.heads.clover import Clover
-from longspec.heads.clover2 import Clover2
-from longspec.heads.layers import block_of
+from longspec.heads.layers import Head, block_of
 from longspec.machine.files import read_json, replaced
 from longspec.model.config import Config
 from longspec.model.load import Model
@@ -63,7 +61,7 @@ class Trained:
     depth: int  # tokens that it drafts behind each other
     window: int  # rows that its layers read
     tokens: Tensor | None  # [D] int64, rising: the target's tokens that it drafts; None is all
-    module: Clover | Clover2
+    module: Head
 
     def rows(self, model: Model) -> Tensor:
         """[D, width]: those of the target's head that it writes with."""

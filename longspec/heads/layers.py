@@ -10,7 +10,7 @@ Shapes: B texts of T rows, W the target's width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +20,6 @@ from longspec.model.config import Config, Rope
 from longspec.model.rope import Rotation, rotate
 
 __all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "unroll"]
-
-
-class Head(Protocol):
-    """A head's forms. Hidden states and embeddings have any leading dimensions; `tokens` are normed embeddings."""
-
-    layers: nn.ModuleList
-    token_norm: Norm
-    between: Norm  # behind the layers
-    norm: Norm  # of what is written, as the target's final norm
-
-    def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """What the layers read, of each row's hidden state and the token behind it."""
-        ...
-
-    def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """State and what is written behind the text's last token, from what the layers gave for the row before it."""
-        ...
-
-    def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same behind one more drafted token."""
-        ...
 
 
 class Norm(nn.Module):
@@ -53,6 +32,35 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Head(nn.Module):
+    """A head that drafts step by step. Hidden states and embeddings have any leading dimensions; `tokens` are normed
+    embeddings. A subclass is made from the config of its layers (`block_of`).
+    """
+
+    LAYERS: ClassVar[int]
+    """How many layers it has, which read the text's hidden states."""
+
+    layers: nn.ModuleList
+    token_norm: Norm
+    between: Norm  # behind the layers
+    norm: Norm  # of what is written, as the target's final norm
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+
+    def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """What the layers read, of each position's hidden state and the token behind it."""
+        raise NotImplementedError
+
+    def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """State and what is written behind the text's last token, from what the layers gave for the one before it."""
+        raise NotImplementedError
+
+    def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same behind one more drafted token."""
+        raise NotImplementedError
 
 
 class TokenAttention(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from support.engines import engine, finish, prompts, tiny, with_heads
+from support.published import LAYOUTS, write
 from torch import Tensor
 
 from longspec.drafters.eagle3 import Eagle
@@ -19,64 +19,10 @@ from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model
 from longspec.model.rope import rotate
 
-LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-LAYOUTS = ["authors", "speculators", "medusa", "medusa with heads"]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("target"), end_tokens=())
-
-
-def write(folder: Path, layout: str, model: Model) -> Path:
-    """A random head, as its publishers would write it."""
-    generator = torch.Generator().manual_seed(4)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1) + (len(shape) == 1)
-
-    config, width, vocabulary = model.decoder.config, model.decoder.config.width, model.decoder.config.vocabulary
-    folder.mkdir()
-    if layout.startswith("medusa"):
-        tensors: dict[str, Tensor] = {}
-        for k in range(3):
-            tensors |= {f"{k}.0.linear.weight": random(width, width), f"{k}.0.linear.bias": random(width)}
-            if layout == "medusa with heads":
-                tensors[f"{k}.1.weight"] = random(vocabulary, width)
-        save_file(tensors, folder / "medusa_lm_head.safetensors")
-        (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 1}))
-        return folder
-    chosen = torch.tensor([i for i in range(vocabulary) if i % 3])
-    shapes = {
-        "input_layernorm": (32,), "hidden_norm": (32,), "post_attention_layernorm": (32,),
-        "self_attn.q_proj": (32, 64), "self_attn.k_proj": (16, 64), "self_attn.v_proj": (16, 64),
-        "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
-    }  # fmt: skip
-    prefix = "midlayer" if layout == "authors" else "layers.0"
-    tensors = {f"{prefix}.{name}.weight": random(*shape) for name, shape in shapes.items()}
-    tensors |= {
-        "fc.weight": random(32, 3 * width),
-        "norm.weight": random(32),
-        "lm_head.weight": random(len(chosen), 32),
-    }
-    tensors |= {"embed_tokens.weight": random(vocabulary, 32), "d2t": chosen - torch.arange(len(chosen))}
-    tensors["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, chosen, True)
-    save_file(tensors, folder / "model.safetensors")
-    layer = {**LAYER, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "rope_theta": 5000.0}
-    raw: dict[str, Any] = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(chosen)}
-    raw |= {**layer, "vocab_size": vocabulary}
-    if layout == "speculators":
-        proposal = {"proposal_type": "greedy", "speculative_tokens": 4}
-        raw = {
-            "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "norm_before_residual": True,
-            "draft_vocab_size": len(chosen), "transformer_layer_config": {**layer, "vocab_size": vocabulary},
-            "speculators_config": {"algorithm": "eagle3", "proposal_methods": [proposal]},
-            "eagle_aux_hidden_state_layer_ids": [1, config.layers // 2, config.layers],
-        }  # fmt: skip
-    else:
-        raw["eagle_aux_hidden_state_layer_ids"] = [1, 2, config.layers]
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
