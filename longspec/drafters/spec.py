@@ -93,7 +93,8 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
     Raises:
         UsageError: no drafter has this name, parts don't go together, or nobody takes an option.
     """
-    options, parts = dict(given or {}), []
+    options = {key: value for key, value in (given or {}).items() if value is not None}
+    parts: list[Part] = []
     for name in _split(text):
         head, _, said = name.partition(":")
         if folder := head not in DRAFTERS and is_head(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("model"), end_tokens=())
 
 
-def request_for(folder: Path, drafter: str, options: dict[str, object] | None = None) -> Request:
+def request_for(folder: Path, drafter: str, options: dict[str, Any] | None = None) -> Request:
     opened = open_model(str(folder), dtype="fp32", device="cpu")
     return request_of(opened, 400, drafter=drafter, options=options, texts=2)
 
