@@ -22,7 +22,7 @@ TINY = ["--threads", "1", "--dtype", "fp32"]
 KEYS = {
     "": "model dtype text reasoning finish_reason exactness cache cache_lossless usage speculation timing memory",
     "usage": "prompt_tokens completion_tokens cached_tokens reasoning_tokens",
-    "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet",
+    "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet bets",
     "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s draft_s verify_s time_to_first_token_s "
     "tokens_per_second",
     "memory": "weights_bytes drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
