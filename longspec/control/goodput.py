@@ -197,10 +197,10 @@ class Goodput(Control):
         trial.account = min(_LOSS, trial.account + won)
         if won > 0 and trial.account > 0:
             trial.pause = 1
-        if trial.account < -_LOSS or (outcome.bet.why and not surprise and not trial.due):
+        failed = bool(parents) and outcome.bet.why == "probe" and not surprise and not trial.due
+        if failed or trial.account < -_LOSS:
             trial.account = _AGAIN - _LOSS
-            trial.due = self._steps + 1 + trial.pause
-            trial.pause = min(2 * trial.pause, _PAUSE) if parents else trial.pause
+            trial.due, trial.pause = self._steps + 1 + trial.pause, min(2 * trial.pause, _PAUSE)
         elif won > 0:
             trial.due = 0
         self._latest[name] = trial
