@@ -103,13 +103,13 @@ def test_bets_do_not_change_a_token(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_no_draft_and_no_company_changes_a_token_in_the_kernels(dtype: str, options: dict[str, Any]) -> None:
-    """Trees of fifteen nodes in every step, alone and four texts at a time, against plain decoding one by one."""
+    """Trees of fifteen nodes in every step, alone and three texts at a time, against plain decoding one by one."""
     model = open_model("smollm2", dtype="bf16" if dtype == "bf16" else "auto").load()
     if model.dtype != dtype or not model.decoder.is_exact:
         pytest.skip(f"no kernels for {dtype} here: {model.decoder.slow}")
-    prompts: Any = [(prompt, Options(key=str(i), max_new_tokens=32)) for i, prompt in enumerate(PROMPTS[1:])]
+    prompts: Any = [(prompt, Options(key=str(i), max_new_tokens=20)) for i, prompt in enumerate(PROMPTS[:3])]
     texts = {}
-    for drafter, width in (("none", 1), ("none", 4), ("recycle+ngram", 1), ("recycle+ngram+clover2", 4)):
+    for drafter, width in (("none", 1), ("recycle+ngram", 1), ("recycle+ngram+clover2", 3)):
         made = Engine(model, drafter=drafter, control="fixed")
         answers = dict(made.generate_many(prompts, width=width, **options))
         texts[drafter, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]
