@@ -98,7 +98,7 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
 
     What is a file or a folder counts with its place and time: where it was changed, a server has the old one.
     """
-    names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "OMP_NUM_THREADS")
+    names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "LONGSPEC_ISA", "OMP_NUM_THREADS")
     description = {
         "longspec": [__version__, __file__, sys.executable],
         "cache": str(cache_folder()),

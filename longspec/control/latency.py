@@ -14,7 +14,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from longspec.machine.files import replaced
+from longspec.errors import UsageError
+from longspec.machine.files import read_json, replaced
 from longspec.machine.system import cache_folder
 
 __all__ = ["Curve", "DraftCost", "costs_file", "read", "write"]
@@ -119,12 +120,9 @@ def costs_file(**what: str) -> Path:
 def read(path: Path) -> dict[str, Any] | None:
     """What `write` put there; None where there is nothing that can be read."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, _MOST_BYTES, "The file of costs")
+    except UsageError:
         return None
-    return stored if isinstance(stored, dict) else None
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
