@@ -23,7 +23,6 @@ FILES = [
 ENVIRONMENT = [
     ("LONGSPEC_*", "Every option that config.toml may set, such as LONGSPEC_MAX_NEW_TOKENS for --max-new-tokens."),
     ("LONGSPEC_COMPILER", "The C compiler for longspec's kernels; none turns them off."),
-    (
         "LONGSPEC_ISA",
         "The instructions that the kernels use: amx, avx512, avx2, neon or scalar; the best, if left out.",
     ),
