@@ -23,9 +23,6 @@ FILES = [
 ENVIRONMENT = [
     ("LONGSPEC_*", "Every option that config.toml may set, such as LONGSPEC_MAX_NEW_TOKENS for --max-new-tokens."),
     ("LONGSPEC_COMPILER", "The C compiler for longspec's kernels; none turns them off."),
-        "LONGSPEC_ISA",
-        "The instructions that the kernels use: amx, avx512, avx2, neon or scalar; the best, if left out.",
-    ),
     ("LONGSPEC_ISA", "Instructions for the kernels, fewer than the processor has: amx, avx512, avx2, neon, scalar."),
     ("LONGSPEC_DEBUG", "1 shows the traceback above an error."),
     ("HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, XDG_CACHE_HOME, NO_COLOR", "What they mean everywhere."),
