@@ -29,8 +29,7 @@ __all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS"]
 
 DRAFT_TOKENS = 15
 """Default limit of a draft's tokens. With the last committed token they fill a tile of 16 token positions: a bf16
-forward pass of the default model took 15.9 ms for 1 position, 17.2 ms for 16 and 22 ms for 17
-(docs/benchmarks/passes.json)."""
+forward pass of the default model took 11.7 ms for 1 position and 13.8 ms for 16 (docs/benchmarks/passes.json)."""
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "none": Nothing,
