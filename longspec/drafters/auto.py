@@ -44,8 +44,8 @@ def heads_for(model: Model, tokens: int = 0, spare: int | None = None) -> list[s
     """Kinds of the heads that ship with longspec for the model and that pay off: in bf16 on a CPU only.
 
     spare: bytes that the memory plan leaves for a head; None is no limit. tokens: of all sequences, for the head's
-    KV cache. In int8 a head's draft takes two fifths of the default model's forward pass, more than it gains
-    (docs/benchmarks/drafters_head_int8.json); on a GPU no head was measured.
+    KV cache. In int8 recycle+ngram was slower with the default model's head than without it: 1.07 against 1.13 times
+    plain decoding (docs/benchmarks/drafters_head_int8.json). On a GPU no head was measured.
     """
     decoder = model.decoder
     if model.dtype != "bf16" or decoder.device.type != "cpu" or decoder.strict:
