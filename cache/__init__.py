@@ -27,4 +27,6 @@ CACHES: dict[str, Callable[[Shape], Cache]] = {
 }
 
 LOSSLESS = frozenset({"dense", "offload --all-rows", "disk --all-rows"})
-"""The kinds whose rows are read as they were written; the others are lossless to themselves only."""
+"""The kinds that read keys and values as the model computed them. With the others, drafts are verified against the
+target over the same lossy cache.
+"""

@@ -1,13 +1,13 @@
-"""Blocks of keys and values as small integers, and back.
+"""Quantization of blocks of keys and values to integer codes, and back.
 
-Takes whole blocks of 64 rows, gives codes and fp16 scales; knows no text, stage or model. Keys are scaled per channel
-over a block's rows, since a few of their channels are always large; values per row over its channels (KIVI,
-2402.02750). A block is encoded once, from its rows in the cache's dtype, and never again.
+Takes whole blocks of 64 token positions, gives codes and fp16 scales; knows no sequence, stage or model. Keys are
+quantized per channel over a block's positions, since keys have outlier channels; values per token over its channels
+(KIVI, 2402.02750). A block is encoded once, from keys and values in the cache's dtype.
 
-    asymmetric   value = low + step * code           code in 0 .. 2^bits - 1
-    symmetric    value = step * code                 code in -127 .. 127, 8 bits: two bytes a scale less
+    asymmetric   value = low + step * code           code in 0 .. 2^bits - 1; step and low in fp16
+    symmetric    value = step * code                 code in -127 .. 127, 8 bits; step in fp16
 
-Letters: K key heads, b blocks, D head dimension, s = D * bits / 8 bytes.
+Symbols: K key heads, b blocks, D head dimension.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ __all__ = ["Codec", "Codes", "DualCodec", "pack", "unpack"]
 Codes = tuple[Tensor, ...]
 """A codec's tensors for b blocks, each [K, b, ...]: key codes and scales, then value codes and scales."""
 
-_LARGEST = 65504.0  # in fp16
+_LARGEST = 65504.0  # greatest finite fp16
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """One way to code blocks."""
+    """A quantizer of blocks, with one code for each value."""
 
     bits: int  # 2, 4 or 8
     symmetric: bool = False  # 8 bits only
 
     def empty(self, shape: Shape, blocks: int) -> Codes:
-        """Room for blocks of one layer."""
+        """Uninitialised tensors for the codes of `blocks` blocks of one layer."""
         k, d = shape.key_heads, shape.head_dim
         codes = torch.int8 if self.symmetric else torch.uint8
         scales = 1 if self.symmetric else 2
@@ -49,17 +49,17 @@ class Codec:
         return tuple(shape.empty((k, blocks, *size), dtype) for size, dtype in sizes)
 
     def encode(self, keys: Tensor, values: Tensor) -> Codes:
-        """Keys and values [K, b, 64, D] as codes."""
+        """Quantize keys and values, each [K, b, 64, D]."""
         return (*self._encode(keys, -2), *self._encode(values, -1))
 
     def decode(self, codes: Codes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [K, b * 64, D] in `dtype`."""
+        """Dequantize to keys and values, each [K, b * 64, D] in `dtype`."""
         half = len(codes) // 2
         keys, values = self._decode(codes[:half], dtype), self._decode(codes[half:], dtype)
         return keys.flatten(1, 2), values.flatten(1, 2)
 
     def upper(self, codes: Codes) -> tuple[Codec, Codes]:
-        """A coarser codec and its codes of the same blocks, for guessing: these codes have no coarser part."""
+        """A coarser codec and its codes of the same blocks, for drafting; here the codes themselves."""
         return self, codes
 
     def _encode(self, rows: Tensor, axis: int) -> Codes:
@@ -82,8 +82,8 @@ class Codec:
 class DualCodec(Codec):
     """8-bit codes in two planes of 4 bits (QuantSpec, 2502.10424): code = 16 * upper + lower.
 
-    The target reads both. The upper plane alone, `upper`, is a drafter's view: each code in the middle of the 16 that
-    share its upper bits.
+    The target reads both planes. A drafter may read the upper one alone (`upper`), which stands for the middle of the
+    16 codes that share its bits.
     """
 
     bits: int = 8
@@ -102,22 +102,22 @@ class DualCodec(Codec):
         return super(DualCodec, self)._decode((codes8, step, low), dtype)
 
     def upper(self, codes: Codes) -> tuple[Codec, Codes]:
-        """The upper plane as a codec and its codes, without a copy of the plane: half the bytes to read."""
+        """A 4-bit codec and its codes: the upper plane, not copied, with scales adapted. It has half the bytes."""
         wide = [(codes[at], codes[at + 2] * 16, codes[at + 3] + codes[at + 2] * 8) for at in (0, 4)]
         return Codec(4), (*wide[0], *wide[1])
 
 
 def _nearest(rows: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """The code that the stored scale brings closest to each value; 0 where the scale is 0."""
+    """The nearest code to each value, by the rounded fp16 scale; 0 where the scale is 0."""
     scale = step.float()
     return torch.where(scale > 0, rows / scale.clamp(min=2.0**-24), 0.0).round_().clamp_(low, high)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., D] below 2^bits into bytes [..., D * bits / 8].
+    """Pack uint8 codes [..., D] below 2^bits into bytes [..., D * bits / 8].
 
-    A byte holds codes that stand D * bits / 8 apart, the first in its lowest bits: unpacking is then a few shifts whose
-    results lie behind each other.
+    A byte holds codes that are D * bits / 8 channels apart, the first in its lowest bits: unpacking is then a shift and
+    a mask for each contiguous piece of channels.
     """
     if bits == 8:
         return codes

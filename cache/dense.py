@@ -1,15 +1,14 @@
-"""The dense cache: every row in the model's dtype.
+"""The dense cache: all keys and values in the model's dtype. A row is the keys and values of one token position.
 
-One buffer per layer, [2, key heads, capacity, head dimension]: keys, then values. Head before row, so that a head's
-rows are one long run: 7,000 bf16 rows of three heads read in 0.35 ms a layer, and in 0.41 ms with row before head.
+One buffer per layer, [2, K, capacity, D] for K key heads of dimension D: keys, then values. Head before position, so
+that a head's keys are contiguous.
 
-Staged rows are written right behind the committed ones, where attention can read both as one run; keeping a chain is
-then an addition to `length`, and a kept tree path is gathered in place. Only one stage at a time can stand there:
-a second one, open beside it, holds its rows in buffers of its own.
+Staged rows are written right behind the committed ones, so that attention reads both as one segment. Committing a chain
+only adds to `length`; a kept tree path is gathered in place. Only one stage at a time can be there: a second open stage
+has buffers of its own.
 
-Growth is by an eighth, in whole blocks, layer by layer: over a text's life each row is copied about eight times
-(7,000 tokens of the default model: 1.3 GB in all, 0.2 s), at most an eighth of the memory stands empty, and
-only one layer's buffer is ever there twice.
+Capacity grows by an eighth, in whole blocks, layer by layer: over the life of a sequence each row is copied about eight
+times, at most an eighth of the memory is unused, and only one layer's buffer is held twice during growth.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from longspec.cache.tree import Tree
 __all__ = ["Dense", "DenseStage", "near_start"]
 
 _SPLIT_ROWS = 64
-"""From this many rows on (prefill chunks), the committed rows are a part of their own that needs no mask."""
+"""From this many staged rows on (prefill chunks) the committed rows are a segment of their own, which needs no mask."""
 
 
 _NEAR_UNIT = 16
-"""Near rows grow by so many: 128 and a draft take 144, where whole blocks would take 192, 2% of a text of 3,000."""
+"""Unit of capacity of a residual window, in rows: the window is short, and whole blocks would waste more of it."""
 
 
 class Dense(Cache):
@@ -42,15 +41,15 @@ class Dense(Cache):
 
     def __init__(self, shape: Shape, *, near: bool = False) -> None:
         self.shape = shape
-        self.near = near  # rows read from `near_start` of their position on: older ones are kept elsewhere
+        self.near = near  # a residual window: rows are read from `near_start` of the reading position on
         self.length = 0
-        self._start = 0  # what lies before is shared, or was forgotten
-        self._shared: list[tuple[list[Tensor], int]] = []  # (buffers, rows), in the text's order
-        self._lent = 0  # rows below are read by a fork: never to be overwritten
+        self._start = 0  # position of the own buffers' first row; earlier ones are shared, or dropped
+        self._shared: list[tuple[list[Tensor], int]] = []  # (buffers, rows), by position
+        self._lent = 0  # rows before this position are read by a fork and must not be overwritten
         self._capacity = 0
         self._buffers: list[Tensor] = [self._empty(0) for _ in shape.windows]
-        self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows stand behind the text
-        self._changes = 0  # commits and cuts so far: a stage opened before the last one is stale
+        self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows lie behind the committed ones
+        self._changes = 0  # number of commits and truncations: a stage opened before the last one is stale
 
     @property
     def can_cut_anywhere(self) -> bool:  # type: ignore[override]
@@ -62,7 +61,7 @@ class Dense(Cache):
 
     @property
     def start(self) -> int:
-        """The text's row that the own buffers begin with."""
+        """Position of the first row in the own buffers."""
         return self._start
 
     @property
@@ -92,7 +91,7 @@ class Dense(Cache):
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise ValueError(f"can't truncate {self.length} rows to {length}")
-        if length < max(self._start, self._lent):  # others read what would be overwritten: leave it to them
+        if length < max(self._start, self._lent):  # forks read what would be overwritten: share it, use new buffers
             runs, self._shared, start = [*self._shared, (self._buffers, self.length - self._start)], [], 0
             for buffers, rows in runs:
                 if start < length:
@@ -115,12 +114,12 @@ class Dense(Cache):
         return twin
 
     def room(self, rows: int) -> Room:
-        """To grow, a layer's buffer is there twice."""
+        """All layers' buffers, and one layer's a second time for growth."""
         held = -(-rows // BLOCK) * BLOCK * self.shape.row_bytes
         return Room(held + held // self.shape.layers)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """`rows.LAYER` [2, K, rows, D]; of a near cache the rows from its start on."""
+        """`rows.LAYER` [2, K, rows, D]; of a residual window the rows from `start` on."""
         for layer in range(self.shape.layers):
             yield f"rows.{layer}", self.rows(layer)
 
@@ -133,24 +132,24 @@ class Dense(Cache):
         self.begin(start, length)
 
     def begin(self, start: int, length: int) -> None:
-        """The buffers of this empty cache hold the rows start..length of a text."""
+        """Declare that the buffers of this empty cache hold the rows of positions start..length."""
         self._start, self.length = start, length
         self._changed()
 
     def rows(self, layer: int) -> Tensor:
-        """The committed rows [2, K, rows, D] of a layer, in one piece: a view where they lie so, else a copy."""
+        """The committed rows [2, K, rows, D] of a layer: a view if they are in one buffer, else a copy."""
         runs = [buffers[layer][:, :, :rows] for buffers, rows in self._shared]
         own = self._buffers[layer][:, :, : self.length - self._start]
         return torch.cat([*runs, own], 2) if runs else own
 
     def drop(self, layer: int) -> None:
-        """Let go of a layer's rows. The cache is of no use from here on."""
+        """Free a layer's rows. The cache must not be used afterwards."""
         empty = self._empty(0)
         self._shared = [([*run[:layer], empty, *run[layer + 1 :]], rows) for run, rows in self._shared]
         self._buffers[layer] = empty
 
     def forget(self, row: int) -> None:
-        """Let go of the rows before `row`, which a near cache's rows read elsewhere."""
+        """Free a residual window's rows before position `row`, which are read as codes or from a store now."""
         gone, held = row - self._start, self.length - row
         old, self._buffers, self._capacity, self._start = self._buffers, [self._empty(0) for _ in self._buffers], 0, row
         self.reserve(self.length)
@@ -158,7 +157,7 @@ class Dense(Cache):
             buffer[:, :, :held] = was[:, :, gone : gone + held]
 
     def copy(self, length: int) -> Dense:
-        """A second near cache, of the first `length` rows."""
+        """A copy of a residual window, truncated to `length`."""
         twin = Dense(self.shape, near=self.near)
         twin._start = self._start
         twin.reserve(length)
@@ -168,7 +167,7 @@ class Dense(Cache):
         return twin
 
     def reserve(self, rows: int) -> None:
-        """Room for the text's first `rows` rows; what is held stays."""
+        """Grow the buffers to hold positions up to `rows`."""
         needed = rows - self._start
         if needed <= self._capacity:
             return
@@ -190,14 +189,14 @@ class Dense(Cache):
 
 
 class DenseStage(Stage):
-    """Rows behind a dense cache's text. `behind`: they stand in the cache's own buffers, right after its rows."""
+    """Stage of a dense cache. behind: its rows are in the cache's own buffers, right behind the committed ones."""
 
     by_layer = False
 
     def __init__(self, cache: Dense, behind: bool) -> None:
         self.behind = behind
         self._cache = cache
-        self.length = cache.length  # of the text before it
+        self.length = cache.length  # committed positions before the stage
         self._opened = cache._changes
         self._tree = Tree()
         self._held = [0] * cache.shape.layers  # rows put so far, per layer
@@ -221,7 +220,7 @@ class DenseStage(Stage):
         return self._cache._buffers if self.behind else self._own
 
     def reads(self, rows: slice) -> list[int]:
-        """Of each row, a bit for each staged row that it reads."""
+        """For each row a bit mask of the staged rows that it attends to."""
         return self._tree.bits(rows)
 
     @property
@@ -259,7 +258,7 @@ class DenseStage(Stage):
         self._check_fresh()
         cache, length = self._cache, self.length
         runs = []
-        start = 0  # the text's row that a buffer begins with
+        start = 0  # position of a buffer's first row
         for buffers, count in cache._shared:
             runs.append(self._run(buffers, rows, start, start + count, window))
             start += count
@@ -291,13 +290,13 @@ class DenseStage(Stage):
         offset: int = 0,
         staged: bool = False,
     ) -> Segment:
-        """The text's rows start..end, from `offset` of the buffers on, and where `staged` the stage's rows behind."""
+        """Segment of the rows at positions start..end, from column `offset` on; with `staged` also the staged ones."""
         columns = end - start + (rows.stop if staged else 0)
         low, bounds = self._reach(rows, start, end, window, staged)
         return Segment(buffers, offset + low, columns - low, bounds, start + low)
 
     def _reach(self, rows: slice, start: int, end: int, window: int | None, staged: bool) -> tuple[int, Bounds | None]:
-        """The first column that any of `rows` reads, and each row's bounds from there; kept for the other layers."""
+        """The first column that any of `rows` reads, and each row's bounds relative to it; cached over the layers."""
         key = (rows.start, rows.stop, start, window, staged)
         if key not in self._reaches:
             self._reaches[key] = self._measure(rows, start, end, window, staged)
@@ -308,7 +307,7 @@ class DenseStage(Stage):
     ) -> tuple[int, Bounds | None]:
         chain = self._tree.is_chain
         columns = end - start + (rows.stop if staged else 0)
-        if chain and rows.stop - rows.start == 1:  # a plain step's: all columns from the first that it reads on
+        if chain and rows.stop - rows.start == 1:  # plain decoding: one row reads all columns from `first` on
             position = self.length + self.depths[rows.start]
             first = 0 if window is None else position - window + 1
             if self._cache.near:
@@ -321,7 +320,7 @@ class DenseStage(Stage):
         first = (first - start).clamp_(0, columns)
         low = int(first.min())
         if staged and not chain:
-            low = min(low, end - start)  # a tree stays whole
+            low = min(low, end - start)  # the tree's mask needs all staged columns
         if not staged and bool((first == low).all()):
             return low, None  # all columns from `low` on
         device = self._cache.shape.device
@@ -335,7 +334,7 @@ class DenseStage(Stage):
 
 
 def near_start(position: int) -> int:
-    """Where the dense rows of a quantized cache begin, for the row at `position`: with the block before its own."""
+    """First position of the residual window for the row at `position`: the start of the block before its own."""
     return max(0, position // BLOCK - 1) * BLOCK
 
 

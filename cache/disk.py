@@ -1,8 +1,8 @@
-"""The offloaded cache one level down: its store is a file.
+"""File store of the offloaded cache.
 
-Blocks are written once and read whole, at `(block * layers + layer) * block bytes`. Reading goes through ordinary file
-calls and not through a mapping, since mapped pages count towards the process's resident size, which `--memory` bounds,
-while the system's own cache of the file does not. The file has no name: it is gone with the process.
+Blocks are written once and read whole, at byte `(block * layers + layer) * block_bytes`. The file is read with pread,
+not mapped: mapped pages count towards the process's resident size, which `--memory` bounds, and the page cache does
+not. The file is unlinked at once: it vanishes with the process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FileStore:
         return rows.view(self._kind.dtype).view(self._shape)
 
     def fork(self) -> FileStore:
-        """A copy: two texts write their own blocks from here on."""
+        """A copy of the file, since both sequences write their own blocks from here on."""
         twin, at = FileStore(self._kind, self._folder), 0
         while piece := os.pread(self._file, 1 << 24, at):
             os.pwrite(twin._file, piece, at)

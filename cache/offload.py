@@ -1,10 +1,11 @@
-"""A low-bit copy of old blocks on the device, and all rows in a store below it (after SpeCache, 2503.16163).
+"""The offloaded cache: codes of old blocks on the device, exact rows in a store (after SpeCache, 2503.16163).
 
-Near blocks are dense, as in a quantized cache. Of the old ones each row reads a few exactly: those that its own query
-asks for, by the bounds on a block's keys that the codes' scales hold anyhow (`longspec.cache.pages`), and the rest as
-codes. So what a row reads depends on itself alone, and a pass fetches what its rows ask for together.
-Fetched blocks stay for a while: the guess is that the next token asks for what this one and its draft asked for. A
-wrong guess costs time and changes nothing. With `all_rows` there are no codes: every row is streamed from the store.
+The residual window is dense, as in a quantized cache. Of the old blocks each token position reads up to `EXACT_BLOCKS`
+exactly and the others as codes. Its own query selects them, by the bounds on a block's keys that the codes' scales
+contain (`longspec.cache.pages`). So what a position reads doesn't depend on the other positions of its forward pass,
+and a pass fetches the union of the selected blocks.
+Fetched blocks stay on the device in an LRU cache: consecutive tokens and their drafts mostly select the same ones. With
+`all_rows` there are no codes: all old blocks are streamed from the store.
 """
 
 from __future__ import annotations
@@ -26,37 +27,37 @@ from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, Room, Segment, Sha
 __all__ = ["HostStore", "Offload", "Store"]
 
 EXACT_BLOCKS = 16
-"""Old blocks that a row reads exactly: 1,024 rows."""
+"""Old blocks that a token position reads exactly: 1,024 positions."""
 
 HELD_BLOCKS = 3 * EXACT_BLOCKS
-"""Fetched blocks that stay on the device, per layer."""
+"""Capacity of the LRU cache of fetched blocks, per layer."""
 
 
 class Store(Protocol):
-    """Where whole blocks of rows lie, by layer and number."""
+    """Storage of whole blocks of keys and values, by layer and block number."""
 
     @property
     def nbytes(self) -> int: ...
 
     def write(self, layer: int, block: int, rows: Tensor) -> None:
-        """Rows [2, K, 64, D] of a block; the block of that number, if there was one, is gone."""
+        """Write a block's keys and values [2, K, 64, D], overwriting the block if it exists."""
         ...
 
     def read(self, layer: int, block: int) -> Tensor:
-        """The block's rows [2, K, 64, D], in the store's own memory or a copy."""
+        """A block's keys and values [2, K, 64, D], in the store's own memory or a copy."""
         ...
 
     def fork(self) -> Store:
-        """A store with the same blocks, which goes its own way."""
+        """An independent store with the same blocks."""
         ...
 
     def room(self, nbytes: int) -> Room:
-        """What that many bytes of rows take, and where."""
+        """Memory that `nbytes` bytes of blocks take in this store: on the device, the host or the disk."""
         ...
 
 
 class HostStore:
-    """Blocks in host memory, pinned where there is a GPU to copy to."""
+    """Blocks in host memory, pinned if the device is a GPU."""
 
     def __init__(self, shape: Shape) -> None:
         self._pin = shape.device.type == "cuda"
@@ -84,19 +85,19 @@ class HostStore:
 
 
 class Offload(Quantized):
-    """Keys and values of one session: near rows, codes of old blocks, and a store with all old rows."""
+    """Keys and values of one session: residual window, codes of old blocks, and a store with all old blocks."""
 
     def __init__(self, shape: Shape, store: Store, *, bits: int = 2, all_rows: bool = False) -> None:
         super().__init__(shape, Codec(bits))
         self.store = store
         self.all_rows = self.lossless = all_rows
-        self.fetched = 0  # blocks that had to be read from the store
-        self.asked = 0  # blocks that rows asked for
+        self.fetched = 0  # blocks read from the store (cache misses)
+        self.asked = 0  # blocks selected for exact reading
         self._held: list[OrderedDict[int, Tensor]] = [OrderedDict() for _ in shape.windows]
 
     @property
     def nbytes(self) -> int:
-        """On the device; the store's own are `store.nbytes`."""
+        """Bytes on the device, without the store's (`store.nbytes`)."""
         return super().nbytes + sum(rows.nbytes for held in self._held for rows in held.values())
 
     def open(self) -> OffloadStage:
@@ -120,7 +121,7 @@ class Offload(Quantized):
         return twin
 
     def room(self, rows: int) -> Room:
-        """Beside the codes the held blocks; a layer's rows are there twice where its rows ask for all of them."""
+        """Codes, residual window and fetched blocks; and twice the blocks that one layer may read at once."""
         block = BLOCK * self.shape.row_bytes
         blocks = near_start(rows) // BLOCK
         codes = 2 * block if self.all_rows else super().room(rows).device
@@ -129,7 +130,7 @@ class Offload(Quantized):
         return self.store.room(blocks * block)._replace(device=codes + held + 2 * read)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """As a quantized cache's, without codes where all rows are read, and `block.B` [layers, 2, K, 64, D]."""
+        """State of a quantized cache, without codes if `all_rows`; and `block.B` [layers, 2, K, 64, D]."""
         yield from self.near.state() if self.all_rows else super().state()
         for block in range(self.near.start // BLOCK):
             yield f"block.{block}", torch.stack([self.store.read(layer, block) for layer in range(self.shape.layers)])
@@ -146,7 +147,7 @@ class Offload(Quantized):
                 self.store.write(layer, block, rows[layer])
 
     def exact(self, layer: int, blocks: Sequence[int], buffer: Tensor) -> Tensor:
-        """The rows [2, K, b * 64, D] of these blocks; `buffer` holds those from `near.start` on."""
+        """Exact keys and values [2, K, b * 64, D] of these blocks; `buffer` holds positions from `near.start` on."""
         held, rows = self._held[layer], []
         self.asked += len(blocks)
         for block in blocks:
@@ -165,12 +166,12 @@ class Offload(Quantized):
 
 
 class OffloadStage(QuantizedStage):
-    """Rows behind an offloaded cache's text."""
+    """Stage of an offloaded cache."""
 
     _cache: Offload
 
     def is_known(self, rows: slice) -> bool:
-        return False  # the queries choose
+        return False  # the queries select blocks
 
     def far_parts(self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor) -> Iterator[Segment]:
         cache = self._cache
@@ -196,9 +197,9 @@ class OffloadStage(QuantizedStage):
 
 
 def _asked_for(queries: Tensor, coded: Segment, codec: Codec, readable: Tensor) -> Tensor:
-    """[q, b] bool: for each row [q, H, D] the blocks it reads exactly, of those that it may read [q, b].
+    """[q, b] bool: the blocks that each query [q, H, D] reads exactly, of the readable ones [q, b].
 
-    The copy's scales hold each block's least and greatest keys.
+    Per channel the codes' scales give a block's least and greatest key: low and low + step * (2^bits - 1).
     """
     _, step, low = coded.tensors[:3]
     least = low[:, :, 0].float()  # [K, b, D]
@@ -209,7 +210,7 @@ def _asked_for(queries: Tensor, coded: Segment, codec: Codec, readable: Tensor) 
 
 
 def _reading(columns: Tensor, blocks: Tensor | None = None) -> Bounds:
-    """Bounds of rows that read these columns [q, n], or of `blocks` alone those that lie in them."""
+    """Bounds for a boolean mask of columns [q, n]; with `blocks`, for a segment of these blocks only."""
     if blocks is not None:
         columns = columns.view(len(columns), -1, BLOCK)[:, blocks].flatten(1)
     first = torch.zeros(len(columns), dtype=torch.int64, device=columns.device)

@@ -1,6 +1,6 @@
-"""Which old blocks a query asks for, by bounds on the keys of each (Quest, 2406.10774).
+"""Query-aware selection of blocks, by an upper bound on the attention score of each block's keys (Quest, 2406.10774).
 
-max over rows j of q . k_j  <=  sum over channels of max(q_d * least_d, q_d * greatest_d)
+max over positions j of q . k_j  <=  sum over channels d of max(q_d * least_d, q_d * greatest_d)
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ __all__ = ["block_scores"]
 
 
 def block_scores(queries: Tensor, least: Tensor, greatest: Tensor, readable: Tensor) -> Tensor:
-    """[q, b]: how much of the attention of each row [q, H, D] may fall on each block; -1 where it may not read it.
+    """[q, b]: score of each block for each query [q, H, D], summed over heads; -1 for blocks that it may not read.
 
-    least, greatest: [K, b, D], of a block's keys per channel. readable: [q, b] bool. Heads are summed after a softmax
-    over the blocks, since their scores have no common scale.
+    least, greatest: [K, b, D], per channel of a block's keys. readable: [q, b] bool. A head's bounds go through a
+    softmax over the blocks before the sum, since heads have no common scale.
     """
     q, heads, dim = queries.shape
     grouped = queries.float().reshape(q, len(least), heads // len(least), dim).permute(1, 2, 0, 3)  # [K, G, q, D]

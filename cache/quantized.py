@@ -1,15 +1,14 @@
-"""Old blocks as codes, near ones dense: the int8, int4 and int2 caches.
+"""Quantized KV caches (int8, int4, int2): old blocks as codes, a dense residual window of the newest ones.
 
-What a row reads depends on its own position, never on the pass that it came in: a row of block b reads blocks up to
-b - 2 as codes, and b - 1 and b dense (`near_start`). Near a block's border the rows of one pass differ, so that a block
-is held in both forms, and each row's bounds say which it reads. Nothing is quantized before there is a row that reads
-it as codes: dense rows are then never more than two blocks and what is staged.
+What a token position reads depends on the position alone, never on its forward pass: a position of block b reads blocks
+up to b - 2 as codes, and b - 1 and b dense (`near_start`). If a pass crosses a block border, its positions differ in
+this: a block is then held in both forms, and each row's bounds say which one it reads. A block is quantized when the
+first position reads it as codes, so that at most two blocks and the staged rows are dense.
 
-The dense rows are a `Dense` cache whose start moves along. The codes of each layer grow by a 64th, at least a block: to
-copy them once in 64 tokens is a thirtieth of what those tokens read of them, and growing by an eighth would cost int8
-half of what int4 saves.
-A chain that is staged over several blocks (a prefill chunk) is encoded as its own later rows need it. Those codes stand
-behind the text's, and a commit that keeps the chain keeps them.
+The residual window is a `Dense` cache whose start moves along. The capacity of a layer's codes grows by a 64th, at
+least a block: a small step, so that unused capacity doesn't eat up what fewer bits save.
+A chain that is staged over several blocks (a prefill chunk) is encoded as its own later rows need it. Those codes lie
+behind the committed ones, and are kept if the chain is committed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, Cache, Room, Segme
 
 __all__ = ["Quantized", "QuantizedStage"]
 
-_GROWTH = 64
+_GROWTH = 64  # capacity grows by a fraction of 1 / _GROWTH
 
 
 class Quantized(Cache):
@@ -36,20 +35,21 @@ class Quantized(Cache):
         self.codec = codec
         self.near = Dense(shape, near=True)
         self._codes: list[Codes] = [codec.empty(shape, 0) for _ in shape.windows]
-        self._coded = [0] * shape.layers  # blocks encoded, from the text's start
-        self._lent = 0  # blocks whose codes a fork reads too: never to be overwritten
+        self._coded = [0] * shape.layers  # number of encoded blocks, from position 0 on
+        self._lent = 0  # blocks before this one are read by a fork and must not be overwritten
 
     @classmethod
     def of_dense(cls, dense: Dense, codec: Codec) -> Quantized:
-        """A new cache that has taken the rows of `dense`."""
+        """Convert a dense cache, which must not be used afterwards."""
         quantized = cls(dense.shape, codec)
         quantized.take_rows(dense)
         return quantized
 
     def take_rows(self, other: Dense) -> None:
-        """The same text with old rows as codes, layer by layer and out of a dense cache, which is of no use afterwards.
+        """Take over a dense cache's sequence, quantizing layer by layer; `other` must not be used afterwards.
 
-        Its rows were made by reading dense rows, so that the text goes on unlike that of either kind.
+        Its keys and values were computed with dense attention, so that the continuation is neither that of a dense
+        cache nor that of a cache that was quantized from the start.
         """
         start = near_start(other.length)
         blocks = start // BLOCK
@@ -90,26 +90,26 @@ class Quantized(Cache):
             self.retire(near_start(self.length))
 
     def truncate(self, length: int) -> None:
-        """Rows of the near blocks can be cut off. Further back the rows that would then be near are codes only, and the
-        text begins anew: length 0.
+        """Truncate within the residual window. Further back the new residual window would be codes only: the cache is
+        then emptied, to length 0.
         """
         self.near.truncate(length if near_start(length) >= self.near.start or length == 0 else 0)
         self._forget_codes_from(self.length)
 
     def fork(self, length: int) -> Quantized:
-        """Shares the codes as they are; a fork from further back than the near blocks shares nothing."""
+        """A fork that shares the codes; if `length` is before the residual window it is empty."""
         twin = Quantized(self.shape, self.codec)
         self._share(twin, length)
         return twin
 
     def room(self, rows: int) -> Room:
-        """Codes of the old blocks, two dense ones, and to grow, a layer's codes twice."""
+        """Codes of the old blocks, one layer's a second time for growth, and two dense blocks."""
         one = self.codec.empty(self.shape, 1)
         layer = near_start(rows) // BLOCK * sum(tensor.nbytes for tensor in one)
         return Room(layer * (self.shape.layers + 1) + 2 * BLOCK * self.shape.row_bytes)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The near rows, and `codes.LAYER.I` [K, blocks, ...] of those before them."""
+        """The residual window, and `codes.LAYER.I` [K, blocks, ...] of the blocks before it."""
         yield from self.near.state()
         for layer in range(self.shape.layers):
             for i, codes in enumerate(self.codes(layer, slice(0, self.near.start // BLOCK))):
@@ -125,7 +125,7 @@ class Quantized(Cache):
             self._coded[layer] = blocks
 
     def retire(self, row: int) -> None:
-        """No row to come reads those before `row` dense any more: only their codes stay."""
+        """Encode and free the dense rows before position `row`, which later positions read as codes."""
         for layer in range(self.shape.layers):
             self.encode(layer, row // BLOCK, self.near.buffers[layer])
         self.near.forget(row)
@@ -134,7 +134,7 @@ class Quantized(Cache):
         return tuple(tensor[:, blocks] for tensor in self._codes[layer])
 
     def encode(self, layer: int, blocks: int, buffer: Tensor) -> None:
-        """Make sure that the first `blocks` blocks are encoded, from `buffer`, which begins at row `near.start`."""
+        """Ensure that the first `blocks` blocks are encoded. buffer: a layer's dense rows from `near.start` on."""
         done = self._coded[layer]
         if blocks <= done:
             return
@@ -154,7 +154,7 @@ class Quantized(Cache):
             twin._lent = self._lent = max(self._lent, blocks)
 
     def _reserve(self, layer: int, blocks: int, *, own: bool) -> None:
-        """Room for that many blocks of codes, in tensors that no fork reads unless `own` says that it's safe."""
+        """Grow the codes' tensors to `blocks` blocks. Unless `own`, copy them: a fork reads blocks to be written."""
         capacity = self._codes[layer][0].shape[1]
         if blocks > capacity or not own:
             grown = self.codec.empty(self.shape, max(blocks, capacity + capacity // _GROWTH))
@@ -163,12 +163,12 @@ class Quantized(Cache):
             self._codes[layer] = grown
 
     def _forget_codes_from(self, row: int) -> None:
-        """Codes of blocks that aren't text up to `row` are of rows that may never become it."""
+        """Invalidate codes of blocks that end after position `row`: their rows may not be committed."""
         self._coded = [min(done, row // BLOCK) for done in self._coded]
 
 
 class QuantizedStage(Stage):
-    """Rows behind a quantized cache's text."""
+    """Stage of a quantized cache."""
 
     by_layer = False
 
@@ -212,7 +212,7 @@ class QuantizedStage(Stage):
         return self.near.reads(rows)
 
     def is_known(self, rows: slice) -> bool:
-        """Where the codes that they read are of text alone."""
+        """True if all blocks that `rows` read as codes are committed."""
         return near_start(self._length + max(self.depths[rows])) <= self._length
 
     def runs(self, layer: int, rows: slice) -> list[Segment]:
@@ -234,7 +234,7 @@ class QuantizedStage(Stage):
         yield from self.near.parts(layer, rows, queries)
 
     def far_parts(self, layer: int, blocks: slice, bounds: Bounds | None, queries: Tensor) -> Iterator[Segment]:
-        """These blocks, of which each row of `queries` may read what `bounds` say."""
+        """Segments of the old blocks `blocks`, with the bounds of each row of `queries`."""
         yield self.coded(layer, blocks, bounds)
 
     def coded(self, layer: int, blocks: slice, bounds: Bounds | None) -> Segment:
@@ -244,13 +244,13 @@ class QuantizedStage(Stage):
         return Segment.coded(cache.codec, codes, cache.shape.dtype, bounds, blocks.start * BLOCK)
 
     def rows(self, layer: int) -> Tensor:
-        """The dense rows [2, K, n, D] from `near.start` on. Rows that are staged apart aren't among them: they never
-        reach so far that their own blocks are asked for.
+        """Dense rows [2, K, n, D] from `near.start` on. A stage with buffers of its own isn't included: it is too short
+        for its own blocks to be read as codes.
         """
         return self.near.buffers[layer] if self.near.behind else self._cache.near.buffers[layer]
 
     def _far(self, rows: slice, window: int | None) -> tuple[slice, Bounds | None]:
-        """The blocks that any of `rows` reads as codes, and each row's bounds in them; kept for the other layers."""
+        """The blocks that any of `rows` reads as codes, and each row's bounds in them; cached over the layers."""
         key = (rows.start, rows.stop, window)
         if key not in self._bounds:
             self._bounds[key] = self._measure(rows, window)

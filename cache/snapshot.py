@@ -1,14 +1,15 @@
-"""A cache in one file, and back: `--prompt-cache FILE`.
+"""Snapshot of a KV cache in one file: `--prompt-cache FILE`.
 
-Takes any kind of cache through its `state` and `load_state`, the tokens of its rows, and an identity: words that must
-be the same for the rows to mean the same. Knows no model; whoever opens a file says what it must be.
+Takes any kind of cache through its `state` and `load_state`, the tokens of its rows, and an identity: fields (such as
+hashes of weights and tokenizer) that must be equal for the keys and values to be valid. Knows no model; the caller of
+`Snapshot.check` gives the expected identity.
 
-    header    magic, version, where the index is, CRC-32 of the index, CRC-32 of the header before it
-    sections  raw tensors behind each other: tokens, then the cache's
-    index     JSON: identity, length, and of each section name, dtype, shape, place, CRC-32
+    header    magic, version, offset and size of the index, CRC-32 of the index, CRC-32 of the header before it
+    sections  contiguous raw tensors: tokens, then the cache's
+    index     JSON: identity, length; name, dtype, shape, offset, size and CRC-32 of each section
 
-Every byte is under a checksum, and no size is believed: a section is read only where the cache itself asks for one of
-that name, dtype and shape. Nothing is unpickled. A file is written beside its place and renamed when it is whole.
+All bytes are covered by checksums, and sizes aren't trusted: a section is read only if the cache asks for its name,
+dtype and shape. Nothing is unpickled. A file is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ __all__ = ["Snapshot", "check_place", "save"]
 
 _MAGIC = b"longspec"
 VERSION = 1
-"""Also another one when the rows of some kind come out differently than before."""
+"""Version of the format. It also changes if a kind of cache computes other keys, values or codes than before."""
 
 _HEADER = struct.Struct("<8sIQQI")  # magic, version, offset and size of the index, its checksum
 _CHECK = struct.Struct("<I")
-_INDEX_LIMIT = 1 << 28  # bytes; a million rows on disk make an index of 2 MB
+_INDEX_LIMIT = 1 << 28  # bytes
 _BEGIN = _HEADER.size + _CHECK.size
 
 
 def save(path: Path, identity: Mapping[str, str], tokens: Sequence[int], cache: Cache) -> None:
-    """Write the cache, whose rows are those of `tokens`. What was at `path` is replaced by a whole file or stays.
+    """Write a cache, whose rows belong to `tokens`, atomically: a file at `path` is replaced or stays as it is.
 
     Raises:
-        LongspecError: it can't be written.
-        ValueError: there is another number of rows than of tokens.
+        LongspecError: the file can't be written.
+        ValueError: the numbers of tokens and rows differ.
     """
     if len(tokens) != cache.length:
         raise ValueError(f"{len(tokens)} tokens can't name the {cache.length} rows of a cache")
@@ -76,7 +77,7 @@ def save(path: Path, identity: Mapping[str, str], tokens: Sequence[int], cache: 
 
 
 def check_place(path: Path) -> None:
-    """Raises UsageError where no file can be written at `path`: better before a long prompt than after it."""
+    """Raise UsageError if no file can be written at `path`; to be called before the prompt is prefilled."""
     if path.exists() and not path.is_file():
         raise UsageError(f"The prompt cache {path} isn't a regular file; name a file to keep it in.")
     folder = Path(os.path.realpath(path)).parent
@@ -86,10 +87,10 @@ def check_place(path: Path) -> None:
 
 
 class Snapshot:
-    """A file that is whole, as far as its index says; sections are checked as they are read.
+    """An opened snapshot. Header, index and tokens are checked on construction, other sections as they are read.
 
     Raises:
-        UsageError: it isn't a snapshot, or is damaged.
+        UsageError: the file isn't a snapshot, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +108,7 @@ class Snapshot:
             self._bad(f"its index makes no sense ({type(error).__name__})")
 
     def check(self, identity: Mapping[str, str]) -> None:
-        """Raises UsageError, with the reason, unless the rows were made under the same identity."""
+        """Raise UsageError, with the reason, unless the snapshot has this identity."""
         for name, wanted in identity.items():
             seen = self.identity.get(name)
             if seen != wanted:
@@ -116,11 +117,11 @@ class Snapshot:
                 raise UsageError(f"The prompt cache {self.path} is {what}; name another file, or delete this one.")
 
     def common(self, tokens: Sequence[int]) -> int:
-        """How many of its rows begin a text of these tokens."""
+        """Length of the common prefix of the snapshot's tokens and these."""
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens, strict=False)))
 
     def load(self, cache: Cache) -> None:
-        """Fill an empty cache of the kind that was saved. UsageError where a section is missing or damaged."""
+        """Fill an empty cache of the saved kind. Raises UsageError if a section is missing, damaged or left over."""
         left = set(self._sections) - {"tokens"}
         try:
             with self.path.open("rb") as file:
@@ -202,7 +203,7 @@ def _write(file: BinaryIO, identity: Mapping[str, str], tokens: Sequence[int], c
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own bytes."""
+    """A contiguous tensor's memory, not copied."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 

@@ -1,7 +1,7 @@
-"""The shape of staged rows: who continues whom.
+"""Topology of the staged rows: a tree, given by each row's parent.
 
-Takes parents, gives depths, ancestors and paths; knows no token, key or model. A chain, by far the most common
-tree, is recognised as it grows and never gets a mask of its own.
+Takes parents, gives depths, ancestor masks and paths; knows no token, key or model. A chain, by far the most common
+tree, is recognised as it grows and needs no tree mask.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ __all__ = ["Tree"]
 
 
 class Tree:
-    """Rows behind a text, growing pass by pass. Row i continues row `parents[i]`; -1 is the text itself."""
+    """Tree of staged rows, growing pass by pass. Row i follows row `parents[i]`; -1 is the last committed position."""
 
     __slots__ = ("depths", "is_chain", "parents")
 
     def __init__(self) -> None:
         self.parents: list[int] = []
-        self.depths: list[int] = []  # 0 for what follows the text directly
+        self.depths: list[int] = []  # 0 for rows right behind the committed ones
         self.is_chain = True
 
     def __len__(self) -> int:
         return len(self.parents)
 
     def add(self, parents: Sequence[int]) -> slice:
-        """Append rows; their place among the rows. A parent must stand before its child, else ValueError."""
+        """Append rows; returns their indices. Raises ValueError unless a parent precedes its child."""
         start = len(self.parents)
         for row, parent in enumerate(parents, start):
             if not -1 <= parent < row:
@@ -47,9 +47,9 @@ class Tree:
         return path[::-1]
 
     def ancestors(self, rows: slice, window: int | None = None) -> Tensor:
-        """[q, n] bool: which rows 0 <= j < rows.stop each of `rows` may read: itself and its ancestors.
+        """[q, n] bool, the tree attention mask: True where row j < n = rows.stop is the row itself or an ancestor.
 
-        With a window, only those fewer than `window` positions back.
+        With a window, only rows fewer than `window` positions back.
         """
         mask = torch.zeros(rows.stop - rows.start, rows.stop, dtype=torch.bool)
         for i in range(rows.start, rows.stop):
@@ -58,7 +58,7 @@ class Tree:
         return mask
 
     def bits(self, rows: slice) -> list[int]:
-        """The same of each row without a window: bit j is set where it may read row j."""
+        """The mask without a window as an integer for each row: bit j is set if it may read row j."""
         made: list[int] = []
         for row, parent in enumerate(self.parents[: rows.stop]):
             made.append((made[parent] if parent >= 0 else 0) | 1 << row)

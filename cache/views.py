@@ -1,11 +1,11 @@
-"""Cheap views of a session's own rows, for drafters: some columns of the full stage, and no second copy.
+"""Sparse views of a session's KV cache for drafting: a subset of the columns, not copied.
 
-    Window(first, last)   the text's first rows and its last (StreamingLLM, 2309.17453)
-    Pages(count)          near rows, and the blocks whose keys may answer the queries best (Quest, 2406.10774)
-    Upper()               of a dual cache, the upper plane of old blocks; near rows as they are (QuantSpec, 2502.10424)
+    Window(first, last)   attention sinks and recent positions (StreamingLLM, 2309.17453)
+    Pages(count)          the residual window, and the old blocks with the best scores (Quest, 2406.10774)
+    Upper()               the upper plane of a dual cache's old blocks, and the residual window (QuantSpec, 2502.10424)
 
-A view wraps a stage: what is put goes through, what is read is less. It is for guessing, never for verifying: rows that
-were staged through a view are inexact, so that stage is dropped.
+A view wraps a stage: writes pass through, reads see less. It is for drafting, not for verification: keys and values
+staged through a view are inexact, and the stage is dropped.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ __all__ = ["Pages", "Upper", "View", "ViewedStage", "Window", "viewed"]
 
 
 class View(Protocol):
-    """Chooses what of a part is read."""
+    """Selects the columns of a segment that are read."""
 
     def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
-        """As `read`, of what stands in the same place in every layer; None where only the layer's queries can tell."""
+        """`read` for a segment of all layers; None if the selection needs the layer's queries."""
         ...
 
     def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
-        """What is left of the part, for rows behind a text of `length` rows."""
+        """The selected columns of a segment, for rows staged behind `length` committed positions."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The blocks that hold the first `first` and the last `last` rows of the text, and all staged rows."""
+    """The blocks of the first `first` and the last `last` committed positions, and all staged rows."""
 
     first: int = BLOCK
     last: int = 8 * BLOCK
@@ -56,22 +56,22 @@ class Window:
 
 @dataclass(slots=True)
 class Pages:
-    """Near and staged rows, and of older blocks the `count` that the queries ask for. One for each session.
+    """The residual window, staged rows, and the `count` old blocks with the best scores. One instance for each session.
 
-    A block is judged by the least and the greatest of its keys per channel, which bound its scores. The choice is made
-    by the first rows that read a layer when another block has grown old, and kept until the next one has: 64 tokens
-    later. Offloaded rows aren't paged: they choose by themselves.
+    A block's score is bounded by the least and greatest of its keys per channel. A layer's selection is made by the
+    first queries after a further block has become old, and kept for 64 tokens, until the next one does. Blocks of an
+    offloaded cache's store aren't paged: that cache selects them itself.
     """
 
     count: int = 8
-    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of a layer: least, greatest [K, b, D]
-    _chosen: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)  # of a layer
+    _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: least, greatest [K, b, D]
+    _chosen: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)  # by layer: old blocks, columns
 
     def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
         old = self._old(run, length)
         if not old:
             return [run]
-        at, chosen = self._chosen.get(layer, (-1, []))  # of how many old blocks, and their columns
+        at, chosen = self._chosen.get(layer, (-1, []))
         return list(_cut(run, [*chosen, (old * BLOCK, run.columns)])) if at == old else None
 
     def read(self, layer: int, part: Segment, queries: Tensor, length: int) -> Iterator[Segment]:
@@ -86,12 +86,12 @@ class Pages:
         yield from _cut(part, [*chosen, (old * BLOCK, part.columns)])
 
     def _old(self, part: Segment, length: int) -> int:
-        """Blocks of a part of which some are left out; 0 for near rows, the rows of a window, or too few to choose."""
+        """Number of old blocks to select from; 0 for a segment that is read whole: not from position 0, or short."""
         old = min((near_start(length) - part.start) // BLOCK, part.columns // BLOCK)
         return 0 if part.start or old <= self.count else old
 
     def _choice(self, layer: int, part: Segment, old: int, queries: Tensor) -> list[tuple[int, int]]:
-        """Columns of the chosen blocks, neighbours together."""
+        """Column ranges of the selected blocks, adjacent ones merged."""
         least, greatest = self._bounds(layer, part, old)
         readable = torch.ones(len(queries), old, dtype=torch.bool, device=queries.device)
         score = block_scores(queries, least, greatest, readable).amax(0)
@@ -117,7 +117,7 @@ class Pages:
 
 
 class Upper:
-    """Of a dual cache's old blocks, the upper plane: half the bytes."""
+    """The upper plane of a dual cache's old blocks: half the bytes."""
 
     def known(self, layer: int, run: Segment, length: int) -> list[Segment] | None:
         return None if run.is_coded else [run]
@@ -131,11 +131,11 @@ class Upper:
 
 
 class ViewedStage(Stage):
-    """A stage of which a view is read. Its rows are inexact: it can't be committed."""
+    """A stage read through a view. Its rows are inexact: it can't be committed."""
 
     def __init__(self, stage: Stage, view: View, length: int) -> None:
         self._stage, self._view, self._length = stage, view, length
-        self._runs: dict[tuple[int, int], list[list[Segment]] | None] = {}  # of each layer, by rows
+        self._runs: dict[tuple[int, int], list[list[Segment]] | None] = {}  # segments by layer, keyed by rows
 
     @property
     def depths(self) -> Sequence[int]:
@@ -181,7 +181,7 @@ class ViewedStage(Stage):
         return self._runs[key]
 
     def _look(self, rows: slice) -> list[list[Segment]] | None:
-        """What is left of each layer's runs; None where one isn't known."""
+        """The selected segments of each layer; None if a selection needs queries."""
         if not self._stage.is_known(rows):
             return None
         layers: list[list[Segment]] = []
@@ -194,7 +194,7 @@ class ViewedStage(Stage):
 
 
 def viewed(cache: Cache, view: View) -> ViewedStage:
-    """A new stage behind the cache's rows that reads them through `view`."""
+    """Open a stage of the cache that reads through `view`."""
     return ViewedStage(cache.open(), view, cache.length)
 
 

@@ -1,9 +1,9 @@
-"""The drafters, by the names that the command and the engine take.
+"""Registry of drafters, by the names that the command and the engine take.
 
-A new one is a file of its own with a subclass of `longspec.types.Drafter`, and a line in `DRAFTERS`; the tests that
-hold every drafter to losslessness read it. Other packages add drafters by the entry point `longspec.drafters`
-(`longspec.drafters.spec`). A head that was trained for a model is named by its folder, or by its kind where one comes
-with longspec; its format is a line in `HEADS`.
+A new drafter is a file with a subclass of `longspec.types.Drafter`, and a line in `DRAFTERS`; the losslessness tests
+run every drafter of that dict. Other packages add drafters by the entry point `longspec.drafters`
+(`longspec.drafters.spec`). A trained draft head is named by its folder, or by its kind where one ships with longspec
+for the model; its file format is a line in `HEADS`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from longspec.types import Drafter
 __all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS"]
 
 DRAFT_TOKENS = 15
-"""Tokens of a draft at most, if nobody says otherwise: with the text's own they fill a tile of sixteen positions, which
-took 17.2 ms of a bf16 pass of the default model where one took 15.9, and seventeen 22 (docs/benchmarks/passes.json)."""
+"""Default limit of a draft's tokens. With the last committed token they fill a tile of 16 token positions: a bf16
+forward pass of the default model took 11.7 ms for 1 position and 13.8 ms for 16 (docs/benchmarks/passes.json)."""
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "none": Nothing,
@@ -45,7 +45,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
 
 
 def _names(raw: Mapping[str, Any]) -> str:
-    """What a head's config calls its kind, in small letters."""
+    """The head's kind as its config names it (model type and architectures), lower case."""
     return " ".join(
         str(name).lower() for name in (raw.get("speculators_model_type"), *(raw.get("architectures") or ()))
     )
@@ -56,4 +56,4 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
     Eagle: lambda raw: "eagle3" in _names(raw),
     Medusa: lambda raw: "medusa_num_heads" in raw,
 }
-"""Who drafts with a head's folder: the first that knows its config.json."""
+"""Drafter class by head format: the first whose test accepts the folder's config.json is used."""

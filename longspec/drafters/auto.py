@@ -1,12 +1,12 @@
-"""What `--drafter auto` stands for: the one place that says which drafters are used where nobody names one.
+"""The drafters of `--drafter auto`, the default.
 
-    recycle+ngram                      always: it needs no training, and a step takes it 0.3 ms
-    recycle+suffix                     in its place, where there are texts to draft from
-    ...+clover2                        over it, in bf16 on a CPU, if a head comes with longspec for the model and fits
+    recycle+ngram                      always: it needs no training
+    recycle+suffix                     instead, if there are texts to draft from
+    ...+clover2                        merged with it, in bf16 on a CPU, if a head for the model ships and fits
     model+ngram, then the above        with a draft model: tried first
     the above, then skip+ngram         with 2 GiB of weights or more: smaller models have no layers to spare
 
-Of two the control takes the one that brings more (`longspec.control.goodput`).
+If there are two, the control (`longspec.control.goodput`) uses the one with more tokens per second.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from longspec.model.load import Model
 __all__ = ["auto", "heads_for"]
 
 LARGE = 2 << 30
-"""Bytes of weights from which layers may be left out."""
+"""Least bytes of target weights for which `auto` includes layer skipping."""
 
 
 def auto(given: Mapping[str, Any], *, nbytes: int = 0, heads: Sequence[str] = ()) -> list[Spec]:
-    """The drafters, the first to be tried first. given: options of drafters. nbytes: of the target's weights.
+    """The drafters in the order in which they are tried.
 
-    heads: kinds of those that may be taken, of which one is. (Beside the same drafter without the head, as a choice of
-    its own, it brought 1.63 times plain decoding and not 1.75 on 13 prompts: the two are too much alike.)
+    given: drafter options. nbytes: bytes of the target's weights. heads: kinds of the available heads; the first is
+    merged into the text drafter. It isn't offered as a second choice beside that drafter: the two are too much alike,
+    and offering both was slower.
     """
     memory = {name: given[name] for name in ("texts", "remember") if given.get(name)}
     text = parse("+".join(("recycle+suffix" if memory else "recycle+ngram", *heads[:1])), memory)
@@ -40,11 +41,11 @@ def auto(given: Mapping[str, Any], *, nbytes: int = 0, heads: Sequence[str] = ()
 
 
 def heads_for(model: Model, tokens: int = 0, spare: int | None = None) -> list[str]:
-    """Kinds of the heads that come with longspec for the model, where one was measured to win. spare: bytes that a plan
-    leaves for one, with texts of so many tokens in all.
+    """Kinds of the heads that ship with longspec for the model and that pay off: in bf16 on a CPU only.
 
-    In int8 a head's draft takes two fifths of the default model's pass, more than it brings
-    (docs/benchmarks/drafters_head_int8.json); on a GPU none was measured.
+    spare: bytes that the memory plan leaves for a head; None is no limit. tokens: of all sequences, for the head's
+    KV cache. In int8 recycle+ngram was slower with the default model's head than without it: 1.07 against 1.13 times
+    plain decoding (docs/benchmarks/drafters_head_int8.json). On a GPU no head was measured.
     """
     decoder = model.decoder
     if model.dtype != "bf16" or decoder.device.type != "cpu" or decoder.strict:

@@ -1,11 +1,11 @@
-"""A trained head as a drafter: it reads the target's hidden states, and grows a tree with its output cell.
+"""A trained Clover head as a drafter: it reads the target's hidden states, and expands a tree with its output cell.
 
-Takes a loaded target and a `Trained` head. The engine hands over each committed row's hidden state (`follow.py`). The
-layers keep keys and values of their own; a draft runs them once over the new rows, and then the cell once per expanded
-node.
+Takes a loaded target and a `Trained` head. The engine hands over the hidden state of each committed token position
+(`common/head_cache.py`). The head's layers have a KV cache of their own; a draft runs them once over the new
+positions, and then the cell once per expanded node.
 
-The layers and the last product run through a `Decoder` of the head's size, and so through the kernels of the target;
-what is around them too where it can (`cell.py`), and the whole growth of greedy texts.
+The layers and the output projection run through a `Decoder` of the head's size, and so through the target's kernels.
+The cell runs in C where it can (`common/clover_native.py`); greedy sequences then expand their whole tree there.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["Head"]
 
 @dataclass(slots=True)
 class _Growth:
-    """The nodes of one session's tree, as a stage without keys: each node's state follows from its parent's."""
+    """One session's draft tree, with the interface of a stage. Each node's state is computed from its parent's."""
 
     root: Tensor  # [width]
     tree: Tree = field(default_factory=Tree)
-    states: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # [width] each, by node
 
     def add(self, parents: Sequence[int]) -> slice:
         return self.tree.add(parents)
@@ -49,7 +49,7 @@ class _Growth:
 
 
 class Head(Drafter):
-    """Bets with a head. Without the target's hidden states (behind another drafter) it bets nothing."""
+    """Drafts with a Clover head; an empty draft where the target's hidden states aren't available."""
 
     def __init__(self, model: Model, head: Trained) -> None:
         self.head = head
@@ -60,7 +60,7 @@ class Head(Drafter):
         names |= {"norm.weight": held["norm.weight"], "embed_tokens.weight": head.rows(model)}
         weights = Weights.of_tensors(names, model.decoder.dtype)
         target = model.decoder
-        # Half the bytes; where the kernel isn't taken codes are slower than bf16.
+        # int8 codes halve the bytes that are read; without the native kernel they are slower than bf16.
         coded = not target.strict and kernel_lacks(config, target.dtype, target.device) is None
         self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
         self._places = None if head.tokens is None else head.tokens.to(target.device)
@@ -113,7 +113,7 @@ class Head(Drafter):
         return _Growth(self.head.module.between(last)), len(session.tokens) - 1, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
-        """Node by node along each path, those of one depth together."""
+        """Outputs of the cell [r, width]: depth by depth, the nodes of one depth in one batch."""
         module, tokens = self.head.module, self.head.module.token_norm(self._target.embed(rows.tokens))
         made = torch.empty_like(tokens)
         lacking = [(span.stage, at) for span in rows.spans for at in range(span.staged.stop - span.staged.start)]

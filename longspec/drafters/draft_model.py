@@ -1,10 +1,11 @@
-"""A smaller model with a cache of its own, betting for the target (speculative sampling, 2302.01318).
+"""A smaller model with its own KV cache as a drafter (speculative sampling, 2302.01318).
 
-Takes a loaded draft model whose vocabulary is the target's, or nearly: tokens are matched by their strings. A match can
-cost acceptance and never the text, since the target has the last word; a vocabulary that shares too little is refused.
+Takes a loaded draft model whose vocabulary is the target's, or nearly: tokens are matched by their strings. A wrong
+match costs acceptance and never changes the text, since the target verifies; a vocabulary that shares too little is
+refused.
 
-What the draft model computed for tokens that were kept stays in its cache: after a step it lacks the last token only,
-or the two last ones where the whole draft was kept.
+Keys and values of kept draft tokens stay in the draft model's cache: after a step it lacks the last token, or the last
+two if the whole draft was kept.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from longspec.types import Draft, Drafter, Writing
 __all__ = ["SHARED", "DraftModel", "match"]
 
 SHARED = 0.9
-"""The least share of the target's vocabulary that the draft model must have: what it lacks, it can't draft."""
+"""Least share of the target's vocabulary that the draft model must have; it can't draft the other tokens."""
 
-_CHUNK = 512
+_CHUNK = 512  # tokens of one prefill pass
 
 
 @dataclass(slots=True)
 class _Notes:
-    """What the draft model has of one session."""
+    """The draft model's state of one session."""
 
     cache: Cache
     stage: Any = None  # of the last draft
-    rows: Sequence[tuple[int, int]] = ()
+    rows: Sequence[tuple[int, int]] = ()  # of that stage: token, and parent row or -1
 
 
 class DraftModel(Drafter):
-    """Drafts by a draft model. `inner` bets for it in turn.
+    """Drafts with a draft model, which `inner` may draft for in turn.
 
     Raises:
         UsageError: the vocabularies have too little in common.
@@ -61,7 +62,7 @@ class DraftModel(Drafter):
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, draft: str | Path | Model | None = None) -> Drafter:
-        """draft: the draft model, loaded or by name; it is loaded in the target's dtype, on its device."""
+        """draft: the draft model, loaded or by name; a name is loaded in the target's dtype, on its device."""
         if draft is None:
             raise UsageError("The drafter model needs a draft model: name one (--draft-model, or model:draft=NAME).")
         if not isinstance(draft, Model):
@@ -71,7 +72,7 @@ class DraftModel(Drafter):
 
     @classmethod
     def planned_bytes(cls, target: Any, *, draft: str | Path | Model | None = None) -> tuple[int, int]:
-        """The draft model's weights, as its files tell them, and its dense KV cache."""
+        """Bytes of the draft model's weights, by its files, and of its dense KV cache for each sequence."""
         if draft is None:
             return 0, 0
         if isinstance(draft, Model):
@@ -111,7 +112,7 @@ class DraftModel(Drafter):
 
     def forward(self, rows: Rows) -> Tensor:
         if self._places is not None:
-            rows = replace(rows, tokens=self._places[rows.tokens].clamp(min=0))  # what it lacks is guessed over
+            rows = replace(rows, tokens=self._places[rows.tokens].clamp(min=0))  # token 0 stands for unmatched ones
         return self.decoder.forward(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -133,10 +134,10 @@ class DraftModel(Drafter):
 
 
 def match(target: Model, draft: Model) -> Tensor | None:
-    """[V] int64: for each of the target's tokens the draft model's of the same string, or -1; None where all ids agree.
+    """[V] int64: the draft model's id of each target token with the same string, or -1; None if all ids agree.
 
     Raises:
-        UsageError: the draft model has less than nine tenths of the target's tokens.
+        UsageError: the draft model has less than nine tenths (`SHARED`) of the target's tokens.
     """
     wanted = target.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
     had = draft.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
@@ -157,7 +158,7 @@ def match(target: Model, draft: Model) -> Tensor | None:
 
 
 def _written(rows: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[int]:
-    """The stage's rows that hold these tokens, one behind the other, as far as there are such."""
+    """The stage's rows along the path of these tokens, up to the first token that was not staged."""
     children: dict[tuple[int, int], int] = {}
     for row, (token, parent) in enumerate(rows):
         children.setdefault((parent, token), row)

@@ -1,7 +1,7 @@
-"""An EAGLE-3 head as a drafter (2503.01840): it reads three of the target's layers, and its one layer attends to all.
+"""An EAGLE-3 head as a drafter (2503.01840): one layer over features of three of the target's layers.
 
-Takes a loaded target and an `Eagle3` head. A row is a hidden state and the token behind it; a drafted token's row takes
-the layer's own output for its parent as hidden state, and its keys lie in a stage behind the text's.
+Takes a loaded target and an `Eagle3` head. A row is a hidden state and the token that follows it. For a draft token the
+hidden state is the head's own output for its parent, and its keys and values lie in a stage behind the committed ones.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["Eagle"]
 
 @dataclass(slots=True)
 class _Growth:
-    """One session's tree. Its first row is the text's newest, which is in the head's cache already."""
+    """One session's draft tree. Its first row is the newest committed one, which is in the head's cache already."""
 
     stage: Any
-    states: list[Tensor]  # what the layer gave for each row
+    states: list[Tensor]  # [width] each: the layer's output, by row
     tree: Tree = field(default_factory=Tree)
 
     def add(self, parents: Sequence[int]) -> slice:
@@ -46,7 +46,7 @@ class _Growth:
 
 
 class Eagle(Drafter):
-    """Bets with an EAGLE-3 head."""
+    """Drafts with an EAGLE-3 head."""
 
     def __init__(self, model: Model, head: Eagle3) -> None:
         self.head, self._target = head, model.decoder
@@ -63,7 +63,7 @@ class Eagle(Drafter):
 
     @classmethod
     def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
-        """Its weights file, and one layer's keys and values, as wide as the target's."""
+        """Bytes of the head's weights, and of one layer's keys and values (as wide as the target's) per sequence."""
         row = 2 * target.config.key_heads * target.config.head_dim * DTYPES[target.dtype].itemsize
         return weights_bytes(folder, target.dtype), row * target.tokens
 
@@ -91,7 +91,7 @@ class Eagle(Drafter):
         return _Growth(self._follow.cache(session).open(), [last]), len(session.tokens) - 2, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
-        """A chain for each session: its first rows together, then its second ones, and so on."""
+        """The layer's outputs [r, width]: the sessions' first rows in one batch, then their second ones, and so on."""
         made = torch.empty(len(rows.tokens), self.head.width, dtype=self._target.dtype, device=self._target.device)
         for step in range(max(span.staged.stop - span.staged.start for span in rows.spans)):
             at: list[int] = []

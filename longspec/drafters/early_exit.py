@@ -1,11 +1,12 @@
-"""The target's first layers and its own head, betting on the rest (LayerSkip, 2404.16710; AdaDecode, ICML 2025).
+"""Early exit: the target's first layers and its LM head as a drafter (LayerSkip, 2404.16710; AdaDecode, ICML 2025).
 
-A row runs to the first exit; if the head is sure of the next token there, that token is drafted and its row begins. If
-not, the row goes on to the next exit, and with it all rows before it that stopped earlier: so every row reads exact
-keys and values at the layers that it runs. The verification doesn't begin anew: it takes all rows on from where they
-stopped, in one pass (`Begun`). Nothing is computed twice, and what is written is what a full pass would write.
+A token position runs to the first exit. If the top probability there reaches the exit's threshold, that token is
+drafted and becomes the next position; otherwise the position goes on to the next exit, together with all earlier ones
+that stopped before it: so every position reads exact keys and values at the layers that it runs. Verification resumes
+all positions where they stopped, in one forward pass (`Begun`). No layer is computed twice, and the result is that of
+a full forward pass.
 
-How sure is sure enough adapts by exit, so that a wanted share of what is drafted is kept.
+The thresholds adapt, one for each exit, towards a target acceptance (`_WANTED`).
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from longspec.types import Begun, Commit, Draft, Drafter, Verdict, Writing
 __all__ = ["Exit", "usual"]
 
 _WANTED = 0.8
-"""The share of drafted tokens that is to be kept: a wrong one costs the layers that its row and the rest still run."""
+"""Target acceptance, as a share of the drafted tokens."""
 
 _RATE = 0.05
-"""How far one token moves an exit's threshold; within 200 tokens it goes from one end to the other."""
+"""Step size of a threshold's adaptation, in probability."""
 
-_LEAST, _MOST = 0.2, 0.98
+_LEAST, _MOST = 0.2, 0.98  # bounds of a threshold
 
 
 @dataclass(slots=True)
 class _Pending:
-    """One session's rows on their way through the layers."""
+    """One session's token positions on their way through the layers."""
 
     session: Writing
     ahead: Sequence[int]
@@ -42,10 +43,10 @@ class _Pending:
     stage: Any
     tokens: list[int]  # of the rows
     hidden: Tensor  # [rows, width]
-    layers: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)  # that each row has run
     drafted: list[int] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
-    exits: list[int] = field(default_factory=list)  # at which each token was drafted, as a place in `Exit.exits`
+    probs: list[float] = field(default_factory=list)  # of the path up to each drafted token
+    exits: list[int] = field(default_factory=list)  # index in `Exit.exits` at which each token was drafted
 
     def chunk(self, first: int) -> Chunk:
         staged = slice(first, len(self.tokens))
@@ -53,12 +54,12 @@ class _Pending:
 
 
 class Exit(Drafter):
-    """Drafts at exits.
+    """Drafts at intermediate layers.
 
-    exits: after how many layers, rising. A checkpoint that was trained with layer dropout can leave early.
+    exits: numbers of layers, ascending. Checkpoints that were trained with layer dropout can exit early.
     """
 
-    serves = False  # its drafts are more than bets, and must be verified as they are
+    serves = False  # its drafts carry partial forward passes, and must be verified unchanged
 
     def __init__(self, decoder: Decoder, exits: Sequence[int] | None = None) -> None:
         self.decoder = decoder
@@ -100,7 +101,7 @@ class Exit(Drafter):
         return drafts
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        """Kept tokens lower the threshold of their exits, the first rejected one raises it."""
+        """A kept token lowers its exit's threshold, the first rejected one raises it: balanced at `_WANTED` kept."""
         made = self._made.pop(session, None)
         if made is None:
             return
@@ -117,14 +118,14 @@ class Exit(Drafter):
         self.thresholds[place] = min(_MOST, max(_LEAST, self.thresholds[place] + by))
 
     def _add(self, one: _Pending, tokens: Sequence[int]) -> None:
-        """Rows that have no layer behind them yet."""
+        """Append rows that have run no layer yet."""
         first = len(one.tokens)
         one.stage.add(range(first - 1, first + len(tokens) - 1))
         one.tokens += tokens
         one.layers += [0] * len(tokens)
 
     def _advance(self, pending: Sequence[_Pending], layer: int) -> None:
-        """Bring all rows to the layer: those that lack some are the last ones, and have as many behind them."""
+        """Run all rows up to `layer`. Those that lack layers are the last ones, and all have run equally many."""
         firsts = [sum(done >= layer for done in one.layers) for one in pending]
         rows = Rows.of([one.chunk(first) for one, first in zip(pending, firsts, strict=True)], self.decoder.device)
         done = pending[0].layers[-1]
@@ -135,7 +136,7 @@ class Exit(Drafter):
             one.layers[first:] = [layer] * (len(one.tokens) - first)
 
     def _draft(self, pending: Sequence[_Pending], place: int) -> list[_Pending]:
-        """Draft from the last rows that are sure; the sessions whose row is not."""
+        """Draft from each session's last row if it reaches the threshold; returns the sessions whose row doesn't."""
         logits = self.decoder.logits(torch.stack([one.hidden[-1] for one in pending]))
         unsure = []
         for one, row in zip(pending, logits, strict=True):
@@ -150,7 +151,7 @@ class Exit(Drafter):
 
 
 def usual(layers: int) -> tuple[int, ...]:
-    """A third, a half and two thirds of the layers, as far as these differ."""
+    """Default exits: after a third, a half and two thirds of the layers, without duplicates."""
     return tuple(sorted({layers // 3, layers // 2, layers * 2 // 3} - {0, layers}))
 
 

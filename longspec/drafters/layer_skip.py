@@ -1,10 +1,10 @@
-"""The target with sub-layers left out, betting on itself (Draft & Verify, 2309.08168; SWIFT, 2410.06916).
+"""Self-speculation: the target without some sub-layers as a drafter (Draft & Verify, 2309.08168; SWIFT, 2410.06916).
 
-It reads the target's own cache, so that nothing is kept twice; its own rows are inexact, and their stage is dropped.
-Which sub-layers are left out is a `Skip`: given for good, or where the search begins: at the set that `longspec tune`
-has saved for the model, else at the middle ones (`usual`).
+It reads the target's own KV cache, so that nothing is stored twice; the keys and values of its draft are inexact, and
+their stage is dropped. The skipped sub-layers are a `Skip`: fixed by the caller, or searched while decoding, starting
+from the set that `longspec tune` saved for the model, else from every fourth middle layer (`usual`).
 
-A saved set is a small JSON file; one that comes from elsewhere is checked before it is believed.
+A saved set is a small JSON file, which is checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["Skipping", "load_skip", "save_skip", "saved_path", "saved_skip", "us
 _KIND = "longspec skip set"
 _VERSION = 1
 _MOST_NBYTES = 1 << 16
-"""A file of a thousand layers has a sixth of it."""
+"""Largest size of a skip set's file; a model of a thousand layers needs a sixth of it."""
 
 
 class Skipping(Drafter):
-    """Drafts by passes that skip. `inner` bets for it in turn.
+    """Drafts by forward passes that skip sub-layers; `inner` may draft for these passes in turn.
 
-    skip: what is left out, for good. If it isn't given it is searched, from `start` on.
+    skip: a fixed set of sub-layers. Without one the set is searched while decoding, starting from `start`.
     """
 
     takes_inner = True
@@ -50,18 +50,18 @@ class Skipping(Drafter):
         first = usual(decoder.config.layers) if start is None else start
         self.search = Search(decoder, first) if skip is None else None
         self._given = skip
-        self._prompts: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()  # tokens that a text began with
+        self._prompts: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()  # number of prompt tokens
         self._drafted: WeakKeyDictionary[Writing, int] = WeakKeyDictionary()  # tokens of the draft being verified
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, set: str | Path | None = None) -> Drafter:  # noqa: A002
-        """set: a file of `longspec tune` that says what is left out for good."""
+        """set: a file written by `longspec tune`, whose set is used unchanged."""
         fixed = None if set is None else load_skip(set, model.decoder.config.layers)
         return cls(model.decoder, fixed, inner, start=saved_skip(model))
 
     @property
     def skip(self) -> Skip:
-        """What is left out now. It doesn't change while a draft is made."""
+        """The current set. It doesn't change while a draft is made."""
         if self.search is not None:
             return self.search.best
         assert self._given is not None
@@ -80,7 +80,7 @@ class Skipping(Drafter):
         return drafts
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        """What the text says of the set. The search has its turn here, where nothing of the step is under way."""
+        """Report the verdict to the search, and let it try a set: here no stage of the step is open."""
         super().observe(session, commit, verdict)
         drafted = self._drafted.pop(session, None)
         if self.search is None:
@@ -106,14 +106,14 @@ class Skipping(Drafter):
 
 
 def usual(layers: int) -> Skip:
-    """Every fourth layer of the middle half: what is lost least before anything was measured."""
+    """Starting point without measurements: every fourth layer of the middle half, both sub-layers."""
     ends = max(1, layers // 4)
     left_out = frozenset(range(ends, layers - ends, 4))
     return Skip(left_out, left_out)
 
 
 def saved_path(model: Model) -> Path:
-    """Where the model's set is kept, or would be: in the user's config directory, by a hash of config and weights."""
+    """Path of the model's saved set in the user's config directory, named by a hash of config and weights."""
     return config_folder() / "skip" / f"{model.fingerprint['model'][:32]}.json"
 
 
@@ -121,17 +121,17 @@ def saved_skip(model: Model) -> Skip | None:
     """The set that `longspec tune` has saved for the model; None where there is none.
 
     Raises:
-        UsageError: there is a file, and it is damaged or another model's.
+        UsageError: the file is damaged, or written for another model.
     """
     path = saved_path(model)
     return load_skip(path, model.decoder.config.layers, model.fingerprint["model"]) if path.exists() else None
 
 
 def load_skip(path: str | Path, layers: int, model: str | None = None) -> Skip:
-    """The set of a file, for a model of so many layers. model: its hash, where the file must be of this very one.
+    """Read a set for a model of `layers` layers. model: hash that the file must have been written for, if given.
 
     Raises:
-        UsageError: the file can't be read, isn't a set, or is of a model that differs.
+        UsageError: the file can't be read, holds no set, or was written for another model.
     """
     found = read_json(Path(path), _MOST_NBYTES, "The skip set", hint="`longspec tune --output FILE` writes one")
     if found.get("kind") != _KIND or found.get("version") != _VERSION:
@@ -152,10 +152,10 @@ def load_skip(path: str | Path, layers: int, model: str | None = None) -> Skip:
 
 
 def save_skip(path: str | Path, skip: Skip, model: Model, measured: Mapping[str, Any]) -> None:
-    """Write the set, atomically: another process reads the old file or the new one. measured: what speaks for it.
+    """Write the set atomically: another process reads the old file or the new one. measured: results to store with it.
 
     Raises:
-        LongspecError: it can't be written.
+        LongspecError: the file can't be written.
     """
     said = {
         "kind": _KIND,

@@ -1,7 +1,7 @@
-"""Medusa heads as a drafter (2401.10774): what stands so many places on, whatever stands between.
+"""Medusa heads as a drafter (2401.10774): each predicts the token at one depth, independent of the tokens before it.
 
-Takes a loaded target and `Medusa` heads. All tokens of one depth have the same candidates; which paths are drafted is
-`grow`'s choice by their chances. Nothing is kept of a text but its newest hidden state.
+Takes a loaded target and `Medusa` heads. All nodes of one depth have the same candidates; `grow` chooses the paths by
+their probability. The only state of a session is its newest hidden state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Medusa"]
 
 @dataclass(slots=True)
 class _Growth:
-    """One session's tree, and the logits [V] of each depth that was asked for."""
+    """One session's draft tree, and the logits [V] of each depth reached so far."""
 
     root: Tensor  # [1, width], normed
     tree: Tree = field(default_factory=Tree)
@@ -45,12 +45,13 @@ class _Growth:
 
 
 class Medusa(Drafter):
-    """Bets with Medusa heads."""
+    """Drafts with Medusa heads."""
 
     def __init__(self, model: Model, heads: Heads) -> None:
         self.heads, self.decoder = heads, model.decoder
         self.needs = Needs(layers=(model.decoder.config.layers,))
-        self._newest: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()  # rows, and the last one's
+        # By session: committed length, and the hidden state [1, width] of the last committed position.
+        self._newest: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
@@ -86,7 +87,7 @@ class Medusa(Drafter):
         return _Growth(hidden), len(session.tokens) - 1, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
-        """Each row's logits: they follow from its depth alone."""
+        """Logits [r, V] rather than hidden states: they depend on a node's depth only."""
         made = []
         for span in rows.spans:
             growth: Any = span.stage
@@ -99,7 +100,7 @@ class Medusa(Drafter):
         return torch.stack(made)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """They are logits already."""
+        """The argument: `forward` gives logits already."""
         return hidden
 
     def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""The drafter that never bets: plain decoding, the baseline of every other."""
+"""The drafter of empty drafts: plain decoding, the baseline."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The target over a cheap view of its own cache (SparseSpec, 2512.01278; TriForce, 2404.11912; QuantSpec, 2502.10424).
+"""Sparse-attention self-speculation (SparseSpec, 2512.01278; TriForce, 2404.11912; QuantSpec, 2502.10424).
 
-All layers run; only what they read is less: the text's first and last rows, the pages that the queries ask for, or
-the upper plane of a dual cache. It pays where reading the cache is most of a pass: on long texts.
+All layers of the target run, over a cheap view of its KV cache: attention sinks and recent positions, the pages that
+the queries select, or the upper plane of a dual cache. It pays off where reading the KV cache dominates a forward pass:
+on long sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VIEWS: dict[str, Callable[[], View]] = {"window": Window, "pages": Pages, "upper
 
 
 class Sparse(Drafter):
-    """Drafts by passes that read less. view: one of VIEWS. `inner` bets for it in turn."""
+    """Drafts by forward passes over a view of the cache. view: one of VIEWS. `inner` may draft for them in turn."""
 
     takes_inner = True
 

@@ -1,9 +1,9 @@
-"""A drafter's name as people give it, and the drafter that is made of it.
+"""Parsing of drafter specs (`--drafter`), and construction of the drafter.
 
     model:draft=Qwen/Qwen3-0.6B+ngram:floor=0.05        parts, the later ones drafting for the earlier; options of each
 
-A part is a name in `DRAFTERS`, that of another package's drafter (entry point `longspec.drafters`), the folder of a
-trained head, or a kind of head that comes with longspec for the model. What is wrong is said before a model is loaded.
+A part is a name in `DRAFTERS`, a drafter of another package (entry point `longspec.drafters`), the folder of a trained
+head, or a kind of head that ships with longspec for the model. Errors in a spec are raised before a model is loaded.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from longspec.types import Drafter
 __all__ = ["Part", "Spec", "parse", "published"]
 
 GROUP = "longspec.drafters"
-"""The entry points by which other packages name their drafters."""
+"""Entry point group in which other packages register drafters."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One drafter, not made yet."""
+    """One component of a spec: a drafter class and its options."""
 
     name: str
     kind: type[Drafter]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def takes(self) -> Mapping[str, inspect.Parameter]:
-        """The options of its kind, by name."""
+        """The drafter's options: keyword-only parameters of its `make`, by name."""
         parameters = inspect.signature(self.kind.make).parameters.values()
         return {one.name: one for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A drafter, not made yet: of several parts each drafts for the one before it."""
+    """A parsed spec. Each part drafts for the one before it."""
 
     parts: Sequence[Part]
 
     @property
     def name(self) -> str:
-        """Its parts' names, without their options."""
+        """The parts' names joined by +, without options."""
         return "+".join(part.name for part in self.parts)
 
     def make(self, model: Model) -> Drafter:
-        """A drafter for a loaded target.
+        """Construct the drafter for a loaded target.
 
         Raises:
             UsageError: an option or a head doesn't fit the model.
@@ -70,7 +70,7 @@ class Spec:
         return drafter
 
     def planned_bytes(self, target: Any) -> int:
-        """Bytes that the drafter will take for the texts of a `longspec.memory.plan.Request`."""
+        """Bytes that the drafter needs for the sequences of `target`, a `longspec.memory.plan.Request`."""
         total = 0
         for part in self.parts:
             options = dict(part.options)
@@ -88,10 +88,10 @@ class Spec:
 
 
 def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
-    """The drafter of this name. given: options for whichever part takes them, beside those that the name has.
+    """Parse a spec. given: further options, each for the first part that takes it; None values are ignored.
 
     Raises:
-        UsageError: no drafter has this name, parts don't go together, or nobody takes an option.
+        UsageError: an unknown drafter or option, parts that can't be combined, or an option that no part takes.
     """
     options = {key: value for key, value in (given or {}).items() if value is not None}
     parts: list[Part] = []
@@ -110,7 +110,7 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
         raise UsageError(
             f"The drafter {parts[-1].name} drafts for no other; name another one behind the + in {text!r}."
         )
-    options.pop("set", None)  # a skip set is read where a drafter skips
+    options.pop("set", None)  # a skip set without a drafter that skips is no error
     if "draft" in options:
         raise UsageError(f"A draft model has no effect with the drafter {text}; use model, or leave it out.")
     if options:
@@ -123,12 +123,12 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
 
 
 def published(raw: Mapping[str, Any]) -> type[Drafter] | None:
-    """Who drafts with a head of this config; None where nobody knows it."""
+    """The drafter class for a head with this config.json; None for an unknown format."""
     return next((kind for kind, knows in HEADS.items() if knows(raw)), None)
 
 
 def _split(text: str) -> list[str]:
-    """The parts; the name of a folder may have a plus in it."""
+    """Split at +, but not within the name of a head's folder."""
     parts = []
     while "+" in text and not (Path(text) / CONFIG).is_file():
         first, text = text.split("+", 1)
@@ -144,14 +144,14 @@ def _kind(name: str, text: str) -> type[Drafter]:
     if is_head(name):
         kind = published(read_config(name))
         if kind is None or kind is Head:
-            read_about(name)  # which says what is wrong
+            read_about(name)  # raises the error that fits
         return kind or Head
     if name == "auto":
         raise UsageError(f"auto isn't put over or under others, as in {text!r}: name them, or use auto alone.")
     for entry in entry_points(group=GROUP, name=name):
         try:
             kind = entry.load()
-        except Exception as error:  # another's module may raise anything
+        except Exception as error:  # importing a foreign module may raise anything
             raise UsageError(
                 f"The drafter {name} of the package {entry.dist and entry.dist.name} can't be imported ({error}); "
                 "install it anew, or name another one."
@@ -165,7 +165,7 @@ def _kind(name: str, text: str) -> type[Drafter]:
 
 
 def _said(part: Part, text: str) -> dict[str, Any]:
-    """The options behind a part's colon: key=value, key=value."""
+    """Parse a part's options, the text after its colon: key=value,key=value."""
     options: dict[str, Any] = {}
     takes = part.takes()
     for word in filter(None, text.split(",")):
@@ -178,7 +178,7 @@ def _said(part: Part, text: str) -> dict[str, Any]:
 
 
 def _value(name: str, key: str, value: str, parameter: inspect.Parameter) -> Any:
-    """The value as its parameter's default is: a number, yes or no, or a text."""
+    """Convert a value to the type of the parameter's default: bool (yes or no), int, float, tuple of one, or str."""
     default = parameter.default
     try:
         if isinstance(default, bool):

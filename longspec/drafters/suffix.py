@@ -1,8 +1,7 @@
-"""Bets that the text goes on as it did before, here or in other texts: `ngram` with a memory.
+"""SuffixDecoding (2411.04975): `ngram` that also drafts from other texts.
 
-SuffixDecoding (2411.04975): beside the session's own text, given files (`--draft-from`) and, if the user asks for it,
-earlier answers (`--remember`). Both sources bet by how often what they hold was continued so, and their trees are laid
-over each other.
+Besides the session's own sequence it searches given files (`--draft-from`) and, if the user asks for it, earlier
+answers (`--remember`). Both sources estimate probabilities from counts of continuations, and their trees are merged.
 
 Takes committed tokens and gives trees of tokens; knows no model.
 """
@@ -24,11 +23,11 @@ from longspec.types import Commit, Draft, Drafter, Verdict, Writing
 __all__ = ["MOST_NBYTES", "Suffix", "remembering"]
 
 MOST_NBYTES = 16 << 20
-"""Of a file to draft from: some four million tokens, twice what a corpus holds."""
+"""Largest size of a file to draft from: some four million tokens, twice a corpus's capacity."""
 
 
 class Suffix(Drafter):
-    """corpus: what it remembers. outputs: where finished answers go, if they are to be remembered."""
+    """corpus: the other texts. outputs: store for finished answers, if they are to be remembered."""
 
     takes_inner = True
 
@@ -72,10 +71,10 @@ class Suffix(Drafter):
 
 
 def remembering(model: Model, texts: Sequence[Path], *, remember: bool) -> Suffix:
-    """A drafter with these files, and with earlier answers if they are to be remembered.
+    """A `Suffix` drafter over these files, and over earlier answers if `remember` is set.
 
     Raises:
-        UsageError: a file can't be read, isn't text, or is too long.
+        UsageError: a file can't be read, isn't UTF-8, or is too long.
     """
     outputs = None
     if remember:

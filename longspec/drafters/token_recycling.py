@@ -1,11 +1,11 @@
-"""Bets that what follows a token is what the target last found likely after it.
+"""Token Recycling (Luo et al., 2408.08696): drafts the tokens that the target last ranked highest after each token.
 
-Token Recycling (Luo et al., 2408.08696), training-free: a verification gives the target's most likely tokens after each
-of its rows, those of rejected drafts too. They are kept, K for each token of the vocabulary, for all texts together. A
-draft is a tree through this table, the likeliest paths first; a rank's chance is how often the text went on with it.
-Over another drafter (`recycle+ngram`) the tree begins with the other's bets, and fills what the limit leaves.
+Training-free. Verification gives the target's top-K tokens at each position of the forward pass, rejected draft tokens
+included. A table of the vocabulary's size keeps the last top K of each token, shared by all sequences. A draft is a
+tree through this table, most probable paths first; a rank's probability is the running frequency with which that
+candidate was the next token. With an inner drafter (`recycle+ngram`) the tree merges the inner draft's nodes in.
 
-Takes committed tokens and verdicts with `successors`; gives trees. A node costs about 5 microseconds.
+Takes committed tokens and verdicts with `successors`; gives trees.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from longspec.types import Commit, Draft, Drafter, Needs, Verdict, Writing
 __all__ = ["Recycle"]
 
 SUCCESSORS = 8
-"""K: 16 kept 0.1% more tokens of the default model's answers to Spec-Bench."""
+"""K, candidates of a token in the table."""
 
-_FLOOR = 0.01  # a path that is less probable isn't drafted
-_RECENT = 1 / 500  # of the text's steps, in the chance of a rank
-_PRIOR = 50  # steps that the first probs count for: halves of what is left, half of them all
+_FLOOR = 0.01  # least probability of a drafted path
+_RECENT = 1 / 500  # least update rate of a rank's probability, per token
+_PRIOR = 50  # tokens that the prior probabilities 1/2, 1/4, 1/8, ... of the ranks count for
 
 
 class Recycle(Drafter):
-    """vocabulary: V. inner: whose bets come first."""
+    """vocabulary: V, its size. inner: a drafter whose draft is merged in."""
 
     needs = Needs(successors=SUCCESSORS)
     takes_inner = True
 
     def __init__(self, vocabulary: int, inner: Drafter | None = None) -> None:
         self.inner = inner
-        self._table = array("i", [-1]) * (vocabulary * SUCCESSORS)  # the likeliest token first; -1: nothing is known
+        self._table = array("i", [-1]) * (vocabulary * SUCCESSORS)  # [V, K], most probable first; -1: empty
         self._ranks = [0.5 ** (rank + 1) for rank in range(SUCCESSORS)]
         self._counted = _PRIOR
 
@@ -73,7 +73,7 @@ class Recycle(Drafter):
                 self._table[at : at + len(likely)] = array("i", likely)
 
     def _count(self, text: Sequence[int]) -> None:
-        """Which rank each of these tokens had after the one before it."""
+        """Update the ranks' probabilities: which rank each token had in the table entry of the token before it."""
         for i, token in enumerate(text[:-1]):
             likely = self._after(token)
             if likely:
@@ -89,12 +89,13 @@ class Recycle(Drafter):
         return self._table[at : at + SUCCESSORS] if self._table[at] >= 0 else array("i")
 
     def _tree(self, last: int, limit: int, bet: Draft | None) -> Draft:
-        """The likeliest nodes of the table's tree and the other's, best first (EAGLE-2's growth, 2406.16858)."""
+        """The most probable nodes of the table's tree and the inner draft, best first (as in EAGLE-2, 2406.16858)."""
         children, probs = _children(bet)
         tokens: list[int] = []
         parents: list[int] = []
         paths: list[float] = []
-        leaves: list[tuple[float, int, int, int, int]] = []  # a heap: -chance, order, token, parent, node of the bet
+        # A heap: -path probability, order, token, parent, node of the inner draft (-1 its root, -2 none).
+        leaves: list[tuple[float, int, int, int, int]] = []
         order = count()
         chance, token, node, inner = 1.0, last, -1, -1
         while len(tokens) < limit:
@@ -118,7 +119,7 @@ class Recycle(Drafter):
 
 
 def _children(bet: Draft | None) -> tuple[dict[int, dict[int, int]], list[float]]:
-    """By node, -1 for the text: the tokens that continue it and their nodes. And the probs of all paths."""
+    """Children of each node of a draft (-1: the root), as token to node; and the path probability of each node."""
     children: dict[int, dict[int, int]] = {}
     if bet is None:
         return children, []

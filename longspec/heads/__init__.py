@@ -1,6 +1,6 @@
-"""Heads that are trained for a target: modules by their names, and their files.
+"""Draft heads that are trained for a target: modules by their names, and their files.
 
-A head knows the target's widths and nothing of texts, sessions or drafts; `longspec.drafters.clover` bets with one, and
+A head knows the target's widths, but no session and no draft; `longspec.drafters.clover` drafts with a head, and
 `longspec.training` trains one.
 """
 
@@ -11,4 +11,4 @@ from longspec.heads.layers import Head
 __all__ = ["KINDS"]
 
 KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2}
-"""By the names that the command takes."""
+"""Head modules by the names that the command takes."""

@@ -1,10 +1,11 @@
-"""Clover: one augmenting block over the text, and an attention decoder that takes each token (2405.00263).
+"""Clover: one augmenting block over the sequence, and an attention decoder that takes each draft token (2405.00263).
 
-    h   = norm(block(n(H)))                    once per step, with keys and values of its own
-    h  <- h + attend(n'(h), e(x)),  y = h + silu(W h)    the regressive connection: behind x_t+1, then once per depth
+    h   = norm(block(n(H)))                    once per step, with a KV cache of its own
+    h  <- h + attend(n'(h), e(x)),  y = h + silu(W h)    the regressive connection: after x_t+1, then once per depth
 
-The cell is one for all depths, where the paper has a head for each: a draft may then be as deep as it is worth, and
-the weights are read from a cache. Its attention is Clover-2's (cosines), as a softmax over one key is no choice.
+H: the target's hidden states; e(x): the embedding of token x. One cell serves all depths, where the paper has a head
+for each: a draft may then have any depth, and the cell's weights stay in the CPU's cache. Its attention is Clover-2's
+(cosines), since a softmax over one key is constant.
 """
 
 from __future__ import annotations

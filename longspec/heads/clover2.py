@@ -1,12 +1,13 @@
-"""Clover-2: two augmenting layers over the text, and an output cell that takes drafted tokens (2408.00264).
+"""Clover-2: two augmenting layers over the sequence, and an output cell that takes draft tokens (2408.00264).
 
-    g_t = n(H_t) + attend(n(H_t), e(x_t+1))       the token behind a row, before the layers
-    h   = norm(layers(g))                         two layers, once per step, with keys and values of their own
-    y_0 = W_1 h                                   what is behind x_t+1
+    g_t = n(H_t) + attend(n(H_t), e(x_t+1))       the next token enters before the layers
+    h   = norm(layers(g))                         two layers, once per step, with a KV cache of their own
+    y_0 = W_1 h                                   predicts the token after x_t+1
     h  <- h + attend'(h, e(x)),  y_i = W_2 [h; e(x)]   once per depth
 
-Different from the paper's code: H is normed on its way in, so that nothing depends on the scale of a target's hidden
-states; embeddings are the target's own, normed; the layers begin as the identity.
+H: the target's hidden states; e(x): the embedding of token x; y: hidden states for the target's LM head.
+Different from the paper's code: H is normed first, so that nothing depends on the scale of a target's hidden states;
+embeddings are the target's own, normed; the layers are initialised as the identity.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""EAGLE-3 heads (2503.01840) as they are published: the authors' layout, and that of `speculators`.
+"""Published EAGLE-3 heads (2503.01840), in the authors' file layout and in that of `speculators`.
 
-    h = fc([H_low; H_middle; H_high])                              of a text's row; of a drafted one, its parent's h
-    x = [norm(e(token behind it)); norm(h)],  h <- h + attention(x),  h <- h + mlp(norm(h)),  logits = head(norm(h))
+    h = fc([H_low; H_middle; H_high])           of a committed position; of a draft token, its parent's h
+    x = [norm(e(next token)); norm(h)],  h <- h + attention(x),  h <- h + mlp(norm(h)),  logits = head(norm(h))
 
-Takes a folder and a target; gives an `Eagle3`, or says what is missing. Such a file doesn't say which weights it was
-trained for: its sizes must be the target's.
+Takes a folder and a target; gives an `Eagle3`, or an error that names the tensor that doesn't fit. These files don't
+identify the weights that they were trained for: only sizes are compared with the target's.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Eagle3", "load_eagle3"]
 
-_DEPTH = 7  # where the file doesn't say: EAGLE-2's and EAGLE-3's own
+_DEPTH = 7  # default draft depth, as in EAGLE-2's and EAGLE-3's code
 _MOST_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Eagle3:
-    """A head's weights, in the target's dtype, by their names in the authors' files without `midlayer.`."""
+    """A head's weights, in the target's dtype, named as in the authors' files without `midlayer.`."""
 
     config: Config  # of its layer
     weights: Mapping[str, Tensor]
-    layers: tuple[int, ...]  # of the target, behind which it reads
-    depth: int
-    tokens: Tensor | None  # [D] int64, rising: the target's tokens that it drafts; None is all
-    embedding: Tensor | None  # its own; None is the target's
-    norm_first: bool  # the normed hidden state goes by the attention, not the plain one
+    layers: tuple[int, ...]  # numbers of target layers after which hidden states are taken
+    depth: int  # depth limit of a draft
+    tokens: Tensor | None  # [D] int64, ascending: the draft vocabulary in the target's ids; None is all tokens
+    embedding: Tensor | None  # [V, width]; None is the target's
+    norm_first: bool  # the residual connection around attention takes the normed hidden state
     rotation: Rotation
 
     @property
@@ -52,19 +52,19 @@ class Eagle3:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights, and of its own embedding."""
+        """Bytes of the weights, including the head's own embedding."""
         return sum(tensor.nbytes for tensor in (*self.weights.values(), self.embedding) if tensor is not None)
 
     def shape(self, device: torch.device, dtype: torch.dtype) -> Shape:
-        """Of its cache. A row reads as far back as the head was trained to."""
+        """Shape of the head's KV cache; its window is the context that the head was trained with."""
         return Shape(self.config.key_heads, self.config.head_dim, (self.config.context,), dtype, device)
 
     def enter(self, features: Tensor) -> Tensor:
-        """[r, W], of the target's hidden states [r, layers * width]."""
+        """Input features [r, W] from the target's hidden states [r, layers * width]."""
         return F.linear(features, self.weights["fc.weight"], self.weights.get("fc.bias"))
 
     def run(self, rows: Rows, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """The layer [r, W]; the rows' keys and values are in their stages then."""
+        """The layer's output [r, W]; puts the rows' keys and values into their stages."""
         c = self.config
         normed = self._norm("hidden_norm", hidden)
         x = torch.cat((self._norm("input_layernorm", embedded), normed), -1)
@@ -83,7 +83,7 @@ class Eagle3:
         return hidden + self._linear("mlp.down_proj", gated)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[r, D]."""
+        """Logits [r, D] over the draft vocabulary."""
         return F.linear(self._norm("norm", hidden), self.weights["lm_head.weight"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ class Eagle3:
 
 
 def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
-    """Of the folder's config.json, which is given, and its model.safetensors.
+    """Load a head from a folder's model.safetensors. raw: the parsed config.json.
 
     Raises:
-        UsageError: it is for a model of other sizes.
-        ModelError: the files are damaged, or of a kind that isn't known.
+        UsageError: the head is for a model of other sizes.
+        ModelError: the files are damaged or missing, or pickled.
     """
     path, target = folder / "model.safetensors", model.decoder.config
     layer = raw.get("transformer_layer_config", raw)
@@ -152,7 +152,7 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
 
 
 def _plain(name: str) -> str:
-    """`speculators` and the authors name the layer differently."""
+    """A tensor's name without the layer's prefix, which differs between `speculators` and the authors' files."""
     return name.removeprefix("midlayer.").removeprefix("layers.0.")
 
 

@@ -1,10 +1,10 @@
-"""A head and its files, in the layout of vLLM's `speculators`: `config.json` and `model.safetensors`.
+"""Files of a trained head, in the layout of vLLM's `speculators`: `config.json` and `model.safetensors`.
 
-Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another. Nothing in a
-file is believed: sizes are bounded and every tensor's shape is held against the target's. What the layout has no place
-for (whose it is, by a hash; its window; how it is stored) stands under `longspec`.
+Takes a folder; gives a `Trained` head for a loaded target, or refuses one that was trained for another. Files aren't
+trusted: sizes are bounded, and every tensor's shape is compared with the target's. Fields that the layout lacks (the
+target's fingerprint, the attention window, the storage format) stand under `longspec`.
 
-Matrices may be stored as int8 with a scale per row: a quarter of fp32, and read back as floats.
+Matrices may be stored as int8 with a scale per row, a quarter of fp32; they are loaded as floats.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ _VERSION = 1
 _LAYOUT = "0.1.0"  # of `speculators`
 _MOST_NBYTES = 64 << 10  # of the config
 _SCALE = ".scale"
-_OFFSETS, _DRAFTED = "d2t", "t2d"  # of each draft token from its target's, and which of the target's are drafted
+_OFFSETS, _DRAFTED = "d2t", "t2d"  # [D] target id - draft id; [V] bool, True for tokens of the draft vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A head, and what it was trained for."""
+    """A head with its training parameters."""
 
     kind: str  # a key of KINDS
-    depth: int  # tokens that it drafts behind each other
-    window: int  # rows that its layers read
-    tokens: Tensor | None  # [D] int64, rising: the target's tokens that it drafts; None is all
+    depth: int  # depth limit of a draft, in tokens
+    window: int  # attention window of its layers, in positions
+    tokens: Tensor | None  # [D] int64, ascending: the draft vocabulary in the target's ids; None is all tokens
     module: Head
 
     def rows(self, model: Model) -> Tensor:
-        """[D, width]: those of the target's head that it writes with."""
+        """[D, width]: the rows of the target's LM head for the draft vocabulary."""
         head = model.decoder.head
         return head if self.tokens is None else head[self.tokens.to(head.device)]
 
     def config(self, model: Model) -> Config:
-        """Of its layers."""
+        """Config of the head's layers."""
         target = model.decoder.config
         size = target.vocabulary if self.tokens is None else len(self.tokens)
         return block_of(target, self.module.LAYERS, self.window, size)
@@ -78,10 +78,10 @@ class Trained:
 def new_head(
     kind: str, model: Model, *, depth: int = 5, window: int = 512, tokens: Tensor | None = None, seed: int = 0
 ) -> Trained:
-    """An untrained head. Its final norm is the target's.
+    """An untrained head, whose final norm is a copy of the target's.
 
     Raises:
-        UsageError: there is no such kind, or a number is out of range.
+        UsageError: an unknown kind, or a depth or window out of range.
     """
     if kind not in KINDS:
         raise UsageError(f"There is no head named {kind!r}; use one of: {', '.join(KINDS)}.")
@@ -97,12 +97,12 @@ def new_head(
 
 
 def is_head(name: str) -> bool:
-    """Whether a drafter's name is the path of a folder with a head."""
+    """True if a drafter's name is a path (has a slash) or a folder with a head's config."""
     return name not in KINDS and (os.sep in name or (Path(name) / CONFIG).is_file())
 
 
 def shipped(model: Model) -> dict[str, Path]:
-    """The heads that come with longspec for this model: folders by their kinds."""
+    """The heads that ship with longspec for this model's weights: folders by kind."""
     found = {}
     for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
         about = read_about(config.parent)
@@ -112,7 +112,7 @@ def shipped(model: Model) -> dict[str, Path]:
 
 
 def fitting(config: Config) -> list[Path]:
-    """Folders of the heads that come with longspec for models of this size, whatever their weights."""
+    """Folders of the shipped heads for models with this width and vocabulary size, whatever their weights."""
     sizes = {"hidden_size": config.width, "vocab_size": config.vocabulary}
     return [
         path.parent
@@ -122,10 +122,10 @@ def fitting(config: Config) -> list[Path]:
 
 
 def room(folder: Path, config: Config) -> tuple[int, int]:
-    """Bytes that a head takes in bf16 on a CPU, and for each token of a text beside the target's.
+    """Memory of a head in bf16 on a CPU: bytes once, and bytes per token position in its KV cache.
 
-    Its weights as they are, as codes, and what reading them takes; the rows that it writes with, as they are and as
-    codes; and what is known of each draft token. (For the default model 89 MiB; 93 were seen.)
+    Counted once: the weights in bf16, as int8 codes, and their working copy while loading; the rows of the LM head in
+    bf16 and as codes; and three precomputed tables of the draft tokens.
     """
     about = read_about(folder)
     stored = (folder / WEIGHTS).stat().st_size if (folder / WEIGHTS).is_file() else 0
@@ -135,16 +135,16 @@ def room(folder: Path, config: Config) -> tuple[int, int]:
 
 
 def weights_bytes(folder: str | Path, dtype: str) -> int:
-    """Bytes that the weights of another's head take in this dtype: files are read as half precision, and converted."""
+    """Bytes of a published head's weights in this dtype, assuming that its files are in half precision."""
     stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return 2 * stored if dtype == "fp32" else stored
 
 
 def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = False) -> None:
-    """Write the files, each atomically, the config last.
+    """Write a head's files, each atomically, the config last.
 
     Raises:
-        LongspecError: they can't be written.
+        LongspecError: the files can't be written.
     """
     from safetensors.torch import save_file
 
@@ -170,19 +170,19 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config, whosever it is.
+    """Read a folder's config.json, of any head format.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the file is missing, too large or no JSON object.
     """
     return read_json(Path(folder) / CONFIG, _MOST_NBYTES, "The head's config", hint="`longspec train` writes one")
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
-    """What the config of a head of ours says, by our words, its own numbers checked.
+    """The checked fields of the config of a head written by longspec: kind, depth, window, draft_vocabulary, target.
 
     Raises:
-        UsageError: there is none, or it is no head's.
+        UsageError: the config is missing, damaged or not written by this longspec.
     """
     path, found = Path(folder) / CONFIG, read_config(folder)
     own = found.get("longspec")
@@ -246,11 +246,11 @@ def _about(head: Trained, model: Model, *, int8: bool) -> dict[str, Any]:
 
 
 def load_head(folder: str | Path, model: Model) -> Trained:
-    """The folder's head, in the target's dtype and on its device.
+    """Load a folder's head, in the target's dtype and on its device.
 
     Raises:
         UsageError: the folder holds no head, or one for another model.
-        ModelError: its weights are damaged.
+        ModelError: the weights are damaged.
     """
     about = read_about(folder)
     name, lines = about["target"].get("name"), about["target"].get("lineage")
@@ -267,7 +267,7 @@ def load_head(folder: str | Path, model: Model) -> Trained:
     state, decoder = head.module.state_dict(), model.decoder
     for name, held in state.items():
         state[name] = _plain(Path(folder) / WEIGHTS, name, tensors, held).to(decoder.device, decoder.dtype)
-    head.module.load_state_dict(state, assign=True)  # a copy would be in fp32 first
+    head.module.load_state_dict(state, assign=True)  # copying would convert to the module's fp32
     head.module.requires_grad_(False)
     return head
 
@@ -296,13 +296,13 @@ def _plain(path: Path, name: str, tensors: Mapping[str, Tensor], wanted: Tensor)
 
 
 def _coded(value: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [n, m], and a scale for each row [n]."""
+    """Quantize to int8 [n, m], with a symmetric scale for each row [n]."""
     scale = value.float().abs().amax(1).clamp_min(1e-12) / 127
     return (value.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def _final_norm(model: Model) -> Tensor:
-    """The factors of the target's final norm: what it makes of a row of ones."""
+    """Weights [width] of the target's final norm: its output for a vector of ones."""
     ones = torch.ones(1, model.decoder.config.width, dtype=model.decoder.dtype, device=model.decoder.device)
     return model.decoder.normed(ones)[0].float()
 

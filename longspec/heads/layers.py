@@ -1,10 +1,10 @@
-"""What heads are built of: modules that can be trained, and the unrolling that trains them.
+"""Trainable modules of draft heads, and their unrolling over the draft depths.
 
-A head reads the target's last hidden states and the tokens behind them, and writes hidden states that the target's own
-head turns into logits. Here are the differentiable forms; in decoding `longspec.drafters.clover` runs the layers
-through the target's own decoder, which tests hold to be equal.
+A head takes the target's last hidden states and the token after each, and gives hidden states for the target's LM head.
+These are the differentiable forms; in decoding `longspec.drafters.clover` runs the layers through a `Decoder`. Tests
+check that both agree.
 
-Shapes: B texts of T rows, W the target's width.
+Shapes: B sequences of T positions, W the target's width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "heads_of", "n
 
 
 class Norm(nn.Module):
-    """Root mean square."""
+    """RMSNorm."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -35,38 +35,39 @@ class Norm(nn.Module):
 
 
 class Head(nn.Module):
-    """A head that drafts step by step. Hidden states and embeddings have any leading dimensions; `tokens` are normed
-    embeddings. A subclass is made from the config of its layers (`block_of`).
+    """A recurrent draft head, one step for each draft depth. A subclass is made from its layers' config (`block_of`).
+
+    Hidden states and embeddings have any leading dimensions; `tokens` are normed embeddings.
     """
 
     LAYERS: ClassVar[int]
-    """How many layers it has, which read the text's hidden states."""
+    """Number of layers over the sequence's hidden states."""
 
     layers: nn.ModuleList
-    token_norm: Norm
-    between: Norm  # behind the layers
-    norm: Norm  # of what is written, as the target's final norm
+    token_norm: Norm  # of embeddings
+    between: Norm  # after the layers
+    norm: Norm  # of the output, in place of the target's final norm
 
     def __init__(self, config: Config) -> None:
         super().__init__()
 
     def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """What the layers read, of each position's hidden state and the token behind it."""
+        """Input of the layers [..., W], from each position's hidden state and the token after it."""
         raise NotImplementedError
 
     def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """State and what is written behind the text's last token, from what the layers gave for the one before it."""
+        """State and output after the last committed token. hidden: the layers' output for the position before it."""
         raise NotImplementedError
 
     def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same behind one more drafted token."""
+        """Next state and output, after one more draft token."""
         raise NotImplementedError
 
 
 class TokenAttention(nn.Module):
-    """A hidden state attends to one token: per head the cosine of query and key, not a softmax over a single key.
+    """Attention of a hidden state to one token: weighted per head by the cosine of query and key, without a softmax.
 
-    The biases begin alike, so that a token passes from the start (cosines of about 3/4).
+    The biases of queries and keys are initialised alike, so that tokens have an effect from the start.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -79,7 +80,7 @@ class TokenAttention(nn.Module):
             self.value.bias.zero_()
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """[..., W], of hidden that is normed and tokens [..., W]."""
+        """[..., W], from normed hidden states and tokens [..., W]."""
         queries, keys, values = (
             made.unflatten(-1, (self.heads, -1)) for made in (self.query(hidden), self.key(tokens), self.value(tokens))
         )
@@ -88,7 +89,7 @@ class TokenAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A Llama layer, its parameters named as in a checkpoint. It begins as the identity."""
+    """A Llama layer, with parameters named as in a checkpoint. It is initialised as the identity."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Layer(nn.Module):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, W], each row reading the rows up to itself."""
+        """[B, T, W], with causal attention. turn: the rotary cosines and sines."""
         c = self.config
         normed = self.input_layernorm(x)
         queries, keys, values = (
@@ -135,9 +136,9 @@ class Layer(nn.Module):
 
 
 def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Config:
-    """The shape of a head's layers, as a small decoder of the plainest kind with the target's widths.
+    """Config of a head's layers: a plain Llama decoder with the target's widths.
 
-    window: rows that a row reads, itself included: what it was trained on, so that no text is too long for it.
+    window: positions that a position attends to, itself included; as in training, so that sequences may be longer.
     """
     rope = next((rope for rope in target.ropes if rope is not None), None)
     plain = Rope("default", rope.theta if rope else 10_000.0, target.head_dim, target.context)
@@ -160,10 +161,10 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
 
 
 def unroll(head: Head, config: Config, features: Tensor, tokens: Tensor, depth: int) -> list[Tensor]:
-    """What is written behind every row, at every depth: `depth` hidden states, the i-th one [B, T - i, W].
+    """The head's outputs at every position and depth (teacher forcing): `depth` tensors, the i-th one [B, T - i, W].
 
-    features [B, T, W]; tokens [B, T, W] are normed embeddings of the tokens behind the rows. Row t of the i-th one
-    stands for token t + i + 2, drafted behind the true tokens before it.
+    features: [B, T, W], hidden states. tokens: [B, T, W], normed embeddings of the token after each position. Position
+    t of the i-th output predicts token t + i + 2 of the sequence.
     """
     length = features.shape[1]
     positions = torch.arange(length, device=features.device)
@@ -182,7 +183,7 @@ def unroll(head: Head, config: Config, features: Tensor, tokens: Tensor, depth: 
 
 
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[T, T] bool: which rows each may read; None where the window holds them all."""
+    """[T, T] bool, causal mask with a sliding window; None if the window covers the whole sequence."""
     if window is None or length <= window:
         return None
     rows = torch.arange(length, device=device)
@@ -191,12 +192,12 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor | Non
 
 
 def near_identity(linear: nn.Linear) -> None:
-    """Its first inputs pass as they are, the others hardly."""
+    """Initialise as the identity on the first inputs, with small weights for the others."""
     with torch.no_grad():
         linear.weight.mul_(0.1)
         linear.weight[:, : linear.weight.shape[0]] = torch.eye(linear.weight.shape[0])
 
 
 def heads_of(config: Config) -> int:
-    """As the target has, where its width can be cut so."""
+    """Number of heads: the target's if it divides the width, else 1."""
     return config.heads if config.width % config.heads == 0 else 1

@@ -1,9 +1,9 @@
-"""Medusa heads (2401.10774) as they are published: each writes the token so many places on, from one hidden state.
+"""Published Medusa heads (2401.10774): head k predicts the token k + 2 positions after a hidden state's, k from 0.
 
-    head k:  n times  h <- h + silu(W h + b),  then logits = W_k h; the target's own head where the file has no W_k
+    head k:  n times  h <- h + silu(W h + b),  then logits = W_k h, with the target's LM head if the file has no W_k
 
-Takes a folder and a target; gives a `Medusa`. Such a file doesn't say which weights it was trained for: its sizes must
-be the target's. Published pickles (medusa_lm_head.pt) are not read; safetensors of the same names are.
+Takes a folder and a target; gives a `Medusa`. These files don't identify the weights that they were trained for: only
+sizes are compared with the target's. Pickles (medusa_lm_head.pt) are not read; safetensors of the same names are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Medusa", "load_medusa"]
 
-_MOST = 64  # heads, and blocks in each
+_MOST = 64  # heads; also residual blocks in each
 _FILES = ("medusa_lm_head.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Medusa:
-    """blocks: of each head, its weights and biases; written: [V, width] of each, None for the target's own."""
+    """blocks: by head, weight and bias of each residual block; written: by head, W_k [V, width], None: the target's."""
 
     blocks: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
     written: tuple[Tensor | None, ...]
@@ -39,22 +39,22 @@ class Medusa:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights; those of the target's head that it writes with aren't counted."""
+        """Bytes of the weights, without the target's LM head."""
         blocks = (tensor for head in self.blocks for block in head for tensor in block)
         return sum(tensor.nbytes for tensor in (*blocks, *self.written) if tensor is not None)
 
     def run(self, head: int, hidden: Tensor) -> Tensor:
-        """What a head makes of normed hidden states [r, width]."""
+        """A head's residual blocks over normed hidden states [r, width]."""
         for weight, bias in self.blocks[head]:
             hidden = hidden + F.silu(F.linear(hidden, weight, bias))
         return hidden
 
 
 def load_medusa(folder: Path, raw: Mapping[str, Any], model: Model) -> Medusa:
-    """Of the folder's config.json, which is given, and its weights.
+    """Load heads from a folder's safetensors. raw: the parsed config.json.
 
     Raises:
-        UsageError: it is for a model of other sizes.
+        UsageError: the heads are for a model of other sizes.
         ModelError: the files are damaged or missing.
     """
     target, count, blocks = model.decoder.config, raw.get("medusa_num_heads"), raw.get("medusa_num_layers", 1)

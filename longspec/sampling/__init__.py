@@ -1,1 +1,1 @@
-"""From logits to tokens: the fixed noise, the sampler, and the verification that is token equality."""
+"""Sampling: parameters, the sampler with its fixed noise, and verification by token equality."""

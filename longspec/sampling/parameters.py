@@ -1,7 +1,7 @@
-"""The sampling parameters of a text: each declared once, with the numbers that it may be.
+"""The sampling parameters of a sequence: each declared once, with its type and bounds.
 
-Every reader of such parameters (the command, templates, requests, saved conversations) takes names, kinds and bounds
-from `PARAMETERS`. Imports no torch, so that a wrong value is refused before anything heavy is loaded.
+The command, templates, requests and saved conversations take names, types and bounds from `PARAMETERS`. Imports no
+torch, so that a wrong value is refused before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from longspec.errors import UsageError
 __all__ = ["MOST_TEMPERATURE", "PARAMETERS", "SAMPLED_ONLY", "Bounds", "Sampling", "SamplingOptions", "without_idle"]
 
 MOST_TEMPERATURE = 2.0
-"""As OpenAI's API has it. Above, little but noise is written, and 7 for 0.7 is likelier meant than asked for."""
+"""Upper bound of the temperature, as in OpenAI's API: a higher one is more likely a typo (7 for 0.7)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The numbers that a parameter may be: whole or not, between two ends that count unless they are open."""
+    """Type and range of a parameter: an interval, closed unless an end is marked open."""
 
     kind: type[int] | type[float]
     least: float = -math.inf
@@ -30,14 +30,14 @@ class Bounds:
     open_above: bool = False
 
     def hold(self, value: float) -> bool:
-        """Whether a number is within the bounds."""
+        """True if the number is finite and within the bounds."""
         above = value > self.least if self.open_below else value >= self.least
         below = value < self.most if self.open_above else value <= self.most
         return above and below and value not in (math.inf, -math.inf)
 
     @property
     def words(self) -> str:
-        """The bounds as the end of a sentence: "0 or more and at most 2"; empty where there are none."""
+        """The bounds as the end of a sentence: "0 or more and at most 2"; empty if there are none."""
         if self.least == -math.inf:
             return ""
         low = f"above {self.least:g}" if self.open_below else f"{self.least:g} or more"
@@ -49,7 +49,7 @@ class Bounds:
 
     @property
     def number(self) -> str:
-        """Kind and bounds: "a number, 0 or more and at most 2"."""
+        """Type and bounds in words: "a number, 0 or more and at most 2"."""
         kind = "a whole number" if self.kind is int else "a number"
         return f"{kind}{' ' if self.open_below else ', ' * bool(self.words)}{self.words}"
 
@@ -61,11 +61,11 @@ def _parameter(default: float, *, sampled_only: bool = False, **bounds: Any) -> 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen, applied in this order, which is transformers'.
+    """Sampling parameters, applied in the order of transformers, as here.
 
-    repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the text holds; temperature
-    divides logits, and 0 is greedy; top_k keeps that many tokens (0: all); top_p the smallest set that holds
-    this much probability; min_p the tokens with at least this fraction of the best one's probability.
+    repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the sequence holds;
+    temperature divides logits, and 0 is greedy; top_k keeps that many tokens (0: all); top_p keeps the smallest set
+    with this much probability; min_p keeps tokens with at least this fraction of the best one's probability.
     """
 
     temperature: float = _parameter(0.0, least=0, most=MOST_TEMPERATURE)
@@ -83,7 +83,7 @@ class Sampling:
 
     @classmethod
     def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """What a user gave, over what the checkpoint's generation config says, over greedy.
+        """Merge options: the user's (`given`) before the checkpoint's generation config (`defaults`) before greedy.
 
         Raises:
             UsageError: a value is out of range, or has no effect since decoding is greedy.
@@ -108,12 +108,12 @@ class Sampling:
 
     @property
     def without_seed(self) -> tuple[float, ...]:
-        """All values but the seed: sequences that are equal in it can be sampled by one call."""
+        """All values but the seed: sequences with equal ones can be sampled by one call."""
         return tuple(getattr(self, name) for name in PARAMETERS if name != "seed")
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The parameters as options of one text; None leaves one to the model. A test holds that none is missing."""
+    """The parameters as options of one sequence; None is the checkpoint's default. A test checks for completeness."""
 
     temperature: float | None
     top_k: int | None
@@ -129,6 +129,6 @@ SAMPLED_ONLY = frozenset(each.name for each in fields(Sampling) if each.metadata
 
 
 def without_idle(options: Mapping[str, Any], keep: Container[str] = ()) -> dict[str, Any]:
-    """The options without those that have no effect at their temperature of 0, but for `keep`."""
+    """The options without those that have no effect if the temperature is 0; those in `keep` stay."""
     idle = SAMPLED_ONLY if options.get("temperature") == 0 else frozenset()
     return {name: value for name, value in options.items() if name not in idle or name in keep}

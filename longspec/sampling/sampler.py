@@ -1,15 +1,16 @@
-"""From logits to the one token that follows a row, with noise that is fixed before anybody drafts.
+"""The sampler: from logits to the next token, with noise that is fixed before drafting.
 
     token(row) = argmax over v of  log p(v | row) + g(seed, session, position, v)
 
-with g a standard Gumbel variate: an exact sample of p (Gumbel-max trick), and a function of where the token stands
-alone, never of how many rows a pass had or what was drafted. Zero noise is greedy decoding.
+with g a standard Gumbel variate: an exact sample of p (Gumbel-max trick). g is a function of the token's position in
+its session; it depends neither on the draft nor on the other positions of the forward pass. Zero noise is greedy
+decoding.
 
 g is counter-based: SplitMix64 (Steele, Lea, Flood 2014; passes BigCrush) from a key per (seed, session, position), with
 the token as its counter. Integer arithmetic gives the same bits on every device; the two logarithms are fp64, so that
 devices differ by 1e-16 relative.
 
-Letters: r rows, V vocabulary size, m tokens that are still in play.
+Symbols: r rows (token positions), V vocabulary size, m candidate tokens.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ __all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
 
 _SOURCE = "sampler.c"
 _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
-"""How the C functions for each dtype end, and the most tokens that they look at."""
+"""Suffix of the C functions by dtype, and the largest `count` of the C kernel."""
 
 _LOOKS = (128, 4096)
-"""Tokens that top-p and min-p look at, before all: sorting 49,152 logits costs 3 ms a row, their best 128 about 0.2."""
+"""Candidates that top-p and min-p sort at first and second try, before the whole vocabulary: a full sort is slow."""
 
 
 def choose(
     logits: Tensor, sampling: Sampling, keys: Sequence[int], contexts: Sequence[Collection[int]] | None = None
 ) -> Tensor:
-    """The token [r] that follows each row of logits [r, V].
+    """Sample the next token [r] from each row of logits [r, V].
 
-    keys: each row's `noise_key`, not read when greedy. contexts: per row the distinct tokens before the choice, read
-    for a repetition penalty only.
+    keys: each row's `noise_key`, unused when greedy. contexts: per row the distinct tokens before it, used for a
+    repetition penalty only.
     """
     if sampling.penalises:
         if contexts is None:
@@ -65,13 +66,13 @@ def choose(
         chosen.data_ptr(),
     )
     far = (chosen < 0).nonzero()[:, 0]
-    if len(far):  # rows that may keep more tokens than the kernel looks at
+    if len(far):  # rows for which the kernel's candidates may not suffice
         chosen[far] = _choose(logits[far], sampling, own[far])
     return chosen
 
 
 def _choose(logits: Tensor, sampling: Sampling, keys: Sequence[int] | Tensor) -> Tensor:
-    """The same by torch's operators."""
+    """`choose` in torch, after the repetition penalty; not for greedy."""
     scores = logits.float() / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return _pick(scores, torch.arange(scores.shape[1], device=scores.device)[None], keys)
@@ -81,8 +82,8 @@ def _choose(logits: Tensor, sampling: Sampling, keys: Sequence[int] | Tensor) ->
 def likeliest(logits: Tensor, count: int) -> Tensor:
     """The `count` tokens [r, count] with the greatest logits [r, V], best first.
 
-    On a CPU by the C kernel of `choose.c`: 8 of 49,152 take 4 us a row, and torch 100 and more. Else each group of 64
-    columns can hold one only if its greatest is among the `count` greatest: half of topk's time.
+    On a CPU by the kernel of `sampler.c`. Otherwise top-k in two stages: a group of 64 columns can hold one of them
+    only if its maximum is among the `count` greatest maxima.
     """
     rows, size = logits.shape
     kernel = _kernel(logits) if 0 < count <= min(_MOST, size) else None
@@ -91,7 +92,7 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
         kernel("best", logits.data_ptr(), rows, size, count, best.data_ptr())
         return best
     if count == 1:
-        return logits.max(-1, keepdim=True).indices  # argmax takes four times as long
+        return logits.max(-1, keepdim=True).indices  # faster than argmax
     if size % 64 or size // 64 < count:
         return logits.topk(min(count, size)).indices
     grouped = logits.view(rows, 64, size // 64)  # column c belongs to group c % (V / 64)
@@ -102,7 +103,7 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
 
 
 def _kernel(logits: Tensor) -> Callable[..., None] | None:
-    """Of `choose.c`, for these logits: given a function's name, and its arguments with addresses as integers."""
+    """Calls a C function of `sampler.c` for these logits, by name and arguments (addresses as integers); or None."""
     kernel = library(_SOURCE) if logits.device.type == "cpu" and logits.dtype in _KERNELS else ""
     if isinstance(kernel, str):
         return None
@@ -123,11 +124,11 @@ def rank(
     count: int,
     vocabulary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `count` tokens [r, count] that would follow each row, best first, and a chance for each [r, count].
+    """The `count` most probable next tokens [r, count], best first, and their probabilities [r, count].
 
-    For drafters, whose logits are only near the target's: what counts is who wins if they are a little off, so the
-    chances are a softmax over the scores with their noise. Of a sampled row the best 128 tokens are looked at.
-    vocabulary: the tokens [V] that the logits are of, rising; all, if left out.
+    For drafters, whose logits approximate the target's. When sampling, tokens are ranked by score plus the session's
+    noise, and the probabilities are a softmax over these: estimates of which token wins the target's argmax. Without
+    top-k the best 128 tokens are candidates. vocabulary: [V], ascending, tokens of the logits' columns; default all.
     """
     if sampling.penalises:
         if contexts is None:
@@ -148,7 +149,7 @@ def rank(
 
 
 def noise_key(seed: int, session: str, position: int) -> int:
-    """64 bits, as a signed integer, that no other (seed, session, position) is likely to share."""
+    """64-bit hash of (seed, session, position), as a signed integer."""
     digest = hashlib.blake2b(f"{seed}\0{position}\0{session}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -187,7 +188,7 @@ def _penalised(logits: Tensor, penalty: float, contexts: Sequence[Collection[int
 
 
 def _columns(vocabulary: Tensor, context: Collection[int]) -> list[int]:
-    """Where these tokens are in a rising vocabulary, those that are."""
+    """Indices of these tokens in an ascending vocabulary; tokens outside it are left out."""
     tokens = torch.tensor(sorted(context), device=vocabulary.device)
     places = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
     found: list[int] = places[vocabulary[places] == tokens].tolist()
@@ -195,7 +196,7 @@ def _columns(vocabulary: Tensor, context: Collection[int]) -> list[int]:
 
 
 def _pick(values: Tensor, tokens: Tensor, keys: Sequence[int] | Tensor) -> Tensor:
-    """[r]: of tokens [r or 1, m] with these log-weights [r, m], the one that the noise makes the greatest."""
+    """[r]: of tokens [r or 1, m] with unnormalised log-probabilities values [r, m], the argmax after adding noise."""
     best = (values + gumbel(keys, tokens)).argmax(-1, keepdim=True)
     return tokens.expand(len(values), -1).gather(1, best)[:, 0]
 
@@ -203,8 +204,7 @@ def _pick(values: Tensor, tokens: Tensor, keys: Sequence[int] | Tensor) -> Tenso
 def _pick_among_the_best(scores: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
     """[r]: a token of each row of scores [r, V], by top-k, top-p and min-p. keys [r].
 
-    A row looks at its best few tokens first, and at more where it may keep still more: most rows keep a handful, and
-    what a row keeps doesn't depend on how far it looked.
+    Only a row's best few tokens are sorted at first, and more if the nucleus may be larger: the result is the same.
     """
     size = scores.shape[1]
     chosen = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
@@ -225,7 +225,7 @@ def _pick_among_the_best(scores: Tensor, sampling: Sampling, keys: Tensor) -> Te
 
 
 def _nucleus(values: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
-    """Top-p, then min-p, over values [r, m] in falling order whose log-normaliser is total [r, 1]."""
+    """Top-p, then min-p, over values [r, m], descending, with log-normaliser total [r, 1]; dropped ones are -inf."""
     probabilities = torch.exp(values - total)
     before = probabilities.cumsum(-1) - probabilities
     dropped = probabilities < sampling.min_p * probabilities[:, :1]

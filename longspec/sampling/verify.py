@@ -1,8 +1,9 @@
-"""Who is kept, and what follows: one walk for greedy and sampled, chain and tree.
+"""Verification of a draft: one walk down the tree, for greedy and sampled decoding, chains and trees.
 
-The target's choice after every row is fixed before anybody drafts (`longspec.sampling.sampler`). So verifying needs no
-probabilities: start at the text, step to the child that equals the choice, stop where none does; that choice is
-the bonus token. What is written is the target's own choices, one after another, whatever was drafted.
+The noise is fixed before drafting (`longspec.sampling.sampler`), so that the target's choice at every position is
+deterministic and verification needs no probabilities: start at the root, go to the child that equals the target's
+choice, stop where there is none; that choice is the bonus token. The output is the target's own choices, whatever was
+drafted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ __all__ = ["verify"]
 
 
 def verify(tokens: Sequence[int], parents: Sequence[int], choices: Sequence[int]) -> Verdict:
-    """The verdict on a draft of n tokens, by n + 1 choices: the text's own, then one after each draft token."""
+    """Verify a draft of n tokens.
+
+    parents: index of each token's parent, -1 for the root. choices: n + 1 tokens that the target chooses, after the
+    last committed token and after each draft token.
+    """
     children: dict[tuple[int, int], int] = {}
     for child, place in enumerate(zip(parents, tokens, strict=True)):
         children.setdefault(place, child)

@@ -1,1 +1,1 @@
-"""Between characters and tokens: tokenizer, chat templates, prompt templates, reasoning sections, repetition."""
+"""Text processing: tokenizer, detokenizer, chat templates, prompt templates, reasoning sections, repetition."""

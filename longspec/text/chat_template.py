@@ -1,7 +1,7 @@
-"""Conversations as a checkpoint's chat template writes them.
+"""Rendering of conversations by a checkpoint's chat template.
 
-Takes a template's source with the tokenizer's special tokens, and messages; gives text. A template is a
-stranger's program: it runs in jinja2's sandbox, and whatever it raises becomes one sentence. Knows no model.
+Takes a template's source with the tokenizer's special tokens, and messages; gives text. A template is untrusted code:
+it runs in jinja2's sandbox, and whatever it raises becomes a UsageError. Knows no model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ChatTemplate"]
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, by its source; compiled when it is first used."""
+    """A chat template, given by its source; it is compiled at first use."""
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         self.source = source
@@ -37,7 +37,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The messages as the template writes them; `variables` are its own switches.
+        """Render messages; `variables` are passed to the template.
 
         Raises:
             UsageError: the template refuses the messages, or fails.
@@ -45,7 +45,7 @@ class ChatTemplate:
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             return self._compiled.render({**self._special, **given, **variables})
-        except Exception as error:  # a template is a stranger's program, and may raise anything
+        except Exception as error:  # untrusted code may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise UsageError(
                 f"The model's chat template failed ({reason}); change the messages, or send plain text (--raw)."
@@ -53,10 +53,10 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """What the template reads and doesn't set itself; nothing where it can't be parsed."""
+        """Variables that the template reads and doesn't set; empty if it can't be parsed."""
         try:
             return frozenset(meta.find_undeclared_variables(_environment().parse(self.source)))
-        except Exception:  # noqa: BLE001  what is wrong with it is said when it is used
+        except Exception:  # noqa: BLE001  `render` raises the error
             return frozenset()
 
     @cached_property
@@ -65,7 +65,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it is only a scope."""
+    """`{% generation %}` marks the assistant's tokens for training; here it only opens a scope."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -88,5 +88,5 @@ def _refuse(message: str) -> str:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-    """As chat templates expect it: jinja's own would escape what HTML can't hold."""
+    """JSON without HTML escapes, unlike jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **layout)

@@ -1,10 +1,9 @@
-"""Token ids back to characters: the text that is certain so far, up to the first stop string.
+"""Incremental detokenization: from token ids to text, up to the first stop string.
 
-Takes tokens one by one and the vocabulary that spells them; knows no model and no session. All text leaves through
-`TextStream`, a whole answer too, so a stream can't differ from its end. It is what the tokenizer's own decoder gives,
-except for byte tokens (`<0xE2>`) that aren't UTF-8 together: there only the broken bytes become U+FFFD, as in a
-byte-level vocabulary, where that decoder would take back the whole run of them. Offsets count characters of the answer,
-from its first token.
+Takes tokens one by one and a vocabulary; knows no model and no session. Streamed and complete answers both go through
+`TextStream`, so that they can't differ. The text is that of the tokenizer's own decoder, except for byte tokens
+(`<0xE2>`) that together aren't UTF-8: only the invalid bytes become U+FFFD, as in a byte-level vocabulary, where that
+decoder would replace the whole run of them. Offsets are in characters, from the answer's first token.
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ __all__ = ["StopFinder", "TextStream", "Transcript", "decode"]
 
 
 def decode(vocabulary: Vocabulary, tokens: Iterable[int]) -> str:
-    """The text of an answer's tokens, without special tokens and without an incomplete last character."""
+    """Text of an answer's tokens, without special tokens and without an incomplete last character."""
     return "".join(map(TextStream(vocabulary).push, tokens))
 
 
 class TextStream:
-    """The text of tokens that come one by one, in whole characters, each given once nothing can change it."""
+    """Incremental decoder: gives whole characters, as soon as later tokens can't change them."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._held = b""
         self._first = True
-        self.length = 0  # characters given
+        self.length = 0  # characters given so far
         self.begins: list[int] = []
-        """For each token, the offset at which its text begins; all parts of one character begin where it does."""
+        """Offset of each token's text; tokens that are parts of one character have the character's offset."""
 
     def push(self, token: int) -> str:
-        """The characters that are certain with this token; bytes of an incomplete one are held until it is complete."""
+        """Add a token; returns the characters that are final now. Bytes of an incomplete character are held back."""
         piece = self._vocabulary.piece(token, first=self._first)
         begin, text = self.length, ""
         if piece is not None:
             self._first = False
-            # Bytes that can't continue the held ones turn those into a U+FFFD, and begin behind it.
+            # If the new bytes don't continue the held ones, those become a U+FFFD, and this token begins behind it.
             begin += len((self._held + piece[:1]).decode(errors="replace")) > 1
             data = self._held + piece
             text, used = codecs.utf_8_decode(data, "replace", False)
             self._held = data[used:]
             lost = self._held.decode(errors="replace")
-            if len(lost) > 1:  # half a surrogate pair: Python waits for its end, though UTF-8 can't hold one
+            if len(lost) > 1:  # half a surrogate pair, which isn't valid UTF-8: Python's decoder waits for the rest
                 text, self._held = text + lost, b""
         self.begins.append(begin)
         self.length += len(text)
@@ -55,10 +54,10 @@ class TextStream:
 
 
 class StopFinder:
-    """Finds the first stop string in a text that comes in pieces, and shows nothing that one may still take back.
+    """Finds the first stop string in a text that comes in pieces, and holds back text that may belong to one.
 
-    The first is the one that a look after every character would find: that which ends first, and of several that
-    end together the longest. This doesn't depend on how the text is cut. No stop string never stops.
+    The first stop string is the one that ends first, and of several that end together the longest, however the text is
+    cut into pieces. Without stop strings it passes all text.
 
     Raises:
         UsageError: a stop string is empty.
@@ -72,16 +71,16 @@ class StopFinder:
         self._beginnings = sorted(beginnings, key=len, reverse=True)
         self._held = ""
         self._shown = 0
-        self.found: int | None = None  # the offset at which the text ends: that of the stop string's first character
+        self.found: int | None = None  # offset of the stop string's first character, where the text ends
 
     def push(self, text: str) -> str:
-        """What may be shown now; nothing once a stop string was found."""
+        """Add text; returns the text that may be shown now, empty once a stop string was found."""
         if self.found is not None:
             return ""
         text = self._held + text
         ends = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
         if ends:
-            end, stop = min(ends, key=lambda each: each[0])  # of equals the first, and the longest stand first
+            end, stop = min(ends, key=lambda each: each[0])  # of equal ends the longest, since `_stops` is sorted
             self.found = self._shown + end - len(stop)
             keep = end - len(stop)
             self._held = ""
@@ -92,16 +91,17 @@ class StopFinder:
         return text[:keep]
 
     def close(self) -> str:
-        """The rest, at the end of a text that holds no stop string."""
+        """The text that is still held back, at the end of the answer."""
         held, self._held = self._held, ""
         self._shown += len(held)
         return held
 
 
 class Transcript:
-    """One answer as it is written: tokens in, text out, up to the first stop string.
+    """Text of one answer during generation: tokens in, text out, up to the first stop string.
 
-    After `push`, where `stopped`, the answer's tokens are its first `kept`; else, when it ends, `close` gives the rest.
+    If `stopped` after a `push`, only the first `kept` tokens belong to the answer. Otherwise `close` gives the rest of
+    the text at its end.
     """
 
     def __init__(self, vocabulary: Vocabulary, stops: Iterable[str] = ()) -> None:
@@ -110,27 +110,27 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found; what is pushed from here on is not in the text."""
+        """True once a stop string was found; tokens pushed later aren't in the text."""
         return self._finder.found is not None
 
     @property
     def begins(self) -> Sequence[int]:
-        """For each pushed token, the offset in the text at which it begins."""
+        """Offset in the text of each pushed token."""
         return self._stream.begins
 
     @property
     def kept(self) -> int:
-        """How many of the pushed tokens belong to the text: all, or those that begin before the stop string.
+        """Number of pushed tokens that belong to the text: all, or those that begin before the stop string.
 
-        A stop string over several steps makes it fall below what was kept after an earlier one.
+        It falls when a stop string is found that began in an earlier step.
         """
         begins, found = self._stream.begins, self._finder.found
         return len(begins) if found is None else bisect_left(begins, found)
 
     def push(self, token: int) -> str:
-        """What may be shown now that this token is in the text."""
+        """Add a token; returns the text that may be shown now."""
         return "" if self.stopped else self._finder.push(self._stream.push(token))
 
     def close(self) -> str:
-        """The text that was held back, when the answer ends otherwise; an incomplete last character is dropped."""
+        """The text that is still held back, at the end of the answer; an incomplete last character is dropped."""
         return self._finder.close()

@@ -1,7 +1,7 @@
-"""A prompt's token ids: a raw text's, or those of a conversation as the model's chat template writes it.
+"""Encoding of prompts: raw text, or a conversation rendered by the model's chat template.
 
-An answer that the model itself wrote keeps the tokens that it was written with: the same text may be spelled by others,
-and a cache that holds the rows of these would be of no use.
+An answer that the model generated keeps its tokens: retokenizing its text may give others, for which the KV cache of
+the generated ones couldn't be reused.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ __all__ = ["Prompt", "encode"]
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation: `{"role": ..., "content": ...}`.
 
-An answer's message may have the `tokens` that the model itself wrote: they stand for its content where they spell it.
+An assistant message may have the `tokens` that the model generated: they are used if they decode to its content.
 """
 
 
 def _encode_chat(
     vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> list[int]:
-    """The template's rendering of the messages, with the answers' own tokens where they are the same text.
+    """Tokens of the rendered messages, with the generated tokens of answers where the rendering contains their text.
 
-    They are that where the rendering holds the answer right behind what was rendered for it. A template that trims
-    answers, or leaves out what was thought, gives another text: it is tokenised, from the last answer before it on.
+    An answer's tokens are used if the rendering begins with the rendering of the messages before it, followed by the
+    answer. A template that trims answers, or leaves out reasoning, renders another text, which is tokenized.
     """
     bare = [{name: value for name, value in message.items() if name != "tokens"} for message in messages]
     text, tokens, done = vocabulary.chat(bare, **variables), list[int](), 0
-    seams: list[tuple[int, int]] = []  # where an answer ends: in tokens, and in the text
+    seams: list[tuple[int, int]] = []  # ends of answers: index in tokens, offset in the text
     for i, message in enumerate(messages):
         own, content = message.get("tokens"), message.get("content")
         if not own or not isinstance(content, str) or not vocabulary.spells(own, content):
             continue
         try:
             before = vocabulary.chat(bare[:i], **variables)
-        except UsageError:  # these messages alone aren't to its taste
+        except UsageError:  # the template refuses this prefix of the conversation
             continue
         if len(before) > done and text.startswith(before + content):
             tokens += [*vocabulary.encode(text[done : len(before)], add_special=False), *own]
@@ -48,7 +48,7 @@ def _encode_chat(
     for at, offset in seams:
         piece = vocabulary.piece(tokens[at], first=False) if at < len(tokens) else None
         if piece is not None and not text[offset:].encode().startswith(piece):
-            return vocabulary.encode(text, add_special=False)  # a tokenizer that puts a space before what it is given
+            return vocabulary.encode(text, add_special=False)  # this tokenizer puts a space before each encoded text
     return tokens
 
 
@@ -60,10 +60,10 @@ def encode(
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The prompt's tokens, as `Engine.open` takes them; `variables` are for the chat template.
+    """Tokens of a prompt, with the arguments of `Engine.open`; `variables` are passed to the chat template.
 
     Raises:
-        UsageError: there is none, or the prompt isn't one text although it is raw.
+        UsageError: the prompt is empty, there is no chat template, or a raw prompt isn't a single text.
     """
     if raw:
         if not isinstance(prompt, str) or system:

@@ -1,4 +1,4 @@
-"""Prompt templates: a file with front matter and a Jinja body, and the prompt that it makes of an input.
+"""Prompt templates: files with TOML front matter and a Jinja body, rendered to a prompt for an input.
 
     +++
     description = "Translate a text."
@@ -12,8 +12,8 @@
 
     {{ input }}
 
-Takes a file's bytes, which may be anybody's: nothing in it can call Python, and what it is and what it makes have
-bounds. Gives values; knows no engine, no option and no folder of the user's.
+Takes a file's bytes, which aren't trusted: a body can't call Python, and the sizes of file and prompt are bounded.
+Gives values; knows no engine, no command option and no user folder.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from longspec.sampling.parameters import PARAMETERS, Bounds
 __all__ = ["INPUT", "Parameter", "Template", "check_name", "find", "names", "parse", "read"]
 
 INPUT = "input"
-"""The variable that holds what the template is about."""
+"""The variable that holds the user's input."""
 
 _FENCE = "+++"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MOST_TEMPLATE_NBYTES = 64 << 10
 _MOST_PROMPT_LETTERS = 64 << 20
-"""As much as a prompt without a template may have."""
+"""Limit of a rendered prompt in characters, as for a prompt without a template."""
 
 _NUMBERS: Mapping[str, Bounds] = {"max_new_tokens": Bounds(int, least=1), **PARAMETERS}
 _KEYS = ("description", "system", "stop", "parameters", *_NUMBERS)
@@ -51,7 +51,7 @@ _KEYS = ("description", "system", "stop", "parameters", *_NUMBERS)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What a template may be told with `--param`; without a default it must be."""
+    """A parameter of a template, set with `--param`; required if it has no default."""
 
     help: str
     default: str | None
@@ -59,9 +59,9 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A prompt with places left open, and how its answer is best written.
+    """A prompt template, with default options for generating its answer.
 
-    defaults: options of the engine by name, `system` and `stop` among them.
+    defaults: engine options by name, including `system` and `stop`.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Template:
     takes_input: bool
 
     def values(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Every parameter with its value.
+        """Values of all parameters, from `given` and the defaults.
 
         Raises:
-            UsageError: one that was given is unknown, or one that is needed wasn't given.
+            UsageError: an unknown parameter was given, or a required one wasn't.
         """
         for name in given:
             if name not in self.parameters:
@@ -94,7 +94,7 @@ class Template:
         return values
 
     def render(self, text: str | None = None, given: Mapping[str, str] | None = None) -> str:
-        """The prompt for this input.
+        """Render the prompt for an input.
 
         Raises:
             UsageError: the input or a parameter is missing or unknown, or the template fails.
@@ -120,7 +120,7 @@ class Template:
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Every template in these folders, by name; an earlier folder's goes before a later one's."""
+    """All templates in these folders, by name; an earlier folder has precedence."""
     found: dict[str, Path] = {}
     for folder in reversed(folders):
         if folder.is_dir():
@@ -129,16 +129,16 @@ def names(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError if no template can have this name."""
+    """Raise UsageError if the name isn't valid for a template."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} can't be a template's name; use up to 64 letters, digits, - and _.")
 
 
 def find(name: str, folders: Sequence[Path]) -> Path:
-    """The file of a template by its name; a name with a slash in it is a path.
+    """Path of a template's file by its name; a name with a slash is a path itself.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no folder has a template of this name.
     """
     if "/" in name:
         return Path(name)
@@ -152,7 +152,7 @@ def read(path: Path) -> Template:
     """Read a template's file.
 
     Raises:
-        UsageError: it can't be read, or isn't a template.
+        UsageError: the file can't be read, or isn't a valid template.
     """
     data = read_bytes(path, _MOST_TEMPLATE_NBYTES, "The template", pipe=True)
     try:
@@ -164,10 +164,10 @@ def read(path: Path) -> Template:
 
 
 def parse(name: str, text: str) -> Template:
-    """A template from its text. A text without front matter is a body alone.
+    """Parse a template. A text without front matter is a body only.
 
     Raises:
-        UsageError: it is none; the sentence begins after the template's name.
+        UsageError: the template is invalid; the message continues a sentence that begins with the template's name.
     """
     table, body = _split(text.replace("\r\n", "\n"))
     if unknown := [key for key in table if key not in _KEYS]:
@@ -183,7 +183,7 @@ def parse(name: str, text: str) -> Template:
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """The front matter as a table, and the body behind it."""
+    """Split into the front matter, parsed, and the body."""
     if text.split("\n", 1)[0].rstrip() != _FENCE:
         return {}, text
     lines = text.split("\n")
@@ -242,7 +242,7 @@ def _variables(body: str) -> set[str]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja without a loader and without globals: a body sees its variables and nothing else."""
+    """Sandboxed Jinja without loader and globals: a body can use its variables only."""
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.clear()
     return environment
@@ -253,7 +253,7 @@ def _line(error: Exception) -> str:
 
 
 def _offer(wrong: str, known: list[str], words: str, none: str = "there are none.") -> str:
-    """What there is instead, the closest ones where some are close."""
+    """End of an error message: the names that are similar to `wrong`, else all known names."""
     if not known:
         return none
     if close := get_close_matches(wrong, known, n=3, cutoff=0.6):

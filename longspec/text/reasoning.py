@@ -1,10 +1,10 @@
-"""What a model thinks before it answers: where its text stands, and which of it is thought.
+"""Parser of reasoning sections, `<think>...</think>` and the like.
 
-Takes a vocabulary, whose markers say how a section of reasoning begins and ends; gives a `Section`, which tells an
-answer's thoughts from its words. What holds the section to a budget is `longspec.constraints.thinking_budget`.
+Takes a vocabulary with its markers; gives a `Section`, which splits an answer into reasoning and content. The budget of
+a section is enforced by `longspec.constraints.thinking_budget`.
 
-A section is open when the prompt ends with its beginning, as the templates of DeepSeek-R1 and QwQ have it, or when the
-answer begins with it. An answer has one at most: markers that come later are part of it.
+A section opens if the prompt ends with the begin marker, as in the templates of DeepSeek-R1 and QwQ, or if the answer
+begins with it. An answer has at most one: later markers are content.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ BEFORE, INSIDE, AFTER = "before", "inside", "after"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a text stands. count: tokens since the section began, or since it ended."""
+    """Parser state. phase: before, inside or after the section. count: tokens since the section began, or ended."""
 
     phase: str
-    tail: bytes = b""  # what a marker may have begun with
+    tail: bytes = b""  # the last bytes, which may be the start of a marker
     count: int = 0
-    rest: int = 0  # bytes behind the marker in the token that ended it
+    rest: int = 0  # bytes behind the end marker in the token that completed it
 
 
 class Reader:
-    """Follows tokens from place to place."""
+    """State machine over tokens, without state of its own: `after` maps a state and a token to the next state."""
 
     def __init__(self, vocabulary: Vocabulary, markers: Markers) -> None:
         self._begin, self._end = markers.begin.encode(), markers.end.encode()
@@ -40,12 +40,12 @@ class Reader:
         self.ending = vocabulary.encode(markers.end, add_special=False)
 
     def begun(self, prompt: Sequence[int]) -> Place:
-        """At the end of a prompt: inside where it ends with the beginning of a section."""
+        """State at the end of a prompt: inside if the prompt ends with the begin marker, else before."""
         last = b"".join(map(self.spelled, prompt[-(len(self._begin) + 8) :])).rstrip()
         return Place(INSIDE if last.endswith(self._begin) else BEFORE)
 
     def after(self, place: Place, token: int) -> Place:
-        """With one more token."""
+        """State after one more token."""
         if place.phase == AFTER:
             return Place(AFTER, b"", place.count + 1)
         tail = place.tail + self.spelled(token)
@@ -60,7 +60,7 @@ class Reader:
         return Place(INSIDE, tail[-len(self._end) :], place.count + 1)
 
     def ends(self, place: Place) -> int:
-        """How many of the tokens that end a section the text already ends with."""
+        """Number of tokens of the end marker that the sequence already ends with."""
         for n in range(len(self.ending) - 1, 0, -1):
             if place.tail.endswith(b"".join(map(self.spelled, self.ending[:n]))):
                 return n
@@ -68,32 +68,33 @@ class Reader:
 
 
 class Section:
-    """One answer in two: its thoughts, and its words."""
+    """Splits one answer into reasoning and content."""
 
     def __init__(self, reader: Reader, markers: Markers, place: Place) -> None:
         self._reader = reader
         self._markers = markers
         self._place = place
-        self._opened: int | None = 0 if self._place.phase == INSIDE else None  # offsets in the text: of the thoughts
+        # Offsets in the answer's text: start and end of the reasoning, start of the content.
+        self._opened: int | None = 0 if self._place.phase == INSIDE else None
         self._closed: int | None = None
-        self._words: int | None = None  # and of the words
+        self._words: int | None = None
         self._sizes: list[int] = []  # bytes of each token of the section
-        self._thought = self._said = 0  # how far each was given
-        self._began = [False, False]  # the blanks before them were passed over
-        self.tokens = 0  # of the thoughts
+        self._thought = self._said = 0  # offsets up to which reasoning and content were given
+        self._began = [False, False]  # whether their leading blanks were passed over
+        self.tokens = 0  # number of reasoning tokens, without the end marker's
 
     @property
     def is_there(self) -> bool:
-        """The answer has thoughts, though they may be empty."""
+        """True if the answer has a reasoning section, which may be empty."""
         return self._opened is not None
 
     @property
     def is_open(self) -> bool:
-        """What is written now is thought."""
+        """True inside the reasoning section."""
         return self._place.phase == INSIDE
 
     def take(self, token: int, begin: int) -> None:
-        """The answer has one more token, whose text begins at this offset."""
+        """Add a token, whose text begins at offset `begin` of the answer."""
         old, self._place = self._place, self._reader.after(self._place, token)
         piece = self._reader.spelled(token)
         phase = self._place.phase
@@ -115,9 +116,10 @@ class Section:
                 self.tokens -= 1
 
     def parts(self, text: str, *, over: bool) -> tuple[str, str]:
-        """What is certain of thoughts and words and wasn't given before; text: all of the answer that may be shown.
+        """New reasoning and new content since the last call, as far as they are final.
 
-        The blanks around the thoughts, and before the words that follow them, are left out.
+        text: the answer so far. over: the answer has ended. Blanks around the reasoning, and before the content that
+        follows it, are left out.
         """
         thought = said = ""
         if self._opened is not None:
@@ -137,7 +139,7 @@ class Section:
         return thought, said
 
     def _held(self, text: str) -> int:
-        """Letters at the end of the text that may turn out to be the marker's."""
+        """Number of characters at the end of the text that may be the start of the end marker."""
         end = self._markers.end
         return next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)
 

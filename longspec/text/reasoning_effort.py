@@ -1,7 +1,6 @@
-"""How much a model is to think, said in the words of its own chat template.
+"""Reasoning effort, as variables of the model's chat template.
 
-Takes a vocabulary, whose template reads such variables or doesn't; loads nothing, so that a wrong word is said before
-a model is.
+Takes a vocabulary with its template; loads no model, so that an unknown effort is refused before one is loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _SWITCHES = ("enable_thinking", "thinking")  # Qwen 3 and SmolLM3; DeepSeek V3.1
 
 
 def checked(effort: str) -> str:
-    """Raises UsageError where it is no effort at all."""
+    """Return the effort; raise UsageError if it isn't one of EFFORTS."""
     if effort not in EFFORTS:
         raise UsageError(f"The effort {effort!r} is not known; use one of: {', '.join(EFFORTS)}.")
     return effort
 
 
 def variables(vocabulary: Vocabulary, effort: str | None) -> dict[str, Any]:
-    """What the chat template is told for this effort.
+    """Variables of the chat template for this effort.
 
     Raises:
-        UsageError: the template doesn't know it.
+        UsageError: the template doesn't support the effort.
     """
     if effort is None:
         return {}

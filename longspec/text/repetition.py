@@ -1,12 +1,12 @@
-"""A text that only repeats itself: noticed while it is written, token by token.
+"""Detection of endless repetition during generation, token by token.
 
-Takes an answer's tokens one by one; knows no vocabulary and no model, so that where a text is ended depends on the
-text alone. For each distance up to `FAR` the detector counts how long every token has equalled the one so far before
-it: a loop of period p is a long run at distance p. A token costs one comparison per distance, some 11 microseconds.
+Takes an answer's tokens one by one; knows no vocabulary and no model, so that the end of a sequence depends on its
+tokens only. For each distance d up to `FAR` the detector counts for how many tokens each has equalled the one d tokens
+before it: a loop of period p is a long run at distance p. A token costs one comparison per distance.
 
-What programs and tables repeat must not be taken for it. A loop is so many whole repetitions and, all together, so
-many tokens: rulers, rows of dashes, and a handful of equal lines are shorter. What is made of a few different tokens
-(a matrix of zeros, an empty table) may go on for longer.
+Legitimate repetition in programs and tables must not end a sequence. So a loop needs a number of whole repetitions and
+a total number of tokens that rulers, rows of dashes and a handful of equal lines don't reach; for periods of a few
+distinct tokens (a matrix of zeros, an empty table) the total is higher.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import numpy as np
 __all__ = ["Loops"]
 
 FAR = 2048
-"""The longest period that is seen, in tokens."""
+"""Longest detected period, in tokens."""
 
 REPEATS, FEWER, LONG = 4, 3, 128
-"""How often a period has to be there: a long one, from `LONG` tokens on, less often."""
+"""Least number of repetitions of a period: `REPEATS`, or `FEWER` for periods of `LONG` tokens and more."""
 
 LEAST = 200
-"""Tokens of all repetitions together."""
+"""Least length of all repetitions together, in tokens."""
 
 PLAIN, LEAST_PLAIN = 8, 600
-"""A period of fewer than `PLAIN` different tokens may be a table's: so many tokens then."""
+"""For a period of fewer than `PLAIN` distinct tokens, which may be a table's, that length is `LEAST_PLAIN`."""
 
 
 class Loops:
-    """What an answer's tokens so far repeat."""
+    """Loop detector of one answer."""
 
     def __init__(self) -> None:
         self._seen = np.full(4 * FAR, -1, dtype=np.int32)  # the last tokens, right before `_end`
         self._end = FAR
         periods = np.arange(FAR, 0, -1, dtype=np.int32)
         repeats = np.where(periods < LONG, REPEATS, FEWER)
-        self._wanted = np.maximum(LEAST, repeats * periods) - periods  # what a run has to be, by falling period
+        self._wanted = np.maximum(LEAST, repeats * periods) - periods  # least run of a loop, by descending period
         self._runs = np.zeros(FAR, dtype=np.int32)
 
     def take(self, token: int) -> bool:
-        """The answer has one more token: whether it ends with a loop now."""
+        """Add a token; True if the answer ends with a loop now."""
         if self._end == len(self._seen):
             self._seen[:FAR] = self._seen[-FAR:]
             self._end = FAR
-        before = self._seen[self._end - FAR : self._end]  # the farthest first, as in `_runs`
+        before = self._seen[self._end - FAR : self._end]  # by descending distance, as in `_runs`
         self._runs += 1
         self._runs *= before == token
         self._seen[self._end] = token

@@ -1,7 +1,6 @@
-"""A checkpoint's vocabulary: text to token ids, and the bytes that a token stands for.
+"""A checkpoint's vocabulary: from text to token ids, and from a token to its bytes.
 
 Takes a tokenizer, a chat template and special tokens as plain values; knows no model, no file and no session.
-
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from longspec.text.think_tags import find
 __all__ = ["Vocabulary"]
 
 
-# GPT-2's spelling of bytes: a byte that prints stands for itself, the others are moved up from 256 in their order.
+# GPT-2's byte alphabet: a printable byte stands for itself, the others are mapped to 256, 257, ... in order.
 _PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _MOVED = sorted({*range(256)} - {*_PRINTS})
 _SPELLED = {chr(byte): byte for byte in _PRINTS} | {chr(256 + i): byte for i, byte in enumerate(_MOVED)}
@@ -30,8 +29,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Vocabulary:
     """A checkpoint's tokenizer, with its chat template and its special tokens (`{"bos_token": "<s>", ...}`).
 
-    A special token is a string, or a table with its `content`, as tokenizer_config.json has it. The tokenizer belongs
-    to the vocabulary from here on: the truncation and padding that its file may ask for are switched off.
+    A special token is a string, or a mapping with its `content`, as in tokenizer_config.json. The vocabulary takes over
+    the tokenizer, and switches off truncation and padding that its file may set.
 
     Raises:
         ModelError: a special token is neither.
@@ -47,7 +46,7 @@ class Vocabulary:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        # Only what the model has a row for: a token that is new to the tokenizer would get an id beyond the model.
+        # Only tokens with an id: the tokenizer would give a new one an id beyond the model's embedding.
         known = [text for text in self.special.values() if tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens([text for text in known if text not in added])
         self._silent = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -59,13 +58,13 @@ class Vocabulary:
         self._has_byte_tokens = b'"ByteFallback"' in decoder
 
     def id_of(self, role: str) -> int | None:
-        """The id of a special token by its role, such as `eos_token`; None where there is none."""
+        """Id of a special token by its role, such as `eos_token`; None if there is none."""
         return self.tokenizer.token_to_id(self.special[role]) if role in self.special else None
 
     def encode(self, text: str, *, add_special: bool) -> list[int]:
-        """The tokens of a text; `add_special` puts the tokenizer's own around it, such as the one that begins a text.
+        """Encode a text; `add_special` adds the tokenizer's special tokens, such as BOS.
 
-        A rendered chat already has them: encode it without.
+        A rendered chat contains them already: encode it without.
 
         Raises:
             UsageError: the text isn't valid Unicode.
@@ -79,7 +78,7 @@ class Vocabulary:
         return self.tokenizer.encode(text, add_special_tokens=add_special).ids
 
     def spells(self, tokens: Iterable[int], text: str) -> bool:
-        """Whether an answer of these tokens is this text, byte for byte and without an incomplete character."""
+        """True if an answer of these tokens decodes to this text, byte for byte."""
         spelled = b""
         for token in tokens:
             if self.tokenizer.id_to_token(token) is None:
@@ -95,7 +94,7 @@ class Vocabulary:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The messages as the checkpoint's template writes them; `variables` are the template's own switches.
+        """Render messages by the checkpoint's chat template; `variables` are passed to the template.
 
         Raises:
             UsageError: there is no template, or it refuses the messages.
@@ -108,22 +107,22 @@ class Vocabulary:
 
     @property
     def variables(self) -> frozenset[str]:
-        """What the chat template reads and doesn't set itself; nothing where there is none."""
+        """Variables that the chat template reads and doesn't set; empty without a template."""
         return frozenset() if self._chat_template is None else self._chat_template.variables
 
     def piece(self, token: int, *, first: bool) -> bytes | None:
-        """What a token adds to a text, in UTF-8 that may be a part of a character; None for special and unknown tokens.
+        """UTF-8 bytes of a token, maybe a part of a character; None for special and unknown tokens.
 
         The first token of a text may lose its leading space.
         """
         name = self.tokenizer.id_to_token(token)
-        if name is not None and token in self._spoken:  # it tells a reader where the thoughts end
+        if name is not None and token in self._spoken:  # reasoning markers are text, also if they are special tokens
             return name.encode()
         if name is None or token in self._silent:
             return None
         if self._spells_bytes:
             spelled = [_SPELLED.get(letter) for letter in name]
-            # A token that was added to the vocabulary is written as it reads.
+            # Added tokens aren't in the byte alphabet: their names are their text.
             return name.encode() if None in spelled else bytes(byte for byte in spelled if byte is not None)
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(name)) and match[1] >= "8":
             return bytes.fromhex(match[1])
@@ -134,7 +133,7 @@ class Vocabulary:
 
     @cached_property
     def _anchor(self) -> tuple[list[int], int]:
-        """A token with text of its own, and that text's length: behind it, another is decoded as inside a text."""
+        """A token and its text's length: a token decoded after it keeps its leading space, as inside a text."""
         for token in range(self.tokenizer.get_vocab_size()):
             text = "" if token in self._silent else self.tokenizer.decode([token])
             if text and "\ufffd" not in text:

@@ -1,10 +1,10 @@
-"""A whole training in one folder: plan, texts, steps, report. What was done before is gone on with.
+"""The training pipeline in one folder: texts, training, report. An interrupted run continues from the folder's files.
 
-config.json, model.safetensors   the best head so far: what --drafter FOLDER takes
-report.json, report.png          what it is worth
-work/recipe.json                 what this folder is of: another recipe is refused
-     texts.jsonl                 what the target wrote
-     checkpoint.safetensors      where the training is
+config.json, model.safetensors   the best head so far, for --drafter FOLDER
+report.json, report.png          loss, accuracy and tokens per step
+work/recipe.json                 the folder's recipe: a run with another one is refused
+     texts.jsonl                 the texts that the target generated
+     checkpoint.safetensors      parameters, optimizer state and progress
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Course", "start"]
 Report = Callable[[str, int, int], None]
 
 MOST_HELD = 16
-"""Prompts that are kept for validation: a tenth, and no more than so many."""
+"""Limit of the prompts held out for validation, which are a tenth of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,20 @@ class Course:
     model: Model
     recipe: Recipe
     folder: Path
-    prompts: Sequence[str]  # that are distilled
-    held: Sequence[str]  # that are not
-    options: dict[str, Any]  # how texts are sampled
-    writer: Model  # of the texts: the model itself, or its faster form
-    first: Trained | None = None  # the head that it goes on from
+    prompts: Sequence[str]  # that training texts are generated from
+    held: Sequence[str]  # held out for validation
+    options: dict[str, Any]  # of `Engine.open`, for generating texts
+    writer: Model  # generates the texts: the model itself, or the same in a faster dtype
+    first: Trained | None = None  # a trained head as the starting point
 
     def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
-        """Train to the end, or from where the folder is; gives the report, which is in the folder too.
+        """Train to the end, from the folder's state; returns the report, which is also written to the folder.
 
-        Started by torchrun in several processes, all train, and the first one alone writes and reports.
+        In several processes started by torchrun all train, and only the first one writes and returns a report.
 
         Raises:
-            UsageError: the folder is of another training, or no prompt can be used.
-            LongspecError: something can't be written.
+            UsageError: the folder holds another training, or no prompt can be used.
+            LongspecError: a file can't be written.
         """
         with together(self.model.decoder.device) as company:
             if not company.first:
@@ -106,7 +106,7 @@ class Course:
         )
 
     def _begun(self, tokens: Tensor | None) -> Trained:
-        """Untrained, or with what the first head has learned, and then with the tokens that it drafts."""
+        """The head at step 0: untrained, or with the weights and draft vocabulary of `first`."""
         head = self._untrained(tokens if self.first is None else self.first.tokens)
         if self.first is not None:
             head.module.load_state_dict(self.first.module.state_dict())
@@ -115,7 +115,7 @@ class Course:
     def _train(
         self, texts: Sequence[Text], report: Report, company: Together, *, int8: bool
     ) -> tuple[Trained, Progress]:
-        """The head as it is at the end, and how it got there; the best one is in the folder."""
+        """The head after the last step, and the progress; the best head is written to the folder."""
         model, recipe = self.model, self.recipe
         head = self._begun(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
         progress = train(
@@ -132,7 +132,7 @@ class Course:
         return head, progress
 
     def _claim(self, work: Path) -> None:
-        """Say in the folder what it is of, or see that it says the same."""
+        """Write the recipe into a new folder; in a used one raise UsageError unless its recipe is the same."""
         said = json.loads(json.dumps({
             "recipe": asdict(self.recipe),
             "target": self.model.lineage,
@@ -165,15 +165,14 @@ def start(
     writer: Model | None = None,
     first: Path | None = None,
 ) -> Course:
-    """What is to be done. Of the prompts every so many-th is kept for validation, and isn't trained on wherever else it
-    stands; the others are taken in an order of the seed's: a file may have one kind behind the other.
+    """Set up a training. Duplicate prompts are dropped, evenly spaced ones are held out for validation, and the others
+    are shuffled by the seed, since a file may be sorted by kind.
 
-    writer: the same model in the dtype that is to write the texts; None: as it is. first: the folder of a head to go on
-    from.
+    writer: the same model in the dtype in which it generates the texts; default: `model`. first: folder of a trained
+    head as the starting point.
 
     Raises:
-        UsageError: there are fewer than two, the model's weights are codes, or the first head is of another kind or
-            model.
+        UsageError: fewer than two prompts, an int8 model, or a first head of another kind or model.
     """
     if model.dtype == "int8":
         raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
@@ -207,6 +206,6 @@ def start(
 
 
 def _digest(head: Trained) -> str:
-    """Of all that it has learned."""
+    """SHA-256 of a head's weights and draft vocabulary."""
     learned = [*head.module.state_dict().values(), *([] if head.tokens is None else [head.tokens])]
     return sha256(b"".join(value.double().cpu().numpy().tobytes() for value in learned)).hexdigest()

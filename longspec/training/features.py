@@ -1,8 +1,7 @@
-"""The target's hidden states over texts: a head trains on them.
+"""The target's hidden states over training texts: the inputs and regression targets of a head.
 
-A whole text is one wide pass, which is two fifths of a training step of the default model. So they are kept from one
-epoch to the next, in the model's dtype and so to the same bits, while they fit into a part of the memory (of the
-default model 1.2 GB for a million tokens); the others are computed anew.
+Computing them is a large part of a training step. They are kept from one epoch to the next, bit for bit in the model's
+dtype, as long as they fit into a quarter of the free memory; the others are recomputed.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from longspec.model.decoder import Chunk, Decoder, Rows
 __all__ = ["Features", "features"]
 
 CHUNK = 512
-"""Rows of a pass."""
+"""Token positions of a forward pass."""
 
-_SHARE = 0.25  # of the memory that is free at first
+_SHARE = 0.25  # of the memory that is free at the start
 
 
 class Features:
-    """Those of texts that come again and again. room: bytes for what is kept; a share of what is free, if left out."""
+    """Cache of hidden states by text. room: its capacity in bytes; default: a share (`_SHARE`) of the free memory."""
 
     def __init__(self, decoder: Decoder, room: int | None = None) -> None:
         self._decoder = decoder
@@ -33,7 +32,7 @@ class Features:
         self._kept: dict[int, Tensor] = {}
 
     def of(self, number: int, tokens: Sequence[int]) -> Tensor:
-        """[n, width] of the text with this number."""
+        """Hidden states [n, width] of the text with this number."""
         found = self._kept.get(number)
         if found is None:
             found = features(self._decoder, tokens)
@@ -45,7 +44,7 @@ class Features:
 
 @torch.no_grad()
 def features(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
-    """[n, width]: the hidden state behind each token, before the final norm."""
+    """Hidden states [n, width], one for each token, before the final norm."""
     cache, made = Dense(decoder.shape), []
     for start in range(0, len(tokens), CHUNK):
         own = tokens[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""What a training will take, before it starts: tokens, operations, and hours from a short measurement.
+"""Cost estimate of a training before it starts: tokens, FLOPs, and hours from a short measurement.
 
 Takes a target, a recipe and prompts; runs a few steps of each stage and gives a `Plan`.
 """
@@ -22,14 +22,14 @@ from longspec.training.train import Recipe, frequent, loss_of, ready
 
 __all__ = ["Plan", "make_plan"]
 
-_STEPS = 12  # of the measurement: tokens of each text that is written
+_STEPS = 12  # engine steps that generation is measured over
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    parameters: int  # of the head that are trained
-    distil_tokens: int
-    train_tokens: int  # rows that the head is trained on, over all steps
+    parameters: int  # trainable ones of the head
+    distil_tokens: int  # to generate
+    train_tokens: int  # token positions that the head is trained on, over all steps
     flops: float
     distil_hours: float
     train_hours: float
@@ -57,7 +57,7 @@ def make_plan(
     options: dict[str, Any],
     writer: Model | None = None,
 ) -> Plan:
-    """Measured on a head that is dropped; nothing is written."""
+    """Measure with an untrained head, which is then dropped; no files are written."""
     seconds_per_token = _writing(writer or model, prompts, options)
     length = min(recipe.window, model.decoder.config.context)
     size = model.decoder.config.vocabulary
@@ -74,7 +74,7 @@ def make_plan(
     target = sum(tensor.numel() for tensor in model.decoder.tensors() if tensor.dim() == 2)
     rows = recipe.steps * recipe.texts * length
     written = len(head.rows(model)) * model.decoder.config.width
-    # Two operations a weight forwards, twice as many backwards; what is written with is frozen, so half of that back.
+    # 2 FLOPs per weight forward, 4 backward. The LM head is frozen: 2 backward.
     per_row = 2 * target + 6 * parameters + recipe.depth * 4 * written + 2 * written
     return Plan(
         parameters=parameters,
@@ -89,7 +89,7 @@ def make_plan(
 
 
 def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> float:
-    """Seconds per token of texts that are written side by side, reading their prompts included, as in the rough."""
+    """Approximate seconds per generated token in a batch of `TOGETHER`, including prefill of the prompts."""
     engine = Engine(model, drafter="ngram", cache="dense")
     sessions = []
     for number in range(TOGETHER):
@@ -99,7 +99,7 @@ def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> f
     for session in sessions:
         for _ in engine.prefill(session):
             pass
-    reading = (perf_counter() - began) / TOGETHER / (2 * ANSWER)  # an answer is longer than it is measured here
+    reading = (perf_counter() - began) / TOGETHER / (2 * ANSWER)  # per token of an assumed answer of 128 tokens
     began = perf_counter()
     for _ in range(_STEPS):
         if active := [session for session in sessions if session.finish_reason is None]:
@@ -109,7 +109,7 @@ def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> f
 
 
 def _training(model: Model, head: Trained, text: Text) -> float:
-    """Seconds of a text, the second time."""
+    """Seconds of one text's forward and backward pass, after a warm-up."""
     rows = head.rows(model)
     for _ in range(2):
         began = perf_counter()

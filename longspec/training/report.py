@@ -1,7 +1,7 @@
-"""What a head is worth: how often each depth is right, tokens per step in the engine, and a page of both.
+"""Evaluation of a head: accuracy by draft depth, tokens per step in the engine, and a report of both.
 
-Takes a target and a head that is ready to draft. Accuracy is counted behind true tokens, as in training; tokens per
-step is what the engine really commits, drafting as much as it may.
+Takes a target and a head that is ready to draft. Accuracy is measured with teacher forcing, as in training; tokens per
+step is measured in the engine, with drafts of the maximal length.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from longspec.training.features import features
 __all__ = ["accuracies", "draw", "tokens_per_step", "write_report"]
 
 ANSWER = 64
-"""Tokens that each held-out prompt is answered with."""
+"""Limit of the answer to a held-out prompt, in tokens."""
 
 
 def tokens_per_step(
     model: Model, head: Trained, prompts: Sequence[str], options: dict[str, Any]
 ) -> tuple[float, list[Text]]:
-    """Over all prompts, written side by side; and what was written, which is the same for every head."""
+    """Tokens per step over all prompts, generated in one batch; and the texts, which are the same for every head."""
     engine = Engine(model, drafter=Head(model, head), cache="dense", control="fixed")
     sessions = []
     for number, prompt in enumerate(prompts):
@@ -51,7 +51,7 @@ def tokens_per_step(
 
 @torch.no_grad()
 def accuracies(model: Model, head: Trained, texts: Sequence[Text]) -> list[float]:
-    """By depth: how often the head's likeliest token behind true tokens is the target's."""
+    """By depth, how often the head's argmax is the target's, given the true tokens before (teacher forcing)."""
     decoder, config, rows = model.decoder, head.config(model), head.rows(model)
     right, seen = torch.zeros(head.depth), torch.zeros(head.depth)
     for text in texts:
@@ -70,10 +70,10 @@ def accuracies(model: Model, head: Trained, texts: Sequence[Text]) -> list[float
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json, and report.png where matplotlib is installed (the extra `bench`).
+    """Write report.json, and report.png if matplotlib is installed (the extra `bench`).
 
     Raises:
-        LongspecError: they can't be written.
+        LongspecError: a file can't be written.
     """
     try:
         replaced(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
@@ -85,7 +85,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def draw(path: Path, report: dict[str, Any]) -> None:
-    """Loss and tokens per step over the steps; accuracy by depth."""
+    """Plot loss and tokens per step over the steps, and accuracy by depth, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

@@ -1,7 +1,7 @@
-"""Several processes at one training: each takes a share of a step's texts, and what they find is summed.
+"""Data-parallel training: each process takes a share of a step's texts, and gradients are summed over processes.
 
-Takes what `torchrun` says in the environment; without it there is one process, which does everything. The first one
-writes files, validates and reports; the others train beside it and read the same folder.
+Takes `torchrun`'s environment variables; without them there is a single process. Rank 0 writes files, validates and
+reports; the others train and read the same folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ALONE", "Together", "together"]
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=30)  # the others wait while the first one writes all texts
+_PATIENCE = timedelta(days=30)  # the other ranks wait while rank 0 generates all texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,11 @@ class Together:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """What this process does of it."""
+        """The items that this process handles."""
         return list(islice(items, self.rank, None, self.size))
 
     def add(self, parameters: Sequence[Tensor], loss: float) -> float:
-        """Sum the gradients of all processes in place, as one message; the sum of their losses."""
+        """Sum the gradients over all processes, in place and in one all-reduce; returns the sum of the losses."""
         if self.size == 1:
             return loss
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -54,7 +54,7 @@ class Together:
         return float(flat[0])
 
     def tell(self, value: float) -> float:
-        """The first one's value, for all."""
+        """Broadcast rank 0's value."""
         if self.size == 1:
             return value
         told = [value]
@@ -62,7 +62,7 @@ class Together:
         return told[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Barrier."""
         if self.size > 1:
             dist.barrier()
 
@@ -72,10 +72,10 @@ ALONE = Together()
 
 @contextmanager
 def together(device: torch.device) -> Iterator[Together]:
-    """The processes that torchrun started, or this one alone.
+    """The process group that torchrun started, or this process alone.
 
     Raises:
-        UsageError: they can't find each other.
+        UsageError: the process group can't be initialised.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE

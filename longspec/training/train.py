@@ -1,10 +1,10 @@
-"""The training of a head: steps, checkpoints, validation in the engine.
+"""The training loop of a head, with checkpoints and validation in the engine.
 
     loss = sum over depths i of 0.7^i (cross-entropy against the target's distribution + smooth L1 against its features)
 
-Takes a target, its texts and a `Recipe`; gives the head that wrote most tokens per step on prompts that it wasn't
-trained on. Which texts a step sees is a function of seed and step, and a checkpoint holds all that a step changes: in
-fp32 on a CPU a run that was killed and goes on ends with the same bits.
+Takes a target, its texts and a `Recipe`; keeps the head with the most tokens per step on held-out prompts. A step's
+texts are a function of seed and step, and a checkpoint holds all state that a step changes: in fp32 on a CPU an
+interrupted run ends with the same bits.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ Report = Callable[[str, int, int], None]
 Validate = Callable[[Trained], float]
 
 DECAY = 0.7
-"""What the loss of a depth weighs against the one before: a later token is only reached where all before are kept."""
+"""Weight of a depth's loss relative to the depth before: a deeper token counts only if all before it are kept."""
 
 SAVED = 300.0
-"""Seconds between checkpoints: what a kill can cost."""
+"""Seconds between checkpoints."""
 
-_BETAS, _CLIP, _WEIGHT_DECAY = (0.9, 0.95), 0.5, 0.01
-_PIECE = 128  # rows of logits that stand at once
-_LEAST_RATE = 0.1  # of the highest, at the cosine's end
+_BETAS, _CLIP, _WEIGHT_DECAY = (0.9, 0.95), 0.5, 0.01  # AdamW's betas, gradient norm limit, AdamW's weight decay
+_PIECE = 128  # rows of logits that are computed at once
+_LEAST_RATE = 0.1  # final learning rate of the cosine schedule, relative to the highest
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides the weights, the texts apart."""
+    """Hyperparameters of a training; with the texts they determine the weights."""
 
     kind: str = "clover2"
     steps: int = 2000
-    tokens: int = 1_000_000  # of the answers that are distilled
-    depth: int = 5
-    draft_vocab: int = 0  # 0: all tokens
+    tokens: int = 1_000_000  # of generated answers
+    depth: int = 5  # draft depths of the loss
+    draft_vocab: int = 0  # size of the draft vocabulary; 0: all tokens
     seed: int = 0
-    window: int = 512  # tokens of a text
-    texts: int = 8  # per step; their gradients are summed
-    rate: float = 1e-3
+    window: int = 512  # tokens of a text at most; attention window of the head's layers
+    texts: int = 8  # batch size of a step
+    rate: float = 1e-3  # highest learning rate
     validations: int = 10
-    invented: int = 0  # of a hundred texts, how many answer a prompt of the target's own
-    patience: int = 4  # validations without a better one, after which it ends
+    invented: int = 0  # percentage of texts whose prompt the target generates
+    patience: int = 4  # validations without improvement after which training stops
 
     @property
     def every(self) -> int:
@@ -70,7 +70,7 @@ class Recipe:
         return max(1, self.steps // self.validations)
 
     def rate_at(self, step: int) -> float:
-        """Rising over a twentieth of the steps, then a cosine."""
+        """Learning rate: linear warm-up over a twentieth of the steps, then a cosine schedule."""
         rising = max(1, self.steps // 20)
         if step < rising:
             return self.rate * (step + 1) / rising
@@ -80,17 +80,17 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training is."""
+    """Progress of a training."""
 
     step: int = 0
-    best: float = 0.0  # tokens per step
+    best: float = 0.0  # tokens per step of the best validation
     since: int = 0  # validations since then
     history: tuple[tuple[int, float, float], ...] = ()  # step, loss, tokens per step
 
 
 def frequent(texts: Sequence[Text], size: int, vocabulary: int, always: Sequence[int] = ()) -> Tensor | None:
-    """The tokens that answers have most often, rising; None for all. `always` are among them."""
-    size = -(-size // 64) * 64  # kernels take whole tiles
+    """Draft vocabulary: the most frequent tokens of the answers, ascending, including `always`; None is all tokens."""
+    size = -(-size // 64) * 64  # the kernels need a multiple of a tile
     if not size or size >= vocabulary:
         return None
     counts = torch.zeros(vocabulary, dtype=torch.int64)
@@ -112,13 +112,13 @@ def train(
     report: Report,
     company: Together = ALONE,
 ) -> Progress:
-    """Train the head in place, from the checkpoint if there is one; `keep` is given every better one, ready to draft.
+    """Train the head in place, from the checkpoint if there is one. `keep` is called with every new best head.
 
-    company: the processes that share each step. The first one validates, keeps and writes.
+    company: the processes of a data-parallel training; rank 0 validates, keeps and writes.
 
     Raises:
-        LongspecError: the checkpoint can't be written, or the loss is no number any more.
-        UsageError: the checkpoint isn't of such a training.
+        LongspecError: the checkpoint can't be written, or the loss isn't finite.
+        UsageError: the checkpoint is of another training.
     """
     usable = [text for text in texts if len(text.tokens) > recipe.depth + 2]
     if not usable:
@@ -163,7 +163,7 @@ def train(
 def _backward(
     model: Model, head: Trained, rows: Tensor, hidden: Features, chosen: Sequence[Text], company: Together
 ) -> float:
-    """Add the gradients of this process's share of a step's texts; the loss of an answer's token."""
+    """Accumulate the gradients of this process's share of a step's texts; returns its part of the loss per token."""
     total, running = sum(len(text.tokens) - text.prompt for text in chosen), 0.0
     for text in company.share(chosen):
         loss = loss_of(model, head, rows, text, hidden.of(text.number, text.tokens)) / total
@@ -173,13 +173,15 @@ def _backward(
 
 
 def loss_of(model: Model, head: Trained, rows: Tensor, text: Text, hidden: Tensor) -> Tensor:
-    """Summed over the answer's rows. rows [D, width]: of the target's head, as the head uses them; hidden [n, width]:
-    the text's, before the final norm.
+    """Loss of a text, summed over the answer's positions and the depths.
+
+    rows: [D, width], the target's LM head restricted to the draft vocabulary. hidden: [n, width], the target's hidden
+    states before the final norm.
     """
     decoder, config = model.decoder, head.config(model)
     with torch.no_grad():
         wanted = decoder.normed(hidden).float()  # [n, width]
-        scale = wanted.square().mean().sqrt().clamp_min(1e-6)  # the smooth L1 is then the same for every target
+        scale = wanted.square().mean().sqrt().clamp_min(1e-6)  # makes the smooth L1 independent of the target's scale
         target = torch.softmax(_logits(wanted, rows, config.logit_softcap), -1)
         embedded = decoder.embed(torch.tensor(text.tokens[1:], device=decoder.device)).float()
     loss = hidden.new_zeros((), dtype=torch.float32)
@@ -188,7 +190,7 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text, hidden: Tenso
             head.module, config, hidden[None, :-1].float(), head.module.token_norm(embedded)[None], head.depth
         )
         for i, out in enumerate(outs):
-            first = max(0, text.prompt - 2 - i)  # row t stands for token t + i + 2: answers count alone
+            first = max(0, text.prompt - 2 - i)  # position t predicts token t + i + 2; only answers count
             normed = head.module.norm(out[0, first:].float())
             behind = slice(first + i + 1, None)
             entropy = _CrossEntropy.apply(normed, rows, target[behind], config.logit_softcap)  # type: ignore[no-untyped-call]
@@ -198,8 +200,10 @@ def loss_of(model: Model, head: Trained, rows: Tensor, text: Text, hidden: Tenso
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed, of target [t, D] against the logits of normed [t, width]. Its gradient is made on the way, in pieces that
-    stay in a core's cache: no [t, D] is ever kept, and what is written with is frozen.
+    """Cross-entropy of target [t, D] against the logits of normed [t, width], summed over t.
+
+    The gradient is computed in the forward pass, in pieces that fit a core's cache: no [t, D] logits are kept. The LM
+    head `rows` is frozen, and has no gradient.
     """
 
     @staticmethod
@@ -224,19 +228,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def ready(model: Model, head: Trained) -> Trained:
-    """A copy that drafts: in the target's dtype, without gradients."""
+    """A copy for drafting: in the target's dtype, without gradients."""
     module = deepcopy(head.module).to(model.decoder.dtype).requires_grad_(False)
     return replace(head, module=module)
 
 
 def _logits(normed: Tensor, rows: Tensor, cap: float | None) -> Tensor:
-    """[t, D] in fp32; the product is in the rows' dtype."""
+    """Logits [t, D] in fp32; the product is in the dtype of `rows`."""
     logits = (normed.to(rows.dtype) @ rows.T).float()
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _order(recipe: Recipe, count: int, step: int) -> Iterator[int]:
-    """The texts of a step: epoch by epoch, each in an order of its own."""
+    """Indices of a step's texts: each epoch is a new permutation."""
     epoch, order = -1, torch.empty(0)
     for at in range(step * recipe.texts, (step + 1) * recipe.texts):
         if at // count != epoch:
@@ -247,7 +251,7 @@ def _order(recipe: Recipe, count: int, step: int) -> Iterator[int]:
 
 
 def _save(path: Path, head: Trained, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Parameters, both moments and the progress, as one file."""
+    """Write parameters, both Adam moments and the progress to one file."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}

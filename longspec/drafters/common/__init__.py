@@ -1,1 +1,1 @@
-"""What drafters share: tree expansion, head caches, merging of drafts, layer-skipping search, suffix arrays."""
+"""Shared components of drafters: tree expansion, KV caches of heads, merging, layer-skipping search, suffix arrays."""

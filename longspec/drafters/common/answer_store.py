@@ -1,8 +1,8 @@
-"""Answers of earlier runs, kept in the user's cache to draft from: only if the user asks, never much, easily cleared.
+"""Store of earlier answers to draft from, in the user's cache directory; written only with `--remember`.
 
-A file of tokens for each tokenizer, 4 bytes each, answers divided by a mark. It holds what was written and can be read
-back into text by anybody who can read the file: hence `--remember` is off by default, the file is the user's alone
-(mode 0600), holds at most 256 Ki tokens, the newest, and `longspec forget` deletes it.
+One file for each tokenizer: token ids of 4 bytes (little-endian), each answer ended by a mark. Whoever can read the
+file can decode the answers: hence `--remember` is off by default, the file has mode 0600 and holds at most the newest
+256 Ki tokens, and `longspec forget` deletes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def outputs_folder() -> Path:
 
 
 def forget() -> int:
-    """Delete what is remembered, for all models; bytes."""
+    """Delete the stored answers of all models; returns the bytes freed."""
     folder = outputs_folder()
     nbytes = sum(file.stat().st_size for file in folder.glob("*.tokens")) if folder.is_dir() else 0
     shutil.rmtree(folder, ignore_errors=True)
@@ -36,14 +36,14 @@ def forget() -> int:
 
 
 class Outputs:
-    """Answers in the tokens of one tokenizer, named by its hash; vocabulary: its size."""
+    """Answers in token ids of one tokenizer. tokenizer: its hash; vocabulary: its size."""
 
     def __init__(self, tokenizer: str, vocabulary: int) -> None:
         self.path = outputs_folder() / f"{tokenizer[:32]}.tokens"
         self.vocabulary = vocabulary
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The answers, the oldest first; nothing where there is no file, or what it holds isn't such tokens."""
+        """Yield the answers, oldest first; none if the file is missing or unreadable. Invalid answers are skipped."""
         try:
             if self.path.stat().st_size > 8 * MOST_TOKENS:
                 return
@@ -52,12 +52,12 @@ class Outputs:
             return
         tokens = np.frombuffer(data[: len(data) // 4 * 4], "<u4")
         ends = np.flatnonzero(tokens == _MARK)
-        for answer in np.split(tokens, ends + 1)[: len(ends)]:  # what is behind the last mark is torn
+        for answer in np.split(tokens, ends + 1)[: len(ends)]:  # tokens after the last mark are a torn write
             if len(answer) > 1 and int(answer[:-1].max()) < self.vocabulary:
                 yield answer[:-1].tolist()
 
     def add(self, answer: Sequence[int]) -> None:
-        """Append it; the oldest go when there are too many. A folder that can't be written is no error."""
+        """Append an answer, dropping the oldest ones beyond the limit. A folder that can't be written is no error."""
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             line = np.asarray([*answer, _MARK], np.int64).astype("<u4").tobytes()

@@ -1,8 +1,8 @@
-"""A Clover-2 head's cell in C: one greedy text's tree in a call, where the target's layers have their kernel.
+"""A Clover-2 head's cell in C: expands the whole draft tree of one greedy sequence in a call.
 
-Takes a head, its decoder and the embeddings of its draft tokens; gives what `grow` gives with a lower floor, to bf16's
-rounding. A drafted token costs three small products: 0.1 ms for the default model in int8, where torch's operators and
-Python take 1.2.
+Takes a head, its decoder and the embeddings of its draft tokens; gives the draft that `grow` would give with a lower
+floor, up to bf16 rounding. It needs the native kernel of the target's layers. An expanded node costs three small matrix
+products.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from longspec.types import Draft
 __all__ = ["Cell", "missing"]
 
 FLOOR = 0.1
-"""The least chance of a path that is worth an expansion, which takes a thirtieth of the default model's pass in bf16:
-eight drafted tokens made it 1.48 times as fast, with 0.3 1.41 times."""
+"""Least path probability of an expanded node. Lower than `tree_growth.FLOOR`: an expansion in C is cheaper."""
 
 _MOST_TABLE = 64 << 20
-"""Bytes of what is known of the draft tokens: 14 MB for 4,096 of the default model's width."""
+"""Limit in bytes of the precomputed K, V and join tables of the draft tokens: 3 x [D, width] in bf16."""
 
 
 class _Cell(ctypes.Structure):
@@ -45,7 +44,7 @@ class _Cell(ctypes.Structure):
 
 
 def missing(module: object, decoder: Decoder) -> str | None:
-    """Why the cell isn't run in C; None where it can be. decoder: the head's."""
+    """Reason why the cell can't run in C; None if it can. decoder: the head's."""
     if not isinstance(module, Clover2):
         return "it knows Clover-2's cell alone"
     config = decoder.config
@@ -62,10 +61,10 @@ def missing(module: object, decoder: Decoder) -> str | None:
 
 
 class Cell:
-    """The cell of one head, with its tables."""
+    """The native cell of one head, with its precomputed tables."""
 
     def __init__(self, module: Clover2, decoder: Decoder, embeddings: Tensor, *, coded: bool) -> None:
-        """Embeddings [D, width] of the draft tokens. Coded: matrices as codes."""
+        """embeddings: [D, width] of the draft tokens. coded: quantize the matrices to int8 codes."""
         found, kernel, width = _library(), decoder.kernel, decoder.config.width
         if isinstance(found, str) or kernel is None:
             raise RuntimeError(missing(module, decoder))
@@ -87,7 +86,7 @@ class Cell:
         ]
         tables = [table.contiguous() for table in tables]
         matrices = [matrix_of(each) for each in layers]
-        self._held = decoder, layers, matrices, norms, tables  # what is pointed to
+        self._held = decoder, layers, matrices, norms, tables  # keeps alive what the C struct points to
         self.nbytes = sum(table.nbytes for table in tables)
         self._cell = _Cell(
             kernel.linear,
@@ -102,7 +101,7 @@ class Cell:
         )
 
     def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """What the layers read [r, width], of hidden states and of the embeddings of the tokens behind them."""
+        """Input of the head's layers [r, width], from hidden states and the embeddings of the tokens after them."""
         features, tokens, rows = features.contiguous(), tokens.contiguous(), len(features)
         entered, beside = torch.empty_like(features), features.new_empty(4 * rows, self._width)
         places = (pointer(each, torch.bfloat16, rows, self._width) for each in (features, tokens))
@@ -112,7 +111,7 @@ class Cell:
         return entered
 
     def draft(self, hidden: Tensor, limit: int, deepest: int, vocabulary: Tensor | None) -> Draft:
-        """The likeliest `limit` nodes behind a text, of whose last row the layers gave hidden [width]."""
+        """The `limit` most probable nodes of the tree. hidden: [width], the layers' output for the newest position."""
         most, expanded = (limit + 1) * BREADTH, (limit + 1) * self._width
         room = hidden.new_empty(2 * expanded + max(self._cell.size, self._width))
         numbers = torch.empty(4, most, dtype=torch.int64)

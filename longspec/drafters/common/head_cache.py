@@ -1,8 +1,8 @@
-"""A text's rows as a head reads them: hidden states that wait, and the keys and values of those that are done.
+"""KV cache of a draft head, and its lazy catch-up with the target.
 
-Takes hidden states as the engine hands them over (`Reading.read`) and a function that runs a head's layers; gives what
-the layers made of each text's newest row. Rows wait until a draft is asked for, so that a head that isn't used costs a
-pass of its layers every 64 rows and no more.
+Takes the target's hidden states as the engine hands them over (`Drafter.read`) and a function that runs the head's
+layers; gives the layers' output for each session's newest position. Hidden states wait until a draft is asked for, or
+for 64 of them (`BLOCK`): a head that isn't used costs one pass of its layers per 64 positions.
 """
 
 from __future__ import annotations
@@ -24,25 +24,29 @@ __all__ = ["Follow"]
 
 @dataclass(slots=True)
 class _Notes:
-    """What a head has of one session."""
+    """A head's state of one session."""
 
     cache: Dense
-    first: int = 0  # the text's row that its rows begin with: behind a snapshot's, which were never read
-    waiting: list[Tensor] = field(default_factory=list)  # [m, width] each: rows that the layers haven't run
-    last: Tensor | None = None  # what the layers gave for the newest row
+    first: int = 0  # the position of the cache's first row; > 0 behind a snapshot, whose hidden states are unknown
+    waiting: list[Tensor] = field(default_factory=list)  # [m, width] each: hidden states that the layers haven't run
+    last: Tensor | None = None  # the layers' output for the newest row
 
     @property
     def done(self) -> int:
-        """The text's rows up to which the layers have run."""
+        """The position up to which the layers have run."""
         return self.first + self.cache.length
 
     @property
     def lacking(self) -> int:
+        """Number of waiting positions."""
         return sum(map(len, self.waiting))
 
 
 class Follow:
-    """run: the layers, over rows, their hidden states and the tokens behind them; what they gave [r, ...]."""
+    """KV caches of one head, by session.
+
+    run: runs the head's layers over rows (tokens, each after its hidden state) and hidden states; gives [r, ...].
+    """
 
     def __init__(self, shape: Shape, run: Callable[[Rows, Tensor], Tensor]) -> None:
         self._shape = shape
@@ -54,10 +58,10 @@ class Follow:
 
     def read(self, session: Writing, features: Tensor) -> None:
         notes, start = self._notes[session], session.cache.length - len(features)
-        if start < notes.done + notes.lacking:  # the text was cut back
+        if start < notes.done + notes.lacking:  # the sequence was truncated
             notes.cache.truncate(max(0, min(start, notes.done) - notes.first))
             notes.waiting = []
-        if start != notes.done + notes.lacking:  # it begins here, or lacks rows: older ones are forgotten
+        if start != notes.done + notes.lacking:  # a first call, or a gap: start anew at this position
             notes.cache, notes.first, notes.waiting = Dense(self._shape), start, []
         notes.waiting.append(features)
         if notes.lacking >= BLOCK:
@@ -65,12 +69,12 @@ class Follow:
                 self.catch_up([session])
 
     def last(self, session: Writing) -> Tensor | None:
-        """What the layers gave for the newest row but the last token's own, if that has been read."""
+        """The layers' output for the last committed position, len(tokens) - 2; None if not caught up with it."""
         notes = self._notes.get(session)
         return notes.last if notes is not None and notes.done == len(session.tokens) - 1 else None
 
     def rooms(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[int]:
-        """The limits, 0 where a text's newest row isn't known, after the layers have caught up with those that bet."""
+        """Catch up with the sessions that may draft; returns their limits, 0 where the newest position isn't known."""
         self.catch_up([session for session, limit in zip(sessions, limits, strict=True) if limit > 0])
         known = (self.last(session) is not None for session in sessions)
         return [limit if knows else 0 for limit, knows in zip(limits, known, strict=True)]
@@ -79,7 +83,7 @@ class Follow:
         return self._notes[session].cache
 
     def catch_up(self, sessions: Sequence[Writing]) -> None:
-        """Run the layers over what waits, all sessions in one pass."""
+        """Run the layers over all waiting hidden states, all sessions in one forward pass."""
         chunks, stages, features, notes = [], [], [], []
         for session in sessions:
             own = self._notes.get(session)

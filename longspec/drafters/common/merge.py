@@ -1,9 +1,9 @@
-"""One drafter's bets over another's: the likeliest nodes of both trees, as `ngram+clover2` drafts.
+"""Merging of two drafts: the most probable nodes of both trees, as in `ngram+clover2`.
 
-What a text repeats and what a head foresees are right in different places: on 39 prompts of Spec-Bench a step of the
-default model, fifteen tokens always drafted, brought 1.9 with its head, 2.2 with recycle+ngram, and 2.8 with both.
+A lookup drafter and a head are right at different positions, so that together they bring more tokens per step than
+either (docs/benchmarks/drafters_fixed.json: 15 tokens in every draft).
 
-Takes drafters that say of each node how probably it is kept; knows no model.
+Takes drafters that give each node's path probability; knows no model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Merged", "laid_over", "merged"]
 
 
 class Merged(Drafter):
-    """Both draft for the same limit."""
+    """Merges the drafts of two drafters, each made for the whole limit."""
 
     def __init__(self, outer: Drafter, inner: Drafter) -> None:
         self.outer: Drafter = outer
@@ -34,14 +34,14 @@ class Merged(Drafter):
 
 
 def merged(outer: Drafter, inner: Drafter | None) -> Drafter:
-    """The outer one alone, if there is no other."""
+    """`outer` merged with `inner`; `outer` alone without one."""
     return outer if inner is None else Merged(outer, inner)
 
 
 def laid_over(one: Draft, other: Draft, limit: int) -> Draft:
-    """The likeliest `limit` nodes of two trees; what both have is as likely as the surer of them says.
+    """The `limit` most probable nodes of the union of two trees; a shared node has the higher of both probabilities.
 
-    In both probs fall along a path, and so in what is made of them: a node's parent is never behind it.
+    Probabilities don't rise along a path of either tree, nor of the union: so a node's parent always precedes it.
     """
     if not len(one) or not len(other):
         return one if len(one) else other

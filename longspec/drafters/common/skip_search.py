@@ -1,12 +1,13 @@
-"""A search for the sub-layers to leave out, on the fly: as a text is written, on the text itself (SWIFT, 2410.06916).
+"""Online search for the sub-layers to skip, evaluated on the sequence being decoded (SWIFT, 2410.06916).
 
-Takes sessions as they go on; gives the best set that is known by now. Now and then it tries one: how many of the last
-tokens would a model without these sub-layers have written too? The tries take their share of the time and no more, and
-end where they find nothing better; what is written never depends on them.
+Takes sessions as they advance; gives the best set found so far. A try measures agreement: how many of the last tokens
+the model without these sub-layers would have chosen too. Tries take at most `SHARE` of the decoding time, and end
+when no better set is found; the output never depends on them.
 
-It begins with the sub-layers that move the hidden state least, as many as pay, and goes on by changing the best set
-around the edge of that order. Of many short tries the luckiest looks best: so a better one is tried again beside the
-best, on later text, before it takes its place. Which sets are tried depends on the number of tries alone.
+The search begins with nested sets of the sub-layers that change the hidden state least, and goes on by mutating the
+best set around the edge of that order. The best of many short, noisy tries is overrated: so a rival is tried again
+beside the best set, on later tokens, before it replaces it. Which sets are tried depends on the number of tries and
+their results, not on a random seed.
 """
 
 from __future__ import annotations
@@ -22,57 +23,54 @@ from longspec.types import Writing
 __all__ = ["Search"]
 
 SHARE = 0.015
-"""Of the time that texts take, as much goes into tries at most."""
+"""Largest share of the decoding time that tries take."""
 
 WINDOW = 32
-"""Tokens of the text that a set is tried on."""
+"""The sequence's last tokens that a set is tried on."""
 
-_SIZES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65)  # of all that can be left out, in the first tries
-_CONFIRMED = 3  # windows that a set is tried on before it becomes the best
-_BETTER = 1.01  # what a set must promise of the best one's speed-up to take its place
-_PATIENCE = 32  # tries without a better set, after which there are no more
-_OLD = 8 * WINDOW  # tokens from which on a set's earlier ones count half
-_RATE = 1 / 64  # how much a draft counts in the share of drafts whose first token is kept
-_FALL = 0.2  # when that share has fallen by so much, the search begins anew: 3 standard deviations where it is a half
+_SIZES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65)  # of the first sets, as shares of all units
+_CONFIRMED = 3  # windows that a set must be tried on before it becomes the best
+_BETTER = 1.01  # least ratio of a rival's expected speed-up to the best set's
+_PATIENCE = 32  # judgements without a better set, after which the search rests
+_OLD = 8 * WINDOW  # number of tried tokens from which on a set's earlier results are halved
+_RATE = 1 / 64  # update rate per draft of the share of drafts whose first token is kept
+_FALL = 0.2  # drop of that share that restarts the search: 3 standard deviations at a share of 1/2
 
 
 class Search:
-    """The best set so far. start: what to begin with.
-
-    tries: how many have been made.
-    """
+    """Search state. best: the best set so far, `start` at first. tries: number of tries made."""
 
     def __init__(self, decoder: Decoder, start: Skip) -> None:
         self.best = start
         self.tries = 0
         self._decoder = decoder
         self._prices = Prices.by_bytes(decoder, WINDOW)
-        self._order: list[Skip] = []  # units, the one to be left out first in front
+        self._order: list[Skip] = []  # units in the order in which to skip them
         self._next: list[Skip] = []  # sets to be tried
-        self._seen: dict[Skip, tuple[int, int]] = {}  # tokens that agreed, and all
-        self._idle = 0
-        self._credit = self._cost = 0.0  # seconds: that tries may take by now, and that the dearest took
+        self._seen: dict[Skip, tuple[int, int]] = {}  # tokens that agreed, and tokens tried
+        self._idle = 0  # judgements without a better set
+        self._credit = self._cost = 0.0  # seconds: time budget for tries, and recent maximum of a try's time
         self._last: float | None = None  # when a step ended
-        self._kept, self._drafts = 0.0, 0
-        self._level: float | None = None  # the share of kept first tokens when the search ended
+        self._kept, self._drafts = 0.0, 0  # share of drafts whose first token was kept, and their number
+        self._level: float | None = None  # that share after the search came to rest
 
     @property
     def is_resting(self) -> bool:
-        """Nothing better was found for long: no more tries, until drafts are kept less often."""
+        """True when `_PATIENCE` judgements found no better set: no more tries until acceptance falls."""
         return self._idle >= _PATIENCE
 
     def step(self) -> None:
-        """A step of a text has ended: its time earns tries theirs. Time that nothing was written in earns little."""
+        """Credit `SHARE` of the time since the last step to tries. The credit is capped: idle time adds little."""
         now = perf_counter()
         if self._last is not None:
             seconds = now - self._last
             if not self.tries:
-                self._cost = max(self._cost, 2 * seconds)  # a guess, until one was made
+                self._cost = max(self._cost, 2 * seconds)  # an estimate until the first try
             self._credit = min(self._credit + SHARE * seconds, 2 * self._cost)
         self._last = now
 
     def told(self, kept: bool) -> None:
-        """The first token of a draft was kept, or not."""
+        """Record whether the first token of a draft was kept; restart the search if that share has dropped."""
         if not self.is_resting:
             return
         self._drafts += 1
@@ -83,7 +81,7 @@ class Search:
             self._begin_anew()
 
     def turn(self, session: Writing, written: int) -> None:
-        """Make a try if its time has come. written: how many of the text's last tokens the target has written."""
+        """Make a try if the time budget allows it. written: number of tokens generated so far."""
         cache = session.cache
         if self.is_resting or self._credit < self._cost or written < WINDOW:
             return
@@ -116,7 +114,7 @@ class Search:
             self._judge()
 
     def _judge(self) -> None:
-        """Of all sets that were tried, see to the one that looks best."""
+        """Compare the most promising set tried so far with the best one: retry both, replace, or count as idle."""
         rival = max(self._seen, key=self._worth)
         if self._worth(rival) <= _BETTER * self._worth(self.best):
             self._idle += 1
@@ -130,7 +128,7 @@ class Search:
         return gain((agreed + 1) / (rows + 2), self._prices.share(skip), self._prices.row)
 
     def _changed(self) -> Skip:
-        """A set that wasn't tried: the best with a few units changed around the order's edge, or now and then any."""
+        """A set to try: the best one with 1 to 3 units swapped near the order's edge; in 1 of 8 cases a random one."""
         random = Random(self.tries)
         units, best = self._order, self.best
         edge = sum(unit.attention <= best.attention and unit.mlp <= best.mlp for unit in units)

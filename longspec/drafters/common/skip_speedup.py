@@ -1,14 +1,14 @@
-"""What it is worth to leave sub-layers out: the expected speed-up of a set, and what it is computed from.
+"""Expected speed-up of skipping a set of sub-layers, and the quantities that it is computed from.
 
-    gain        of a set: expected, from how often it agrees with the target and what its passes take
-    Prices      what passes take, by what they run: measured, or by the bytes that they read
-    agreement   how many tokens of a text the skipping model writes too
-    influence   how far each sub-layer moves the hidden state: where to begin a search
+    gain        expected speed-up of a set, from its agreement with the target and its relative pass time
+    Prices      relative time of forward passes by the sub-layers that they run: measured, or by the bytes read
+    agreement   number of a sequence's tokens that the skipping model would choose too
+    influence   relative change of the hidden state by each sub-layer: the search's initial order
 
-Knows decoders and texts, no drafter and no clock.
+Knows decoders and token sequences, no drafter and no clock.
 
-Letters: a the share of tokens that the skipping model writes as the target did, c a skipping pass's share of a whole
-one's time, r what a further row costs in whole passes, g tokens of a draft.
+Symbols: a, share of tokens that the skipping model chooses as the target did; c, time of a skipping forward pass over
+that of a full one; r, time of a further token position over that of a full pass; g, tokens of a draft.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from longspec.model.decoder import Chunk, Decoder, Rows, Skip
 __all__ = ["CHAIN", "MOST", "ROW", "Prices", "agreement", "gain", "influence", "nested", "swapped", "united"]
 
 MOST = 8
-"""The longest draft that a gain is expected of."""
+"""Longest draft, in tokens, that `gain` considers."""
 
 CHAIN = 8
-"""Rows that an agreement is counted over at once: each reads exact rows, and inexact ones of its own chain, as a draft
-does."""
+"""Chain length for measuring agreement: within a chain positions read the skipping model's own keys and values, before
+it the target's, as in a draft."""
 
 ROW = 0.04
-"""A further row of a pass, in passes, as long as nobody measured it (bf16 on a CPU: 0.03)."""
+"""Default of r: time of a further token position, in full forward passes."""
 
-_UNFUSED = 2.3  # a sub-layer alone runs through torch's operators, which take that much longer than the fused kernel
+_UNFUSED = 2.3  # time of a sub-layer in torch's operators over that in the fused kernel, which runs whole layers only
 
 
 def gain(agreed: float, share: float, row: float = ROW, most: int = MOST) -> float:
-    """Expected tokens per second over those of plain decoding, at the best length of a draft; below 1 it loses.
+    """Expected speed-up over plain decoding at the best draft length, with a = agreed, c = share, r = row.
 
-    A step of a draft of g brings 1 + a + ... + a^g tokens, and takes g * c + 1 + g * r passes.
+    A step with a draft of g tokens brings 1 + a + ... + a^g tokens, and takes the time of g * c + 1 + g * r passes.
     """
     best, tokens = 0.0, 1.0
     for length in range(1, most + 1):
@@ -51,17 +51,17 @@ def gain(agreed: float, share: float, row: float = ROW, most: int = MOST) -> flo
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a pass of one row takes, layer by layer, in any unit of time."""
+    """Time of a forward pass of one token position, by layer, in any unit."""
 
-    whole: tuple[float, ...]
-    attention: tuple[float, ...]  # of a layer whose MLP is left out
-    mlp: tuple[float, ...]  # of a layer whose attention is left out
-    rest: float  # embedding, last norm, head
-    row: float = ROW
+    whole: tuple[float, ...]  # both sub-layers
+    attention: tuple[float, ...]  # a layer whose MLP is skipped
+    mlp: tuple[float, ...]  # a layer whose attention is skipped
+    rest: float  # embedding, final norm, LM head
+    row: float = ROW  # r
 
     @classmethod
     def by_bytes(cls, decoder: Decoder, context: int) -> Prices:
-        """By the weights, keys and values that a pass reads behind so many rows: what bounds it on most machines."""
+        """Estimate from the bytes of weights, keys and values that a pass reads at `context` cached positions."""
         c, size = decoder.config, decoder.dtype.itemsize
         heads = 2 * (c.heads + c.key_heads) * c.head_dim * c.width * size
         mlp = 3 * c.width * c.mlp_width * size
@@ -80,7 +80,7 @@ class Prices:
         return sum(self.whole) + self.rest
 
     def share(self, skip: Skip) -> float:
-        """c: what a pass without these sub-layers takes of a whole one."""
+        """c: time of a pass without these sub-layers over that of a full pass."""
         left = self.rest
         for i, whole in enumerate(self.whole):
             if i in skip.attention:
@@ -90,7 +90,7 @@ class Prices:
         return left / self.total
 
     def units(self) -> list[Skip]:
-        """What can be left out by itself: sub-layers, and whole layers where one of two alone saves next to nothing."""
+        """The smallest sets worth skipping: a sub-layer, or a whole layer if one of its two alone saves too little."""
         units = []
         for i, whole in enumerate(self.whole):
             one = frozenset({i})
@@ -102,20 +102,20 @@ class Prices:
 
 
 def united(skips: Sequence[Skip]) -> Skip:
-    """What any of them leaves out."""
+    """Union of the sets."""
     return Skip(frozenset().union(*(s.attention for s in skips)), frozenset().union(*(s.mlp for s in skips)))
 
 
 def swapped(skip: Skip, unit: Skip) -> Skip:
-    """With the unit's sub-layers left out where they were not, and run where they were."""
+    """Symmetric difference of the sets: the unit's sub-layers are toggled."""
     return Skip(skip.attention ^ unit.attention, skip.mlp ^ unit.mlp)
 
 
 @torch.inference_mode()
 def agreement(decoder: Decoder, cache: Cache, tokens: Sequence[int], count: int, skip: Skip, *, long: bool) -> int:
-    """How many of the text's last `count` tokens the skipping model thinks likeliest too, in one pass.
+    """Number of the last `count` tokens that are the skipping model's argmax too, from one forward pass.
 
-    cache: holds all rows of the text but the last at least; its forks are read, and dropped.
+    cache: must hold all positions but the last. Only forks of it are used.
     """
     rows = Rows.of(list(_chunks(cache, tokens, count, CHAIN, long)), decoder.device)
     likeliest = decoder.logits(decoder.forward(rows, skip=skip)).argmax(-1)
@@ -127,9 +127,9 @@ def agreement(decoder: Decoder, cache: Cache, tokens: Sequence[int], count: int,
 def influence(
     decoder: Decoder, cache: Cache, tokens: Sequence[int], count: int, *, long: bool
 ) -> tuple[list[float], list[float]]:
-    """How far each layer's attention, and each layer's MLP, moves the hidden state of the last `count` rows.
+    """Relative change |out - in| / |in| of the hidden state by each layer's attention, and by each layer's MLP.
 
-    As a share of its length, on average: what moves it least is missed least.
+    Averaged over the last `count` positions. Sub-layers with the least influence are skipped first.
     """
     rows = Rows.of(list(_chunks(cache, tokens, count, count, long)), decoder.device)
     hidden = decoder.forward(rows, last=0)
@@ -145,7 +145,7 @@ def influence(
 
 
 def nested(prices: Prices, moved: tuple[Sequence[float], Sequence[float]]) -> list[Skip]:
-    """The prices' units, in the order in which to leave them out: least influence for what it saves first."""
+    """All units in the order in which to skip them: by influence over time saved, ascending."""
 
     def loss(unit: Skip) -> float:
         lost = sum(moved[0][i] for i in unit.attention) + sum(moved[1][i] for i in unit.mlp)
@@ -155,7 +155,7 @@ def nested(prices: Prices, moved: tuple[Sequence[float], Sequence[float]]) -> li
 
 
 def _chunks(cache: Cache, tokens: Sequence[int], count: int, chain: int, long: bool) -> Iterator[Chunk]:
-    """The rows that the last `count` tokens follow, in chains that go on from the text's own rows."""
+    """The positions that predict the last `count` tokens, as chains of `chain`, each on a fork of the cache."""
     end = len(tokens) - 1
     for start in range(end - count, end, chain):
         stage = cache.fork(start).open()

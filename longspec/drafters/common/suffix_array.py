@@ -1,8 +1,8 @@
-"""Texts to draft from, searched by what stands before a place: a suffix array over their tokens.
+"""Suffix array over the tokens of texts to draft from.
 
-Takes lists of tokens; gives trees of what followed the end of a text elsewhere. 12 bytes a token; a million tokens are
-sorted in about a second, and a draft takes a tenth of a millisecond at any size. Suffixes are sorted by their first 16
-tokens only: a longer context is no surer.
+Takes lists of tokens; gives trees of the tokens that followed occurrences of a sequence's end. It takes 12 bytes per
+token, and a lookup is a binary search. Suffixes are sorted by their first 16 tokens only: a longer context hardly
+changes the estimate.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 __all__ = ["MOST_TOKENS", "Corpus"]
 
 MOST_TOKENS = 1 << 21
-"""A corpus is refused or cut at that size: 24 MiB, two seconds to sort."""
+"""Capacity of a corpus: 24 MiB. More tokens in files are refused; otherwise the oldest are dropped."""
 
-_SORTED = 16  # tokens
-_CONTEXT = 12  # tokens that are looked for at most; the tree's paths are compared behind them
-_LOOKED_AT = 64  # of the places where a context occurs
+_SORTED = 16  # tokens of a suffix that are compared
+_CONTEXT = 12  # longest context that is searched for, in tokens
+_LOOKED_AT = 64  # about as many occurrences of a context are counted, evenly sampled
 
 
 class Corpus:
-    """Token lists; none is continued by the next."""
+    """Token lists, separated by -1: no draft runs from one into the next."""
 
     def __init__(self, texts: Iterable[Sequence[int]] = ()) -> None:
         self._tokens = np.empty(0, np.int32)
-        self._keys = b""  # the same tokens, big-endian and one higher, so that bytes compare as they do
-        self._order = np.empty(0, np.int32)
-        self._coming: list[int] = []
+        self._keys = b""  # token + 1 as big-endian uint32, so that bytes compare as tokens do
+        self._order = np.empty(0, np.int32)  # the suffix array
+        self._coming: list[int] = []  # tokens that aren't sorted in yet
         for text in texts:
             self.add(text)
         self._sort()
@@ -40,20 +40,21 @@ class Corpus:
         return len(self._tokens) + len(self._coming)
 
     def add(self, text: Sequence[int]) -> None:
-        """It is found once enough has come together: sorting is paid for by growth of an eighth."""
+        """Append a text. It can be found after the next sort: when the corpus has grown by an eighth, or 256 tokens."""
         self._coming += [*text, -1]
         if len(self._coming) > max(256, len(self._tokens) // 8):
             self._sort()
 
     def bet(self, text: Sequence[int], limit: int, floor: float) -> tuple[list[int], list[int], list[float]]:
-        """What followed the longest end of the text that occurs: at most `limit` tokens, their parents, the probs of
-        their paths, the likeliest first. A token that followed c of n times, beside d - 1 others and after m tokens,
-        has the chance c / (n + 2 d / m), as in `ngram`.
+        """Continuations of the longest suffix of `text` that occurs in the corpus: at most `limit` tokens, their
+        parents and path probabilities, most probable first. A token that followed a context of m tokens in c of n
+        occurrences, among d different followers, has probability c / (n + 2d / m), as in `ngram`.
         """
         tokens: list[int] = []
         parents: list[int] = []
         probs: list[float] = []
-        leaves: list[tuple[float, int, int, int, list[int], int]] = []  # a heap; places behind the node, tokens to it
+        # A heap: -path probability, order, token, parent, corpus positions after the node, context length.
+        leaves: list[tuple[float, int, int, int, list[int], int]] = []
         order = count()
         places, matched = self._find(text)
         chance, node = 1.0, -1
@@ -76,9 +77,9 @@ class Corpus:
         return tokens, parents, probs
 
     def _find(self, text: Sequence[int]) -> tuple[list[int], int]:
-        """Places behind occurrences of the longest end of the text that occurs, some of very many; and its length.
+        """Positions after (a sample of) the occurrences of the longest suffix that occurs; and its length.
 
-        Where an end occurs, its own ends do: so the length is found by halving.
+        If a suffix occurs, so do its shorter ones: the length is found by binary search.
         """
         end = _bytes(np.asarray(text[-_CONTEXT:], np.int32))
         low, high = 0, len(end) // 4
@@ -95,7 +96,7 @@ class Corpus:
         return sorted(place + low for place in self._order[first:last:step].tolist()), low
 
     def _range(self, key: bytes) -> tuple[int, int]:
-        """The suffixes that begin with it."""
+        """Range in the suffix array of the suffixes that begin with `key`."""
         keys, order, size = self._keys, self._order, len(key)
 
         def bound(after: bool) -> int:
@@ -113,7 +114,7 @@ class Corpus:
         return bound(after=False), bound(after=True)
 
     def _sort(self) -> None:
-        """By doubling: ranks by the first h tokens make those by the first 2 h."""
+        """Sort by prefix doubling: ranks by the first h tokens give those by the first 2h."""
         self._tokens = tokens = np.concatenate([self._tokens, np.asarray(self._coming, np.int32)])[-MOST_TOKENS:]
         self._coming = []
         self._keys = _bytes(tokens)

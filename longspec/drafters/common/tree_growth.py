@@ -1,11 +1,12 @@
-"""Drafts that a model writes itself, token by token: how `skip`, `sparse` and `model` bet.
+"""Dynamic draft trees from a cheap model: the expansion loop of `skip`, `sparse`, `model` and the draft heads.
 
-Takes a `Reader`, which runs rows cheaply, and gives trees: a pass expands the likeliest leaf of each tree, all
-sessions in one pass, and the best nodes by the chance of their path are the draft (EAGLE-2's growth, 2406.16858).
-The session's own sampling and noise rank the candidates, so that a sampled draft agrees as often as a greedy one.
+Takes a `Reader`, which runs token positions cheaply, and gives trees. A forward pass expands the most probable leaf of
+each tree, all sessions together; the draft is the nodes with the highest path probabilities (as in EAGLE-2,
+2406.16858). Candidates are ranked with the session's own sampling parameters and noise, so that a draft agrees with a
+sampled target as often as with a greedy one.
 
-With an inner drafter each pass verifies that one's bet on the way, so that a pass brings several tokens (staged
-speculation, 2308.04623): of that bet stays what the model itself would write.
+With an inner drafter each pass verifies the inner draft on the way, so that a pass adds several tokens (staged
+speculation, 2308.04623): the tokens that the reader itself would choose are kept.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from longspec.types import Draft, Drafter, Writing
 __all__ = ["BREADTH", "FLOOR", "Reader", "grow", "likeliest"]
 
 BREADTH = 3
-"""Candidates of a node. The siblings of a drafted path cost a row of the verification each, and no drafting."""
+"""Candidates of an expanded node. Siblings cost a token position each in verification, and no pass of the reader."""
 
 FLOOR = 0.3
-"""The least chance of a path that is worth a pass of the reader."""
+"""Least path probability of a leaf that is worth a forward pass of the reader."""
 
 
 class Reader(Protocol):
-    """A model that drafts, on rows behind a session's text."""
+    """A drafting model, run on token positions behind a session's committed ones."""
 
     @property
     def decoder(self) -> Decoder: ...
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
-        """A stage, how many rows are committed before it, and the text's tokens that it lacks: one at least."""
+        """A stage, the committed length before it, and the sequence's tokens that it lacks: at least one."""
         ...
 
     def forward(self, rows: Rows) -> Tensor:
@@ -46,34 +47,34 @@ class Reader(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of these rows, over the target's vocabulary."""
+        """Logits [r, V] over the target's vocabulary, or [r, D] over that given to `grow`."""
         ...
 
     def grown(self, session: Writing, stage: Any, rows: Sequence[tuple[int, int]]) -> None:
-        """The draft is made. Each row of the stage is given by its token and the row that it continues, or -1."""
+        """Called when the draft is done. rows: of the stage, each a token and its parent row, or -1."""
         ...
 
 
 @dataclass(slots=True)
 class _Plant:
-    """One session's tree while it grows."""
+    """One session's draft tree during expansion."""
 
     session: Writing
     ahead: Sequence[int]
     limit: int
-    deepest: int  # a node of this depth is never expanded
+    deepest: int  # nodes of this depth aren't expanded
     stage: Any
-    length: int
+    length: int  # committed positions before the stage
     coming: list[int]  # tokens of the next pass
-    continued: list[int]  # the stage's row that each continues
+    continued: list[int]  # their parent rows in the stage
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
-    leaves: list[int] = field(default_factory=list)  # nodes that were not expanded
-    at: int = -1  # the node that is being expanded; -1 is the text
+    leaves: list[int] = field(default_factory=list)  # nodes that aren't expanded
+    at: int = -1  # the node being expanded; -1 is the root, the last committed token
     inner: Draft | None = None
-    staged: slice = field(default_factory=lambda: slice(0, 0))
-    rows: list[tuple[int, int]] = field(default_factory=list)  # of the stage: token, and the row that it continues
+    staged: slice = field(default_factory=lambda: slice(0, 0))  # rows of the current pass
+    rows: list[tuple[int, int]] = field(default_factory=list)  # of the stage: token, and parent row or -1
     row_of: dict[int, int] = field(default_factory=dict)  # node to its row in the stage
 
     def path(self, node: int) -> list[int]:
@@ -88,11 +89,11 @@ class _Plant:
 
     @property
     def choosing(self) -> int:
-        """Rows at the pass's end that choose: the expanded one and the inner draft's."""
+        """Number of rows at the end of the pass whose logits are needed: the expanded node's and the inner draft's."""
         return 1 + (len(self.inner) if self.inner is not None else 0)
 
     def paths(self) -> list[list[int]]:
-        """Of the choosing rows, the guessed tokens up to each."""
+        """The assumed and drafted tokens up to each of these rows."""
         paths = [self.path(self.at)]
         if self.inner is not None:
             for token, parent in zip(self.inner.tokens.tolist(), self.inner.parents.tolist(), strict=True):
@@ -100,7 +101,7 @@ class _Plant:
         return paths
 
     def take(self, ranked: list[list[int]], probs: list[list[float]]) -> None:
-        """The candidates of the choosing rows, best first."""
+        """Add the candidates of these rows as nodes, best first; rows of rejected inner draft tokens are ignored."""
         last = self.staged.stop - self.choosing  # the row of the expanded node
         kept: Sequence[int] = ()
         if self.inner is not None:
@@ -115,18 +116,18 @@ class _Plant:
             self.parents += [at] * len(ranked[row])
             self.probs += [base * chance for chance in probs[row]]
             self.leaves += range(first, len(self.tokens))
-            if following is not None:  # the row behind the best candidate is there already
+            if following is not None:  # the best candidate was in the inner draft: it is expanded already
                 self.leaves.remove(first)
                 at, row = first, following + 1
 
     def choose_next(self) -> bool:
-        """Find the leaf that is worth a pass and lay its row; False where there is none."""
+        """Choose the leaf to expand in the next pass; False if none is worth a pass."""
         self.leaves.sort(key=lambda leaf: -self.probs[leaf])
         best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.deepest), None)
         if best is None or self.probs[best] < FLOOR:
             return False
         better = sum(chance >= self.probs[best] for chance in self.probs)
-        if better - 1 >= self.limit:  # what it brings would not be among the best
+        if better - 1 >= self.limit:  # its children would not be among the `limit` best nodes
             return False
         self.leaves.remove(best)
         self.at = best
@@ -138,7 +139,7 @@ class _Plant:
 
 
 def likeliest(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float], limit: int) -> Draft:
-    """The likeliest nodes. A child is never likelier than its parent, and stands behind it."""
+    """The `limit` most probable nodes as a draft. A child is never more probable than its parent, and follows it."""
     order = sorted(range(len(tokens)), key=lambda node: (-probs[node], node))[:limit]
     place = {-1: -1} | {node: i for i, node in enumerate(order)}
     return Draft.tree(
@@ -157,10 +158,10 @@ def grow(
     depth: int | None = None,
     vocabulary: Tensor | None = None,
 ) -> list[Draft]:
-    """A draft for each session. inner: who bets for the reader.
+    """A draft for each session. inner: a drafter whose drafts the reader verifies.
 
-    depth: of the deepest tokens, where the reader has a limit. vocabulary: the tokens that its logits are of; all of
-    the target's, if left out.
+    ahead: assumed tokens of each session, behind which its draft begins. depth: depth limit of the tree, if the reader
+    has one. vocabulary: [D], the tokens of the reader's logits; default: all of the target's.
     """
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}
