@@ -1,7 +1,7 @@
 """The frozen values that pass between the seams, and the protocols at them.
 
-Letters used throughout: n draft tokens, r rows of a pass, L committed rows, V vocabulary size.
-Nothing here computes more than a sum; nothing here knows a model, a cache or a drafter.
+Letters used throughout: n draft tokens, r token positions of a pass (rows), L committed rows of a cache, V vocabulary
+size. Nothing here computes more than a sum; nothing here knows a model, a cache or a drafter.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Rows that a drafter has run through the target's first layers, and that the verification goes on with.
+    """Positions that a drafter has run through the target's first layers; the verification pass resumes from there.
 
     They are the tokens that the cache lacks and the first ones of a draft that is a chain, in this order.
     """
 
-    stage: Any  # a `longspec.cache.stage.Stage` that holds their keys and values of those layers
+    stage: Any  # a `longspec.cache.stage.Stage` with the positions' keys and values of those layers
     hidden: Tensor  # [b, width], each after its own number of layers
-    layers: tuple[int, ...]  # [b], never rising
+    layers: tuple[int, ...]  # [b], the layers run for each, never rising
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A bet on the next tokens: a tree, of which a chain is one.
+    """Guessed next tokens: a tree, of which a chain is one.
 
-    Token i continues token `parents[i]`; -1 is the text itself. A parent stands before its children, so that one
-    walk from the left meets every token after what it continues.
+    Token i continues token `parents[i]`; -1 is the committed sequence. A parent comes before its children.
     """
 
     tokens: Tensor  # [n] int64
     parents: Tensor  # [n] int64, parents[i] < i
-    probs: Tensor | None = None  # [n] fp32: how probably each is kept, as its drafter sees it; falls along a path
+    probs: Tensor | None = None  # [n] fp32: the drafter's probability that each is kept; falls along a path
     begun: Begun | None = None
-    whole: bool = False  # verified as it is or not at all: its nodes are of use beyond being kept, or already paid for
+    whole: bool = False  # atomic: verified uncut or not at all (other uses of its nodes, or costs already paid)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def first(self, nodes: int) -> Draft:
-        """Its first nodes, which are a draft too."""
+        """The draft of the first `nodes` nodes."""
         if nodes >= len(self):
             return self
         probs = None if self.probs is None else self.probs[:nodes]
@@ -56,7 +55,7 @@ class Draft:
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Draft:
-        """The draft in which each token continues the one before it."""
+        """A draft in which each token continues the one before it."""
         return cls.tree(tokens, range(-1, len(tokens) - 1))
 
     @classmethod
@@ -78,22 +77,22 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the target says of a draft: the path that it keeps, and the token that it adds."""
+    """The target's verdict on a draft: the kept path, and the bonus token."""
 
     kept: tuple[int, ...]  # indices into the draft, root first
     bonus: int
-    choices: tuple[int, ...] = field(default=(), compare=False)  # [n + 1]: what follows the text, and each draft token
-    # The text's last token and each draft token, with the target's most likely tokens after it; for drafters that ask.
+    choices: tuple[int, ...] = field(default=(), compare=False)  # [n + 1]: the token after each node, the root first
+    # The last token and each draft token, with the target's top-k tokens after it; for drafters that need them.
     successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
-    entropy: float | None = field(default=None, compare=False)  # nats of the distribution that the bonus is from
+    entropy: float | None = field(default=None, compare=False)  # of the bonus token's distribution, in nats
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What one step added to one session's text.
+    """The tokens that one step appends to one sequence.
 
-    `tokens` are the kept tokens and the bonus, cut where the text ends; `text` is what may be shown now: whole
-    characters that no stop string can take back. It can lag behind the tokens and catches up with the last commit.
+    `tokens` are the kept tokens and the bonus, cut at the end of the answer; `text` is the text that is final now:
+    whole characters that no stop string can remove. It can lag behind the tokens and catches up with the last commit.
     `thought` and `said` are its parts, without the markers between them: reasoning, and the answer itself.
     """
 
@@ -106,7 +105,7 @@ class Commit:
     said: str = ""
 
     def __add__(self, other: Commit) -> Commit:
-        """With what came right behind it, in the same step."""
+        """Concatenate with a later commit of the same step."""
         joined = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "finish_reason")
         tokens, text, drafted, accepted, thought, said = joined
         return Commit(tokens, text, drafted, accepted, other.finish_reason, thought, said)
@@ -140,7 +139,7 @@ class Stats:
 
 
 class Writing(Protocol):
-    """What a drafter may see of a session, and a name to keep its own notes under."""
+    """A drafter's view of a session; hashable, so that it can key the drafter's notes."""
 
     @property
     def key(self) -> str: ...
@@ -149,24 +148,24 @@ class Writing(Protocol):
     def tokens(self) -> Sequence[int]: ...  # prompt and answer so far
 
     @property
-    def long(self) -> bool: ...  # planned beyond a longrope model's first context
+    def long(self) -> bool: ...  # planned beyond a longrope model's original context
 
     @property
     def cache(self) -> Any: ...  # the target's `longspec.cache.stage.Cache`; a drafter may open stages, and drops them
 
     @property
-    def unfed(self) -> Sequence[int]: ...  # the text's tokens that the cache lacks, at least one
+    def unfed(self) -> Sequence[int]: ...  # the tokens that the cache lacks, at least one
 
     @property
-    def is_plain(self) -> bool: ...  # the greatest logit is written, whatever stands before it
+    def is_plain(self) -> bool: ...  # decoding is a plain argmax, independent of the tokens before
 
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What would be written, by these logits [r, V], after the text and each of r paths of guessed tokens.
+        """The most probable next tokens, by logits [r, V], after the sequence and each of r paths of guessed tokens.
 
-        The session's own sampling and noise decide. Tokens [r, count] and the chances [r, count] of each, best first.
-        vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out.
+        The session's own sampling and noise decide. Returns tokens [r, count] and their probabilities [r, count],
+        best first. vocabulary: the tokens [V] that the logits are of, rising; all of the target's, if left out.
         """
         ...
 
@@ -175,10 +174,10 @@ class Writing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a drafter or a control is given of a forward pass beside the verdict."""
+    """The outputs of a forward pass that a drafter or a control needs beside the verdict."""
 
-    successors: int = 0  # of the target's most likely tokens after each verified position, in `Verdict.successors`
-    layers: tuple[int, ...] = ()  # the hidden states after so many of the target's layers, by `Drafter.read`
+    successors: int = 0  # top-k of the target after each verified position, in `Verdict.successors`
+    layers: tuple[int, ...] = ()  # hidden states after so many of the target's layers, given to `Drafter.read`
     entropy: bool = False  # `Verdict.entropy`, which costs a pass over the logits
 
     def __or__(self, other: Needs) -> Needs:
@@ -187,9 +186,9 @@ class Needs:
 
 
 class Drafter:
-    """Proposes what comes next. It sees no token that the target hasn't committed, and can't change one.
+    """Proposes next tokens. It sees no token that the target hasn't committed, and can't change one.
 
-    A subclass overrides `propose`, and of the rest what it needs. `make` says what it is made from.
+    A subclass overrides `propose`, and other methods as needed. `make` is the constructor that the registry calls.
     """
 
     needs = Needs()
@@ -203,7 +202,8 @@ class Drafter:
 
     @classmethod
     def make(cls, model: Any, inner: Drafter | None = None) -> Drafter:
-        """A drafter for a loaded target. A subclass's further keyword parameters are its options: `name:floor=0.1`.
+        """Make a drafter for a loaded target. A subclass's further keyword parameters are its options:
+        `name:floor=0.1`.
 
         Raises:
             UsageError: an option is of no use, or doesn't fit the model.
@@ -212,7 +212,7 @@ class Drafter:
 
     @classmethod
     def planned_bytes(cls, target: Any) -> tuple[int, int]:
-        """Bytes that it will take: once, and for each text of `target.tokens` tokens.
+        """Bytes that it will need: once, and per sequence of `target.tokens` tokens.
 
         target: a `longspec.memory.plan.Request`, whose model isn't loaded. It is given the same options as `make`.
         """
@@ -220,38 +220,39 @@ class Drafter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights and tables; those of its parts, and its notes on texts, aren't counted."""
+        """Bytes of its weights and tables, without those of its parts and its notes on sequences."""
         return 0
 
     @property
     def parts(self) -> Sequence[Drafter]:
-        """The drafters that it is made of, one level down; the engine walks them."""
+        """The drafters that it wraps, one level down; the engine walks them."""
         return () if self.inner is None else (self.inner,)
 
     def begin(self, session: Writing) -> None:
-        """A session starts; its prompt is in `session.tokens`."""
+        """A session was opened; its prompt is in `session.tokens`."""
         for part in self.parts:
             part.begin(session)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        """One draft per session, of at most `limits[i]` tokens each; an empty draft is an honest answer.
+        """One draft per session, of at most `limits[i]` tokens each; an empty draft is valid.
 
-        ahead: tokens that are assumed to follow the text, for a drafter that drafts for another's drafting; none, if
-        left out. The draft goes on from there.
+        ahead: tokens that are assumed to follow the sequence, for a drafter inside another one; none, if left out.
+        The draft continues them.
         """
         raise NotImplementedError
 
     def observe(self, session: Writing, commit: Commit, verdict: Verdict) -> None:
-        """`commit` is in the text now. The verdict is on the last draft that was verified, whoever made it."""
+        """`commit` has been appended. The verdict is on the last draft that was verified, whichever drafter made it."""
         for part in self.parts:
             part.observe(session, commit, verdict)
 
     def read(self, session: Writing, features: Sequence[Tensor]) -> None:
-        """The target's hidden states, [m, width] for each of `needs.layers`, of the m token positions just committed,
+        """Takes the target's hidden states, [m, width] for each of `needs.layers`, of the m positions just committed,
         before any norm.
 
         They are the last ones of `session.cache`, from the prompt's on; the token behind each is in `session.tokens`.
-        Positions of a snapshot are never read. Called before `observe`; work belongs in `propose`, whose time counts.
+        Positions of a snapshot are never given. Called before `observe`; heavy work belongs in `propose`, whose time
+        is measured.
         """

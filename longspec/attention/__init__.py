@@ -1,8 +1,9 @@
-"""Parts in, output out.
+"""Attention over the KV segments of a cache.
 
-Each part of a cache is read on its own, and the results are joined by their log-sum-exp, so that a cache needs
-a reader for its own blocks only and a tree's mask never meets a quantized kernel (LongSpec's hybrid tree attention,
-arXiv 2502.17421, without its restriction to two parts). A single part needs no log-sum-exp and takes the short way.
+Each segment is attended to on its own, and the results are merged by their log-sum-exp, so that a cache needs a
+kernel for its own blocks only and a tree mask never reaches a quantized kernel (LongSpec's hybrid tree attention,
+arXiv 2502.17421, without its restriction to two segments). A single segment needs no log-sum-exp and takes a shorter
+path.
 
     softmax over A and B together  =  w * softmax over A + (1 - w) * softmax over B,   w = sigmoid(lse_A - lse_B)
 """
@@ -25,16 +26,16 @@ __all__ = ["BACKENDS", "Backend", "attend", "attend_strictly", "backends", "merg
 
 
 class Backend(Protocol):
-    """A module that reads parts faster than the reference, where it can."""
+    """A module with a faster attention kernel than the reference, for some segments."""
 
-    USE: str  # what for
+    USE: str  # its purpose, for the user
 
     def missing(self) -> str | None:
-        """Why this machine can't run it; None where it can."""
+        """The reason why this machine can't run it; None where it can."""
         ...
 
     def refuses(self, queries: Tensor, part: Segment, softcap: float | None) -> str | None:
-        """Why it doesn't read this part for these queries; None where it does."""
+        """The reason why it can't attend from these queries to this segment; None where it can."""
         ...
 
     def read(self, queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,9 @@ BACKENDS: dict[str, Backend] = {"flash": flash, "triton": triton}
 
 
 def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
-    """Attention of queries [q, H, D] over all parts; [q, H, D] in the queries' dtype.
+    """Attention of queries [q, H, D] over all segments; [q, H, D] in the queries' dtype.
 
-    Every row must be allowed at least one column of at least one part (its own staged row always is).
+    Every query must have at least one allowed column in at least one segment (its own staged row always is).
     """
     parts = iter(parts)
     head = next(parts)
@@ -69,9 +70,9 @@ def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: flo
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two partial results over disjoint columns as one: outputs [q, H, D] and log-sum-exps [q, H], in fp32.
+    """Merge two partial results over disjoint columns: outputs [q, H, D] and log-sum-exps [q, H], in fp32.
 
-    A side in which a row reads nothing has -inf there and doesn't count, whatever its output holds.
+    A query without allowed columns on one side has a log-sum-exp of -inf there; that side's output is ignored.
     """
     (output_a, lse_a), (output_b, lse_b) = a, b
     lse = torch.logaddexp(lse_a, lse_b)
@@ -82,7 +83,7 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 
 def backends() -> list[tuple[str, bool, str]]:
-    """All backends of this machine, for people: name, whether it can be used, and what for or why not."""
+    """All backends of this machine, for the user: name, whether it is usable, and its purpose or the reason why not."""
     missing = {name: backend.missing() for name, backend in BACKENDS.items()}
     found = [(name, missing[name] is None, missing[name] or backend.USE) for name, backend in BACKENDS.items()]
     tiles = cpu.missing()
@@ -92,7 +93,7 @@ def backends() -> list[tuple[str, bool, str]]:
 def _readable(
     queries: Tensor, parts: Iterable[Segment], softcap: float | None
 ) -> Iterator[tuple[Segment, Backend | None]]:
-    """The parts as they are read, and who reads them; codes that no backend takes come in dense pieces."""
+    """The segments with the backend of each; a quantized segment without a backend is dequantized in pieces."""
     for part in parts:
         backend = _backend(queries, part, softcap)
         if backend is not None:

@@ -1,8 +1,8 @@
-"""Attention in which a row's bits depend on what it reads and on nothing else (`--strict`).
+"""Batch-invariant attention (`--strict`): a position's bits depend only on the columns it attends to.
 
-Each row is read on its own: its allowed columns of all parts, in the text's order, as one run. Shape and values of that
-run are the same in plain decoding, in a prefill chunk and on a path of a tree, so the kernel adds in the same order.
-It costs one call per row and layer, and a copy of the columns where they don't lie behind each other.
+Each position is computed on its own: its allowed columns of all segments, in order of position, as one run. The run's
+shape and values are the same in plain decoding, in a prefill chunk and on a path of a tree, so the kernel sums in the
+same order. The cost is one call per position and layer, and a copy of the columns where they aren't contiguous.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Backend on the flash-attn package (2.6 or newer), where it is installed: dense parts in half precision.
+"""Backend on the flash-attn package (2.6 or newer), where it is installed: dense segments in half precision.
 
-Its kernel reads a prefix in splits and gives the log-sum-exp, by which `longspec.attention.merge` joins tree rows and
-codes that others read. It takes parts that all rows read whole, and the causal square of a prefill chunk; a part that
-all rows read from and to the same columns comes without bounds, since caches cut it.
+Its split-KV kernel returns the log-sum-exp, by which `longspec.attention.merge` adds tree positions and quantized
+segments that other backends compute. It takes segments that all queries attend to in full, and the causal square of a
+prefill chunk; a segment in which all queries have the same range comes without bounds, since caches slice it.
 
 No hardware has run this yet: `tests/attention/test_flash.py` calls it with a stand-in of the same signature, and
 `tests/gpu` waits for a GPU.
@@ -30,7 +30,7 @@ USE = "dense prefixes on the GPU"
 
 @cache
 def missing() -> str | None:
-    """Why this machine can't run it; None where it can."""
+    """The reason why this machine can't run it; None where it can."""
     if find_spec("flash_attn") is None:
         return "the package flash-attn isn't installed"
     if (why := no_gpu()) is not None:
@@ -45,7 +45,7 @@ def missing() -> str | None:
 
 
 def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None:
-    """Why it doesn't read this part for these queries; None where it does."""
+    """The reason why it can't attend from these queries to this segment; None where it can."""
     if queries.device.type != "cuda":
         return "the pass is not on a CUDA GPU"
     if (why := missing()) is not None:
@@ -62,7 +62,7 @@ def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None
 
 
 def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of queries [q, H, D] over one part: output [q, H, D] in their dtype, log-sum-exp [q, H] in fp32."""
+    """Attention of queries [q, H, D] over one segment: output [q, H, D] in their dtype, log-sum-exp [q, H] in fp32."""
     assert not part.is_coded
     output, lse = _kernel()(
         queries[None],

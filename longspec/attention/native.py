@@ -1,9 +1,9 @@
 """Backend of the CPU in bf16: the C kernel of `attention.c`.
 
-It takes the parts of a pass as they come and joins them itself, reads coded blocks in place, and keys and values once
-for all query heads and rows. A row's bits depend on its position and on what it may read, not on the rows beside it or
-on the buffers that its text lies in: parts that follow each other are read as one. A layer of the default model at
-7,000 columns on two cores with AMX, milliseconds for 1 and for 9 rows:
+It takes all segments of a pass and merges them itself, dequantizes blocks in registers, and loads keys and values
+once for all query heads and positions. A position's bits depend on the position and the columns it attends to, not on
+the other positions or on the buffers: adjacent segments are computed as one. Milliseconds for one layer of the
+default model at 7,000 columns on two cores with AMX, for 1 and for 9 positions:
 
     dense 0.35, 0.61    int8 0.30, 0.51    int4 0.37, 0.56    dual 0.50, 0.72    dense by torch 0.72, 1.01
 """
@@ -57,7 +57,7 @@ class _Segment(ctypes.Structure):
 
 
 class Reading(ctypes.Structure):
-    """The queries of a pass as the kernel takes them."""
+    """The queries of a pass: the kernel's C struct."""
 
     _fields_ = (
         ("queries", ctypes.c_void_p),
@@ -72,13 +72,13 @@ DENSE, SYMMETRIC, ASYMMETRIC, DUAL = range(4)
 
 
 def missing() -> str | None:
-    """Why this machine can't run it; None where it can."""
+    """The reason why this machine can't run it; None where it can."""
     found = kernel()
     return found if isinstance(found, str) else None
 
 
 def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
-    """Why it doesn't read heads of `dim` channels; None where it does."""
+    """The reason why it can't take heads of `dim` channels; None where it can."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return f"it reads bf16 on the CPU, not {dtype} on {device.type}"
     if dim % 32 or dim > 256:
@@ -87,12 +87,12 @@ def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
 
 
 def refuses(queries: Tensor, part: Segment) -> str | None:
-    """Why it doesn't take a pass with these queries [q, H, D], the first part of which is this; None where it does."""
+    """The reason why it can't take a pass with these queries [q, H, D] and this first segment; None where it can."""
     return unfit(queries.dtype, queries.device, queries.shape[2])
 
 
 def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
-    """Attention of queries [q, H, D] over all parts, one of which has columns; [q, H, D]."""
+    """Attention of queries [q, H, D] over all segments, at least one of which has columns; [q, H, D]."""
     library, threads = kernel(), torch.get_num_threads()
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -114,7 +114,7 @@ def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: flo
 
 
 def _runs(parts: Iterable[Segment]) -> Iterator[tuple[list[Segment], bool]]:
-    """Parts that have columns, as they come, dense ones that follow each other together; and whether it is the last."""
+    """Groups of non-empty segments, adjacent dense ones together; and whether the group is the last."""
     run: list[Segment] = []
     for part in parts:
         if not part.columns:
@@ -141,8 +141,8 @@ def _reading(queries: Tensor, part: Segment, scale: float, softcap: float | None
 def limits(
     bounds: Bounds | None, rows: int, held: list[Tensor]
 ) -> tuple[int | None, int | None, int | None, int | None, int]:
-    """Bounds of so many rows as the kernel takes them: first, last, tail, parents and how many columns these are of;
-    `held` is given the tensors that are pointed to.
+    """The bounds of `rows` positions as the kernel's arguments: pointers to first, last, tail and parents, and the
+    tail's number of columns; the tensors pointed to are appended to `held`.
     """
     if bounds is None:
         return None, None, None, None, 0
@@ -159,7 +159,7 @@ def limits(
 
 
 def _segment(part: Segment, rows: int, dim: int, held: list[Tensor]) -> _Segment:
-    """The part as the kernel takes it; `held` is given the tensors that it points to."""
+    """The segment as the kernel's C struct; the tensors pointed to are appended to `held`."""
     bounds = limits(part.bounds, rows, held)
     if part.codec is None:
         keys, values = _rows(part.keys, dim, held), _rows(part.values, dim, held)
@@ -170,14 +170,14 @@ def _segment(part: Segment, rows: int, dim: int, held: list[Tensor]) -> _Segment
 
 
 def kind_of(codec: Any) -> int:
-    """Of a part that it has coded."""
+    """The kernel's number for a codec's kind of codes."""
     if not isinstance(codec, Codec):
         raise TypeError(f"the kernel doesn't read codes of {type(codec).__name__}")
     return DUAL if isinstance(codec, DualCodec) else SYMMETRIC if codec.symmetric else ASYMMETRIC
 
 
 def _rows(rows: Tensor, dim: int, held: list[Tensor]) -> _Side:
-    """Rows [K, n, D] in bf16."""
+    """The C struct of dense rows [K, n, D] in bf16."""
     if rows.stride()[1:] != (dim, 1):
         rows = rows.contiguous()
     held.append(rows)
@@ -186,7 +186,9 @@ def _rows(rows: Tensor, dim: int, held: list[Tensor]) -> _Side:
 
 
 def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
-    """A codec's tensors of keys or of values, each [K, b, ...]: codes, the lower plane of two, steps, lows."""
+    """The C struct of a codec's tensors of keys or of values, each [K, b, ...]: codes, the dual codec's lower plane,
+    steps, lows.
+    """
     whole = [each if each[0].is_contiguous() else each.contiguous() for each in side]
     held += whole
     codes, lower = whole[0], whole[1] if kind == DUAL else None
@@ -200,7 +202,7 @@ def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
 
 
 def kernel() -> ctypes.CDLL | str:
-    """The kernel's library; a sentence where it can't be had."""
+    """The loaded C library; the reason as a string where it isn't available."""
     found = library("attention.c")
     if isinstance(found, str):
         return found

@@ -1,10 +1,12 @@
-"""Attention of all texts of a pass in one call a layer, their rows dense or coded: by the C kernel of `attention.c`.
+"""Batched attention (varlen): all sequences of a pass in one call per layer, dense or quantized, by the C kernel of
+`attention.c`.
 
-Takes the stages of a pass; puts the rows' keys and values, reads, and gives what `longspec.attention.attend` gives, bit
-for bit. What costs some 60 us of Python a layer, part by part and text by text, is prepared once a pass: of the default
-model's passes with 1, 8 and 16 texts in int8 attention took 3.0, 17 and 34 ms, and takes 0.7, 2.8 and 5.9.
+Takes the stages of a pass; writes keys and values of the new rows, attends, and gives the output of
+`longspec.attention.attend`, bit for bit. The Python work per segment and sequence, some 60 us a layer, is done once a
+pass: attention of the default model's passes over 1, 8 and 16 sequences with an int8 cache took 3.0, 17 and 34 ms
+before, and takes 0.7, 2.8 and 5.9 (two cores with AMX).
 
-A stage of which only the queries tell what is read is left to `attend`.
+A stage whose segments depend on the queries is left to `attend`.
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ class _Text(ctypes.Structure):
 
 
 class Span(Protocol):
-    """The rows of one text in a pass."""
+    """The token positions of one sequence in a pass."""
 
     @property
     def stage(self) -> Stage: ...
     @property
-    def staged(self) -> slice: ...  # their place in the stage
+    def staged(self) -> slice: ...  # their indices in the stage
     @property
-    def at(self) -> slice: ...  # their place in the pass
+    def at(self) -> slice: ...  # their indices in the pass
 
 
 def reads(span: Span) -> bool:
-    """Whether it is known before any layer has run what these rows read."""
+    """Whether the segments of these positions are known before any layer has run."""
     return span.stage.is_known(span.staged)
 
 
 class Texts:
-    """Spans of one pass, all of which the kernel takes."""
+    """The spans of one pass, all of which the kernel takes."""
 
     def __init__(self, spans: Sequence[Span], shape: Shape, queries: int, scale: float, softcap: float | None) -> None:
-        """Queries: how many query heads."""
+        """queries: the number of query heads."""
         kernel = cpu.kernel()
         if isinstance(kernel, str):
             raise RuntimeError(kernel)
@@ -82,7 +84,7 @@ class Texts:
         return len(self._spans)
 
     def read(self, layer: int, made: Tensor, output: Tensor) -> None:
-        """Put keys and values of `made` [r, (H + 2 K) * D], and write attention's output to [r, H * D]."""
+        """Write keys and values of `made` [r, (H + 2 K) * D] to the cache, and attention's output to [r, H * D]."""
         texts = self._prepared[self.read_of[layer]]
         self.begin(made, [layer])
         at = pointer(output, torch.bfloat16, len(made), None)
@@ -91,7 +93,9 @@ class Texts:
         )
 
     def begin(self, made: Tensor, layers: Sequence[int]) -> None:
-        """The kernel is about to be called for these layers by another one, with all that `made` will hold."""
+        """Set the query pointer to `made` and mark the staged rows of `layers` as written, for another C function
+        that calls the kernel itself.
+        """
         self._reading.queries = pointer(made, torch.bfloat16, None, self._width)
         self._reading.query_row = self._width
         if len(made) < self._rows:
@@ -102,13 +106,13 @@ class Texts:
 
     @property
     def call(self) -> tuple[int | None, int, int, int]:
-        """Where the kernel is, and its arguments in all layers: queries, texts, threads."""
+        """The kernel's address, and its arguments in all layers: queries, sequences, threads."""
         kernel = ctypes.cast(self._kernel.texts_read, ctypes.c_void_p).value
         return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads
 
     def reads(self) -> list[tuple[int, int]]:
-        """Its arguments in the layers of each kind, of which `read_of` says a layer's: texts, and the calling thread's
-        workspace.
+        """The kernel's arguments for each kind of layer (`read_of` gives a layer's index): sequences, and the calling
+        thread's workspace.
         """
         at = self._workspace()
         return [(ctypes.addressof(texts), at) for texts in self._prepared]
@@ -117,7 +121,7 @@ class Texts:
         return workspace("attention", self._nbytes).data_ptr()
 
     def _prepare(self, layer: int) -> ctypes.Array[_Text]:
-        """All texts as the layer reads them."""
+        """The C structs of all sequences for a layer."""
         texts = []
         for span in self._spans:
             rows = span.at.stop - span.at.start
@@ -129,7 +133,7 @@ class Texts:
         return (_Text * len(texts))(*texts)
 
     def _run(self, run: Segment, rows: int) -> tuple[int, ...]:
-        """A run as the kernel's struct, which is twelve words."""
+        """A segment as the fields of the kernel's struct, twelve words."""
         limits = [word or 0 for word in cpu.limits(run.bounds, rows, self._held)]
         if run.codec is None:
             capacity = run.layers[0][0].shape[1]
@@ -138,7 +142,7 @@ class Texts:
         return self._placed(run), kind, bits, 0, run.column, run.columns, run.start, *limits
 
     def _placed(self, run: Segment) -> int:
-        """Where the places of its rows in all layers stand; once for all runs of the same tensors."""
+        """The address of the int64 array of per-layer base pointers; cached per list of tensors."""
         tensors = run.layers
         if id(tensors) not in self._places:
             if run.codec is None:
@@ -153,7 +157,9 @@ class Texts:
 
 
 def _places(codes: tuple[Tensor, ...], kind: int) -> list[int]:
-    """Of a layer: keys' codes, lower codes, steps and lows, or 0; the same of values; and the blocks of a head."""
+    """A layer's base pointers: keys' codes, lower plane, steps and lows, or 0; those of values; and a head's number
+    of blocks.
+    """
     found, half = [each.data_ptr() for each in codes], len(codes) // 2
     capacity = codes[0].stride(0) // codes[0].stride(1)
     if kind == cpu.DUAL:

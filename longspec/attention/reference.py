@@ -1,11 +1,11 @@
-"""Attention on torch's own operators: the reference, the backend of the CPU, and of what others leave on a GPU.
+"""Attention in torch operators: the reference, the CPU's portable backend, and the fallback on a GPU.
 
-`read` is the definition, in as many plain operators as it takes; `read_flash` gives the same through torch's flash
-kernels, which return the log-sum-exp too (difference to fp64 on the CPU: 5e-7 in fp32; no GPU has run this yet, its
-kernel's shapes are tested on tensors without data). `whole` is for a single part, where no log-sum-exp is needed.
+`read` is the definition, in plain operators; `read_flash` gives the same through torch's flash kernels, which also
+return the log-sum-exp (difference to fp64 on the CPU: 5e-7 in fp32; no GPU has run this yet, its kernel's shapes are
+tested on meta tensors). `whole` is for a single segment, where no log-sum-exp is needed.
 
-The query heads of a group are laid behind each other as rows, so that a key head is read once for its group: with 8
-rows and 7,000 bf16 columns of the default model 0.5 ms a layer, against 1.0 ms through `enable_gqa`.
+The query heads of a group are stacked as rows, so that a key head is loaded once for its group: with 8 positions and
+7,000 bf16 columns of the default model 0.5 ms a layer on two cores with AMX, against 1.0 ms through `enable_gqa`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ USE = "torch's own operators, for the CPU and for what others leave on a GPU"
 
 
 def decoded(parts: Iterable[Segment]) -> Iterator[Segment]:
-    """The parts as rows that torch's operators can read: coded runs come piece by piece."""
+    """The segments as dense ones: quantized segments are dequantized piece by piece."""
     for part in parts:
         yield from part.pieces()
 
 
 def whole(queries: Tensor, part: Segment, scale: float) -> Tensor:
-    """Attention of queries [q, H, D] over one part; [q, H, D]."""
+    """Attention of queries [q, H, D] over one segment; [q, H, D]."""
     rows, groups = _grouped(queries, part)
     output = F.scaled_dot_product_attention(
         rows,
@@ -45,7 +45,7 @@ def whole(queries: Tensor, part: Segment, scale: float) -> Tensor:
 
 
 def has_flash(queries: Tensor, part: Segment, softcap: float | None) -> bool:
-    """Whether `read_flash` can read it: all on the CPU, on a GPU whole parts in half precision."""
+    """Whether `read_flash` can take it: on the CPU any segment, on a GPU unbounded ones in half precision."""
     if softcap is not None:
         return False
     if queries.device.type == "cpu":
@@ -56,7 +56,7 @@ def has_flash(queries: Tensor, part: Segment, softcap: float | None) -> bool:
 
 
 def read_flash(queries: Tensor, part: Segment, scale: float) -> tuple[Tensor, Tensor]:
-    """As `read`, by torch's flash kernels where `has_flash`; the output in the queries' dtype."""
+    """As `read`, by torch's flash kernels where `has_flash`; the output is in the queries' dtype."""
     rows, groups = _grouped(queries, part)
     keys, values = part.keys.unsqueeze(0), part.values.unsqueeze(0)
     if queries.device.type == "cuda":
@@ -66,15 +66,16 @@ def read_flash(queries: Tensor, part: Segment, scale: float) -> tuple[Tensor, Te
             rows, keys, values, 0.0, _is_causal(part, groups), attn_mask=_bias(part, rows, groups), scale=scale
         )
     lse = lse.reshape(rows.shape[1], groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
-    if part.bounds is not None:  # the kernel says 0, and not -inf, of a row that may read nothing
+    if part.bounds is not None:  # the kernel returns 0, not -inf, for a query without allowed columns
         lse = lse.masked_fill((part.bounds.first >= part.bounds.last)[:, None], float("-inf"))
     return _ungrouped(output.squeeze(0), queries), lse
 
 
 def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
+    """Attention of queries [q, H, D] over one segment: output [q, H, D] and log-sum-exp [q, H], both fp32.
 
-    With a softcap c the scores are c * tanh(score / c) (Gemma 2). A row that may read nothing gives -inf and zeros.
+    With a softcap c the scores are c * tanh(score / c) (Gemma 2). A query without allowed columns gives zeros and
+    -inf.
     """
     rows, groups = _grouped(queries, part)
     scores = torch.matmul(rows[0].float(), part.keys.float().transpose(1, 2)) * scale  # [K, G * q, n]
@@ -90,7 +91,7 @@ def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = N
 
 @cache
 def no_gpu() -> str | None:
-    """Why this machine has no GPU that flash kernels run on; None where it has one."""
+    """The reason why this machine has no GPU for flash kernels; None where it has one."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
@@ -98,7 +99,7 @@ def no_gpu() -> str | None:
 
 
 def _grouped(queries: Tensor, part: Segment) -> tuple[Tensor, int]:
-    """[q, H, D] to [1, K, G * q, D], and G: the G query heads that share a key head, behind each other."""
+    """Queries [q, H, D] as [1, K, G * q, D], and G: the G query heads that share a key head are stacked."""
     q, heads, dim = queries.shape
     key_heads = part.keys.shape[0]
     groups = heads // key_heads
@@ -108,7 +109,7 @@ def _grouped(queries: Tensor, part: Segment) -> tuple[Tensor, int]:
 
 
 def _ungrouped(output: Tensor, queries: Tensor) -> Tensor:
-    """[K, G * q, D] back to [q, H, D]."""
+    """Output [K, G * q, D] as [q, H, D]."""
     q, heads, dim = queries.shape
     if q == 1:
         return output.reshape(1, heads, dim)

@@ -1,11 +1,12 @@
-"""Backend on Triton kernels of our own: quantized parts as they lie, and parts of which each row reads its own columns.
+"""Backend on our own Triton kernels: quantized segments without dequantizing to memory, and segments with per-query
+bounds.
 
-Takes what `reference.read` takes and gives what it gives. It decides how a part is cut up among a GPU's processors, and
-knows nothing of what the kernels (`longspec.attention.triton_kernels`) do with the pieces.
+Takes and gives the same as `reference.read`. It decides how a segment is split among a GPU's processors, and knows
+nothing of the arithmetic in the kernels (`longspec.attention.triton_kernels`).
 
 No hardware has run this yet: kernels and launches are tested through Triton's interpreter, and compiled for compute
-capabilities 8.9 and 9.0 (`tests/attention/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU, and
-the sizes of tiles here wait for `docs/benchmarks/gpu_attention.py`.
+capabilities 8.9 and 9.0 (`tests/attention/test_triton.py`). `tests/gpu` holds the comparisons that wait for a GPU,
+and the tile sizes here wait for `docs/benchmarks/gpu_attention.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHUNKS = 128  # as in longspec.attention.triton_kernels
 _LOG2E = 1.4426950408889634
 
-OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't said
+OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where this isn't set
 
 _Arguments = tuple[str, list[Tensor], list[int], dict[str, Any]]
 """A kernel's name, its tensors between the queries and the bounds, their strides, and its own constants."""
@@ -54,7 +55,7 @@ _Arguments = tuple[str, list[Tensor], list[int], dict[str, Any]]
 
 @cache
 def missing() -> str | None:
-    """Why this machine can't run it; None where it can."""
+    """The reason why this machine can't run it; None where it can."""
     if find_spec("triton") is None:
         return "the package triton isn't installed"
     if (why := no_gpu()) is not None:
@@ -65,7 +66,7 @@ def missing() -> str | None:
 
 
 def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None:
-    """Why it doesn't read this part for these queries; None where it does."""
+    """The reason why it can't attend from these queries to this segment; None where it can."""
     if queries.device.type != "cuda":
         return "the pass is not on a CUDA GPU"
     if (why := missing()) is not None:
@@ -80,11 +81,12 @@ def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None
 
 
 def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of queries [q, H, D] over one part: output [q, H, D] and log-sum-exp [q, H], both fp32.
+    """Attention of queries [q, H, D] over one segment: output [q, H, D] and log-sum-exp [q, H], both fp32.
 
-    A row that may read nothing gives zeros and -inf. CPU tensors are for Triton's interpreter (TRITON_INTERPRET=1).
+    A query without allowed columns gives zeros and -inf. CPU tensors are for Triton's interpreter
+    (TRITON_INTERPRET=1).
     """
-    from longspec.attention import triton_kernels as kernels  # imports triton, which not every machine has
+    from longspec.attention import triton_kernels as kernels  # imports triton, which may be missing
 
     q, heads, dim = queries.shape
     coded = part.is_coded
@@ -121,9 +123,9 @@ def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = N
 
 
 def tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int]:
-    """Rows and columns of a tile: as many as a GPU of compute capability 8 has registers and shared memory for.
+    """Rows and columns of a tile: as many as the registers and shared memory of compute capability 8 hold.
 
-    Chosen by what the compiler reports: more rows spill registers, more columns or stages don't fit 99 KiB (8.6, 8.9).
+    Chosen by the compiler's report: more rows spill registers, more columns or stages don't fit 99 KiB (8.6, 8.9).
     """
     padded = max(16, power_of_2(dim))
     key_bytes = padded * dtype.itemsize
@@ -139,37 +141,37 @@ def tile(rows: int, dim: int, dtype: torch.dtype, coded: bool) -> dict[str, int]
 
 
 def most_chunks(programs: int, device: torch.device) -> int:
-    """Chunks of a long part: two programs a processor, where so many programs read each column."""
+    """The number of chunks of a long segment: two programs per processor, where `programs` of them load each column."""
     return _most_chunks(programs, _processors(device))
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What the kernels take for these: a multiplier of products, and the softcap in base 2."""
+    """The kernels' arguments for scale and softcap: a multiplier of products, and the softcap in base 2."""
     return (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
 
 
 def power_of_2(number: int) -> int:
-    """The next one."""
+    """The smallest power of two that isn't below the number."""
     return 1 << (number - 1).bit_length()
 
 
 def kind_of(codec: Codec) -> dict[str, Any]:
-    """The kernels' own constants for these codes."""
+    """The kernels' compile-time constants for a codec."""
     dual = isinstance(codec, DualCodec)
     return {"BITS": 4 if dual else codec.bits, "SYMMETRIC": codec.symmetric, "DUAL": dual}
 
 
 def all_of(codes: Sequence[Tensor], codec: Codec) -> list[Tensor]:
-    """A codec's tensors as the kernels take them, eight: what it lacks is another one, and never read."""
+    """A codec's eight tensors for the kernels; a missing one is replaced by another tensor that is never loaded."""
     dual, half = isinstance(codec, DualCodec), len(codes) // 2
     found = []
-    for side in (codes[:half], codes[half:]):  # the lower plane is the upper one, and low is step
+    for side in (codes[:half], codes[half:]):  # placeholders: the upper plane for the lower one, step for low
         found += [side[0], side[1 if dual else 0], side[2 if dual else 1], side[-1]]
     return found
 
 
 def _chunk(n: int, programs: int, processors: int) -> int:
-    """Columns of a chunk, whole blocks."""
+    """Columns of a chunk, a multiple of the block."""
     blocks = -(-n // BLOCK)
     return -(-blocks // min(_most_chunks(programs, processors), blocks)) * BLOCK
 

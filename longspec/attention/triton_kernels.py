@@ -1,26 +1,29 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, N806
-# Triton's language: no types that Python knows, and capitals for what is known when a kernel is compiled.
-"""The Triton kernels of `longspec.attention.triton`, which says what they take. This file needs triton to be imported.
+# Triton's language: no Python types, and capitals for compile-time constants.
+"""The Triton kernels of `longspec.attention.triton`, which documents their arguments. This file imports triton.
 
-Flash-decoding: one program reads the columns of one chunk for one key head and up to 64 of the rows that share it (the
-query heads of a group behind each other, as in `longspec.attention.reference`, which is the naive form of both), keeps
-a running softmax, and leaves an output and a log-sum-exp; `joined` adds up the chunks. Each key is read once for its
+Flash-decoding: one program takes the columns of one chunk for one key head and up to 64 of the rows that share it
+(the query heads of a group, stacked, as in `longspec.attention.reference`, which is the naive form of both), keeps a
+running softmax, and stores an output and a log-sum-exp; `joined` merges the chunks. Each key is loaded once for its
 group, and chunks fill the GPU when there is one row to compute.
 
-`coded` never writes a key out. With a key's value low_d + step_d * code_jd in channel d of a block of 64 rows,
+`coded` never writes a dequantized key to memory. With a key's value low_d + step_d * code_jd in channel d of a block
+of 64 rows,
 
     q . k_j  =  sum_d (q_d * step_d) * code_jd  +  sum_d q_d * low_d
 
-so a block's scales go into the query once and not into 64 keys; a value's scales, one pair a row, go into its weight:
+so a block's scales multiply the query once instead of 64 keys; a value's scales, one pair a row, multiply its weight:
 
-    sum_j p_j * v_j  =  sum_j (p_j * step_j) * code_j  +  sum_j p_j * low_j        the second sum is alike in all d
+    sum_j p_j * v_j  =  sum_j (p_j * step_j) * code_j  +  sum_j p_j * low_j        the second sum is the same for all
+    d
 
-Tensor cores take the scaled query rounded to 16 bits. Codes are taken around their middle, which low moves to, so that
-the rounding counts by half of the codes' range and not by all of it.
+Tensor cores take the scaled query rounded to 16 bits. Codes are centred on their middle, and low is shifted to it, so
+that the rounding error is scaled by half of the codes' range instead of all of it.
 
 Letters: M rows of a tile, N columns of a tile, K key heads, G query heads a key head, D head dimension, S bytes of a
-row of codes; M, N and what is PADDED are powers of two. Scores are in base 2, whose exponential is one instruction.
+row of codes; M, N and names with PADDED are powers of two. Scores are in base 2, whose exponential is one
+instruction.
 """
 
 import torch
@@ -55,7 +58,9 @@ def dense(
     CAPPED: tl.constexpr, ROUNDED: tl.constexpr, DOT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [K, n, D] of any strides but 1 in D. Of the last t columns, rows read those in `tail` [q, t]."""
+    """Keys and values [K, n, D] of any strides but 1 in D. Of the last t columns, rows attend to those set in `tail`
+    [q, t].
+    """
     row, head, real = tile_rows(q, G, M)
     channel = tl.arange(0, D_PADDED)
     inside = channel < D
@@ -91,9 +96,10 @@ def coded(
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DUAL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Codes as `longspec.cache.codes` lays them: BITS a code and plane, and in the dual codec a second, lower plane.
+    """Codes in the layout of `longspec.cache.codes`: BITS a code and plane, and in the dual codec a second, lower
+    plane.
 
-    A head's blocks begin `plane_blocks` blocks behind those of the head before it, its scales `scale_blocks`.
+    plane_blocks, scale_blocks: the strides from head to head, in blocks, of codes and of scales.
     """
     row, head, real = tile_rows(q, G, M)
     channel, inside = code_channels(D, D_PADDED, BITS)
@@ -110,8 +116,8 @@ def coded(
 
 @triton.jit
 def code_channels(D: tl.constexpr, D_PADDED: tl.constexpr, BITS: tl.constexpr):
-    """The channels of unpacked codes, and which there are. A byte holds codes that stand S channels apart: unpacked,
-    they stand S_PADDED apart.
+    """The channels of unpacked codes, and a mask of the real ones. A byte holds codes whose channels are S apart;
+    unpacked, they are S_PADDED apart.
     """
     S: tl.constexpr = D * BITS // 8
     S_PADDED: tl.constexpr = D_PADDED * BITS // 8
@@ -127,7 +133,7 @@ def coded_columns(
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DUAL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Of the columns start..stop, for a tile of rows: their running softmax's sum, maximum and total.
+    """The running softmax of a tile of rows over the columns start..stop: weighted sum, maximum and total.
 
     plane, scale: blocks before those of this program's head.
     """
@@ -145,7 +151,7 @@ def coded_columns(
         codes_at = (plane * BLOCK + here) * S
         scale_at = scale + here // BLOCK
 
-        # All scales are asked for before the first is needed: unlike codes they aren't fetched a turn ahead.
+        # Load all scales before the first is needed: unlike codes they aren't prefetched by the pipeliner.
         row_at = scale * BLOCK + here + at
         key_steps = tl.load(key_step + scale_at * D + channel, inside, 0.0).to(tl.float32)
         value_steps = tl.load(value_step + row_at).to(tl.float32)
@@ -173,7 +179,7 @@ def coded_columns(
 
 @triton.jit(do_not_specialize=["chunks"])
 def joined(outputs, lses, output, lse, chunks, rows, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """The chunks' outputs [chunks, rows, D] and log-sum-exps [chunks, rows] as one, for one of the rows q * H."""
+    """Merge the chunks' outputs [chunks, rows, D] and log-sum-exps [chunks, rows] for one of the rows q * H."""
     row = tl.program_id(0)
     chunk, channel = tl.arange(0, MOST_CHUNKS), tl.arange(0, D_PADDED)
     inside = channel < D
@@ -195,13 +201,13 @@ def joined(outputs, lses, output, lse, chunks, rows, D: tl.constexpr, D_PADDED: 
 
 @triton.jit
 def _head_offset(distance):
-    """Elements before this program's key head."""
+    """The offset of this program's key head, in elements."""
     return tl.program_id(2).to(tl.int64) * distance
 
 
 @triton.jit
 def tile_rows(q, G: tl.constexpr, M: tl.constexpr):
-    """Of this tile's M rows: their numbers in the pass, their query heads, and which there are."""
+    """The indices of this tile's M rows in the pass, their query heads, and a mask of the real ones."""
     place = tl.program_id(0) * M + tl.arange(0, M)
     return place % q, tl.program_id(2) * G + place // q, place < G * q
 
@@ -214,7 +220,7 @@ def query_tile(queries, row, head, real, channel, inside, query_row, query_head)
 
 @triton.jit
 def _reach(first, last, row, real, n, chunk, BOUNDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Each row's first and last column, and the columns of this program's chunk that any of them reads."""
+    """Each row's first and last column, and the range of this program's chunk that any of them attends to."""
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, n)
     if BOUNDED:
@@ -229,7 +235,7 @@ def _reach(first, last, row, real, n, chunk, BOUNDED: tl.constexpr, M: tl.conste
 
 @triton.jit
 def scored(products, multiplier, softcap, CAPPED: tl.constexpr):
-    """Products of queries and keys as scores in base 2. With a softcap, `multiplier` is scale / softcap."""
+    """Scores in base 2 of the products of queries and keys. With a softcap, `multiplier` is scale / softcap."""
     if CAPPED:
         ratio = products * multiplier
         small = tl.exp(-2.0 * tl.abs(ratio))
@@ -241,10 +247,10 @@ def scored(products, multiplier, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _masked(scores, column, begins, ends, tail, row, real, n, t, tail_row, TAILED: tl.constexpr):
-    """-inf where a row may not read a column."""
+    """Scores with -inf where a row may not attend to a column."""
     allowed = (column[None, :] >= begins[:, None]) & (column[None, :] < ends[:, None])
-    if TAILED:  # noqa: SIM102 - known when compiled, the other when run
-        if tl.max(column, 0) >= n - t:  # most tiles lie before the tail and need no look at it
+    if TAILED:  # noqa: SIM102 - one is a compile-time condition, the other isn't
+        if tl.max(column, 0) >= n - t:  # most tiles lie before the tail and need no mask
             in_tail = (column >= n - t) & (column < n)
             ancestor = tail + row[:, None] * tail_row + (column - (n - t))[None, :]
             allowed &= tl.load(ancestor, real[:, None] & in_tail[None, :], 1) != 0
@@ -253,7 +259,7 @@ def _masked(scores, column, begins, ends, tail, row, real, n, t, tail_row, TAILE
 
 @triton.jit
 def running(scores, maximum, total):
-    """One more tile for a running softmax: its weights, what earlier sums are to be multiplied with, maximum, total."""
+    """Update a running softmax by one tile: its weights, the factor for earlier sums, maximum, total."""
     new = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(new == NOTHING, 0.0, new)
     weights, kept = tl.exp2(scores - base[:, None]), tl.exp2(maximum - base)
@@ -272,7 +278,7 @@ def _codes(upper, lower, codes_at, at, byte, S: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def _unpacked(packed, BITS: tl.constexpr):
-    """Bytes [N, s] as codes [N, 8 / BITS * s]: the inverse of `longspec.cache.codes.pack`."""
+    """Unpack bytes [N, s] to codes [N, 8 / BITS * s]: the inverse of `longspec.cache.codes.pack`."""
     if BITS == 4:
         halves = tl.join(packed & 15, packed >> 4)
         codes = tl.permute(halves, (0, 2, 1)).reshape(packed.shape[0], 2 * packed.shape[1])
@@ -289,7 +295,7 @@ def _unpacked(packed, BITS: tl.constexpr):
 def stored(
     output, lse, summed, maximum, total, q, row, head, real, channel, inside, H: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """The output [q, H, D] and log-sum-exp [q, H]; zeros and -inf for a row that read nothing."""
+    """Store the output [q, H, D] and log-sum-exp [q, H]; zeros and -inf for a row without columns."""
     place = (tl.program_id(1) * q + row) * H + head
     some = tl.where(total == 0, 1.0, total)
     tl.store(output + place[:, None] * D + channel[None, :], summed / some[:, None], real[:, None] & inside[None, :])
@@ -297,10 +303,10 @@ def stored(
 
 
 def dtypes(queries: torch.dtype, is_coded: bool) -> dict[str, tl.dtype]:
-    """What weights and scaled queries are rounded to, and what is multiplied.
+    """The dtypes that weights and scaled queries are rounded to, and that products are computed in.
 
-    A weight times a value's scale can be below what fp16 holds, so that codes are multiplied in bf16. The interpreter
-    can't multiply bf16, and multiplies the rounded numbers in fp32.
+    A weight times a value's scale can be below fp16's range, so codes are multiplied in bf16. The interpreter can't
+    multiply bf16, and multiplies the rounded numbers in fp32.
     """
     if queries == torch.float32:
         rounded = tl.float32

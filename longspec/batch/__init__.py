@@ -1,6 +1,6 @@
-"""Many prompts from a file, their answers to a file: read as a stream, written line by line, resumed where it ended.
+"""Batch jobs: many prompts from a file, their answers to a file, streamed line by line and resumable.
 
-    inputs -> Item or Fault -> fresh (what isn't finished) -> job -> Written or Fault -> order -> output
+    inputs -> Item or Fault -> fresh (not finished yet) -> job -> Written or Fault -> order -> output
 
 Nothing here prints, draws or catches signals.
 """

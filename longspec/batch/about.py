@@ -1,6 +1,7 @@
-"""What an output was made from, kept beside it as OUT.meta.json: a batch goes on only with what it began with.
+"""A batch's metadata, stored beside the output as OUT.meta.json: a batch resumes only with the settings it began
+with.
 
-What can't change an answer isn't in it: the drafter, how many texts share a pass, threads.
+It has only what can change an answer: not the drafter, the number of sequences in a pass, or the threads.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ def meta_path(output: Path) -> Path:
 
 
 class About:
-    """What is recorded beside an output, and the check against it.
+    """The metadata beside an output, and the check against it.
 
-    anyway: go on although something differs.
+    anyway: resume although something differs.
     """
 
     def __init__(self, output: Path, *, empty: bool, anyway: bool) -> None:
         self.path = meta_path(output)
         self.output = output
         self.anyway = anyway
-        self.mixed = False  # lines of other settings are in the output
+        self.mixed = False  # whether the output has lines of other settings
         self.recorded: Mapping[str, Any] | None = None if empty else self._read()
 
     def check(self, now: Mapping[str, Any]) -> None:
-        """Raises UsageError where what is recorded differs from this, in what both name."""
+        """Raise UsageError where the stored metadata differs from `now` in a field that both have."""
         if self.recorded is None:
             return
         for name, value in now.items():
@@ -52,7 +53,7 @@ class About:
             self.mixed = True
 
     def write(self, now: Mapping[str, Any]) -> None:
-        """Record it, unless that is what is recorded."""
+        """Store the metadata, unless it is unchanged."""
         mixed = self.mixed or bool((self.recorded or {}).get("mixed"))
         whole = {**now, "mixed": mixed}
         if whole != self.recorded:
@@ -73,7 +74,7 @@ class About:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """The object is in the file whole, or the file is as it was. LongspecError where it can't be written."""
+    """Write a JSON object atomically. LongspecError where it can't be written."""
     try:
         replaced(path, lambda place: place.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
     except OSError as error:

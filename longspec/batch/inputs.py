@@ -1,7 +1,7 @@
-"""The input of a batch, whatever its format, as a stream of records.
+"""The input of a batch, in any of its formats, as a stream of records.
 
 Takes names from a command line; gives Items and Faults, one by one. Nothing is read ahead but the first line, which
-tells the format where the name's ending doesn't. Knows no model.
+tells the format where the file name's suffix doesn't. Knows no model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An open input. digest: of all its bytes; None where they come through a pipe, which can be read once only."""
+    """An open input. digest: a hash of all its bytes; None for a pipe, which can be read only once."""
 
     format: str
     records: Iterator[Item | Fault]
     digest: str | None = None
-    count: int | None = None  # about how many records there are
+    count: int | None = None  # approximate number of records
 
 
 @contextmanager
@@ -50,10 +50,11 @@ def open_input(
     files_from: str | None = None,
     null: bool = False,
 ) -> Iterator[Input]:
-    """One file of records, `-` for standard input, or many files of one prompt each. form: one of FORMATS, if named.
+    """Open one file of records, `-` for standard input, or many files of one prompt each. form: one of FORMATS, if
+    named.
 
     Raises:
-        UsageError: there is no such input, or its format can't be told.
+        UsageError: there is no such input, or its format can't be detected.
     """
     if form is not None and form not in FORMATS:
         raise UsageError(f"The format {form!r} is not known; use one of: {', '.join(FORMATS)}.")
@@ -102,7 +103,7 @@ def _one(file: BinaryIO, name: str, form: str | None, template: Template | None)
 
 
 def _told(name: str, first: Line | None) -> str:
-    """The format, by the name's ending and the first line that isn't blank."""
+    """Detect the format, by the file name's suffix and the first non-blank line."""
     form = _SUFFIXES.get(Path(name).suffix.lower())
     start = "" if first is None else first.text.lstrip()
     if form is None and start.startswith("{"):
@@ -128,7 +129,7 @@ def _opened(name: str) -> BinaryIO:
 
 
 def _digest(file: BinaryIO) -> tuple[str | None, int | None]:
-    """Of all bytes of a regular file, and how many lines it has; it is read from its start then."""
+    """The hash of all bytes of a regular file, and its number of lines; the file is rewound to its start."""
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return None, None
     digest, lines, last = hashlib.sha256(), 0, b"\n"
@@ -151,7 +152,7 @@ def _openai(lines: Iterator[Line], template: Template | None) -> Iterator[Item |
 
 
 def _parsed(lines: Iterator[Line]) -> Iterator[tuple[int, Line, dict[str, Any] | Fault]]:
-    """Each line that isn't blank with its number among them, and its object."""
+    """Each non-blank line with its index, and its object or the error."""
     for index, line in enumerate(line for line in lines if not line.is_blank):
         fault = line.fault
         if fault is None:
@@ -172,7 +173,9 @@ def _texts(lines: Iterator[Line], template: Template | None) -> Iterator[Item | 
 
 
 def _table(lines: Iterator[Line], form: str, template: Template | None) -> Iterator[Item | Fault]:
-    """Rows below a header. A column `id` names a row, else its number does, from 1 below the header."""
+    """Records of a table with a header. The column `id` gives a record's id, else its number, from 1 below the
+    header.
+    """
     csv.field_size_limit(LINE_NBYTES)
     faults: list[str] = []
 
@@ -217,7 +220,7 @@ def _row(index: int, fields: dict[str, str], cells: dict[str, str], template: Te
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | str | None:
-    """The next row, why there is none, or None at the end."""
+    """The next row, an error message, or None at the end."""
     try:
         return next(reader, None)
     except csv.Error as error:
@@ -233,7 +236,7 @@ def _holds(template: Template, fields: Sequence[str] | set[str], what: str) -> N
 
 
 def _many(given: Sequence[str], template: Template | None) -> Input:
-    """Files of one prompt each; the digest is of their names and contents."""
+    """The input of many files with one prompt each; the digest is of their names and contents."""
     digest: hashlib._Hash | None = hashlib.sha256()
     for name in given:
         with suppress(OSError), open(name, "rb") as file:

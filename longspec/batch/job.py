@@ -1,8 +1,8 @@
-"""The texts of a batch on their way: records in, results out, as many texts at a time as one pass shall hold.
+"""The running sequences of a batch: records in, results out, at most `width` sequences in a pass.
 
-Takes an engine and a stream of records; knows no file, no line and no signal. `admit` reads and opens, `step` runs one
-pass. A record that can't be written is a result too, whatever kept it from being written (`longspec.engine.scheduler`
-says which text an error belongs to): its line is in the output, so that a second run doesn't try it again.
+Takes an engine and a stream of records; knows no file, no line and no signal. `admit` reads and opens, `step` runs
+one pass. A record that fails is a result too, whatever its error (`longspec.engine.scheduler` attributes errors to
+sequences): its line is in the output, so that a second run doesn't try it again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ AHEAD = 4
 
 
 class Job:
-    """defaults: the options of all texts, under their own. in_order: results come as the records did."""
+    """A batch in progress. defaults: options of all records, overridden by a record's own. in_order: results in the
+    order of the records.
+    """
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class Job:
         self.defaults = defaults
         self.width = width or WIDTH
         self.admitting = True
-        self.tokens = 0  # committed so far
+        self.tokens = 0  # tokens committed so far
         self._records = records
         self._schedule = Schedule(engine, self.width)
         self._running: dict[Session, Item] = {}
@@ -53,11 +55,11 @@ class Job:
 
     @property
     def running(self) -> int:
-        """The number of texts that are open."""
+        """The number of open sequences."""
         return len(self._running)
 
     def admit(self) -> Iterator[Result]:
-        """Open as many texts as may begin, and give the results of those that can't."""
+        """Open as many sequences as may begin, and yield the results of those that can't be opened."""
         while self.admitting and self._schedule.wants and self._has_room:
             record = next(self._records, None)
             if record is None:
@@ -68,7 +70,7 @@ class Job:
             yield from self._done(record) if isinstance(record, Fault) else self._open(record)
 
     def step(self) -> list[Result]:
-        """Run one forward pass, and give the results of the texts that ended with it."""
+        """Run one forward pass, and return the results of the sequences that ended."""
         results: list[Result] = []
         for session, event in self._schedule.step():
             if isinstance(event, LongspecError):
@@ -81,7 +83,7 @@ class Job:
         return results
 
     def close(self) -> None:
-        """Begin no further text; those that are open may be finished, by further steps."""
+        """Open no further sequence; the open ones may be finished by further steps."""
         self.admitting = False
         for session in [session for session in self._running if not session.cache.length and not session.answer]:
             self._schedule.drop(session)
@@ -103,7 +105,7 @@ class Job:
 
 
 class _Order:
-    """Results on hold until those before them are there."""
+    """Holds results back until all earlier ones are there."""
 
     def __init__(self) -> None:
         self._expected: deque[int] = deque()
@@ -116,7 +118,7 @@ class _Order:
         self._expected.append(index)
 
     def put(self, result: Result) -> list[Result]:
-        """What may leave now."""
+        """The results that may be released now."""
         self._held[result.index] = result
         leaving = []
         while self._expected and self._expected[0] in self._held:

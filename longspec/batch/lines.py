@@ -1,6 +1,6 @@
-"""Lines of a byte stream, each bounded: a stream of any length, with any line in it, takes the memory of one line.
+"""Bounded line reading: a stream of any length, with lines of any length, needs the memory of one line.
 
-Takes a binary file; gives text, or the reason why a line is none. Knows no format.
+Takes a binary file; gives text, or the reason why a line isn't text. Knows no format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME_NBYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line without its end. fault: why it can't be read as text; `text` is then a rough copy, or empty."""
+    """One line without its newline. fault: the reason why it isn't text; `text` is then a rough copy, or empty."""
 
     number: int  # from 1, as editors count
     text: str
@@ -33,12 +33,12 @@ class Line:
 
 
 def read_lines(file: BinaryIO, most: int = LINE_NBYTES) -> Iterator[Line]:
-    """The lines of the file; only a newline ends one, and a carriage return before it belongs to that end."""
+    """The lines of the file; only a newline ends one, and a carriage return before it is removed too."""
     number = 0
     while data := file.readline(most + 2):
         number += 1
         if len(data.rstrip(b"\r\n")) > most:
-            while not data.endswith(b"\n") and data:  # to the line's end, unread
+            while not data.endswith(b"\n") and data:  # skip to the line's end
                 data = file.readline(_CHUNK)
             yield Line(number, "", f"the line has more than {most:,} bytes")
             continue
@@ -49,7 +49,7 @@ def read_lines(file: BinaryIO, most: int = LINE_NBYTES) -> Iterator[Line]:
 
 
 def as_text(data: bytes, name: str) -> tuple[str, str | None]:
-    """The text of some bytes, and why it is none."""
+    """The bytes as text, and the reason why they aren't, if so."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -61,7 +61,7 @@ def as_text(data: bytes, name: str) -> tuple[str, str | None]:
 
 
 def names(file: BinaryIO, end: bytes) -> Iterator[bytes]:
-    """The names in a list, each ended by `end`; empty ones are left out.
+    """The names in a list, each terminated by `end`; empty ones are left out.
 
     Raises:
         ValueError: one is longer than any path.

@@ -1,7 +1,7 @@
-"""Which records are there already, in 11 to 21 bytes each: a set of 64-bit hashes.
+"""A deduplication set of records: 64-bit hashes, in 11 to 21 bytes each.
 
-Of 20 million ids two fall together with a chance of 1 in 90,000 (n^2 / 2^65); a record whose hash is taken counts as a
-duplicate. A Python set of the ids takes a gigabyte or two.
+Among 20 million ids the probability of a collision is 1 in 90,000 (n^2 / 2^65); a record whose hash is taken counts
+as a duplicate. A Python set of the ids takes one to two gigabytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DUPLICATE = "duplicate_id"
 
 
 class Marks:
-    """A set of marks: open addressing in one array, which doubles when it is three quarters full."""
+    """A set of 64-bit hashes: open addressing in one array, which doubles at a load of three quarters."""
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 << 10))
@@ -31,7 +31,7 @@ class Marks:
         return self._slots[self._find(mark)] == mark
 
     def add(self, mark: int) -> bool:
-        """Whether it is new."""
+        """Add a hash; returns whether it is new."""
         slot = self._find(mark)
         if self._slots[slot] == mark:
             return False
@@ -45,7 +45,7 @@ class Marks:
         return True
 
     def _find(self, mark: int) -> int:
-        """Its slot, or the empty one that it belongs into."""
+        """The hash's slot, or the empty slot for it."""
         slots, last = self._slots, len(self._slots) - 1  # a power of two
         slot = mark & last
         while slots[slot] not in (0, mark):
@@ -54,12 +54,12 @@ class Marks:
 
 
 def mark_id(name: Id) -> int:
-    """Of a record by its id; 1 and "1" are the same one, as they would be the same noise."""
+    """The hash of a record's id; 1 and "1" are equal, as they would have the same sampling noise."""
     return _mark(f"id {name}")
 
 
 def mark_index(index: int) -> int:
-    """Of a record that has no id to itself."""
+    """The hash of a record without an id of its own, by its index."""
     return _mark(f"index {index}")
 
 
@@ -68,7 +68,7 @@ def _mark(text: str) -> int:
 
 
 def fresh(records: Iterator[Item | Fault], finished: Marks) -> Iterator[Item | Fault]:
-    """The records that aren't finished; one whose id an earlier one has is a fault."""
+    """The records that aren't finished; one with an earlier record's id is a fault."""
     seen = Marks()
     for record in records:
         if record.id is None:

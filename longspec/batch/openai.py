@@ -1,7 +1,7 @@
-"""OpenAI's batch format: requests in, responses out, as their page on the Batch API shows them.
+"""OpenAI's batch format: requests in, responses out, as in the documentation of its Batch API.
 
-Takes a line's object; gives an Item, or an answer as the object that OpenAI would have written. What a request asks for
-and we can't do is refused, since dropping it silently would be another answer.
+Takes a line's object; gives an Item, or an answer as OpenAI's response object. A request with an unsupported field is
+refused, since ignoring it would silently change the answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_openai(fields: Mapping[str, Any]) -> bool:
 
 
 def openai_request(index: int, fields: Mapping[str, Any]) -> Item | Fault:
-    """The request of one line."""
+    """The Item of a request, or the Fault."""
     name: Id | None = None
     try:
         name = checked_id(fields.get("custom_id"), None, "custom_id")
@@ -47,7 +47,7 @@ def openai_request(index: int, fields: Mapping[str, Any]) -> Item | Fault:
 
 
 def response(item: Item, answer: Answer) -> dict[str, Any]:
-    """What the batch's output holds for a request that was answered."""
+    """The response object of an answered request."""
     chat = item.url == CHAT
     reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{item.index}", int(time.time()), answer.model)
     body = reply.whole([answer], [item.options.get("seed")], choices=1)

@@ -1,8 +1,7 @@
-"""The output of a batch: lines that are there whole or not at all, in a file that one process at a time may write.
+"""The output file of a batch: only complete lines, written by one process at a time.
 
-Every line is one write to the end of the file. After a kill the file holds whole lines and at most a part of one behind
-them, which is cut off when the batch goes on. Nothing else of a job's state is kept: what is finished is what stands
-here.
+Every line is appended by one write. After a kill the file holds complete lines and at most one partial last line,
+which is removed on resuming. No other state of a job is stored: the finished records are those in this file.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _LINE_NBYTES = 256 << 20
 
 
 class Output:
-    """The file, locked from here on.
+    """The output file, locked while it is open.
 
     Raises:
-        UsageError: it can't be written, is no file, or another process writes it.
+        UsageError: it can't be written, isn't a regular file, or is locked by another process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,18 +50,18 @@ class Output:
         return self._size == 0
 
     def is_same(self, name: str) -> bool:
-        """Whether that name leads here."""
+        """Whether that name is this file."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(self._fd), os.stat(name))
         return False
 
     def finished(self, *, retry_errors: bool = False) -> tuple[Marks, int]:
-        """What is there already, and how many lines of it are errors; a torn last line is cut off.
+        """The records already there, and the number of error lines among them; a partial last line is removed.
 
-        retry_errors: errors are taken out, so that they are tried again.
+        retry_errors: remove the error lines, so that their records are tried again.
 
         Raises:
-            UsageError: a line isn't ours.
+            UsageError: a line wasn't written by longspec.
             LongspecError: the disk is full.
         """
         marks, failed, whole = Marks(), 0, 0
@@ -82,10 +81,10 @@ class Output:
         return marks, failed
 
     def write(self, line: bytes) -> None:
-        """The line is in the file when this returns, or nothing of it is.
+        """Append the line, entirely or not at all.
 
         Raises:
-            LongspecError: it can't be written, or the file was deleted; the batch can go on from what is there.
+            LongspecError: it can't be written, or the file was deleted; the batch can be resumed.
         """
         if os.fstat(self._fd).st_nlink == 0:
             raise LongspecError(f"{self.path} was deleted while it was being written; run the command again.")
@@ -105,13 +104,13 @@ class Output:
         ) from error
 
     def close(self) -> None:
-        """What was written is on the disk."""
+        """Flush the file to the disk, and close it."""
         with suppress(OSError):
             os.fsync(self._fd)
         os.close(self._fd)
 
     def _lines(self) -> Iterator[tuple[bytes, Past]]:
-        """The whole lines and what they say; a rest without a newline is left out."""
+        """The complete lines, parsed; a last one without a newline is left out."""
         with open(self.path, "rb") as file:
             number = 0
             while data := file.readline(_LINE_NBYTES):
@@ -133,7 +132,7 @@ class Output:
         )
 
     def _without_errors(self) -> None:
-        """A copy that lacks them takes the file's place, locked before it does."""
+        """Replace the file by a copy without the error lines, locked before it is renamed."""
         beside = self.path.with_name(f"{self.path.name}.tmp")
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         try:
@@ -158,7 +157,7 @@ class Output:
 
 
 def _locked(path: Path) -> int:
-    """Its number, open to append. It may be replaced while it is opened: what counts is what the name leads to."""
+    """A file descriptor, locked and open to append. Retries if the file was replaced meanwhile."""
     while True:
         try:
             if path.exists() and not path.is_file():

@@ -1,4 +1,4 @@
-"""One line of the output: an answer or an error as an object, and what such an object says when it is read again."""
+"""One line of the output: an answer or an error as an object, and the parsing of such an object."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What a line of an output says of itself."""
+    """The fields of an output line that resuming needs."""
 
     mark: int
     failed: bool
@@ -48,7 +48,7 @@ def line(result: Written | Fault, *, openai: bool) -> bytes:
 
 
 def past(record: Mapping[str, Any]) -> Past:
-    """Raises ValueError where it is no line of ours."""
+    """Parse an output line's object. Raises ValueError where it wasn't written by longspec."""
     error, index = record.get("error"), record.get("index")
     if "custom_id" in record:
         name, own = record["custom_id"], str(record.get("id"))

@@ -1,7 +1,7 @@
-"""One record of an input as something to write, or as the reason why it can't be written.
+"""One record of an input as an Item to answer, or as a Fault.
 
-Takes fields from a foreign file: every one is checked for its kind here, and for its range by the engine. Knows no file
-and no format but the JSON object of `longspec batch`.
+Takes fields from an untrusted file: types are checked here, ranges by the engine. Knows no file and no format but the
+JSON object of `longspec batch`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _ID_LENGTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A text to be written. index: the record's place in the input, from 0, blank lines left out."""
+    """A prompt to answer. index: the record's position in the input, from 0, blank lines not counted."""
 
     index: int
     id: Id
     prompt: str | Sequence[Mapping[str, Any]]
     options: Options
-    url: str | None = None  # of a request in OpenAI's format
-    unknown: tuple[str, ...] = ()  # fields that say nothing to us
+    url: str | None = None  # the endpoint of a request in OpenAI's format
+    unknown: tuple[str, ...] = ()  # fields that were ignored
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A record that can't be written, and why. id: None where it can't be read."""
+    """A record that can't be answered, and the reason. id: None where it can't be read."""
 
     index: int
     id: Id | None
@@ -47,7 +47,7 @@ class Fault:
 
 
 def request(index: int, number: int, fields: Mapping[str, Any], template: Template | None = None) -> Item | Fault:
-    """The object of one line. number: its id, if it has none of its own."""
+    """The Item or Fault of a line's object. number: the id of a record without its own."""
     name: Id | None = None
     try:
         name = checked_id(fields.get("id"), number, "id")
@@ -71,7 +71,7 @@ def request(index: int, number: int, fields: Mapping[str, Any], template: Templa
 
 
 def checked_id(value: object, default: Id | None, name: str) -> Id:
-    """An id that can be written and compared. ValueError where it can't."""
+    """An id of a valid type. ValueError where it is none."""
     value = default if value is None else value
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise ValueError(f"{name!r} is {_kind(value)}; it must be a text or a whole number")
@@ -85,7 +85,7 @@ def checked_id(value: object, default: Id | None, name: str) -> Id:
 
 
 def over(defaults: Options, item: Item) -> Options:
-    """What the record says over what the command says, which gives way where the two contradict each other."""
+    """The record's options over the command line's; a command-line option that contradicts a record's is dropped."""
     own = item.options
     gives_way: tuple[str, ...] = tuple(SAMPLED_ONLY) if own.get("temperature") == 0 else ()
     if own.get("raw") or _has_system(item.prompt):

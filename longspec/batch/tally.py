@@ -1,4 +1,4 @@
-"""What a run of a batch did, in numbers: for the bar, for the line at its end, and for --summary."""
+"""The statistics of a batch run: for the progress bar, for the closing line, and for --summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Tally"]
 
 @dataclass(slots=True)
 class Tally:
-    """finished, failed_before: lines of the output when it began, and how many of them are errors."""
+    """finished, failed_before: the output's lines at the start, and the number of errors among them."""
 
     finished: int
     failed_before: int
@@ -38,7 +38,7 @@ class Tally:
         return self.written + self.failed
 
     def stage(self, tokens: int) -> str:
-        """How far it is; tokens: committed so far, those of unfinished texts too."""
+        """The progress line; tokens: committed so far, those of unfinished sequences included."""
         sentence = f"{self.done + self.finished:,} done"
         sentence += f", {failed:,} failed" if (failed := self.failed + self.failed_before) else ""
         sentence += f", {tokens / max(1e-9, perf_counter() - self.began):,.0f} tokens/s"
@@ -54,7 +54,7 @@ class Tally:
         return text + (f", acceptance {stats.acceptance:.2f}" if stats.drafted else "")
 
     def report(self, drafter: str) -> dict[str, Any]:
-        """As --summary writes it."""
+        """The object that --summary writes."""
         seconds, stats = perf_counter() - self.began, self.stats
         return {
             "written": self.written,

@@ -1,7 +1,7 @@
-"""A prompt with places for a record's fields: `Classify: {text}`.
+"""A prompt template with placeholders for a record's fields: `Classify: {text}`.
 
-A name in braces is looked up as it stands, in a flat table: nothing is evaluated, so that neither a template nor a
-field from elsewhere can reach into the program. `{{` and `}}` are braces.
+A name in braces is looked up in a flat table: nothing is evaluated, so that neither a template nor an untrusted field
+can reach into the program. `{{` and `}}` are literal braces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Template"]
 
 
 class Template:
-    """Raises UsageError where the text is no template."""
+    """A parsed template. Raises UsageError where the text isn't valid."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -27,7 +27,7 @@ class Template:
             raise UsageError(f"The template {text!r} can't be read: {error}; write {{{{ and }}}} for braces.") from None
         self._parts: list[tuple[str, str | None]] = []
         for literal, name, form, conversion in parts:
-            # "{a:b}" and "{a!r}" are Python's business: here the name is all that stands between the braces.
+            # No format specs or conversions ("{a:b}", "{a!r}"): all between the braces is the name.
             whole = (
                 name if name is None else name + (f"!{conversion}" if conversion else "") + (f":{form}" * bool(form))
             )

@@ -1,1 +1,1 @@
-"""Measurements whose results are committed: each takes a loaded engine and gives plain values."""
+"""Benchmarks whose results are committed: each takes a loaded engine and gives plain values."""

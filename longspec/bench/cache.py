@@ -1,7 +1,7 @@
-"""The kinds of cache against dense: bytes, perplexity, a needle, and tokens per second.
+"""Cache kinds against dense: bytes, perplexity, a needle test, and tokens per second.
 
-Takes a loaded engine and a text; gives one row per kind and context. Everything goes through the kinds' own stages: a
-row reads in a prefill chunk what it would read in plain decoding, so a perplexity by chunks is that of decoding.
+Takes a loaded engine and a text; gives one row per kind and context. All passes use the kinds' own stages: a position
+attends in a prefill chunk to the same columns as in plain decoding, so a perplexity by chunks is that of decoding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _QUESTION = "What is the number of the old lighthouse?"
 
 
 class CacheWorkload:
-    """Kinds of cache on a text, at several contexts. Rates are medians; bytes are those allocated over committed rows.
+    """Cache kinds on a text, at several contexts. Rates are medians; bytes are allocated bytes per committed row.
 
     Raises UsageError where the text is too short.
     """
@@ -77,7 +77,7 @@ class CacheWorkload:
             "perplexity": perplexity,
             "needles": [_finds(self._engine, kind, self._text, context, depth) for depth in _DEPTHS],
             "tokens_per_second": 1.0 / times["median"],
-            "milliseconds": [1e3 * times[name] for name in ("least", "median", "most")],  # of a step of one row
+            "milliseconds": [1e3 * times[name] for name in ("least", "median", "most")],  # per step of one token
         }
 
     def about(self) -> Row:
@@ -89,7 +89,7 @@ class CacheWorkload:
 
 @torch.inference_mode()
 def _feed(engine: Engine, cache: Cache, tokens: Sequence[int]) -> torch.Tensor:
-    """Commit these tokens; hidden states [r, width]."""
+    """Prefill these tokens; hidden states [r, width]."""
     stage = cache.open()
     rows = stage.add(range(-1, len(tokens) - 1))
     positions = torch.arange(cache.length, cache.length + len(tokens))
@@ -102,7 +102,7 @@ def _feed(engine: Engine, cache: Cache, tokens: Sequence[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def _perplexity(engine: Engine, cache: Cache, tokens: Sequence[int]) -> float:
-    """Of all tokens but the first, each given those before it."""
+    """The perplexity of all tokens but the first, each given those before it."""
     total = 0.0
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
@@ -115,7 +115,7 @@ def _perplexity(engine: Engine, cache: Cache, tokens: Sequence[int]) -> float:
 
 @torch.inference_mode()
 def _step_times(engine: Engine, cache: Cache, tokens: Sequence[int]) -> list[float]:
-    """Seconds of plain steps, their head and choice included; the first two warm up."""
+    """Seconds of plain steps, with head and sampling; the first two are warm-up."""
     times = []
     for token in tokens:
         began = perf_counter()
@@ -125,7 +125,7 @@ def _step_times(engine: Engine, cache: Cache, tokens: Sequence[int]) -> list[flo
 
 
 def _finds(engine: Engine, kind: str, text: str, context: int, depth: float) -> bool:
-    """Does the answer name a number that stands at `depth` (0 to 1) of a haystack of about `context` tokens?"""
+    """Whether the answer names a number placed at `depth` (0 to 1) of a haystack of about `context` tokens."""
     vocabulary = engine.model.vocabulary
     number = str(4000 + int(depth * 977))
     needle = _NEEDLE.format(number=number)

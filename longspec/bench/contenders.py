@@ -1,6 +1,7 @@
-"""Who is measured by `longspec bench engines`: longspec with settings of its own, transformers, llama.cpp.
+"""The contenders of `longspec bench engines`: longspec in several settings, transformers, llama.cpp.
 
-Takes names, files and threads; gives each as its worker is told of it, or says why it can't be had. Loads nothing.
+Takes names, files and threads; gives each contender's worker settings, or the reason why it isn't available. Loads
+nothing.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _LOOKUP = 10
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An engine as its worker is told of it."""
+    """An engine and the settings for its worker process."""
 
     name: str
     kind: str  # a key of longspec.bench.worker.WRITERS
     settings: Mapping[str, Any]
-    batches: bool  # whether it writes texts side by side
-    python: str = ""  # the interpreter that has it; this one, if empty
+    batches: bool  # whether it decodes several sequences in one pass
+    python: str = ""  # the interpreter that has its package; this one, if empty
 
 
 def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: int) -> list[Contender]:
-    """Longspec itself, a contender for each setting: DRAFTER, DRAFTER/CACHE or DRAFTER/CACHE/DTYPE.
+    """Contenders of longspec itself, one per setting: DRAFTER, DRAFTER/CACHE or DRAFTER/CACHE/DTYPE.
 
     Raises:
         UsageError: a setting has more parts, or a name in it is unknown.
@@ -61,14 +62,14 @@ def ours(settings: Sequence[str], model: str, draft_model: str | None, threads: 
 
 
 def ends(model: Opened) -> tuple[int, ...]:
-    """The tokens that end its texts."""
+    """The end-of-text tokens of a model."""
     return end_tokens(model.config, model.checkpoint.generation_config(), model.vocabulary)
 
 
 def peers(
     wanted: Sequence[str], checkpoint: Checkpoint, smaller: Checkpoint | None, python: str, context: int, threads: int
 ) -> list[Contender | str]:
-    """The other engines on the same files, or in their place why one can't be had. context: the most tokens of a text.
+    """The other engines on the same files; for an unavailable one, the reason. context: maximum tokens of a sequence.
     python: the interpreter that has llama-cpp-python; this one, if empty.
     """
     dtype = native_dtype(torch.device("cpu"))
@@ -98,6 +99,6 @@ def peers(
 
 
 def _readable(checkpoint: Checkpoint, dtype: str) -> str:
-    """Where transformers finds a checkpoint: of one that came as GGUF, the converted copy."""
+    """The folder that transformers loads; for a checkpoint from GGUF, the converted copy."""
     assert checkpoint.folder is not None
     return str(checkpoint.folder if checkpoint.gguf is None else converted(checkpoint.folder, DTYPES[dtype]))

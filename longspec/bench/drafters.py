@@ -1,8 +1,9 @@
-"""Drafters against plain decoding on a suite of prompts: tokens per step, acceptance, time, and the ratio to `none`.
+"""Drafters against plain decoding on a suite of prompts: tokens per step, acceptance, time, and the speed-up over
+`none`.
 
 Takes engines that share one loaded model and a suite of prompts by category; gives one row per category and drafter.
 A rate is new tokens over the seconds from the end of the prefill to the last token: the first step counts, since a
-draft can bring several tokens in it. An engine's controller goes on learning from prompt to prompt, as it does in a
+draft can bring several tokens in it. An engine's control goes on learning from prompt to prompt, as it does in a
 batch.
 """
 
@@ -42,7 +43,7 @@ class DrafterWorkload:
         self._plain = engines["none"]
         self._suite = suite
         self._new = new_tokens
-        self._texts: dict[str, list[int]] = {}  # what each drafter last wrote
+        self._texts: dict[str, list[int]] = {}  # each drafter's last answer
         self._writers: dict[str, Callable[[str], Took]] = {
             **{name: self._writer(name, engine) for name, engine in engines.items()},
             **{name: self._peer(worker) for name, worker in peers.items()},
@@ -50,7 +51,7 @@ class DrafterWorkload:
 
     def rows(self, progress: Progress) -> Iterator[Row]:
         for writer in self._writers.values():
-            writer("Say hello.")  # warms up
+            writer("Say hello.")  # warm-up
         totals, turns, done = dict.fromkeys(self._writers, Took()), Turns(), 0
         total = sum(map(len, self._suite.values()))
         for category, prompts in self._suite.items():

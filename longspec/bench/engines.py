@@ -1,7 +1,7 @@
-"""longspec beside transformers' generate and llama.cpp: tokens per second, time to the first token, peak of memory.
+"""longspec against transformers' generate and llama.cpp: tokens per second, time to first token, peak memory.
 
-Takes workers and cases; gives one row per case and engine. Every prompt is written by all of them in turns, round after
-round; a ratio is that of one round's rates. All get the same tokens, greedy.
+Takes workers and cases; gives one row per case and engine. Every prompt is answered by all engines in turn, for
+several rounds; a ratio is that of one round's rates. All get the same prompt tokens, and decode greedily.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ BATCHED = 2048
 
 
 def lengths(asked: Sequence[int], new: int, most: int, model: str) -> list[int]:
-    """The contexts that are measured with `new` tokens more, where the model's own is `most`.
+    """The contexts to measure with `new` further tokens, given the model's maximum `most`.
 
     Raises:
-        ContextError: one that was asked for is too long.
+        ContextError: a requested one is too long.
     """
     taken = sorted(asked or [length for length in CONTEXTS if length + new <= most])
     if taken and taken[-1] + new > most:
@@ -41,8 +41,8 @@ def lengths(asked: Sequence[int], new: int, most: int, model: str) -> list[int]:
 
 
 def chats(vocabulary: Vocabulary, suite: Suite, new: int, width: int, ends: Sequence[int]) -> list[Case]:
-    """A case for each category, one prompt at a time, and one of all prompts side by side. Answers end where the
-    model ends them.
+    """A case for each category, one prompt at a time, and one of all prompts, `width` at a time. Answers end at the
+    model's end-of-text tokens.
     """
     encoded = {
         category: [{"text": one, "raw": False, "tokens": encode(vocabulary, one)} for one in prompts]
@@ -54,8 +54,8 @@ def chats(vocabulary: Vocabulary, suite: Suite, new: int, width: int, ends: Sequ
 
 
 def contexts(vocabulary: Vocabulary, text: str, lengths: Sequence[int], new: int, width: int) -> list[Case]:
-    """A case for each length, which goes on from that many tokens of the text, and `width` of them side by side, from
-    evenly spread places. All engines write `new` tokens.
+    """Two cases for each length: a prompt of that many tokens of the text, and `width` such prompts side by side,
+    from evenly spaced positions. All engines decode `new` tokens.
 
     Raises:
         UsageError: the text is too short.
@@ -80,7 +80,7 @@ def _cut(vocabulary: Vocabulary, tokens: Sequence[int], start: int, length: int)
 
 
 class EngineWorkload:
-    """Workers on cases, so many rounds. base: whom ratios are to."""
+    """Workers on cases, for several rounds. base: the contender that ratios are relative to."""
 
     what = "engines on the same tokens, greedy, each in a process of its own, in turns"
     table = Table(
@@ -106,10 +106,10 @@ class EngineWorkload:
         self._model = model
 
     def rows(self, progress: Progress) -> Iterator[Row]:
-        """Rows of each case as it ends; behind the last category, those of all categories."""
+        """The rows of each case when it ends; after the last category, those of all categories."""
         progress("warming up", 0, 0)
         shortest = min((case.prompts[0] for case in self._cases), key=lambda one: len(one["tokens"]))
-        warm = Case("", [shortest], self._cases[0].new)  # a whole answer: what steps cost here has to be learned
+        warm = Case("", [shortest], self._cases[0].new)  # one whole answer, so that the control has measured latencies
         for worker in self._workers.values():
             worker.write(warm, warm.prompts)
         turns, done = Turns(), 0
@@ -154,11 +154,11 @@ class EngineWorkload:
         draw_engines(rows, path)
 
     def _able(self, case: Case) -> list[str]:
-        """Those who can write texts side by side, where the case wants it."""
+        """The contenders that can run the case: those with batching, where it needs that."""
         return [name for name, worker in self._workers.items() if case.width == 1 or worker.contender.batches]
 
     def _together(self, chats: Sequence[tuple[Case, Mapping[str, Sequence[Took]]]]) -> Iterator[Row]:
-        """All categories' turns as one case."""
+        """All categories' rounds as one case."""
         first, names = chats[0][0], chats[0][1]
         rounds = {
             name: [sum(same, Took()) for same in zip(*(each[name] for _, each in chats), strict=True)] for name in names
@@ -181,5 +181,5 @@ class EngineWorkload:
                 "tokens_per_second": spread([one.rate for one in tooks]),
                 "ratio": spread(ratios),
                 "first_token_seconds": spread([median(one.firsts) for one in tooks]) if tooks[0].firsts else None,
-                "peak_bytes": self._workers[name].peak,  # of its process so far, everything included
+                "peak_bytes": self._workers[name].peak,  # of its whole process so far
             }

@@ -1,8 +1,8 @@
-"""Which dtype and how many threads suit a model on this machine: passes are timed, and perplexities compared.
+"""Benchmark of dtypes and thread counts for a model on this machine: latencies of passes, and perplexities.
 
-Takes an opened checkpoint; gives every setting that was measured, and the fastest of those that write as well. Threads
-are tried first, in turns, with the dtype that is taken by itself; then each dtype with the best number of them. A
-dtype whose perplexity on a fixed text is more than a hundredth above the least isn't chosen, however fast it is.
+Takes an opened checkpoint; gives every setting measured, and the fastest one of acceptable perplexity. Thread counts
+are tried first, interleaved, with the default dtype; then each dtype with the best thread count. A dtype whose
+perplexity on a fixed text is more than 1 % above the least isn't chosen, however fast it is.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = ["ROWS", "Measured", "best", "bets", "candidates", "measure", "threads
 ROWS = (1, 9, 64)
 """Of a pass: plain decoding, a verified draft, a piece of a prompt."""
 
-_SWEEPS = 9  # passes of each, of which the median counts
+_SWEEPS = 9  # passes per setting, of which the median counts
 _TOKENS = 320  # of the text: those of the largest pass come last
-_WRITTEN = 11  # prompts by both, at most
-_WORSE = 1.01  # times the least perplexity: what a dtype may have
+_WRITTEN = 11  # maximum number of prompts answered by both
+_WORSE = 1.01  # the greatest perplexity allowed, relative to the least
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Measured:
 
     @property
     def score(self) -> float:
-        """Seconds of a plain pass and a verified draft together."""
+        """Seconds of a plain pass plus a verification pass."""
         return self.seconds[0] + self.seconds[1]
 
 
 def candidates(opened: Opened) -> list[str]:
-    """The dtypes that a processor is fast in, the one that is taken by itself first."""
+    """The dtypes with fast kernels on the device, the default one first."""
     if opened.device.type != "cpu":
         return [opened.dtype]
     found = [opened.dtype, native_dtype(opened.device)]
@@ -64,7 +64,7 @@ def candidates(opened: Opened) -> list[str]:
 
 
 def threads_of(device: torch.device) -> list[int]:
-    """All processors, and halves of them down to an eighth."""
+    """The number of processors, its half, quarter and eighth."""
     if device.type != "cpu":
         return [torch.get_num_threads()]
     return list(dict.fromkeys(max(1, cores() >> halves) for halves in range(4)))
@@ -73,13 +73,13 @@ def threads_of(device: torch.device) -> list[int]:
 def measure(
     opened: Opened, dtypes: Sequence[str], threads: Sequence[int], report: Callable[[str, int, int], None]
 ) -> tuple[list[Measured], Model]:
-    """All settings, and the model in the best one; torch has its threads then."""
+    """All settings' measurements, and the model in the best one, to which torch's thread count is set."""
     found: list[Measured] = []
     model, count = None, threads[0]
     for done, dtype in enumerate(dtypes):
         report("measuring dtypes and threads", done, len(dtypes))
         del model
-        gc.collect()  # two models at once may be more than there is room for
+        gc.collect()  # two models at once may not fit
         model = replace(opened, dtype=dtype).load()
         timed = _timed(model, threads if done == 0 else [count])
         count = min(timed, key=lambda one: sum(timed[one][:2]))
@@ -95,15 +95,15 @@ def measure(
 
 
 def best(found: Sequence[Measured]) -> Measured:
-    """The fastest of those that write as well as the others."""
+    """The fastest setting of those with acceptable perplexity."""
     least = min(one.perplexity for one in found)
-    # A broken model's perplexity is no number, and nothing is worse than it.
+    # A broken model's perplexity is NaN, so compare with `not >`.
     return min((one for one in found if not one.perplexity > _WORSE * least), key=lambda one: one.score)
 
 
 def bets(model: Model, context: int, until: float, report: Callable[[str, int, int], None]) -> float:
-    """Tokens per second of `--drafter auto` over those of plain decoding: the median of prompts written in turns, each
-    once at least, more until `until`. What it learned of steps is kept for the processes that come.
+    """The speed-up of `--drafter auto` over plain decoding: the median over prompts answered in turn, each of
+    CHECKS once, more until `until`. The latencies learned are stored for later processes.
     """
     plain = Engine(model, drafter="none", cache="dense")
     auto = Engine(model, drafter="auto", cache="dense", costs_file=costs_path(model))
@@ -120,7 +120,7 @@ def bets(model: Model, context: int, until: float, report: Callable[[str, int, i
 
 @torch.inference_mode()
 def _timed(model: Model, threads: Sequence[int]) -> dict[int, tuple[float, ...]]:
-    """Seconds for each of ROWS, for each number of threads, measured in turns."""
+    """Seconds of passes for each of ROWS, for each thread count, measured in turn."""
     session = _session(model)
     engine = Engine(model, drafter="none", cache="dense")
     while session.cache.length < len(session.tokens) - ROWS[-1] - 1:
@@ -130,7 +130,7 @@ def _timed(model: Model, threads: Sequence[int]) -> dict[int, tuple[float, ...]]
         for count in threads:
             torch.set_num_threads(count)
             for rows in ROWS:
-                _pass(session, model, rows)  # its threads are awake after it
+                _pass(session, model, rows)  # wakes its threads
                 began = perf_counter()
                 _pass(session, model, rows)
                 if sweep:
@@ -139,14 +139,14 @@ def _timed(model: Model, threads: Sequence[int]) -> dict[int, tuple[float, ...]]
 
 
 def _pass(session: Session, model: Model, rows: int) -> Tensor:
-    """Logits [rows, V] of the tokens that come next, which are dropped again."""
+    """Logits [rows, V] of the next tokens; nothing is committed."""
     first, *others = session.unfed[:rows]
     return logits_of([Input.of(session, [first], Draft.chain(others))], model.decoder)
 
 
 @torch.inference_mode()
 def _perplexity(model: Model) -> float:
-    """Of a fixed text's tokens but the first."""
+    """The perplexity of a fixed text's tokens but the first."""
     session = _session(model)
     logits = _pass(session, model, len(session.tokens) - 1)
     wanted = torch.tensor(session.tokens[1:], device=logits.device)
@@ -154,7 +154,7 @@ def _perplexity(model: Model) -> float:
 
 
 def _session(model: Model) -> Session:
-    """A text of which nothing is fed, as long as the context allows."""
+    """A session with no token cached yet, of the greatest length that the context allows."""
     text, engine = NOTES + "\n\n".join([*PROMPTS, *CHECKS]), Engine(model, drafter="none", cache="dense")
     tokens = model.vocabulary.encode(text, add_special=False)[: min(_TOKENS, engine.context - 1)]
     return engine.open(decode(model.vocabulary, tokens), raw=True, max_new_tokens=1, temperature=0)

@@ -1,6 +1,6 @@
-"""What all measurements share: contenders that write in turns, what their turns took, a table, and a report.
+"""Shared parts of all benchmarks: interleaved contenders, their timings, a table, and a report.
 
-A workload gives rows as they are measured, plain values as docs/benchmarks holds them; it prints and writes nothing.
+A workload yields rows as they are measured, plain values as in docs/benchmarks; it prints and writes nothing.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Suite = Mapping[str, Sequence[str]]
 
 
 class Workload(Protocol):
-    """One kind of measurement, ready to begin."""
+    """One kind of benchmark, ready to run."""
 
-    what: str  # a sentence on it, for the report
+    what: str  # a description for the report
     table: Table
 
     def rows(self, progress: Progress) -> Iterator[Row]:
-        """Results as they are measured."""
+        """Yield results as they are measured."""
         ...
 
     def about(self) -> Row:
-        """What was measured, once it is: model, dtype, settings."""
+        """The setup, known after the measurement: model, dtype, settings."""
         ...
 
     def draw(self, rows: Sequence[Row], path: Path) -> None: ...
@@ -63,19 +63,19 @@ class Workload(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What writing one prompt took, or several: all of it can be added."""
+    """The tokens and seconds of one answer or, as they can be added, of several."""
 
     prompts: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of decoding: from the end of the prefill to the last token
+    seconds: float = 0.0  # decoding: from the end of the prefill to the last token
     steps: int = 0
     steps_without_a_bet: int = 0
     drafted: int = 0
     accepted: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    different: int = 0  # prompts whose text is not that of plain decoding
-    firsts: tuple[float, ...] = ()  # seconds to the first token of each prompt
+    different: int = 0  # prompts whose answer differs from plain decoding's
+    firsts: tuple[float, ...] = ()  # time to first token of each prompt, in seconds
 
     def __add__(self, other: Took) -> Took:
         return Took(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Took)))
@@ -87,8 +87,8 @@ class Took:
 
 
 class Turns:
-    """Every prompt is written by all contenders, the order rotated from prompt to prompt, so that what else the machine
-    does meets them alike.
+    """Every prompt is answered by all contenders, in an order that rotates from prompt to prompt, so that other load
+    on the machine affects all alike.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Turns:
     def write(
         self, contenders: Mapping[str, Callable[[_Prompt], Took]], prompt: _Prompt, tell: Callable[[str], None]
     ) -> dict[str, Took]:
-        """What the prompt took each of them; `tell` hears who is next."""
+        """Each contender's timing on the prompt; `tell` is called with the name of the next one."""
         names = list(contenders)
         start = self._turn % len(names)
         self._turn += 1
@@ -109,23 +109,25 @@ class Turns:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of some values, and what lies around it."""
+    """The median, minimum and maximum of some values."""
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """width: letters, on the left side if negative. cell: a format of a row's values, or what makes text of a row."""
+    """A table's column. width: characters, negative for left-aligned. cell: a format of a row's values, or a function
+    from row to text.
+    """
 
     title: str
     width: int
     cell: str | Callable[[Row], str]
 
     def show(self, row: Row) -> str:
-        """A cell; empty where the row has no such value."""
+        """A cell's text; empty where the row has no such value."""
         try:
             return self.cell.format(**row) if isinstance(self.cell, str) else self.cell(row)
-        except TypeError:  # None has no decimals
+        except TypeError:  # None can't be formatted as a number
             return ""
 
     def aligned(self, text: str) -> str:
@@ -133,7 +135,7 @@ class Column:
 
 
 class Table:
-    """Lines of text, one at a time, so that the first are read while the last are measured."""
+    """A table printed line by line, so that the first results can be read while later ones are measured."""
 
     def __init__(self, *columns: Column) -> None:
         self.columns = columns
@@ -147,7 +149,7 @@ class Table:
 
 
 def report(workload: Workload, rows: Sequence[Row], path: Path | None) -> Row:
-    """Everything about a measurement, also as JSON in a file where a path is given."""
+    """The complete report of a benchmark, also written as JSON where a path is given."""
     import torch
 
     whole = {
@@ -189,7 +191,7 @@ def read_suite(path: Path) -> dict[str, list[str]]:
 
 
 def sample(suite: Suite, count: int | None) -> dict[str, list[str]]:
-    """At most `count` prompts of each category, evenly spread; all of them where it is None."""
+    """At most `count` prompts of each category, evenly spaced; all of them where it is None."""
 
     def some(prompts: Sequence[str]) -> list[str]:
         taken = len(prompts) if count is None else min(count, len(prompts))

@@ -12,7 +12,7 @@ __all__ = ["draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Perplexity, bytes and speed of each kind against dense, at each context, as three panels in one file."""
+    """Plot perplexity, bytes and speed of each kind against dense, at each context, as three panels in one file."""
     contexts = sorted({row["context"] for row in rows})
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     by = {(row["kind"], row["context"]): row for row in rows}
@@ -34,7 +34,7 @@ def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_drafters(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Tokens per second of each drafter over those of `none`, by category, as groups of bars."""
+    """Plot each drafter's speed-up over `none`, by category, as groups of bars."""
     categories = list(dict.fromkeys(row["category"] for row in rows))
     names = [name for name in dict.fromkeys(row["drafter"] for row in rows) if name != "none"]
     ratio = {(row["category"], row["drafter"]): row["ratio"] for row in rows}
@@ -47,12 +47,12 @@ def draw_drafters(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(categories))], categories, rotation=35, ha="right")
     axes.set_ylabel("tokens/s, none = 1")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, and not before them
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars
     figure.savefig(path)
 
 
 def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Tokens per second of each engine by case, as groups of bars with what lies between the rounds."""
+    """Plot each engine's tokens per second by case, as groups of bars with the spread over rounds."""
     cases = list(dict.fromkeys((row["case"], row["width"]) for row in rows))
     names = list(dict.fromkeys(row["engine"] for row in rows))
     figure = _figure(max(6.0, 1.1 * len(cases) + 1), 3.8)
@@ -69,12 +69,12 @@ def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     said = [name if side == 1 else f"{name} x {side}" for name, side in cases]
     axes.set_xticks([place + 0.425 - width / 2 for place in range(len(cases))], said, rotation=35, ha="right")
     axes.set_ylabel("tokens/s")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, and not before them
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars
     figure.savefig(path)
 
 
 def load_matplotlib() -> Any:
-    """Its figures. Raises UsageError where it isn't installed."""
+    """The module of figures. Raises UsageError where matplotlib isn't installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,5 +1,5 @@
-"""An engine in a process of its own (`longspec.bench.worker`), which waits on its input while another one works: peaks
-of memory are its own, and nobody's threads disturb another's.
+"""An engine in a process of its own (`longspec.bench.worker`), which blocks on its input while another one works: its
+peak memory is its own, and its threads don't disturb the others'.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ _PLACES = ("assistant", "file", "folder")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is written: prompts as the worker takes them, one by one or `width` at a time."""
+    """The prompts of a measurement, as the worker takes them, one by one or `width` at a time."""
 
     name: str
     prompts: Sequence[Mapping[str, Any]]
     new: int
     width: int = 1
     ends: Sequence[int] = ()
-    chat: bool = False  # a category's prompts, one by one
+    chat: bool = False  # one category's prompts, one by one
 
     @property
     def turns(self) -> list[list[Mapping[str, Any]]]:
-        """What is asked at once."""
+        """The prompts grouped by call."""
         return [[prompt] for prompt in self.prompts] if self.width == 1 else [list(self.prompts)]
 
 
 class Worker:
-    """A contender's process, ready to write."""
+    """A contender's process, ready for prompts."""
 
     def __init__(self, contender: Contender) -> None:
-        """Raises LongspecError where it can't be loaded, with its own words."""
+        """Start the process. Raises LongspecError with its error message where it can't load."""
         self.contender = contender
         own = [sys.executable, "-m", "longspec.bench.worker"]
         script = [contender.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
         command = script if contender.kind == "llama.cpp" else own
         environment = dict(os.environ)
-        if "OMP_WAIT_POLICY" not in environment:  # as the command itself: threads that wait sleep soon
+        if "OMP_WAIT_POLICY" not in environment:  # as the command itself sets it: waiting threads sleep soon
             environment.setdefault("GOMP_SPINCOUNT", "10000")
         self._heard = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         try:
@@ -71,10 +71,10 @@ class Worker:
         self.peak = 0
 
     def write(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> Took:
-        """What these prompts took. Raises LongspecError where the process has ended, or couldn't."""
+        """The timing of these prompts. Raises LongspecError where the process has ended or reports an error."""
         request = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended: what it left says why
+        with suppress(OSError):  # the process has ended: its stderr says why
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         took = self._answer()
@@ -83,7 +83,7 @@ class Worker:
         return Took(len(prompts), took["tokens"], took["seconds"], took.get("steps", 0), firsts=firsts)
 
     def report(self) -> dict[str, Any]:
-        """What it is: its settings but for where its files lie, and what it told of itself."""
+        """The contender's description: its settings without file paths, and the worker's own report."""
         return {name: value for name, value in self.contender.settings.items() if name not in _PLACES} | self.told
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._heard):
             if stream is not None:
-                with suppress(OSError):  # what it didn't take any more
+                with suppress(OSError):  # unsent input of a dead process
                     stream.close()
 
     def _answer(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Worker:
 def opened(
     contenders: Sequence[Contender | str], stack: ExitStack, report: Progress
 ) -> Iterator[Worker | LongspecError]:
-    """Their workers, or why there is none, in their order; `stack` ends them."""
+    """The contenders' workers, or the errors of those that can't start, in order; `stack` closes them."""
     for done, contender in enumerate(contenders):
         if isinstance(contender, str):
             yield UsageError(f"{contender}.")
@@ -128,8 +128,8 @@ def opened(
 
 
 def _started(contender: Contender) -> Worker:
-    """Its worker; llama.cpp's a second time with weights as they lie in the file, where its kernels for tiles end it
-    by a segmentation fault (llama.cpp's issue 20824).
+    """Start a contender's worker; llama.cpp's is started again without repacked weights where its tiled kernels crash
+    with a segmentation fault (llama.cpp's issue 20824).
     """
     try:
         return Worker(contender)

@@ -1,9 +1,9 @@
-"""Where a step's time goes, beside what it takes at least: for `longspec run --profile`.
+"""A profile of a step's time by component, with a lower bound: for `longspec run --profile`.
 
-Takes an engine, whose parts are given ranges for as long as a text is written; gives torch's trace and `Times`. Nothing
-is measured, and nothing is slower, where nobody asks: the ranges are put around the engine's parts from outside.
+Takes an engine, whose methods are wrapped while a sequence is decoded; gives torch's trace and `Times`. Without a
+profile nothing is measured or slowed down, since the wrappers are set from outside.
 
-The floor is the bytes that a pass has to read, weights and cache, over the rate at which this machine reads memory.
+The lower bound is the bytes that a pass has to read, weights and cache, over this machine's memory bandwidth.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ _READ_NBYTES = 512 << 20
 
 @dataclass(slots=True)
 class Times:
-    """Seconds by part, over all steps of a text. `layers` and `head` are the target's; drafting has its own passes."""
+    """Seconds by component, over all steps of a sequence. `layers` and `head` are the target's; drafters' passes
+    count as drafting.
+    """
 
     steps: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    inside: str = ""  # what runs now: a step, its drafting, or nothing of both
-    trace: str = ""  # Chrome's JSON
+    inside: str = ""  # the current section: a step, its drafting, or neither
+    trace: str = ""  # in Chrome's JSON format
 
 
 def _timer(times: Times, device: torch.device) -> Callable[[str, Callable[..., Any], str], Callable[..., Any]]:
-    """Wraps a call so that its seconds are counted under a name, within a step or within its drafting."""
+    """A function that wraps a call to count its seconds under a name, within a step or within its drafting."""
 
     def ranged(name: str, call: Callable[..., Any], within: str) -> Callable[..., Any]:
         def timed(*given: Any, **more: Any) -> Any:
             outside = times.inside
-            if within and outside != within:  # a prompt's pass, or a drafter's: in the trace, but in no step's part
+            if within and outside != within:  # a prefill's or drafter's pass: traced, but not counted in a step
                 with record_function(name):
                     return call(*given, **more)
             times.inside = (within and (name if name == "draft" else within)) or "step"
@@ -72,7 +74,7 @@ def _timer(times: Times, device: torch.device) -> Callable[[str, Callable[..., A
 
 @contextmanager
 def profiled(engine: Engine) -> Iterator[Times]:
-    """Inside, steps of this engine are measured and traced; at the end the trace is there."""
+    """Within the block, steps of this engine are measured and traced; at its end the trace is complete."""
     times, decoder = Times(), engine.model.decoder
     device, ranged = decoder.device, _timer(times, decoder.device)
 
@@ -81,7 +83,7 @@ def profiled(engine: Engine) -> Iterator[Times]:
         return step(*given, **more)
 
     def texts(*given: Any) -> Any:
-        """A pass' texts, whose C kernel is called through Python: some 10 us a layer."""
+        """A pass's batched attention, with the C kernel called through Python: some 10 us more per layer."""
         made = prepare(*given)
         if made is not None:
             made._kernel = kernel
@@ -122,7 +124,7 @@ def profiled(engine: Engine) -> Iterator[Times]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, nothing comes from stderr: some releases of torch say there that they begin and end."""
+    """Silence stderr within the block: some releases of torch log the profiler's start and end."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -134,7 +136,7 @@ def _silent() -> Iterator[None]:
 
 
 class _Kernel:
-    """The attention kernel, called through a range also where another C function calls it."""
+    """The attention kernel, called through a traced range even where another C function calls it."""
 
     def __init__(self, kernel: ctypes.CDLL, ranged: Callable[..., Callable[..., Any]]) -> None:
         self.texts_workspace, call = kernel.texts_workspace, ranged("attention", kernel.texts_read, "step")
@@ -142,7 +144,7 @@ class _Kernel:
 
 
 def read_rate(device: torch.device) -> float:
-    """Bytes per second at which all threads together read memory: the best of some sums over a large tensor."""
+    """Memory bandwidth in bytes per second, by all threads together: the best of some sums over a large tensor."""
     nbytes = _READ_NBYTES if device.type == "cuda" else min(_READ_NBYTES, available_bytes() // 4)
     held = torch.ones(max(1, nbytes // 4), device=device)
     best = 0.0
@@ -154,7 +156,7 @@ def read_rate(device: torch.device) -> float:
 
 
 def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
-    """What people read: a line for each part of a step, and the floor. Empty where there was no step."""
+    """The table for the user: a line per component of a step, and the lower bound. Empty without a step."""
     if not times.steps:
         return ""
     mean = {name: seconds / times.steps for name, seconds in times.seconds.items()}
@@ -170,7 +172,7 @@ def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
     decoder = engine.model.decoder
     empty = CACHES[session.cache_name](replace(decoder.shape, device=torch.device("meta")))
     middle = (first + last) / 2
-    blocks = ceil(middle / BLOCK) * BLOCK  # what a cache takes is told of whole ones
+    blocks = ceil(middle / BLOCK) * BLOCK  # cache bytes are given in whole blocks
     weights, rows_nbytes = decoder.pass_nbytes, empty.room(blocks).device * middle / blocks
     floor = (weights + rows_nbytes) / rate
     lines.append(

@@ -1,10 +1,11 @@
-"""Which sub-layers `skip` should leave out, for one model on this machine: searched, then really measured.
+"""Search for the sub-layers that `skip` should leave out, for one model on this machine; the best sets are measured.
 
-Takes a loaded model, a length of context and seconds to spend; gives the best sets, what is expected of each and what
-it did. The target writes calibration texts; what each sub-layer takes is measured behind a context of that length; sets
-are tried on the texts, random ones first and then those that optuna's TPE proposes (Draft & Verify, 2309.08168, whose
-objective is measured speed; here it is the expected one, so that a try takes a fraction of a second). The best few then
-write other prompts, in turns with plain decoding. Of many sets the luckiest looks best: believe what was measured.
+Takes a loaded model, a length of context and a time budget in seconds; gives the best sets with their expected and
+measured speed-ups. The target writes calibration texts; each sub-layer's latency is measured at a context of that
+length; sets are evaluated on the texts, random ones first and then those that optuna's TPE proposes (Draft & Verify,
+2309.08168, whose objective is measured speed; here it is the expected speed, so that a trial takes a fraction of a
+second). The best few then decode other prompts, interleaved with plain decoding. The best of many trials is partly
+luck (winner's curse): trust the measured speed-up.
 
 Letters: a, c, r and g as in `longspec.drafters.common.skip_speedup`.
 """
@@ -50,11 +51,11 @@ NEW = 64
 MOST_SETS = 200
 """Sets that are tried at most."""
 
-_VERIFIED = 3  # sets that are really measured
-_WRITING, _SEARCHING = 0.2, 0.7  # of the seconds: when writing, and then searching, ends
-_ROUNDS = 12  # prompts that they write, at most
-_SWEEPS = 7  # measurements of each time, of which the median counts
-_RANDOM = 16  # sets before TPE has seen enough to propose any
+_VERIFIED = 3  # sets that are measured
+_WRITING, _SEARCHING = 0.2, 0.7  # shares of the time budget at which writing, and then searching, ends
+_ROUNDS = 12  # maximum number of prompts for measured sets
+_SWEEPS = 7  # measurements of each latency, of which the median counts
+_RANDOM = 16  # trials before TPE's own proposals
 
 PROMPTS = (
     "Explain in plain words how a refrigerator moves heat from the inside to the outside.",
@@ -81,28 +82,28 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """A set, and what speaks for it."""
+    """A set with its statistics."""
 
     skip: Skip
     share: float  # c
     agreement: float  # a, on the calibration texts
-    expected: float  # tokens per second over those of plain decoding
-    measured: float | None = None  # the same, measured in turns
+    expected: float  # speed-up over plain decoding
+    measured: float | None = None  # the same, measured
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """All that came of it. The first set is the best."""
+    """The result of a search. The first set is the best."""
 
     sets: tuple[Tuned, ...]
     tried: int
     texts: int
     prices: Prices
-    tokens_per_second: float  # of plain decoding
+    tokens_per_second: float  # plain decoding
 
 
 def tune(model: Model, *, context: int, seconds: float, report: Report) -> Tuning:
-    """Search and measure. context: tokens of each text, its answer included. seconds: about how long it may take.
+    """Search and measure. context: tokens of each sequence, its answer included. seconds: approximate time budget.
 
     Raises:
         UsageError: such a context is too short for the prompts, or optuna is missing.
@@ -124,7 +125,7 @@ def tune(model: Model, *, context: int, seconds: float, report: Report) -> Tunin
 
 
 def write(model: Model, context: int, until: float, report: Report) -> Iterator[Session]:
-    """What the target writes after the built-in prompts, greedily: one text at least, more until `until`."""
+    """The target's greedy answers to the built-in prompts: one at least, more until `until`."""
     engine, some = Engine(model, drafter="none", cache="dense"), False
     for done, prompt in enumerate(PROMPTS):
         report("writing calibration texts", done, len(PROMPTS))
@@ -142,13 +143,15 @@ def write(model: Model, context: int, until: float, report: Report) -> Iterator[
 
 @torch.inference_mode()
 def prices(decoder: Decoder, text: Session) -> Prices:
-    """The seconds of each sub-layer for one row behind this text, and what a further row costs."""
+    """The latency in seconds of each sub-layer for one token after this sequence, and the cost of each further
+    position.
+    """
     layers = range(decoder.config.layers)
     ones = [frozenset({i}) for i in layers]
     kinds = [[Skip() for _ in ones], [Skip(mlp=one) for one in ones], [Skip(attention=one) for one in ones]]
-    calls: list[float] = []  # through no layer
+    calls: list[float] = []  # a pass without layers
     heads: list[float] = []
-    passes: dict[int, list[float]] = {1: [], 1 + MOST: []}  # by rows
+    passes: dict[int, list[float]] = {1: [], 1 + MOST: []}  # by number of positions
 
     def rows(count: int) -> Rows:
         stage, length = text.cache.open(), text.cache.length
@@ -163,7 +166,7 @@ def prices(decoder: Decoder, text: Session) -> Prices:
         return perf_counter() - began
 
     def sweep(kind: Sequence[Skip]) -> list[float]:
-        """All layers in turn, lest one's weights still lie in the processor's cache."""
+        """Measure all layers in turn, so that no layer's weights are still in the processor's cache."""
         one = rows(1)
         hidden = decoder.forward(one, last=0)
         took = [seconds(decoder.forward, one, hidden, i, i + 1, kind[i]) for i in layers]
@@ -189,7 +192,7 @@ def prices(decoder: Decoder, text: Session) -> Prices:
 
 
 def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: float, report: Report) -> list[Tuned]:
-    """Sets that were tried on the texts, by expected speed-up; as many as `until` allows, a few at least."""
+    """The sets tried on the texts, by expected speed-up; as many as `until` allows, a few at least."""
     optuna = load_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     counts = [len(text.answer) for text in texts]
@@ -203,7 +206,7 @@ def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: floa
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=len(sizes) + _RANDOM)
     )
-    for size in sizes:  # those that move the hidden state least
+    for size in sizes:  # first, for each size, the sub-layers that change the hidden state least
         study.enqueue_trial({str(i): i < size for i in range(len(units))})
     found: dict[Skip, Tuned] = {}
     for done in range(MOST_SETS):
@@ -226,7 +229,7 @@ def search(decoder: Decoder, texts: Sequence[Session], paid: Prices, until: floa
 def verify(
     model: Model, skips: Sequence[Skip], context: int, until: float, report: Report
 ) -> tuple[list[float], float]:
-    """What each set does to tokens per second, and those of plain decoding: medians of prompts written in turns.
+    """Each set's speed-up, and plain decoding's tokens per second: medians over prompts answered in turn.
 
     One prompt at least, more until `until`.
     """
@@ -246,7 +249,7 @@ def verify(
 
 
 def rate(engine: Engine, prompt: str, context: int) -> float:
-    """Tokens per second from the prefill's end to the last token."""
+    """Tokens per second from the end of the prefill to the last token."""
     session = _opened(engine, prompt, context)
     for _ in engine.write(session):
         pass
@@ -256,7 +259,7 @@ def rate(engine: Engine, prompt: str, context: int) -> float:
 
 
 def _opened(engine: Engine, question: str, context: int) -> Session:
-    """A session behind as many notes as leave room for NEW tokens in the context."""
+    """A session whose prompt has as many notes as leave room for NEW tokens in the context."""
     vocabulary = engine.model.vocabulary
 
     def length(prompt: str) -> int:

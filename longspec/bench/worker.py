@@ -1,14 +1,14 @@
-"""One engine in a process of its own, for `longspec bench engines`: asked and answering in lines of JSON.
+"""One engine in a process of its own, for `longspec bench engines`, with a protocol of JSON lines.
 
     python worker.py KIND SETTINGS
 
-KIND is a key of WRITERS, SETTINGS an object of its. The first line that it says is what it is, or why it can't be; then
-each line on standard input is a case to write, and each line on standard output what that took. A process that waits
-reads a pipe and takes no processor time; its peak of memory is its own.
+KIND is a key of WRITERS, SETTINGS an object of its options. The first output line describes the engine, or is its
+error; then each line on standard input is a case to decode, and each line on standard output its timing. A waiting
+process blocks on a pipe and uses no processor time; its peak memory is its own.
 
-A rate is tokens over the seconds of the passes that brought them: where the pass that ends the prompt brings tokens
-already, these don't count and neither does its time. Imports nothing of this package until an engine of it is asked
-for: the interpreter that has llama.cpp may lack everything else.
+A rate is tokens over the seconds of the passes that gave them: where the pass that ends the prompt gives tokens
+already, neither these nor its time count. Imports nothing of this package until its own engine is asked for: the
+interpreter that has llama.cpp may lack the other dependencies.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Took = dict[str, Any]
 Write = Callable[[Case], Took]
 Told = dict[str, Any]
 
-_LLAMA_ROWS = 512  # of a pass, as is llama.cpp's habit
+_LLAMA_ROWS = 512  # token positions of a pass, llama.cpp's default
 
 
 def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """Longspec itself: model, drafter, cache, dtype, threads, draft_model."""
+    """Longspec itself. settings: model, drafter, cache, dtype, threads, draft_model."""
     from dataclasses import replace
 
     import torch
@@ -78,7 +78,7 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
         began = perf_counter()
         while schedule:
             for _, event in schedule.step():
-                if isinstance(event, Exception):  # its tokens would be missing from the rate
+                if isinstance(event, Exception):  # without its tokens the rate would be wrong
                     raise event
         seconds = perf_counter() - began
         return {"tokens": sum(len(session.answer) for session in sessions), "seconds": seconds, "first": None}
@@ -89,13 +89,13 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
 
 
 def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """Transformers' generate, its cache the dynamic one: folder, dtype, threads; lookup, a number of tokens, or
+    """Transformers' generate with a dynamic cache. settings: folder, dtype, threads; lookup, a number of tokens, or
     assistant, a folder.
     """
     import torch
     from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-    library: Any = import_module("transformers")  # which has no types for half of this
+    library: Any = import_module("transformers")  # without complete type annotations
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     torch.set_num_threads(settings["threads"])
@@ -103,7 +103,7 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
 
     def read(folder: str) -> Any:
         model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        model.generation_config = library.GenerationConfig()  # greedy, without the penalties that a model may ask for
+        model.generation_config = library.GenerationConfig()  # greedy, without the checkpoint's penalties
         return model
 
     model, extra = read(settings["folder"]), {}
@@ -113,7 +113,7 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
         extra = {"assistant_model": read(settings["assistant"])}
 
     class Clock(StoppingCriteria):
-        """When each pass has brought its tokens, and how many there are then, the prompt's included."""
+        """The time at which each pass gave its tokens, and the sequence's length then, prompt included."""
 
         def __init__(self) -> None:
             self.seen: list[tuple[float, int]] = []
@@ -123,7 +123,7 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     def side_by_side(case: Case, prompts: list[Any]) -> Took:
-        """As many as there are, padded to the longest."""
+        """Decode all prompts in one batch, padded to the longest."""
         began, clock, ends = perf_counter(), Clock(), case["ends"]
         size = max(len(prompt["tokens"]) for prompt in prompts)
         given = torch.tensor([[0] * (size - len(one["tokens"])) + one["tokens"] for one in prompts])
@@ -151,8 +151,8 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
 
 
 def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """llama.cpp: file, threads, context; repacked: may lay out weights anew. It is called by the C functions that
-    llama-cpp-python wraps, whose own `generate` takes some of a step's time.
+    """llama.cpp. settings: file, threads, context; repacked: allow repacking the weights. It is called through the C
+    functions that llama-cpp-python wraps, whose own `generate` adds some time to each step.
     """
     numpy: Any = import_module("numpy")
     c: Any = import_module("llama_cpp.llama_cpp")
@@ -171,10 +171,10 @@ def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
     columns = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
 
     def after(tokens: list[int]) -> int:
-        """The likeliest token behind these, which are read."""
+        """Decode these tokens; the most probable next token."""
         for start in range(0, len(tokens), _LLAMA_ROWS):
             some = tokens[start : start + _LLAMA_ROWS]
-            held = (c.llama_token * len(some))(*some)  # the batch points to it
+            held = (c.llama_token * len(some))(*some)  # the batch keeps a pointer to it
             if c.llama_decode(context, c.llama_batch_get_one(held, len(some))):
                 raise RuntimeError("a pass failed")
         return int(numpy.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (columns,)).argmax())
@@ -190,7 +190,7 @@ def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
                 return {"tokens": len(times) - 1, "seconds": times[-1] - times[0], "first": times[0] - began}
             token = after([token])
 
-    write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # what can't be run ends here, and not later
+    write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # warm-up: crash here rather than later
     said = c.llama_print_system_info().decode(errors="replace").strip()
     return write, {"system": said, "versions": {"llama-cpp-python": import_module("llama_cpp").__version__}}
 
@@ -203,7 +203,7 @@ WRITERS: dict[str, Callable[[dict[str, Any]], tuple[Write, Told]]] = {
 
 
 def peak() -> int:
-    """Bytes. Not getrusage's figure: a new process has its parent's there."""
+    """Peak resident memory in bytes. Not getrusage's value: a new process inherits its parent's."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         for line in lines:
             if line.startswith("VmHWM:"):
@@ -216,20 +216,20 @@ def peak() -> int:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints isn't an answer
+    os.dup2(2, 1)  # keep libraries' prints out of the protocol
 
     def say(told: dict[str, Any]) -> None:
         answers.write(json.dumps(told) + "\n")
         answers.flush()
 
-    with suppress(ValueError):  # run as a file: its neighbours are no top-level modules
+    with suppress(ValueError):  # run as a file: its folder must not be on sys.path
         sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
     try:
         write, told = WRITERS[sys.argv[1]](json.loads(sys.argv[2]))
         say(told)
         for line in sys.stdin:
             say({**write(json.loads(line)), "peak_bytes": peak()})
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is told to who asked
+    except Exception as error:  # noqa: BLE001 - any library error is reported to the parent
         say({"error": f"{type(error).__name__}: {error}"})
 
 

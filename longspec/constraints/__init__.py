@@ -1,1 +1,1 @@
-"""What an answer is held to: a grammar, and a budget of reasoning tokens."""
+"""Constraints on an answer: a grammar, and a thinking budget."""

@@ -1,7 +1,7 @@
-"""What an answer is held to: a JSON schema or a regular expression, as a grammar that has been checked.
+"""A JSON schema or a regular expression as a checked grammar for constrained decoding.
 
-Takes what a user gave and gives llguidance's text of it; knows no model and no tokens, so that what is wrong is said
-before a model is loaded.
+Takes the user's schema or expression and gives llguidance's grammar string; knows no model and no tokens, so that an
+error is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MOST_BYTES = 1 << 20
 LIMITS = LLParserLimits(verbose_errors=False)
 """The library's own bounds on grammar, lexer and parser; the text that was written is kept out of its errors."""
 
-# One spelling, json.dumps's own. Free white space would let a small model write blanks for ever, and leave nothing
-# between two values to be forced.
+# One spelling, that of json.dumps. With free white space a small model could write blanks for ever, and no token
+# between two values would be forced.
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex: str | None = None) -> str | None:
-    """The grammar of a schema (a table, its JSON, or a file that holds it) or of an expression; None for neither.
+    """The grammar of a schema (a dict, JSON, or the name of a file with JSON) or of an expression; None for neither.
 
-    A text that begins with a brace is JSON, another one names a file.
+    A string that begins with a brace is JSON, any other one a file name.
 
     Raises:
         UsageError: both are given, one is too large, or it can't be read or compiled.
@@ -57,7 +57,7 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
         raise UsageError(f"The JSON schema is not JSON ({_reason(str(error))}).") from None
     if not isinstance(schema, dict):
         raise UsageError("The JSON schema is not a JSON object; write it in braces.")
-    schema.pop("x-guidance", None)  # the library's switches, which a schema from elsewhere must not move
+    schema.pop("x-guidance", None)  # llguidance's switches, which an untrusted schema must not set
     try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPELLING)  # type: ignore[arg-type]
     except ValueError as error:
@@ -81,7 +81,7 @@ def _checked(grammar: str, what: str) -> str:
 
 
 def _reason(message: str) -> str:
-    """One line of the library's words: that of a regular expression's error says what, the others show where."""
+    """One line of llguidance's message: for a regular expression the cause; its other lines show the place."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason is given"]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     return reason.rstrip(".")

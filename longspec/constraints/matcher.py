@@ -1,8 +1,8 @@
-"""One session's grammar, standing at the end of its text: what may follow, and what must.
+"""One session's grammar matcher: the allowed and the forced next tokens.
 
-Takes tokens and paths of draft tokens behind the text; gives logits without what the grammar forbids, and drafts
-without what it would cut. Knows no model and no drafter. What a path may go on with depends on its tokens alone, so a
-text is the same whatever is drafted: pruning a draft and adding to it changes how many rows are kept, nothing else.
+Takes tokens and paths of draft tokens after the committed sequence; gives masked logits, and pruned and extended
+drafts. Knows no model and no drafter. The mask after a path depends on its tokens alone, so the output is the same
+whatever is drafted: pruning and extending a draft changes how many tokens are kept, nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOKENIZERS: WeakKeyDictionary[Vocabulary, LLTokenizer] = WeakKeyDictionary()
 
 
 class Constraint:
-    """A grammar of `grammar_of`, over the tokens of a model with `size` logits."""
+    """A matcher for a grammar of `grammar_of`, over a vocabulary of `size` logits."""
 
     def __init__(self, grammar: str, vocabulary: Vocabulary, size: int, end_tokens: Sequence[int]) -> None:
         tokenizer = _TOKENIZERS.get(vocabulary)
@@ -44,21 +44,21 @@ class Constraint:
             raise UsageError(f"The grammar can't be used with this model: {self._matcher.get_error().splitlines()[0]}")
 
     def take(self, token: int) -> bool:
-        """The text has one more token: whether the grammar can't go on behind it."""
+        """Append a token to the sequence; returns whether the grammar can't continue after it."""
         self._taken.append(token)
         return not self._matcher.try_consume_tokens([token]) or self._matcher.is_stopped()
 
     def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
-        """Logits [r, V] with -inf for what can't follow the text and each of r paths.
+        """Logits [r, V] with -inf for the tokens not allowed after the sequence and each of r paths.
 
-        A path that is forbidden itself stays open: nothing gets to its end. vocabulary: the tokens [V] that the logits
-        are of, if they aren't of all; a row of which none may follow stays open too.
+        A path that is itself forbidden stays unmasked: it is never reached. vocabulary: the tokens [V] of the logits,
+        if they aren't the whole vocabulary; a row without an allowed token stays unmasked too.
         """
         allowed = np.ones((len(paths), self._size), dtype=np.uint8)
         for row, path, good in zip(allowed, paths, self._along(paths), strict=True):
             if good:
                 row[:] = np.unpackbits(self._bits(path), count=len(row), bitorder="little")
-                if not row.any():  # no token leads on, though the grammar does: better an end than any token
+                if not row.any():  # the grammar continues, but no token does: better an end than any token
                     row[self._end_tokens] = 1
         if vocabulary is not None:
             allowed = allowed[:, vocabulary.cpu().numpy()]
@@ -66,13 +66,13 @@ class Constraint:
         return logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), float("-inf"))
 
     def forced(self, limit: int) -> list[int]:
-        """The tokens that must come next, at most `limit`."""
+        """The tokens that the grammar forces next, at most `limit`."""
         return self._matcher.compute_ff_tokens()[:limit] if limit > 0 else []
 
     def prune(self, draft: Draft, ahead: Sequence[int]) -> Draft:
-        """The draft, made to follow the tokens `ahead`, without nodes that the grammar forbids.
+        """The draft without the nodes that the grammar forbids after the tokens `ahead`.
 
-        A draft that is to stay whole stays so.
+        A draft that is `whole` isn't cut.
         """
         if draft.whole:
             return draft
@@ -88,18 +88,22 @@ class Constraint:
         return Draft(draft.tokens[keep], kept, None if draft.probs is None else draft.probs[keep])
 
     def extend(self, draft: Draft, ahead: Sequence[int], limit: int) -> Draft:
-        """The tokens `ahead`, the draft behind them, and what its first path forces: at most `limit` tokens."""
+        """The tokens `ahead`, the draft after them, and the tokens forced after its first path: at most `limit`
+        tokens.
+        """
         return joined(draft, ahead, limit, self.behind)
 
     def behind(self, path: Sequence[int], limit: int) -> list[int]:
-        """The tokens that must follow the text and this path, at most `limit`; none behind a forbidden one."""
+        """The tokens forced after the sequence and this path, at most `limit`; none after a forbidden path."""
         tokens: list[int] = []
-        for good in self._along([path]):  # whose end sets the matcher back
+        for good in self._along([path]):  # leaving the loop resets the matcher
             tokens = self.forced(limit) if good else []
         return tokens
 
     def _along(self, paths: Sequence[Sequence[int]]) -> Iterator[bool]:
-        """For each path, whether it is allowed, with the matcher at its end; at last back at the text's."""
+        """For each path, whether it is allowed, with the matcher at its end; afterwards the matcher is back at the
+        sequence's end.
+        """
         at: list[int] = []
         for path in paths:
             same = next((i for i, (a, b) in enumerate(zip(at, path, strict=False)) if a != b), min(len(at), len(path)))
@@ -112,12 +116,12 @@ class Constraint:
             self._matcher.rollback(len(at))
 
     def _bits(self, path: Sequence[int]) -> NDArray[np.uint8]:
-        """One for each token that may follow the path, at whose end the matcher stands."""
+        """The bit mask of allowed tokens after the path, at whose end the matcher is."""
         matcher = self._matcher
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         if not matcher.is_error():
             return bits
-        # An error stays with a matcher, and this one may be only in a draft: another one goes on.
+        # An error is permanent for a matcher, and may have come from a draft: continue with a fresh one.
         self._matcher = self._fresh()
         self._matcher.try_consume_tokens([*self._taken, *path])
         reason = matcher.get_error().splitlines()[0].rstrip(".")
@@ -129,7 +133,7 @@ class Constraint:
 def joined(
     draft: Draft, ahead: Sequence[int], limit: int, behind: Callable[[Sequence[int], int], Sequence[int]]
 ) -> Draft:
-    """The tokens `ahead`, the draft behind them, and behind its first path what must follow: at most `limit` tokens."""
+    """The tokens `ahead`, the draft after them, and the tokens forced after its first path: at most `limit` tokens."""
     first = len(ahead)
     tokens = [*ahead, *draft.tokens.tolist()]
     parents = [*range(-1, first - 1), *(first + parent for parent in draft.parents.tolist())]
@@ -148,15 +152,15 @@ def joined(
 
 
 class _Pieces:
-    """A vocabulary as llguidance reads one: each token's bytes, and how a text is cut into tokens."""
+    """A vocabulary in llguidance's interface: each token's bytes, and the tokenization of a string."""
 
     def __init__(self, vocabulary: Vocabulary, size: int, end_tokens: Sequence[int]) -> None:
         pieces = [vocabulary.piece(token, first=False) for token in range(size)]
-        self.tokens = [piece or b"" for piece in pieces] + [b""]  # the last one ends texts that have no end token
+        self.tokens = [piece or b"" for piece in pieces] + [b""]  # a last end token for vocabularies without one
         self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None] + [size]
         self.eos_token_id = end_tokens[0] if end_tokens else size
         self.bos_token_id = None
-        self._cut = vocabulary.tokenizer  # not the vocabulary, which the cache of tries is to let go
+        self._cut = vocabulary.tokenizer  # not the vocabulary, which the trie cache must not keep alive
         self._by_piece = {piece: token for token, piece in enumerate(self.tokens) if piece}
         self._longest = max(map(len, self._by_piece), default=0)
 
@@ -164,7 +168,7 @@ class _Pieces:
         tokens: list[int] = self._cut.encode(data.decode(errors="replace"), add_special_tokens=False).ids
         if b"".join(self.tokens[token] for token in tokens) == data:
             return tokens
-        # A tokenizer that puts a space before every text: the longest pieces instead, as far as there are any.
+        # A tokenizer that prepends a space to every text: greedy longest match instead, as far as there is one.
         tokens, at = [], 0
         while at < len(data):
             ends = range(min(len(data), at + self._longest), at, -1)

@@ -1,7 +1,8 @@
-"""What holds an answer with a reasoning section: a budget for its thoughts, a grammar for its words.
+"""The constraint on an answer with a reasoning section: a token budget for the section, a grammar for the answer
+after it.
 
-Takes a vocabulary, whose markers say how a section of reasoning begins and ends. What may follow a path of tokens
-depends on these tokens alone, so the text is the same whatever is drafted. Knows no model and no drafter.
+Takes a vocabulary, whose markers delimit a reasoning section. The mask after a path of tokens depends on these tokens
+alone, so the output is the same whatever is drafted. Knows no model and no drafter.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ __all__ = ["Guide", "held"]
 
 
 class Guide:
-    """What may follow an answer with a section; `constraints.matcher.Constraint` is that of one with a grammar.
+    """The constraint of an answer with a reasoning section; `constraints.matcher.Constraint` is that of a grammar
+    alone.
 
-    budget: after so many tokens of thought the section is ended. grammar: holds what follows the section, which then
-    has to come: a text can't end in its thoughts.
+    budget: the section is closed after so many reasoning tokens. grammar: constrains the answer after the section;
+    the sequence then can't end inside the section.
     """
 
     def __init__(
@@ -38,18 +40,19 @@ class Guide:
         self._budget = budget
         self._grammar = grammar
         self._end_tokens = list(end_tokens)
-        # An answer that is held to a grammar has no thoughts but those that the prompt has begun.
+        # With a grammar, the model reasons only if the prompt has opened the section.
         self._place = Place(AFTER) if grammar is not None and place.phase == BEFORE else place
 
     def take(self, token: int) -> bool:
-        """The text has one more token: whether nothing can follow it."""
+        """Append a token to the sequence; returns whether nothing can follow it."""
         held = self._grammar is not None and self._place.phase == AFTER
         self._place = self._reader.after(self._place, token)
         return held and self._grammar is not None and self._grammar.take(token)
 
     def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
-        """Logits [r, V] with -inf for what can't follow the text and each of r paths. vocabulary: the tokens [V] that
-        the logits are of, if they aren't of all; a row whose one token isn't among them stays open.
+        """Logits [r, V] with -inf for the tokens not allowed after the sequence and each of r paths. vocabulary: the
+        tokens [V] of the logits, if they aren't the whole vocabulary; a row whose one allowed token isn't among them
+        stays unmasked.
         """
         if self._place.phase == AFTER:
             return logits if self._grammar is None else self._grammar.mask(logits, paths, vocabulary)
@@ -78,21 +81,23 @@ class Guide:
         return logits
 
     def forced(self, limit: int) -> list[int]:
-        """The tokens that must come next, at most `limit`."""
+        """The tokens forced next, at most `limit`."""
         return self._behind([], limit)
 
     def prune(self, draft: Draft, ahead: Sequence[int]) -> Draft:
-        """The draft, made to follow the tokens `ahead`, without what a grammar forbids."""
+        """The draft without the nodes that the grammar forbids after the tokens `ahead`."""
         if self._grammar is None or self._place.phase != AFTER:
             return draft
         return self._grammar.prune(draft, ahead)
 
     def extend(self, draft: Draft, ahead: Sequence[int], limit: int) -> Draft:
-        """The tokens `ahead`, the draft behind them, and what its first path forces: at most `limit` tokens."""
+        """The tokens `ahead`, the draft after them, and the tokens forced after its first path: at most `limit`
+        tokens.
+        """
         return joined(draft, ahead, limit, self._behind)
 
     def _behind(self, path: Sequence[int], limit: int) -> list[int]:
-        """What must follow the text and this path."""
+        """The tokens forced after the sequence and this path, at most `limit`."""
         if self._place.phase == AFTER:
             return [] if self._grammar is None else self._grammar.behind(path, limit)
         [place] = self._along([path])
@@ -106,17 +111,17 @@ class Guide:
         return tokens
 
     def _due(self, place: Place) -> int | None:
-        """The token that must come here."""
+        """The token forced at this parser state; None where there is a choice."""
         if self._budget is None or place.phase != INSIDE or place.count < self._budget:
             return None
         return self._reader.ending[self._reader.ends(place)]
 
     def _may_end(self, ahead: int) -> bool:
-        """Whether the budget may be used up within so many tokens."""
+        """Whether the budget may run out within `ahead` more tokens."""
         return self._budget is not None and self._place.count + ahead >= self._budget
 
     def _along(self, paths: Sequence[Sequence[int]]) -> Iterator[Place]:
-        """The place at the end of each path."""
+        """The parser state at the end of each path."""
         known: dict[tuple[int, ...], Place] = {(): self._place}
         for path in map(tuple, paths):
             start = next(n for n in range(len(path), -1, -1) if path[:n] in known)
@@ -135,12 +140,13 @@ def held(
     size: int,
     end_tokens: Sequence[int],
 ) -> tuple[Section | None, Guide | Constraint | None]:
-    """For an answer to this prompt: what tells its thoughts from its words, and what it is held to.
+    """The reasoning parser and the constraint of an answer to this prompt.
 
-    grammar: one of `longspec.constraints.grammar.grammar_of`, over the tokens of a model with `size` logits.
+    grammar: one of `longspec.constraints.grammar.grammar_of`, over a vocabulary of `size` logits.
 
     Raises:
-        UsageError: there is a budget, and nothing that it is for; or the grammar can't be used with this model.
+        UsageError: a budget is given, but the model or the prompt has no reasoning section; or the grammar can't be
+        used with this model.
     """
     constraint = None if grammar is None else Constraint(grammar, vocabulary, size, end_tokens)
     markers = None if raw else vocabulary.markers
@@ -165,7 +171,7 @@ def held(
 
 
 def _column(token: int, vocabulary: Tensor | None) -> int | None:
-    """Where a token's logit stands."""
+    """The column of a token's logit; None where it has none."""
     if vocabulary is None:
         return token
     found = (vocabulary == token).nonzero()

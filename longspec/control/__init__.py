@@ -1,6 +1,7 @@
-"""How much to draft, learned from what passes cost and drafts keep: the controls, by the names that the command takes.
+"""Draft-length control, learned from pass latency and acceptance: the registry of controls by their command-line
+names.
 
-A new control is a class that keeps `longspec.control.policy.Control`, and a line in `CONTROLS`.
+A new control is a subclass of `longspec.control.policy.Control`, and a line in `CONTROLS`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ CONTROLS: dict[str, Callable[[Sequence[str], int, Mapping[str, Any] | None], Con
 
 
 def make(name: str, drafters: Sequence[str], most: int, learned: Mapping[str, Any] | None = None) -> Control:
-    """drafters: the first is tried first. most: tokens of a draft. learned: what an earlier run's control reported.
+    """Make a control. drafters: in the order in which they are tried. most: the maximum tokens of a draft. learned:
+    the report of an earlier run's control.
 
     Raises:
         UsageError: no control has this name.

@@ -1,7 +1,7 @@
-"""How often drafted tokens are kept, and how far a drafter's own probabilities are right; recent drafts count most.
+"""Acceptance statistics of a drafter, and the calibration of its probabilities; exponentially weighted.
 
-Takes verified drafts; knows no costs. A shrinkage estimator: what one text shows is shrunk toward what all texts show,
-and that toward a prior. An earlier draft counts half after 16.
+Takes verified drafts; knows no costs. A shrinkage estimator: one sequence's rates are shrunk toward those of all
+sequences, and these toward a prior. A draft's weight halves after 16 more.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _BINS = 8
 
 
 class Acceptance:
-    """One drafter's drafts: those of one text, with all texts' as `prior`, or those of all."""
+    """One drafter's statistics: of one sequence, with those of all sequences as `prior`, or of all."""
 
     def __init__(self, prior: Acceptance | None = None) -> None:
         self.prior = prior
-        self._tried = self._went = 0.0  # depths of drafts that the target reached, and kept
-        self._said, self._came = [0.0] * _BINS, [0.0] * _BINS  # by bin: sum of probabilities, nodes kept
+        self._tried = self._went = 0.0  # weighted counts: depths of drafts that the target reached, and depths kept
+        self._said, self._came = [0.0] * _BINS, [0.0] * _BINS  # by bin: sum of predicted probabilities, nodes kept
         self._trusts: list[float] | None = None
-        self.has_probs: bool = prior is not None and prior.has_probs  # the drafter says how probable its nodes are
+        self.has_probs: bool = prior is not None and prior.has_probs  # whether the drafter gives probabilities
 
     def observe(self, kept: Sequence[int], parents: Sequence[int], probs: Sequence[float] | None) -> None:
-        """A draft was verified. kept: its nodes that are text now, a path. parents: of each node, -1 the text.
-        probs: how probably each is kept, as the drafter sees it.
+        """Add a verified draft. kept: the nodes kept, a path. parents: of each node, -1 the root. probs: each node's
+        predicted probability of being kept, if the drafter gives one.
         """
         self._tried, self._went = _FADE * self._tried, _FADE * self._went
         self._said = [_FADE * value for value in self._said]
@@ -36,14 +36,14 @@ class Acceptance:
         self.has_probs |= probs is not None
         last = kept[-1] if kept else -1
         self._went += len(kept)
-        self._tried += len(kept) + (last in parents)  # the path ended at a node that the draft went on from
+        self._tried += len(kept) + (last in parents)  # one more was tried if the draft went on after the last kept node
         for node, prob in enumerate(probs or ()):
             self._said[_bin(prob)] += prob
             self._came[_bin(prob)] += node in kept
         self._trusts = None
 
     def doubt(self) -> None:
-        """Let what is known count for one draft: the text has changed."""
+        """Reduce the statistics' weight to that of one draft, as the text's character has changed."""
         weight = 1 / max(1.0, self._tried)
         self._tried, self._went = weight * self._tried, weight * self._went
         self._said, self._came = [weight * x for x in self._said], [weight * x for x in self._came]
@@ -51,16 +51,18 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        """How probably a draft's next depth is kept once the one before it is (the alpha of 2211.17192)."""
+        """The probability that the next depth of a draft is kept, given that the last one was (alpha in 2211.17192)."""
         expected = 0.5 if self.prior is None else self.prior.rate
         return (self._went + expected) / (self._tried + 1)
 
     def probability(self, said: float) -> float:
-        """How probably a node is kept that its drafter gives this probability: times accepted over predicted."""
+        """The calibrated probability that a node is kept: the drafter's times accepted over predicted."""
         return min(1.0, said * self._factors()[_bin(said)])
 
     def _factors(self) -> list[float]:
-        """By bin; each is shrunk toward the next more probable bin's and the prior's, which count for 16 nodes."""
+        """The calibration factor (accepted over predicted) of each bin, shrunk toward the next more probable bin's
+        and the prior's, which count for 16 nodes.
+        """
         if self._trusts is None or self.prior is not None:
             expected = [1.0] * _BINS if self.prior is None else self.prior._factors()
             factors: list[float] = []

@@ -1,14 +1,16 @@
-"""Drafts what brings the most tokens per second, by what passes were seen to cost and drafts to keep.
+"""The default control: maximises tokens per second from measured latency and acceptance.
 
-Takes measured steps and gives limits; knows no model, no clock and no text. How many tokens to draft depends on batch
+Takes measured steps and gives limits; knows no model, no clock and no text. The best draft length depends on batch
 size, context and text (Su et al., 2310.18813), so it is decided anew in each step, by measured goodput (2512.22420):
 
-- A drafter is asked for the limit whose expected tokens exceed the cost of their seconds most, if any does. The price
-  of a second is the throughput of recent steps.
-- A draft is cut where a node is less probable than its position in the pass is dear: nodes of all sessions in order of
-  calibrated probability against the marginal latency (EAGLE-2, 2406.16858, and Lever, 2605.16786, grow trees so).
-- One back-off: a drafter whose drafts lost two tokens' time on a text, or promise nothing, pauses there, for twice as
-  many steps each time; then it is tried again. A text begins with the pause that the text before it had reached.
+- A drafter gets the limit whose expected tokens exceed the opportunity cost of their seconds most, if any does. A
+  second costs the tokens that recent steps gave per second.
+- A draft is cut where a node's probability is below the marginal cost of its position in the pass: nodes of all
+  sessions in order of calibrated probability against the marginal latency (EAGLE-2, 2406.16858, and Lever,
+  2605.16786, grow trees so).
+- One back-off: a drafter whose drafts lost two tokens' time on a sequence, or have no expected gain, pauses there,
+  for twice as many steps each time; then it is tried again. A new sequence begins with the pause that the last one
+  had reached.
 """
 
 from __future__ import annotations
@@ -26,45 +28,45 @@ from longspec.types import Draft, Writing
 __all__ = ["Goodput"]
 
 _LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_PRIOR = 0.05  # passes that a draft costs, and each of its tokens, before anything was measured
-_CHEAP = 0.2  # of a pass: a whole limit that costs less is asked for, and then cut
-_LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row; half of it at first, and so much after a pause
-_PAUSE = 128  # steps, the longest
-_PROBE = 4  # tokens of a draft that is made to learn
-_PLAIN = (4, 128)  # a step without drafts shows what these save: the first one, and how often
+_PRIOR = 0.05  # prior cost of a draft, and of each of its tokens, in plain passes
+_CHEAP = 0.2  # in plain passes: below it the full limit is asked for, and then cut
+_LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row: half of `_LOSS` at first, `_AGAIN` after a pause
+_PAUSE = 128  # the longest pause, in steps
+_PROBE = 4  # tokens of an exploratory draft
+_PLAIN = (4, 128)  # steps without drafts, to measure the gain: the first one, and the interval
 _RECENT = 1 / 32
 
 
 @dataclass(slots=True, eq=False)
 class _Trial:
-    """How one drafter does on one text."""
+    """One drafter's state on one sequence."""
 
     acceptance: Acceptance
-    account: float = -_LOSS / 2  # tokens won over plain decoding, at most `_LOSS`
+    account: float = -_LOSS / 2  # tokens gained over plain decoding, at most `_LOSS`
     pause: int = 1  # steps of the next pause
-    due: int = 0  # the step that ends this one
+    due: int = 0  # the step that ends the current pause
 
 
 class Goodput(Control):
     """The default control.
 
-    drafters: names to choose from; the first is tried first. most: tokens of a draft. learned: a `report` of an earlier
-    run, from a file that may hold anything.
+    drafters: names, in the order in which they are tried. most: the maximum tokens of a draft. learned: a `report` of
+    an earlier run, from a file that isn't trusted.
     """
 
     def __init__(self, drafters: Sequence[str], most: int, learned: Mapping[str, Any] | None = None) -> None:
         super().__init__(drafters[0])
         self._limits = [*(limit for limit in _LIMITS if limit < most), most]
         self._curve = Curve.of((learned or {}).get("passes"))
-        self._plain = _PLAIN[1] if (learned or {}).get("passes") else _PLAIN[0]  # the step of the next one
+        self._plain = _PLAIN[1] if (learned or {}).get("passes") else _PLAIN[0]  # the next step without drafts
         self._pools = {name: Acceptance() for name in drafters}
         self._costs: dict[str, DraftCost] = {}
         self._latest = {name: _Trial(pool) for name, pool in self._pools.items()}
         self._trials: WeakKeyDictionary[Writing, dict[str, _Trial]] = WeakKeyDictionary()
-        self._steps, self._nodes = 0, 0.0  # steps so far; nodes of a session's recent drafts
-        self._brought = self._took = 1.0  # tokens and plain steps' times of recent steps
-        self._price = 1.0  # tokens that a second is worth
-        self._probe = 0  # tokens of the step's probe, until it is made
+        self._steps, self._nodes = 0, 0.0  # steps so far; moving average of a session's draft nodes
+        self._brought = self._took = 1.0  # moving averages: tokens, and time in plain steps
+        self._price = 1.0  # tokens per second, the price of latency
+        self._probe = 0  # tokens of this step's probe, until a session takes it
 
     def report(self) -> dict[str, Any]:
         return {"passes": self._curve.report()}
@@ -80,7 +82,7 @@ class Goodput(Control):
         return [self._bet(self._of(session), limit, size) for session, limit in zip(sessions, most, strict=True)]
 
     def _bet(self, trials: Mapping[str, _Trial], most: int, size: int) -> Bet:
-        """The drafter and limit that promise most; else one that is due to be tried again."""
+        """The drafter and limit with the greatest expected gain; else a drafter whose pause is over."""
         best, bet = 0.0, Bet("", 0, "paused")
         if not most:
             return Bet("", 0, "at the end")
@@ -93,7 +95,7 @@ class Goodput(Control):
             elif self._probe and not bet.limit:
                 bet = Bet(name, min(self._probe, most), "probe")
         if bet.why == "probe":
-            self._probe = 0  # one in a step: the others wait for the next
+            self._probe = 0  # one probe a step: the others wait for the next
         return bet
 
     def _of(self, session: Writing) -> dict[str, _Trial]:
@@ -109,9 +111,9 @@ class Goodput(Control):
         return self._trials[session]
 
     def _worth(self, name: str, trial: _Trial, most: int, size: int) -> tuple[float, int]:
-        """Tokens that the drafter's best limit is expected to bring beyond the price of its seconds; the limit."""
+        """The expected gain of the drafter's best limit, in tokens beyond the price of its seconds; and the limit."""
         seconds, cost = self._curve.seconds, self._cost(name)
-        before = size + self._nodes * (size - 1)  # positions of the pass beside the draft's
+        before = size + self._nodes * (size - 1)  # the pass's other positions
         without, rate = seconds(before), trial.acceptance.rate
         best, at, expected = -1e9, 1, 0.0
         for limit in self._limits:
@@ -130,7 +132,7 @@ class Goodput(Control):
         return self._costs[name]
 
     def trim(self, sessions: Sequence[Writing], bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        nodes: list[tuple[float, int]] = []  # (-probability, session) of those that may go
+        nodes: list[tuple[float, int]] = []  # (-probability, session) of the prunable nodes
         rows = len(drafts)
         for i, (session, bet, draft) in enumerate(zip(sessions, bets, drafts, strict=True)):
             if bet.why or draft.whole or draft.probs is None:
@@ -174,19 +176,19 @@ class Goodput(Control):
             self._learn(outcome, len(outcome.kept) - spent * size / plain)
 
     def _observe_drafting(self, step: Step, *, begun: bool) -> dict[str, float]:
-        """Seconds that each drafter is expected to have taken: as measured, without a moment's noise."""
+        """Each drafter's expected seconds of drafting, updated by this step's measurement (smoothed)."""
         expected = {}
         for name, seconds in step.draft_seconds.items():
             limit = max(outcome.bet.limit for outcome in step.outcomes if outcome.bet.drafter == name)
             if begun and step.pass_seconds is not None:
-                # The drafter ran the first layers of the pass: what counts is the time beyond a whole pass.
+                # The drafter ran the pass's first layers: count only the time beyond a whole pass.
                 seconds = max(0.0, seconds + step.pass_seconds - self._curve.seconds(step.rows))
             self._cost(name).observe(limit, seconds)
             expected[name] = self._cost(name).seconds(limit)
         return expected
 
     def _learn(self, outcome: Outcome, won: float) -> None:
-        """won: tokens that the draft brought beyond what plain decoding writes in its time."""
+        """Update the drafter's account. won: tokens that the draft gained over plain decoding in its time."""
         name, trial = outcome.bet.drafter, self._of(outcome.session)[outcome.bet.drafter]
         probs, parents = outcome.draft.probs, outcome.draft.parents.tolist()
         surprise = bool(outcome.kept) and outcome.bet.why == "probe"

@@ -1,7 +1,7 @@
-"""What steps cost, learned from the seconds that they took: a pass by its token positions, a draft by its limit.
+"""Latency models, fitted online: a pass's seconds by its token positions, a draft's seconds by its limit.
 
-Takes measured seconds and gives expected ones; knows no clock, no model and no drafter. Nothing is ever faster than it
-can be, but anything may be ten times as slow for once: a slow moment hardly counts.
+Takes measured seconds and gives expected ones; knows no clock, no model and no drafter. The noise is one-sided (a
+step may take ten times as long, never a tenth), so slow outliers get little weight.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ _PRIOR = [log(1 + 0.02 * (2**knot - 1)) for knot in range(_KNOTS)]
 """Log of a pass's cost before anything was measured: 0.02 passes a further position. An optimistic prior is corrected
 by measurement, a pessimistic one is never tested."""
 
-_LARGEST = 50.0  # of a stored logarithm of seconds
+_LARGEST = 50.0  # bound of a stored logarithm of seconds
 _MOST_BYTES = 1 << 20  # a stored file has some kilobytes
 
 
 class Curve:
-    """Seconds of a forward pass by its token positions, linear between knots.
+    """Seconds of a forward pass by its number of token positions, linear between knots.
 
-    A measurement moves the whole curve (the machine is slower now, the context longer) and its nearest two knots (so
-    many positions cost that much), the latter more the less they were measured. Knots above that weren't measured go
-    along, and never rise more steeply than the prior.
+    A measurement shifts the whole curve (the machine is slower now, the context longer) and its nearest two knots
+    (the cost of so many positions), the latter more the fewer samples they have. Unmeasured knots above move along,
+    and never rise more steeply than the prior.
     """
 
     def __init__(self, logs: list[float] | None = None) -> None:
         self._logs = list(logs or _PRIOR)
-        self._counts = [4.0 if logs else 0.0] * _KNOTS  # measurements of each knot, old ones counting less
+        self._counts = [4.0 if logs else 0.0] * _KNOTS  # samples of each knot, exponentially weighted
         self._measured = 4 if logs else 0
 
     def seconds(self, rows: float) -> float:
-        """Expected seconds of a pass of at least 1 position; in passes of one before anything was measured."""
+        """Expected seconds of a pass of `rows` >= 1 positions; in units of a one-position pass before any
+        measurement.
+        """
         knot, share = _place(rows)
         low, high = exp(self._logs[knot]), exp(self._logs[knot + 1])
         return low + share * (high - low)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A pass of so many positions took so long."""
+        """Update the curve by a pass of `rows` positions that took `seconds`."""
         if not 0 < seconds < float("inf"):
             return
         knot, share = _place(rows)
@@ -69,7 +71,7 @@ class Curve:
         for i in range(knot):
             logs[i] = min(logs[i], logs[knot])
         for i in range(knot + (2 if share else 1), _KNOTS):
-            free = max(0.0, 1 - self._counts[i] / 4)  # how far a knot isn't known by itself
+            free = max(0.0, 1 - self._counts[i] / 4)  # 1 for a knot without samples, 0 for one with 4 or more
             excess = logs[i] - logs[i - 1] - (_PRIOR[i] - _PRIOR[i - 1])
             logs[i] = max(logs[i - 1], logs[i] + free * own - max(0.0, 0.2 * free * excess))
         self._logs, self._measured = logs, self._measured + 1
@@ -78,12 +80,12 @@ class Curve:
         self._counts[knot + 1] += share
 
     def report(self) -> list[float]:
-        """Its knots, for a later run; nothing where nothing was measured."""
+        """The knots, for a later run; empty without measurements."""
         return [round(value, 4) for value in self._logs] if self._measured else []
 
     @classmethod
     def of(cls, stored: object) -> Curve:
-        """A curve from an earlier run's report; a fresh one where it isn't one."""
+        """A curve from an earlier run's report; a fresh one where the report isn't valid."""
         fits = isinstance(stored, list) and len(stored) == _KNOTS
         if not fits or not all(isinstance(value, int | float) and abs(value) < _LARGEST for value in stored):  # type: ignore[attr-defined]
             return cls()
@@ -91,7 +93,7 @@ class Curve:
 
 
 class DraftCost:
-    """Seconds of a drafter's part of a step: a start, and something for each token that it may draft.
+    """Seconds of a drafter's part of a step: a constant, and a cost per token of its limit.
 
     Normalised least mean squares, with a step size of 1 / (n + 1), at least 1/8.
     """
@@ -103,7 +105,7 @@ class DraftCost:
         return self.start + self.token * limit
 
     def observe(self, limit: int, seconds: float) -> None:
-        expected, some = self.seconds(limit), limit / 2  # two tokens are as much to blame as the start
+        expected, some = self.seconds(limit), limit / 2  # two tokens weigh as much as the constant
         wrong = min(seconds, (2 if self._measured else 5) * expected + 1e-5) - expected
         step = wrong * max(1 / (self._measured + 1), 1 / 8) / (1 + some * some)
         self.start = max(0.0, self.start + step)
@@ -112,13 +114,13 @@ class DraftCost:
 
 
 def costs_file(**what: str) -> Path:
-    """Where costs are kept, by what they depend on: machine, model, dtype, threads and the like."""
+    """The path of a latency file, keyed by machine, model, dtype, threads and the like."""
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "costs" / f"{name}.json"
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What `write` put there; None where there is nothing that can be read."""
+    """A report that `write` stored; None where there is none or it is invalid."""
     try:
         return read_json(path, _MOST_BYTES, "The file of costs")
     except UsageError:
@@ -126,13 +128,13 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Atomically: another process reads the old file or the new one. A folder that can't be written is no error."""
+    """Write a report atomically. A folder that can't be written is no error."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replaced(path, lambda place: place.write_text(json.dumps(report), encoding="utf-8"))
 
 
 def _place(rows: float) -> tuple[int, float]:
-    """The knot below, and how far it is from there to the next."""
+    """The index of the knot below, and the fraction of the way to the next one."""
     knot = min(int(rows).bit_length(), _KNOTS - 1) - 1
     return knot, rows / (1 << knot) - 1

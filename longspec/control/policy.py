@@ -1,7 +1,7 @@
-"""How much to draft in a step: which drafter, how many tokens at most, and which of these are worth their positions.
+"""The seam of control: which drafter, how many tokens at most, and which of these are worth their positions.
 
-Takes what passes cost and drafts kept, and gives limits; knows no model and no clock. A control never sees the text: a
-bad one costs time and nothing else. The default is `longspec.control.goodput`; here are the seam and two simple rules.
+Takes latencies and acceptance, and gives limits; knows no model and no clock. A control never sees the text: a bad
+one costs time and nothing else. The default is `longspec.control.goodput`; here are the base class and a simple rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Bet", "Control", "Entropy", "Fixed", "Outcome", "Step"]
 
 
 class Bet(NamedTuple):
-    """What a session's draft may be: at most `limit` tokens of a drafter; where it is 0, `why` there is none."""
+    """A session's permission to draft: a drafter and at most `limit` tokens; where it is 0, `why` is the reason."""
 
     drafter: str
     limit: int
@@ -26,29 +26,30 @@ class Bet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one session's bet."""
+    """The result of one session's bet."""
 
     session: Writing
     bet: Bet
-    draft: Draft  # as it was verified
-    kept: Sequence[int]  # its nodes that were kept
+    draft: Draft  # as verified
+    kept: Sequence[int]  # indices of the kept nodes
     verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step brought and took."""
+    """One step's results and latencies."""
 
     outcomes: Sequence[Outcome]
-    draft_seconds: Mapping[str, float]  # of each drafter that was asked
-    pass_seconds: float | None  # None where a chunk of a prompt shared the pass: it tells nothing of a step's cost
-    rows: int  # token positions of the pass, such a chunk's not counted
+    draft_seconds: Mapping[str, float]  # by drafter, of those that were asked
+    pass_seconds: float | None  # None where a prefill chunk shared the pass, which says nothing of a step's latency
+    rows: int  # token positions of the pass, without a prefill chunk's
 
 
 class Control:
-    """Decides each step: `bets`, then the drafters propose, `trim`, the forward pass, `observe`. This one: always all.
+    """Decides each step: `bets`, then the drafters propose, `trim`, the forward pass, `observe`. This base: always
+    the maximum.
 
-    drafter: who drafts.
+    drafter: the drafter's name.
     """
 
     needs = Needs()
@@ -57,18 +58,18 @@ class Control:
         self.drafter = drafter
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
-        """One for each session, of at most `most[i]` tokens."""
+        """One bet per session, of at most `most[i]` tokens."""
         return [Bet(self.drafter, limit) for limit in most]
 
     def trim(self, sessions: Sequence[Writing], bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        """The drafts without nodes that aren't worth their positions. One that is `whole` stays so."""
+        """The drafts without the nodes that aren't worth their positions. A draft that is `whole` isn't cut."""
         return list(drafts)
 
     def observe(self, step: Step) -> None:
         """Learn from a step."""
 
     def report(self) -> dict[str, Any]:
-        """What a later run may begin with, as JSON."""
+        """The state for a later run to begin with, as JSON."""
         return {}
 
 
@@ -76,7 +77,9 @@ Fixed = Control
 
 
 class Entropy(Control):
-    """No draft where the target's last distribution had more than `most` nats (Cerberus's gate, 2410.13344)."""
+    """Drafts only where the target's last distribution has at most `most` nats of entropy (Cerberus's gate,
+    2410.13344).
+    """
 
     needs = Needs(entropy=True)
 

@@ -1,1 +1,1 @@
-"""The engine: open a session, draft, run the target, verify, commit, and many of them side by side."""
+"""The engine: opens sessions, drafts, runs the target, verifies and commits, for one or many sequences per pass."""

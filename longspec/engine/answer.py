@@ -1,4 +1,4 @@
-"""One finished text and what it took, as the object that `--json` prints and every line of a batch holds."""
+"""One finished answer with its figures: the object that `--json` prints and that every line of a batch holds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Answer", "memory", "speculation", "timing", "usage"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text, what was thought before it, why it ended, and its figures. Seconds, bytes; names as in docs/cli.md."""
+    """An answer, its reasoning, its finish reason and its figures, in seconds and bytes; names as in docs/cli.md."""
 
     text: str
-    reasoning: str | None  # None where there is none
+    reasoning: str | None  # None without a reasoning section
     tokens: tuple[int, ...]
     finish_reason: str
     model: str
     dtype: str
-    exactness: str  # exact: the tokens are plain decoding's, bit for bit; rounding: but for flips of near-ties
+    exactness: str  # exact: plain decoding's tokens, bit for bit; rounding: but for flips of near-ties
     cache: str
     cache_lossless: bool
     usage: dict[str, int]
@@ -31,7 +31,7 @@ class Answer:
     memory: dict[str, Any]
 
     def report(self) -> dict[str, Any]:
-        """What `longspec run --json` prints."""
+        """The object that `longspec run --json` prints."""
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -71,9 +71,11 @@ def speculation(session: Session, drafter: str) -> dict[str, Any]:
 
 
 def timing(session: Session, began: float | None = None) -> dict[str, Any]:
-    """Decoding runs from the first token to the last; a step's later tokens count, its first one was the prefill's.
+    """The seconds of prefill and decoding. Decoding runs from the first token to the last: the prefill gives the
+    first token, so only later ones count.
 
-    began: from when the first token was waited for, on perf_counter's clock; else from when the session was opened.
+    began: when the wait for the first token began, on `perf_counter`'s clock; if left out, when the session was
+    opened.
     """
     prefilled = session.prefilled or session.began
     first, last = session.first_token, session.last_token
@@ -90,9 +92,10 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
 
 
 def memory(session: Session, weights: int, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
-    """Bytes; the cache's are those allocated, per row those over the rows that it holds. `budget` if there is one.
+    """Bytes of weights, drafters and cache (as allocated; per row: divided by its rows), and the plan's budget if
+    there is one.
 
-    The drafters' are their weights and tables; what they note of texts isn't counted.
+    A drafter's bytes are its weights and tables; its notes on sequences aren't counted.
     """
     cache = session.cache
     budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}

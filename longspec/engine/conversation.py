@@ -1,11 +1,11 @@
-"""A conversation: its messages, and the session whose cache goes on from turn to turn.
+"""A conversation: its messages, and the session whose KV cache is reused from turn to turn.
 
-Takes an engine and what a person says; gives sessions to be written, and keeps what became of them. Every turn is the
-template's rendering of all messages, and only what the last session's cache lacks of it is prefilled. The answers'
-own tokens are kept, where the template repeats their text as it was; else that text is tokenised, and read, again.
+Takes an engine and the user's messages; gives sessions to be decoded, and keeps their answers. Every turn renders all
+messages with the chat template and prefills only the tokens that the last session's cache lacks. An answer keeps its
+own tokens where the template repeats its text unchanged; else that text is tokenized and prefilled again.
 
-Saved, it is a JSON file with the messages and how they are answered, and beside it the cache. A file is anybody's:
-sizes and types are checked, and the cache counts only for the tokens that the messages give.
+A saved conversation is a JSON file with the messages and the settings, and beside it a snapshot of the cache. The
+file isn't trusted: sizes and types are checked, and the snapshot is used only for the tokens that the messages give.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_NBYTES = 64 << 20
 
 
 class Conversation:
-    """What was said so far. `settings` are how each answer is written, as `Engine.open` takes them.
+    """The messages so far. `settings`: options of every answer, as `Engine.open` takes them.
 
     conversation = Conversation(engine, system="Be brief.", max_new_tokens=200)
     print(*conversation.stream("Why is the sky blue?"), sep="")
@@ -43,18 +43,18 @@ class Conversation:
 
     def __init__(self, engine: Engine, *, system: str | None = None, **settings: Any) -> None:
         self.engine = engine
-        self.settings: dict[str, Any] = settings  # of Options
+        self.settings: dict[str, Any] = settings  # fields of `Options`
         self.messages: list[Message] = []
         self.session: Session | None = None  # the last one; the next takes its cache
-        self.notes: list[str] = []  # what happened on the way, for people
-        self._asked: list[Message] = []  # the messages that the session answers
+        self.notes: list[str] = []  # messages for the user, such as why a cache wasn't used
+        self._asked: list[Message] = []  # the messages that the session answers, the question last
         self._attempt = 0
         self.system = system
         _sampling(engine, self.settings)
 
     @property
     def system(self) -> str | None:
-        """The system message; setting it, or None, leaves the others as they are."""
+        """The system message. Setting it (None removes it) leaves the other messages as they are."""
         first = self.messages[0] if self.messages else {}
         return first.get("content") if first.get("role") == "system" else None
 
@@ -68,19 +68,19 @@ class Conversation:
         return sum(message["role"] == "user" for message in self.messages)
 
     def ask(self, text: str) -> Session:
-        """A session that is to write the answer; `keep` puts question and answer among the messages.
+        """Open a session for the answer to a question; `keep` then appends question and answer to the messages.
 
         Raises:
-            UsageError: the text can't be asked, as `Engine.open` says.
+            UsageError: the question can't be asked, as `Engine.open` says.
         """
         self._attempt = 0
         return self._open([*self.messages, {"role": "user", "content": text}])
 
     def again(self) -> Session:
-        """As `ask`, for another answer to the last question; a sampled one comes out differently.
+        """Open a session for another answer to the last question; with sampling, it differs from the first one.
 
         Raises:
-            UsageError: nothing was asked yet.
+            UsageError: there is no question yet.
         """
         if not self.turns:
             raise UsageError("Nothing was asked yet, so there is no answer to write again; ask something first.")
@@ -88,7 +88,9 @@ class Conversation:
         return self._open(self.messages[:-1])
 
     def keep(self) -> bool:
-        """Take what the session wrote; one that isn't over ends here. Where it wrote nothing, nothing is kept."""
+        """Append the session's question and answer to the messages, interrupting it if it isn't over; no answer, no
+        change.
+        """
         session = self.session
         if session is None:
             raise UsageError("Nothing was asked yet, so there is no answer to keep; ask something first.")
@@ -102,7 +104,9 @@ class Conversation:
         return True
 
     def stream(self, text: str) -> Iterator[str]:
-        """Ask, and give the answer's text as it becomes certain; what was written is kept, however it ends."""
+        """Ask a question and yield the answer's text; the written part is kept, even if the
+        iterator is closed early.
+        """
         session = self.ask(text)
         try:
             for commit in self.engine.write(session):
@@ -112,11 +116,11 @@ class Conversation:
             self.keep()
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Remove all messages but the system message."""
         self.messages = self.messages[: int(self.system is not None)]
 
     def move(self, engine: Engine) -> None:
-        """Go on with another model, which reads the messages anew.
+        """Continue with another model, which prefills the messages again.
 
         Raises:
             UsageError: the settings make no sense with it.
@@ -125,7 +129,7 @@ class Conversation:
         self.engine, self.session = engine, None
 
     def save(self, path: str | Path) -> None:
-        """Write the messages, and the cache beside them. What was there is replaced by a whole file or stays.
+        """Write the messages, and the cache beside them. Each file is replaced atomically.
 
         Raises:
             LongspecError: it can't be written.
@@ -153,7 +157,7 @@ class Conversation:
 
     @classmethod
     def load(cls, engine: Engine, path: str | Path) -> Conversation:
-        """A saved conversation, with the rows of its cache where they are this model's; else `notes` says why not.
+        """Read a saved conversation, with its cached rows if this model made them; else `notes` says why not.
 
         Raises:
             UsageError: the file can't be read, or isn't a conversation.
@@ -167,7 +171,7 @@ class Conversation:
         if made.turns and cache.exists():
             try:
                 session = engine.open(made.messages, prompt_cache=cache, **made.settings)
-                session.prompt_cache = None  # reading it is all that is wanted
+                session.prompt_cache = None  # the snapshot is read, not written
                 session.interrupt()
                 made.session = session
             except UsageError as error:
@@ -177,7 +181,7 @@ class Conversation:
     def _open(self, messages: list[Message]) -> Session:
         key = f"retry {self._attempt}" if self._attempt else ""
         after = self.session
-        if after is not None and after.finish_reason is None:  # an error ended it, and nobody knows where
+        if after is not None and after.finish_reason is None:  # ended by an error: the cache's state is unknown
             after = None
         session = self.engine.open(messages, after=after, key=key, **self.settings)
         self.session, self._asked = session, messages
@@ -185,17 +189,17 @@ class Conversation:
 
 
 def cache_path(path: Path) -> Path:
-    """Where the cache of a saved conversation lies."""
+    """The path of a saved conversation's cache."""
     return path.with_name(path.name + ".cache")
 
 
 def _sampling(engine: Engine, settings: dict[str, Any]) -> None:
-    """Raises UsageError where these can't be this model's settings."""
+    """Raise UsageError where these settings aren't valid for the engine's model."""
     Sampling.over(engine.model.defaults, asked(cast(Options, settings)))
 
 
 def _check_ours(place: Path, beginning: bytes) -> None:
-    """Raises UsageError where a file would be lost that wasn't saved by us."""
+    """Raise UsageError where saving would overwrite a file that longspec didn't write."""
     try:
         with place.open("rb") as file:
             ours = place.is_file() and file.read(len(beginning)) == beginning
@@ -208,7 +212,7 @@ def _check_ours(place: Path, beginning: bytes) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file's conversation, every value of the type that it should have. UsageError where it isn't."""
+    """A file's conversation, with every value's type checked. UsageError where one is wrong."""
     saved = read_json(path, _MOST_NBYTES, "The conversation", hint="name a file that /save has written")
     if saved.get("longspec_conversation") != _VERSION:
         raise UsageError(f"{path} isn't a conversation of version {_VERSION}; name a file that /save has written.")
@@ -219,7 +223,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _wrong(saved: dict[str, Any]) -> str | None:
-    """What is wrong with a file's values; None where nothing is."""
+    """The reason why a file's values are invalid; None where they are valid."""
     settings, messages = saved.get("settings"), saved.get("messages")
     if not _is_text(saved.get("model")):
         return "its model isn't a name"
@@ -244,7 +248,7 @@ def _wrong(saved: dict[str, Any]) -> str | None:
 
 
 def _is_text(value: object) -> bool:
-    """A string that is valid Unicode."""
+    """Whether the value is a string of valid Unicode (no lone surrogates)."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 

@@ -1,9 +1,9 @@
-"""The engine: a model, its drafter and its caches; runs steps for one or many sessions.
+"""The engine: a model, its drafters and its KV caches; runs steps for one or many sessions.
 
     prompt -> tokens -> chunked prefill -> KV cache                   once
     propose -> Draft -> forward pass -> Verdict -> commit -> observe  each step
 
-It never prints and never draws: progress goes to a callback, text to whoever iterates.
+It never prints: progress goes to a callback, text to the iterator's caller.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ __all__ = ["Engine", "costs_path"]
 
 
 class Engine(Passes):
-    """A loaded model and what it bets with.
+    """A loaded model and its drafters.
 
     engine = Engine.load("smollm2")
     print(engine.generate("Why is the sky blue?").text)
 
-    Every method may be called from any thread, and several threads may write texts with one engine: each gets the
-    tokens that it would get alone. They take turns, one forward pass at a time (the model's lock is held for a step,
-    not while a caller looks at what an iterator gave), so that threads don't make it faster: `generate_many` does,
-    where texts share passes. Engines of one `Model` share its lock; a `Model` that drafts for one engine must not be
+    Every method may be called from any thread, and several threads may generate with one engine: each gets the tokens
+    that it would get alone. They take turns, one forward pass at a time (the model's lock is held during a step, not
+    while a caller handles an iterator's value), so threads don't make it faster; `generate_many` does, as its
+    sequences share passes. Engines of one `Model` share its lock; a `Model` that drafts for one engine must not be
     used by another at the same time. A session, an iterator, a schedule or a conversation belongs to one thread at a
     time.
     """
@@ -82,8 +82,9 @@ class Engine(Passes):
         costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
-        """drafter: a name, as `longspec.drafters.spec` reads it, or a drafter that is made. options: those of drafters,
-        by name. control: a name, or a control that is made. costs_file: what passes cost here, read and kept.
+        """drafter: a name, as `longspec.drafters.spec` parses it, or a Drafter. options: drafters' options by drafter
+        name. control: a name, or a Control. costs_file: measured latencies on this machine, read at start and written
+        by `keep_costs`.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
         self.plan = plan
@@ -124,23 +125,24 @@ class Engine(Passes):
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
-        all_rows: an offload or disk cache reads every row exactly. strict: a row's bits never depend on the rows beside
-        it (slower). draft_model: what the drafter `model` drafts with, named like a model. skip_set: what `skip` leaves
-        out, a file of `longspec tune`; read where a drafter skips. draft_from: text files that the answer may repeat.
-        remember: draft from earlier answers too, and keep the new ones. control: how much is bet, one of CONTROLS.
-        memory: what the process may have, such as "6GiB" (on a GPU: what torch may reserve there), or "auto" for what
-        the machine has left; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that the
-        memory is planned for, as a number or told from the vocabulary; the model's context if left out. texts: how many
-        are written side by side. report: told of what is fetched: stage, done, total.
+        all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant: a position's bits
+        never depend on the other positions of its pass (slower). draft_model: the draft model of the drafter `model`,
+        named like a model. skip_set: the layers that `skip` leaves out, a file of `longspec tune`; used where a
+        drafter skips layers. draft_from: text files that the answer may repeat. remember: draft from earlier answers
+        too, and store the new ones. control: the draft-length policy, one of CONTROLS. memory: the process's limit,
+        such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the machine's free memory; the cache and the
+        prefill chunk are chosen to fit. tokens: prompt and answer that memory is planned for, as a number or a
+        function of the vocabulary; the model's context if left out. texts: sequences decoded side by side. report: a
+        callback for downloads: stage, bytes done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
             UsageError: an option is unknown or out of range.
-            BudgetError: the memory doesn't hold such a text, with any cache that may be chosen.
+            BudgetError: the memory doesn't hold such a sequence, with any cache that may be chosen.
         """
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
-        # What is wrong is said before a model is loaded.
+        # Report invalid options before loading a model.
         options = drafter_options(draft_model, skip_set, draft_from, remember)
         check(drafter, cache, all_rows, num_speculative_tokens, options)
         began = perf_counter()
@@ -178,18 +180,18 @@ class Engine(Passes):
 
     @property
     def context(self) -> int:
-        """The most tokens that prompt and answer may have together."""
+        """The maximum of prompt and answer together, in tokens."""
         return self.model.decoder.config.context
 
     @one_at_a_time
     def keep_costs(self) -> None:
-        """Keep what steps cost here, so that the next process drafts well from its first step."""
+        """Write the measured latencies, so that the next process drafts well from its first step."""
         if self.costs_file is not None and (report := self.speculator.control.report()):
             latency.write(self.costs_file, report)
 
     @one_at_a_time
     def save(self, session: Session, path: str | Path) -> None:
-        """Keep the session's rows in a file, for a text that begins like its own (the option `prompt_cache`).
+        """Save the session's cached rows to a file, for prompts with the same prefix (the option `prompt_cache`).
 
         Raises:
             LongspecError: it can't be written.
@@ -197,15 +199,15 @@ class Engine(Passes):
         keep(session, self.model, Path(path))
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        """Write one answer to its end."""
+        """Generate one answer."""
         session = self.open(prompt, **options)
         for _ in self.write(session):
             pass
         return self.answer(session)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
-        """Write one answer, giving its text as it becomes certain."""
-        check_options(options)  # at the call, not at the first piece
+        """Generate one answer, yielding its text as it becomes final."""
+        check_options(options)  # raise at the call, not at the first piece
         return self._stream(prompt, options)
 
     def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
@@ -216,11 +218,12 @@ class Engine(Passes):
     def generate_many(
         self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
     ) -> Iterator[tuple[int, Answer | LongspecError]]:
-        """Write many answers side by side, `width` at a time: each prompt's place and answer, as they finish.
+        """Generate many answers, `width` at a time: yields each prompt's index and answer, in the order in which they
+        finish.
 
-        A prompt may bring options of its own. One that can't be written gives the error in its answer's place, whatever
-        it is (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as they are
-        needed; the noise of a text is keyed by its place, unless it has a key.
+        A prompt may bring its own options. A prompt that fails yields its error in the answer's place, of any kind
+        (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as needed; a
+        sequence's sampling noise is keyed by its index, unless it has a `key`.
         """
         check_options(options)
         return self._generate_many(prompts, width, options)
@@ -247,11 +250,12 @@ class Engine(Passes):
 
     @one_at_a_time
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
-        """A session for this prompt; nothing is computed yet.
+        """Open a session for this prompt; nothing is computed yet.
 
         Raises:
-            ContextError: the prompt, or the prompt with the tokens asked for, is longer than the model's context.
-            UsageError: an option is out of range, the prompt has no token, or one that the model has no embedding for.
+            ContextError: the prompt, or prompt and `max_new_tokens`, is longer than the model's context.
+            UsageError: an option is out of range, the prompt has no token, or one that the model has no embedding
+            for.
             TypeError: an option has no such name.
         """
         began = perf_counter()
@@ -288,7 +292,7 @@ class Engine(Passes):
         return session
 
     def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
-        """Prefill, then step to the text's end. `progress` is told of prompt rows done and in all."""
+        """Prefill, then step until the answer ends. progress: a callback for the prompt's tokens, done and in total."""
         for done in self.prefill(session):
             if progress is not None:
                 progress(done, session.prompt_length - 1)
@@ -297,8 +301,8 @@ class Engine(Passes):
 
     @one_at_a_time
     def answer(self, session: Session, began: float | None = None) -> Answer:
-        """What the session wrote so far, and what it took. began: from when the first token was waited for, on
-        perf_counter's clock; else it is from when the session was opened.
+        """The session's answer so far, with its figures. began: when the wait for the first token began, on
+        `perf_counter`'s clock; if left out, when the session was opened.
         """
         return Answer(
             text=session.said,
@@ -320,7 +324,7 @@ class Engine(Passes):
 def _drafters(
     model: Model, drafter: str | Drafter, options: Mapping[str, Any], plan: Plan | None
 ) -> dict[str, Drafter]:
-    """Who drafts, by name, the first to be tried first."""
+    """The drafters by name, in the order in which the control tries them."""
     if isinstance(drafter, Drafter):
         return {type(drafter).__name__.lower(): drafter}
     if drafter != "auto":
@@ -334,7 +338,7 @@ def _drafters(
 
 
 def costs_path(model: Model) -> Path:
-    """Where it is kept what this model's passes cost on this machine."""
+    """The file for this model's latencies on this machine."""
     decoder = model.decoder
     return latency.costs_file(
         machine=f"{platform.node()} {platform.machine()}",

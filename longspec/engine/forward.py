@@ -1,7 +1,7 @@
-"""The token positions that sessions bring to a forward pass, and what one flat pass makes of all of them.
+"""The token positions that sessions bring to a forward pass, and the results of one flat pass over all of them.
 
-An input is a chain of tokens that the KV cache lacks, and behind its last one the draft. First step, full acceptance
-and rejection are one case: only the number of lacking tokens differs.
+An input is a chain of tokens that the KV cache lacks, followed by the draft. First step, full acceptance and
+rejection are one case: only the number of lacking tokens differs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = ["Input", "Output", "forward", "logits_of"]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One session's token positions in a pass, staged behind its cache."""
+    """One session's token positions in a pass, staged behind its cached ones."""
 
     session: Session
     stage: Stage
     staged: slice
-    lacking: list[int]  # the text's tokens that the cache doesn't hold
+    lacking: list[int]  # committed tokens that the cache doesn't hold
     draft: list[int]
-    parents: list[int]  # of the draft, as in `Draft`
+    parents: list[int]  # parents[i] of the draft's token i, as in `Draft`
     begun: Begun | None = None
 
     @classmethod
     def of(cls, session: Session, lacking: list[int], draft: Draft | None = None) -> Input:
-        """Stages the tokens of a text and of the draft that follows them."""
+        """Stage a session's lacking tokens and the draft that follows them."""
         tokens, parents = (draft.tokens.tolist(), draft.parents.tolist()) if draft is not None else ([], [])
         begun, last = (draft.begun if draft is not None else None), len(lacking) - 1
         stage, done = (session.cache.open(), 0) if begun is None else (begun.stage, len(begun.layers))
@@ -51,41 +51,41 @@ class Input:
 
     @property
     def layers(self) -> list[int]:
-        """How many layers each position has behind it."""
+        """For each position, the number of layers that a drafter has already run."""
         begun = self.begun.layers if self.begun is not None else ()
         return [*begun, *[0] * (len(self.tokens) - len(begun))]
 
     def chunk(self, first: int = 0) -> Chunk:
-        """The positions from the `first`-th on, as a pass takes them."""
+        """The positions from index `first` on, as the decoder takes them."""
         session = self.session
         staged = slice(first, self.staged.stop)
         return Chunk(self.stage, staged, self.tokens[first:], session.cache.length, session.long)
 
     @property
     def choosing(self) -> int:
-        """How many positions choose a token: the text's last, and every drafted one."""
+        """The number of positions that choose a token: the last lacking one and every drafted one."""
         return 1 + len(self.draft)
 
     @property
     def depths(self) -> list[int]:
-        """Of the choosing positions: how many draft tokens lie between the text and the token that is chosen."""
+        """For each choosing position, the number of draft tokens from the root to it."""
         first = len(self.lacking) - 1
         return [depth - first for depth in self.stage.depths[first:]]
 
     def paths(self) -> list[list[int]]:
-        """Of the choosing positions: the draft tokens on their path."""
+        """For each choosing position, the draft tokens from the root to it."""
         paths: list[list[int]] = [[]]
         for token, parent in zip(self.draft, self.parents, strict=True):
             paths.append([*paths[parent + 1], token])
         return paths
 
     def commit(self, kept: Sequence[int]) -> list[int]:
-        """Puts into the cache what of this input is now text: kept draft tokens, up to the text's last token but one.
+        """Commit the lacking tokens and the kept draft tokens, up to the sequence's last token but one, to the cache.
 
-        Gives the positions of the input that it put there.
+        Returns the committed positions' indices within the input.
 
-        The last token stays unfed, so that the next step always has a position to begin with. A text that was cut back
-        into earlier steps (a stop string) takes its rows along.
+        The last token stays uncached, so that the next step always has a position to begin with. A sequence that a
+        stop string cut back into earlier steps truncates its cache as well.
         """
         cache, first = self.session.cache, len(self.lacking)
         wanted = len(self.session.tokens) - 1 - cache.length
@@ -99,21 +99,21 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a pass made of its inputs, of which the first ones choose tokens."""
+    """The results of a pass, whose choosing inputs come first."""
 
     rows: Rows
-    features: Mapping[int, Tensor]  # [r, width] each, after so many layers: those that were needed
-    verdicts: Sequence[Verdict]  # on the draft of each input that chooses
+    features: Mapping[int, Tensor]  # by layer count: hidden states [r, width]
+    verdicts: Sequence[Verdict]  # one per choosing input
     seconds: float
 
     def features_of(self, index: int, committed: Sequence[int]) -> dict[int, Tensor]:
-        """Of these positions of an input."""
+        """Hidden states of the committed positions of an input, by layer count."""
         at = self.rows.spans[index].at
         return {layer: hidden[at][committed] for layer, hidden in self.features.items()}
 
 
 def forward(choosing: Sequence[Input], others: Sequence[Input], decoder: Decoder, needs: Needs) -> Output:
-    """All inputs in one pass through all layers, and the target's verdict on the drafts of those that choose."""
+    """Run all inputs in one pass through all layers; the target verifies the drafts of the choosing ones."""
     began, inputs = perf_counter(), [*choosing, *others]
     rows = Rows.of([one.chunk() for one in inputs], decoder.device)
     hidden, features = _layers(inputs, rows, decoder, needs.layers)
@@ -130,11 +130,11 @@ def logits_of(inputs: Sequence[Input], decoder: Decoder) -> Tensor:
 def _layers(
     inputs: Sequence[Input], rows: Rows, decoder: Decoder, needed: Sequence[int]
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
-    """Hidden states [r, width] after all layers, and after those that are needed.
+    """Hidden states [r, width] after all layers, and after the layers needed.
 
-    Positions that a drafter has begun join at the layer that they have reached. As the older positions of an input are
-    never behind the younger ones, those that lack a layer are the last ones of their inputs. (What lies behind them
-    isn't computed again: drafters get their last state for it.)
+    Positions that a drafter has run through the first layers join at the layer that they have reached. The earlier
+    positions of an input are never behind its later ones, so those that lack a layer are the last of their inputs.
+    (Earlier layers of begun positions aren't computed again: drafters get their last state for them.)
     """
     last_layer, hidden, features = decoder.config.layers, None, {}
     if all(one.begun is None for one in inputs):
@@ -161,7 +161,7 @@ def _layers(
 
 
 def _last(inputs: Sequence[Input], rows: Rows, hidden: Tensor) -> Tensor:
-    """Hidden states of the positions that choose a token, inputs behind each other; others may follow them."""
+    """Hidden states of the choosing positions, input by input; positions behind them are ignored."""
     spans = rows.spans[: len(inputs)]
     if all(len(one.lacking) == 1 for one in inputs):
         return hidden[: spans[-1].at.stop]
@@ -169,7 +169,7 @@ def _last(inputs: Sequence[Input], rows: Rows, hidden: Tensor) -> Tensor:
 
 
 def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Verdict]:
-    """The target's verdicts on the drafts, and what is needed beside: all in a few copies to the host."""
+    """The target's verdicts on the drafts, with the successors and entropies needed, in few copies to the host."""
     successors = iter(likeliest(logits, needs.successors).tolist() if needs.successors else ())
     entropies = iter(_entropies(logits) if needs.entropy else ())
     verdicts = []
@@ -186,7 +186,7 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
 
 
 def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
-    """The target's choice after every choosing position, input by input: one copy to the host."""
+    """The target's token after every choosing position, input by input, in one copy to the host."""
     chosen, start = [], 0
     for _, alike in groupby(inputs, _sampled_alike):
         group = list(alike)
@@ -203,14 +203,16 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
 
 
 def _sampled_alike(one: Input) -> tuple[object, ...]:
-    """A grouping key: neighbours with equal sampling choose in one call; one with a grammar or a penalty, alone."""
+    """A grouping key: adjacent inputs with equal sampling parameters are sampled in one call; an input with a grammar
+    or a penalty alone.
+    """
     session, sampling = one.session, one.session.sampling
     alone = id(one) if session.constraint is not None or sampling.penalises else None
     return *sampling.without_seed, alone
 
 
 def _entropies(logits: Tensor) -> list[float]:
-    """Nats of each position's distribution."""
+    """The entropy of each position's distribution, in nats."""
     falling = torch.log_softmax(logits.float(), -1)
     entropies: list[float] = (-(falling.exp() * falling).sum(-1)).tolist()
     return entropies

@@ -1,11 +1,11 @@
-"""The eye on real memory while texts grow: what `--memory` says is kept, by a smaller cache or by an earlier end.
+"""The memory guard: holds the process within `--memory` while sequences grow, by a smaller cache or by ending one.
 
-Takes sessions between two passes. A plan is made from above, so this is for what it couldn't know: other texts beside
-the planned one, a library that keeps more than it did when it was measured. Then, in this order:
+Takes sessions between two passes. A plan is an upper estimate, so the guard is for what it couldn't know: sequences
+beside the planned one, or a library that keeps more than was measured. Its measures, in this order:
 
-    memory that is free already goes back to the system
-    a dense cache becomes int8 or int4, if it was left to auto (the session's notes say so: its text may differ)
-    the longest text ends, with what it has
+    return free heap memory to the system
+    convert a dense cache to int8 or int4, if the cache was left to auto (noted in the session: its output may differ)
+    end the longest sequence, with the answer so far
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ STEPS = 16
 
 
 class Watch:
-    """Keeps a plan's budget. `moves`: caches may become smaller ones. `is_read`: all weights are in memory already."""
+    """Holds a plan's budget. moves: caches may be converted. is_read: all weight pages are resident already."""
 
     def __init__(self, plan: Plan, *, moves: bool, is_read: bool = False) -> None:
         self.plan = plan
         self.moves, self.is_read = moves, is_read
         self._steps = 0
         self._peak = peak_bytes()
-        self._passing = 0  # what a pass was seen to take and to give back
+        self._passing = 0  # bytes that a pass was seen to allocate and to free again
 
     def used(self) -> int:
         device = self.plan.request.device
         return resident_bytes() if device.type == "cpu" else torch.cuda.memory_reserved(device)
 
     def after_chunk(self, session: Session, rows: int) -> None:
-        """A prefill chunk is done, and the next has so many rows.
+        """Check the budget after a prefill chunk, before the next one of `rows` tokens.
 
         Raises:
             BudgetError: it would not fit, and there is no answer yet to end with.
         """
         c, mapped = self.plan.request.config, self.plan.request.device.type == "cpu" and not self.is_read
-        # The first step reads the pages of the head, which prefill leaves alone.
+        # The first step touches the LM head's pages, which prefill doesn't.
         head = c.vocabulary * c.width * DTYPES[self.plan.request.dtype].itemsize if mapped else 0
         self._learn()
         if not self._has_room([session], rows, head):
@@ -60,7 +60,7 @@ class Watch:
             )
 
     def after_step(self, sessions: Sequence[Session]) -> Session | None:
-        """The session that has to end here; None, nearly always, where all may go on."""
+        """The session that must end for the others to fit; None where all fit."""
         going = [session for session in sessions if session.finish_reason is None and session.error is None]
         self._steps += 1
         if self._steps % STEPS != 1 or not going:
@@ -76,13 +76,13 @@ class Watch:
         return longest
 
     def _learn(self) -> None:
-        """What the last pass took beyond what it left behind."""
+        """Update the estimate of the bytes that a pass allocates temporarily."""
         peak = peak_bytes()
         if peak > self._peak:
             self._peak, self._passing = peak, max(self._passing, peak - self.used())
 
     def _has_room(self, sessions: Sequence[Session], rows: int, more: int = 0) -> bool:
-        """Whether so many more rows can't pass the budget, once what can be given up for it is given up."""
+        """Whether `rows` more tokens fit the budget, after freeing what may be freed."""
         if self._excess(rows, more) <= 0:
             return True
         _release()
@@ -92,18 +92,20 @@ class Watch:
             if session.cache.can_become:
                 self._shrink(session, excess)
                 _release()
-        self._peak = peak_bytes()  # what moving took is no pass's
+        self._peak = peak_bytes()  # memory used by the conversion isn't a pass's
         return self._excess(rows, more) <= 0
 
     def _excess(self, rows: int, more: int) -> int:
-        """Beyond the budget: what there is, the rows, a layer that grows, and what a pass gives back."""
+        """Bytes beyond the budget: resident memory, the new rows, a layer that is reallocated, and a pass's temporary
+        bytes.
+        """
         shape = self.plan.request.shape
         coming = rows * shape.row_bytes + self.plan.choice.need.cache // shape.layers + more
         passing = self._passing if shape.device.type == "cpu" else 0
         return self.used() + coming + passing - self.plan.budget
 
     def _shrink(self, session: Session, excess: int) -> None:
-        """Turn a cache into the largest kind that it can become and that gives `excess` bytes back, or the smallest."""
+        """Convert a cache to the largest kind that frees `excess` bytes, or else to the smallest."""
         old = session.cache
         nbytes, length = old.nbytes, old.length
         for name in old.can_become:
@@ -119,7 +121,7 @@ class Watch:
 
 
 def _release() -> None:
-    """Give the system what malloc keeps and nobody uses."""
+    """Return malloc's unused memory to the system."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
     if torch.cuda.is_available():

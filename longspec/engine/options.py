@@ -1,6 +1,6 @@
-"""What an engine and its texts may be asked for: the options' names, what `auto` stands for, what is refused.
+"""The options of an engine and its sequences: their names, what `auto` resolves to, which combinations are refused.
 
-Takes options as they were given; loads nothing, so that what is wrong is said before a model is.
+Takes options as given; loads nothing, so that an invalid option is reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ __all__ = [
 
 
 class Options(SamplingOptions, total=False):
-    """How one text is written. Sampling left open comes from the checkpoint's generation config, else it is greedy."""
+    """The options of one answer. Sampling parameters left out come from the checkpoint's generation config, else
+    greedy.
+    """
 
-    prompt_cache: str | Path | None  # a file that keeps the prompt's rows: read if it is there, written after prefill
-    after: Session | None  # a text that is over, whose cache this one takes as far as both begin alike
+    prompt_cache: str | Path | None  # file of the prompt's cached rows: read if it exists, written after prefill
+    after: Session | None  # a finished session, whose cache is reused for the common prefix
     system: str | None  # a system message before the prompt
-    raw: bool  # the prompt as it is, without the chat template
-    key: str  # names the text in the noise of its sampling
-    max_new_tokens: int | None  # None: up to the end of text, or of the model's context
+    raw: bool  # no chat template
+    key: str  # key of the sequence's sampling noise
+    max_new_tokens: int | None  # None: until end of text or the model's context
     stop: str | Sequence[str]
-    json_schema: str | Path | Mapping[str, Any] | None  # what the answer is held to: a schema, its JSON or its file
-    regex: str | None  # or a regular expression, for the whole of it
-    reasoning_budget: int | None  # tokens of reasoning, after which the section is ended and the answer follows
-    effort: str | None  # how much to think, one of reasoning_effort.EFFORTS; the chat template has to know it
-    stop_loops: bool  # end an answer that only repeats itself
+    json_schema: str | Path | Mapping[str, Any] | None  # constrains the answer: a schema, its JSON or its file
+    regex: str | None  # constrains the whole answer
+    reasoning_budget: int | None  # tokens of reasoning, after which the section is closed and the answer follows
+    effort: str | None  # reasoning effort, one of reasoning_effort.EFFORTS; needs a chat template that takes it
+    stop_loops: bool  # end an answer that repeats itself
 
 
 def kind(cache: str, all_rows: bool) -> str:
-    """The name in CACHES."""
+    """The cache's name in CACHES."""
     return f"{cache} --all-rows" if all_rows else cache
 
 
@@ -67,7 +69,7 @@ def drafter_options(
     draft_from: Sequence[str | Path] = (),
     remember: bool = False,
 ) -> dict[str, Any]:
-    """Options of drafters as `longspec.drafters.spec.parse` takes them, of those that `Engine.load` has a word for."""
+    """The drafters' options that are keywords of `Engine.load`, as `longspec.drafters.spec.parse` takes them."""
     given = {"draft": draft_model, "set": skip_set, "texts": tuple(draft_from), "remember": remember}
     return {name: value for name, value in given.items() if value not in (None, (), False)}
 
@@ -75,7 +77,9 @@ def drafter_options(
 def check(
     drafter: str | Drafter, cache: str, all_rows: bool, draft_tokens: int, options: Mapping[str, Any] | None = None
 ) -> None:
-    """options: those of drafters. Raises UsageError: a name isn't known, or options don't go together."""
+    """Check an engine's options. options: the drafters' options. Raises UsageError: an unknown name, or options that
+    conflict.
+    """
     if drafter == "auto":
         auto(options or {})
     elif isinstance(drafter, str):
@@ -94,7 +98,7 @@ def check(
 
 
 def most_tokens(prompt: int, asked: int | None, context: int, planned: int | None) -> int:
-    """How many tokens prompt and answer may have together; planned: those that a memory plan is for.
+    """The maximum of prompt and answer together, in tokens. planned: the tokens of the memory plan, if there is one.
 
     Raises:
         ContextError: the model's context is too short.
@@ -123,7 +127,7 @@ def most_tokens(prompt: int, asked: int | None, context: int, planned: int | Non
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises TypeError, as a function's own keywords do: a name isn't one of `Options`. The nearest one is said."""
+    """Raise TypeError, naming the nearest option, where a name isn't in `Options`, as for a function's own keywords."""
     for name in options:
         if name not in Options.__annotations__:
             near = get_close_matches(name, Options.__annotations__, 1)
@@ -134,7 +138,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[int]:
-    """The tokens of a prompt that is asked with these options.
+    """The tokens of a prompt, rendered with these options.
 
     Raises:
         UsageError: it has none, or the options make no sense with it.
@@ -144,7 +148,7 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[
 
 
 def check_tokens(tokens: Sequence[int], rows: int) -> None:
-    """Raises UsageError where one isn't a row of the model's embedding table, which has so many."""
+    """Raise UsageError where a token id is outside the model's embedding table of `rows` rows."""
     wrong = next((token for token in tokens if not 0 <= token < rows), None)
     if wrong is not None:
         raise UsageError(
@@ -154,7 +158,8 @@ def check_tokens(tokens: Sequence[int], rows: int) -> None:
 
 
 def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str, Any]:
-    """What a session with this prompt is told of its answer: what it is held to, and what is seen in it.
+    """A session's constraint (grammar, thinking budget), reasoning parser and loop detector, as keywords of
+    `Session`.
 
     Raises:
         UsageError: the options make no sense together, or with this model.
@@ -172,5 +177,5 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
 
 
 def asked(options: Options) -> dict[str, Any]:
-    """The sampling parameters that were named, without those that are left open."""
+    """The sampling parameters that the caller set explicitly."""
     return {name: value for name, value in options.items() if name in PARAMETERS and value is not None}

@@ -1,7 +1,7 @@
 """Forward passes for one or many sessions: draft, run the target, verify, commit.
 
     propose -> Draft -> forward pass -> Verdict -> commit -> observe  each step
-    chunk -> forward pass -> commit                                   while a prompt is read
+    chunk -> forward pass -> commit                                   during prefill
 
 Takes open sessions; knows no options and no prompt. Threads take turns, a pass at a time.
 """
@@ -31,7 +31,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def one_at_a_time(method: _Method) -> _Method:
-    """The method, run by one thread at a time of all that use the engine's model."""
+    """Decorator: hold the model's lock, which all engines of a model share, during the call."""
 
     @wraps(method)
     def locked(self: Passes, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +44,8 @@ def one_at_a_time(method: _Method) -> _Method:
 class Passes:
     """A model's passes.
 
-    prefill_rows: tokens of a prefill chunk, cut at blocks: a CPU is then bound by arithmetic. watch: keeps a memory
-    plan's budget.
+    prefill_rows: tokens of a prefill chunk, cut at block boundaries; large enough that a CPU is compute-bound. watch:
+    the memory guard.
     """
 
     def __init__(self, model: Model, speculator: Speculator, watch: Watch | None, prefill_rows: int) -> None:
@@ -55,7 +55,7 @@ class Passes:
         self.prefill_rows = prefill_rows
 
     def prefill(self, session: Session) -> Iterator[int]:
-        """Feed all unfed tokens but the last, chunk by chunk; after each, the cache's length."""
+        """Prefill all uncached tokens but the last, chunk by chunk; yields the cache's length after each."""
         while session.unfed[1:]:
             self.read(session)
             yield session.cache.length
@@ -63,7 +63,7 @@ class Passes:
     @one_at_a_time
     @torch.inference_mode()
     def read(self, session: Session, stop: int | None = None) -> None:
-        """A pass for the next chunk of a prompt, up to row `stop`."""
+        """Run a pass for the prompt's next chunk, up to position `stop`."""
         chunk = self._chunk(session, stop)
         self._prefilled(chunk, forward([], [chunk], self.model.decoder, self.speculator.needs), 0)
 
@@ -72,11 +72,11 @@ class Passes:
     def step(
         self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
     ) -> list[Commit]:
-        """Draft, one forward pass of the target, verify, commit: what each session got.
+        """Draft, run one forward pass of the target, verify, commit: returns each session's commit.
 
-        reading: a session whose prompt isn't fed yet; its next chunk goes along in the same pass, up to row `stop`.
-        An error of one text's own is kept in `Session.error`, and raised where there is no other text; an error of the
-        whole pass is raised before anything is committed.
+        reading: a session in prefill, whose next chunk, up to position `stop`, shares the pass. An error of one
+        sequence is stored in `Session.error`, and raised where there is no other sequence; an error of the whole pass
+        is raised before anything is committed.
         """
         drafts = self.speculator.propose(sessions)
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
@@ -96,13 +96,13 @@ class Passes:
         return self._guarded(sessions, commits)
 
     def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:
-        """What of an input is text now goes into its cache, and its hidden states to the drafters."""
+        """Commit an input's accepted positions to its cache, and pass their hidden states to the drafters."""
         committed = one.commit(kept)
         if committed and self.speculator.needs.layers:
             self.speculator.read(one.session, output.features_of(index, committed))
 
     def _guarded(self, sessions: Sequence[Session], commits: list[Commit]) -> list[Commit]:
-        """The commits; where the memory runs short, one of the texts ends with what it has."""
+        """The commits, after the memory guard's check, which may end a sequence."""
         if (remark := self.model.decoder.remark()) is not None:
             sessions[0].notes.append(remark)
         if self.watch is not None and (ending := self.watch.after_step(sessions)) is not None:
@@ -112,13 +112,13 @@ class Passes:
         return commits
 
     def _chunk(self, session: Session, stop: int | None) -> Input:
-        """The next tokens of a prompt, up to the end of a block; its last token is the first step's."""
+        """The prompt's next tokens, up to a block boundary; its last token is left to the first step."""
         start = session.cache.length
         end = min((start + self.prefill_rows) // BLOCK * BLOCK, len(session.tokens) - 1, stop or len(session.tokens))
         return Input.of(session, session.tokens[start:end])
 
     def _prefilled(self, chunk: Input, output: Output, index: int) -> None:
-        """A chunk has been through the pass."""
+        """Commit a prefilled chunk."""
         session = chunk.session
         self._commit(chunk, [], output, index)
         if self.watch is not None:
@@ -129,6 +129,6 @@ class Passes:
             path, session.prompt_cache = session.prompt_cache, None
             try:
                 keep(session, self.model, path)
-            except LongspecError as error:  # the answer is what was asked for first
+            except LongspecError as error:  # a cache file that can't be written must not cost the answer
                 session.notes.append(str(error))
         session.prefilled = perf_counter()

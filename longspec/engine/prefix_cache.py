@@ -1,6 +1,6 @@
-"""A session's rows for a text that begins like its own: from a file, as `--prompt-cache` keeps it, or from the session.
+"""Prefix reuse: a new sequence takes cached rows of the same prefix from a file (`--prompt-cache`) or a session.
 
-Takes sessions and empty caches; the file itself is `longspec.cache.snapshot`'s matter.
+Takes sessions and empty caches; the file format is `longspec.cache.snapshot`'s.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ __all__ = ["keep", "resume", "take_over"]
 
 
 def keep(session: Session, model: Model, path: Path) -> None:
-    """Write the rows of the session's text, as far as its cache has them. LongspecError where that can't be done."""
+    """Write the rows of the session's tokens that its cache holds. LongspecError where the file can't be written."""
     words = {**_words(model, session.cache_name), "long": str(session.long)}
     save(path, words, session.tokens[: session.cache.length], session.cache)
 
 
 def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[int], *, limit: int, long: bool) -> None:
-    """Give an empty cache the rows that the file has of these tokens, if it is there: all but the last one's at most.
+    """Load the file's rows for the common prefix with `tokens`, at most all but the last, into an empty cache.
 
-    A cache that can't be cut where the texts part stays empty, or short.
+    A missing file leaves the cache empty; a cache that can't be truncated to the common prefix stays empty, or
+    shorter.
 
     Raises:
         UsageError: the file is damaged, or was made by another model, dtype or kind of cache.
@@ -37,8 +38,8 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
     snapshot = Snapshot(path)
     snapshot.check(_words(model, name))
     common = snapshot.common(tokens[:-1])
-    # A longrope model's rows of a short text are of no use to a long one. What is longer than the whole text may
-    # become would take memory that nobody planned.
+    # A longrope model's rows of a short sequence are rotated by other factors than a long one's. More rows than
+    # `limit` would take memory that isn't planned.
     if not common or snapshot.identity.get("long") != str(long) or snapshot.length > limit:
         return
     snapshot.load(cache)
@@ -47,13 +48,13 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
 
 
 def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bool) -> Cache:
-    """The cache of a text that is over, cut back to the rows that a new one begins with, its last one's never.
+    """Take a finished session's cache, truncated to the common prefix, the new prompt's last token excluded.
 
-    The earlier session gets the fresh one, so that no third text takes rows that have changed meanwhile. A cache that
-    can't be cut there begins anew; where none of its rows is of use, the new text has the fresh one.
+    The earlier session gets the fresh cache in exchange, so that no third one takes rows that have changed meanwhile.
+    A cache that can't be truncated there is emptied; with no common prefix, the new sequence keeps the fresh cache.
 
     Raises:
-        UsageError: the earlier text is still being written.
+        UsageError: the earlier sequence is still being decoded.
     """
     if earlier.finish_reason is None:
         raise UsageError("The earlier text is still being written; end it before another takes its cache.")
@@ -68,5 +69,5 @@ def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bo
 
 
 def _words(model: Model, cache_name: str) -> dict[str, str]:
-    """What must be the same for the rows to be."""
+    """The fields of a snapshot's identity: the rows are reused only if all are equal."""
     return {**model.fingerprint, "cache": cache_name, "size of blocks": str(BLOCK)}

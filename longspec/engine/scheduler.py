@@ -1,20 +1,20 @@
-"""Many texts written side by side: which prompts are prefilled, which texts are decoded, and which wait.
+"""The scheduler: which prompts are prefilled, which sequences are decoded, and which wait.
 
-Takes open sessions and gives their commits, forward pass by forward pass. A session joins as soon as another has ended,
-and the prompt that is being prefilled shares its passes with the texts that are being decoded: a pass reads all weights
-once, whoever uses them. Prompts that begin alike are prefilled alike once: the cache rows that the next prompts have in
-common with this one (the trunk) are kept when they are there, and forked (no row is copied).
+Takes open sessions and gives their commits, forward pass by forward pass (continuous batching). A session joins as
+soon as another has ended, and the prompt in prefill shares its passes with the sequences in decoding: a pass reads
+all weights once for all of them. A common prefix of several prompts is prefilled once: its cache rows (the trunk) are
+kept when they are complete, and forked without a copy.
 
-An error of one text ends that text alone, and this module is the one place that decides so:
+An error of one sequence ends that sequence alone, and this module is the one place that decides so:
 
     a prompt that can't be opened             `begin` gives the error
-    an error that a pass attributes           `Session.error` is set, and the other texts have their commits
-    an error of the pass as a whole           the pass is repeated in halves, down to single texts, and what fails alone
-    (out of memory, a grammar that fails)     has the error; noise is keyed by position, so that a repeated pass gives
-                                              the tokens that the failed one would have given
+    an error that a pass attributes           `Session.error` is set, and the other sequences have their commits
+    an error of the pass as a whole           the pass is repeated in halves, down to single sequences, and what fails
+    (out of memory, a grammar that fails)     alone has the error; noise is keyed by position, so that a repeated pass
+                                              gives the tokens that the failed one would have given
 
-Knows no file, no name and no order of answers. A session's text doesn't depend on its companions: its noise is keyed by
-itself, its drafts are its own, its rows see no other's.
+Knows no file, no name and no order of answers. A session's tokens don't depend on its companions: its noise has its
+own key, its drafts are its own, and its positions attend to no other sequence.
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ Event = Commit | LongspecError
 
 @dataclass(slots=True)
 class _Trunk:
-    """The tokens that several prompts begin with, and a cache that holds their rows."""
+    """The common prefix of several prompts, and a cache that holds its rows."""
 
     tokens: list[int]
     cache: Cache
     cache_name: str
-    long: bool  # the rows are turned for a text beyond a longrope model's first context
+    long: bool  # rotated for a sequence beyond a longrope model's original context
     users: set[Session] = field(default_factory=set)  # sessions whose caches share these rows
 
     def shared(self, session: Session) -> int:
-        """The number of rows that the session's text can begin with: 0, or a block at least."""
+        """The rows that the session can share: 0, or a block at least."""
         length = common(self.tokens, session.tokens[:-1]) if session.long == self.long else 0
         return length if length >= BLOCK else 0
 
 
 class Passes(Protocol):
-    """The engine's part: sessions are opened, and stepped in one forward pass."""
+    """The engine's part: opens sessions, and steps them in one forward pass."""
 
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
-        """A session for this prompt."""
+        """Open a session for this prompt."""
         ...
 
     def step(
         self, sessions: Sequence[Session], reading: Session | None = None, stop: int | None = None
     ) -> list[Commit]:
-        """A step of every session, and the next rows of a prompt, up to row `stop`."""
+        """Step every session, and prefill the next chunk of a prompt, up to position `stop`, in one pass."""
         ...
 
     def read(self, session: Session, stop: int | None = None) -> None:
-        """The next rows of a prompt alone."""
+        """Prefill a prompt's next chunk in a pass of its own."""
         ...
 
 
 class Schedule:
-    """Sessions of one engine, at most `width` in a pass; the others wait in the order in which they came."""
+    """The sessions of one engine, at most `width` in a pass; the others wait in order of arrival."""
 
     def __init__(self, engine: Passes, width: int = WIDTH) -> None:
         self.engine = engine
@@ -87,29 +87,29 @@ class Schedule:
         self._trunk: _Trunk | None = None
 
     def __len__(self) -> int:
-        """The number of sessions that have not ended."""
+        """The number of unfinished sessions."""
         return len(self._waiting) + len(self._writing) + (self._reading is not None)
 
     @property
     def wants(self) -> int:
-        """The number of sessions that could begin now, and one more, which waits: so prompts alike are noticed."""
+        """The number of sessions that could begin now, plus one to wait, so that common prefixes are noticed."""
         return max(0, self.width + 1 - len(self))
 
     def begin(self, prompt: Prompt, options: Options) -> Session | LongspecError:
-        """Open a session and add it; the error where the prompt or its options can't be used, of whatever kind."""
+        """Open a session and add it; returns the error, of any kind, where the prompt or its options are invalid."""
         try:
             session = self.engine.open(prompt, **options)
-        except Exception as error:  # noqa: BLE001  a wrong type in one prompt must not end the other texts
+        except Exception as error:  # noqa: BLE001  a wrong type in one prompt must not end the other sequences
             return reported(error)
         self.add(session)
         return session
 
     def add(self, session: Session) -> None:
-        """Write the session's text as soon as there is a place for it."""
+        """Queue the session; it starts as soon as a slot is free."""
         self._waiting.append(session)
 
     def drop(self, session: Session) -> None:
-        """Write the session no further; its rows are free as soon as nobody else holds it."""
+        """Remove the session; its rows are freed once no other session shares them."""
         self._writing = [one for one in self._writing if one is not session]
         self._waiting = deque(one for one in self._waiting if one is not session)
         if self._reading is session:
@@ -117,7 +117,7 @@ class Schedule:
         self._release_trunk()
 
     def step(self) -> list[tuple[Session, Event]]:
-        """Run one forward pass: the next rows of a prompt, and a step of every text. Sessions that ended have left."""
+        """Run one forward pass: a prompt's next chunk and a step of every sequence. Finished sessions are removed."""
         while self._reading is None and self._waiting and len(self._writing) < self.width:
             session = self._waiting.popleft()
             self._share(session)
@@ -137,7 +137,9 @@ class Schedule:
         return events
 
     def _pass(self, writing: Sequence[Session], reading: Session | None) -> list[tuple[Session, Event]]:
-        """Run these texts in one forward pass; where it fails as a whole, in two passes of half the texts each."""
+        """Run these sessions in one forward pass; where it fails as a whole, in two passes of half
+        the sessions each.
+        """
         texts = [*writing] if reading is None else [*writing, reading]
         steps = [session.stats.steps for session in texts]
         commits: Sequence[Commit] = ()
@@ -146,10 +148,10 @@ class Schedule:
                 commits = self.engine.step(writing, reading, self._stop(reading))
             elif reading is not None:
                 self.engine.read(reading, self._stop(reading))
-        except Exception as error:  # noqa: BLE001  whatever it is, it must not end the texts that have no part in it
+        except Exception as error:  # noqa: BLE001  no error may end the sequences that have no part in it
             for session, before in zip(texts, steps, strict=True):
                 if session.error is None and (len(texts) == 1 or session.stats.steps != before):
-                    session.error = error  # alone, or half committed: nobody knows what its caller has seen
+                    session.error = error  # alone, or half committed: its caller may have seen part of the step
             rest, half = [session for session in texts if session.error is None], len(texts) // 2
             failed = [(session, reported(session.error)) for session in texts if session.error is not None]
             if not rest:
@@ -165,29 +167,29 @@ class Schedule:
         return events
 
     def _again(self, texts: Sequence[Session], reading: Session | None) -> list[tuple[Session, Event]]:
-        """Run the texts of one half of a failed pass."""
+        """Run one half of a failed pass."""
         writing = [session for session in texts if session is not reading]
         return self._pass(writing, reading if len(writing) < len(texts) else None)
 
     def _share(self, session: Session) -> None:
-        """Let an empty session begin with the trunk's rows, if its text begins with their tokens."""
+        """Fork the trunk's rows into an empty session with the same prefix."""
         trunk = self._trunk
         if trunk is None or session.cache.length or not (length := trunk.shared(session)):
             return
-        with suppress(LongspecError, OSError, MemoryError):  # it saves work; without it the rows are prefilled
+        with suppress(LongspecError, OSError, MemoryError):  # only an optimisation: without it the rows are prefilled
             session.cache, session.cache_name = trunk.cache.fork(length), trunk.cache_name
             session.cached = session.cache.length
             trunk.users.add(session)
 
     def _stop(self, reading: Session | None) -> int | None:
-        """The row at which the prompt that is prefilled parts from the next one, if a fork should be taken there."""
+        """The position at which the prompt in prefill diverges from the next one, if a fork should be taken there."""
         if reading is None or not self._waiting or self._waiting[0].long != reading.long:
             return None
         length = common(reading.tokens[:-1], self._waiting[0].tokens[:-1])
         return length if length >= max(BLOCK, reading.cache.length + 1) else None
 
     def _keep_trunk(self, reading: Session) -> None:
-        """Keep the rows that the next prompt begins with, at the moment when these are all the rows there are."""
+        """Keep the prefix shared with the next prompt, at the moment when the cache holds exactly these rows."""
         if not self._waiting or self._waiting[0].long != reading.long:
             return
         length = common(reading.tokens[:-1], self._waiting[0].tokens[:-1])
@@ -197,10 +199,10 @@ class Schedule:
                 self._trunk = _Trunk(reading.tokens[:length], fork, reading.cache_name, reading.long, {reading})
 
     def _release_trunk(self) -> None:
-        """Let the trunk's rows go once no text that shares them is left and none that could waits.
+        """Free the trunk's rows once no session shares them and none that could is waiting.
 
-        They also go once memory is so short that a cache became a smaller one, which frees nothing while the trunk
-        holds the old cache's buffers.
+        They are also freed once the memory guard has converted a cache, which frees nothing while the trunk holds the
+        old cache's buffers.
         """
         trunk = self._trunk
         if trunk is None:
@@ -212,7 +214,7 @@ class Schedule:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens that both begin with."""
+    """The length of the common prefix."""
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return i

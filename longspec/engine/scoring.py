@@ -1,7 +1,7 @@
-"""How probable a model finds answers that are there already: their beginnings are read once, the rest of all in a pass.
+"""Log-probabilities of given answers: common prefixes are prefilled once, the remaining tokens run in one pass.
 
 Takes an engine, and pairs of a prompt and an answer; gives a number for each. The answers are staged as a tree behind
-what their prompts share, like a draft, and dropped: nothing is written.
+the prompts' common prefix, like a draft, and dropped: nothing is committed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def score(engine: Engine, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
 def _scores(
     engine: Engine, session: Session, last: int, rest: Sequence[tuple[list[int], list[int]]]
 ) -> Iterator[float]:
-    """last: the text's token before every one of `rest`."""
+    """The scores of answers behind the session's cache. last: the token before each of `rest`, pairs of prompt rest
+    and answer.
+    """
     start = 0
     while start < len(rest):
         end, tokens, parents = start, list[int](), list[int]()
@@ -56,7 +58,7 @@ def _scores(
         staged = Input.of(session, [last], Draft.tree(tokens, parents))
         with engine.model.lock:
             log_probs = torch.log_softmax(logits_of([staged], engine.model.decoder).float(), -1)
-        # The row of token i is i + 1, as the text's last comes first; the one that chose it is its parent's.
+        # Token i is at row i + 1, as `last` is row 0; its log-probability is in its parent's row.
         chosen = log_probs[torch.tensor(parents) + 1, torch.tensor(tokens)].tolist()
         at = 0
         for before, answer in rest[start:end]:

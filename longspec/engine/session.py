@@ -1,7 +1,7 @@
-"""One text being written, and all that belongs to it: tokens, cache, sampling, and where it ends.
+"""One sequence being decoded, with all its state: tokens, cache, sampling, and its end conditions.
 
-A session knows when its text is over; it doesn't know how tokens come about. `take` is the one way in for tokens, so
-that an end-of-text token, a stop string or a limit inside of a draft is one case.
+A session knows when its answer is over; it doesn't know how tokens are produced. `take` is the only way to add
+tokens, so that an end-of-text token, a stop string or a limit inside of a draft is one case.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Session"]
 class Session:
     """A prompt and the answer so far.
 
-    key: names the session in the noise of its sampling: the same seed and key give the same text.
-    limit: the most tokens that prompt and answer may have together.
-    constraint: what the answer is held to: a grammar, a budget of its reasoning, or both.
-    section: tells the answer's reasoning from its words, where the model knows the two.
-    loops: notices an answer that only repeats itself, which ends it.
-    long: the text is planned beyond a longrope model's first context.
-    cache_name: what kind the cache is; another one from where a memory budget made it smaller.
-    began: when the work on it began, on `perf_counter`'s clock.
+    key: key of its sampling noise: the same seed and key give the same tokens.
+    limit: the maximum of prompt and answer together, in tokens.
+    constraint: a grammar, a thinking budget, or both.
+    section: separates reasoning from answer, for models that mark it.
+    loops: detects an answer that repeats itself, which ends it.
+    long: the sequence is planned beyond a longrope model's original context.
+    cache_name: the cache's kind at the start; a memory guard may have converted it to a smaller one.
+    began: when the request arrived, on `perf_counter`'s clock.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Session:
     ) -> None:
         self.key = key
         self.tokens = list(prompt)
-        self.seen = set(prompt)  # distinct tokens of the text; those of a part that a stop string took back stay
+        self.seen = set(prompt)  # distinct tokens of the sequence, those that a stop string removed included
         self.prompt_length = len(prompt)
         self.cached = cache.length  # prompt rows that needed no prefill
         self.cache = cache
@@ -68,28 +68,28 @@ class Session:
         self.long = long
         self.text = ""
         self.finish_reason: FinishReason | None = None
-        self.error: Exception | None = None  # what ended the text in place of a finish reason
+        self.error: Exception | None = None  # the error that ended the sequence, in place of a finish reason
         self.stats = Stats()
-        self.bets: Counter[str] = Counter()  # steps by who drafted, or `none: ` and why nobody did
-        self.drafting = 0.0  # seconds that the session's steps drafted; a step of several sessions counts for each
-        self.verifying = 0.0  # and ran the target
-        self.notes: list[str] = []  # what happened to the text on its way, for people
-        self.prompt_cache: Path | None = None  # where the prompt's rows go once they are whole
+        self.bets: Counter[str] = Counter()  # steps by drafter, or by `none: ` and the reason
+        self.drafting = 0.0  # seconds of drafting in the session's steps; a shared step counts in full for each session
+        self.verifying = 0.0  # seconds of the target's passes, counted likewise
+        self.notes: list[str] = []  # messages for the user
+        self.prompt_cache: Path | None = None  # where to save the prompt's rows after prefill
         self.began = perf_counter() if began is None else began
-        self.prefilled: float | None = None  # when the prompt was in the cache
+        self.prefilled: float | None = None  # when prefill ended, on perf_counter's clock
         self.first_token: float | None = None  # when the first token was committed
         self.last_token: float | None = None
         self.constraint = constraint
         self.section = section
-        self.reasoning: str | None = None  # what of `text` was thought, if anything was
-        self.said = ""  # and what was said; without a section, all of it
+        self.reasoning: str | None = None  # the reasoning part of `text`; None without one
+        self.said = ""  # the answer part of `text`; all of it without a reasoning section
         self._loops = loops
         self._transcript = transcript
         self._end_tokens = frozenset(end_tokens)
 
     @contextmanager
     def keeping_error(self) -> Iterator[None]:
-        """Keep an exception raised within as this text's `error`: it must not cost the other texts their commits."""
+        """Store an exception raised within as this session's `error`: the other sessions keep their commits."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  the scheduler reports it
@@ -102,7 +102,7 @@ class Session:
 
     @property
     def unfed(self) -> list[int]:
-        """Tokens that the cache lacks: the last one at least, since prefill leaves it for the first step."""
+        """The tokens that the cache lacks: at least the last one, since prefill leaves it to the first step."""
         return self.tokens[self.cache.length :]
 
     @property
@@ -112,16 +112,16 @@ class Session:
 
     @property
     def room(self) -> int:
-        """How many tokens the answer may still get."""
+        """The number of tokens that the answer may still get."""
         return self.limit - len(self.tokens)
 
     def noise_keys(self, depths: Sequence[int]) -> list[int]:
-        """Keys of the noise for tokens that are chosen `depth` draft tokens behind the text."""
+        """Noise keys of the tokens chosen after `depth` draft tokens, for each depth."""
         return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
 
     @property
     def is_plain(self) -> bool:
-        """Whether the greatest logit is written, whatever stands before it."""
+        """Whether decoding is a plain argmax, independent of the tokens before."""
         return self.constraint is None and self.sampling.is_greedy and not self.sampling.penalises
 
     def rank(
@@ -135,7 +135,7 @@ class Session:
         return rank(logits, self.sampling, keys, contexts, count, vocabulary)
 
     def take(self, verdict: Verdict, draft: Sequence[int]) -> Commit:
-        """Add the kept tokens and the bonus to the text, up to where it ends."""
+        """Append the kept tokens and the bonus, up to the end of the answer."""
         tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
         before, shown = len(self.tokens), ""
         for token in tokens:
@@ -171,13 +171,13 @@ class Session:
         return commit
 
     def interrupt(self, reason: FinishReason = "interrupted") -> Commit:
-        """End the text here: what was held back of it is given."""
+        """End the sequence here; its commit has the text that was held back."""
         self.finish_reason = reason
         rest = self._close()
         return Commit((), rest, 0, 0, reason, *self._show(rest))
 
     def _show(self, text: str) -> tuple[str, str]:
-        """The text has grown: what of that was thought, and what was said."""
+        """Add new text to `reasoning` and `said`, and return the new part of each."""
         self.text += text
         thought, said = "", text
         if self.section is not None:

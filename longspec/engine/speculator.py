@@ -1,7 +1,7 @@
-"""What is drafted in a step: by whom, how much, behind which forced tokens; and what came of it.
+"""The drafting side of a step: which drafter, how many tokens, behind which forced tokens; and the feedback after it.
 
-Takes drafters by name and a control; gives a draft for each session, and after the verification tells control and
-drafters what was kept. The engine knows no more of drafting than this.
+Takes drafters by name and a control; gives a draft for each session, and after verification tells control and
+drafters which tokens were kept. The engine knows no more of drafting than this.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["Speculator"]
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """One session's part of the step under way."""
+    """One session's part of the current step."""
 
     session: Session
     bet: Bet
-    why: str  # there is no draft, if there is none
-    own: Draft  # the drafter's, trimmed
-    forced: int  # tokens of the draft before it, which a constraint leaves no choice of
+    why: str  # the reason for no draft; empty where there is one
+    own: Draft  # the drafter's draft, trimmed
+    forced: int  # leading tokens that the constraint determines
 
 
 class Speculator:
-    """drafters: by name, the first is tried first. most: tokens of a draft."""
+    """drafters: by name, in the order in which they are tried. most: the maximum tokens of a draft."""
 
     def __init__(self, drafters: Mapping[str, Drafter], control: Control, most: int) -> None:
         self.drafters = dict(drafters)
@@ -51,12 +51,12 @@ class Speculator:
         return sum(drafter.nbytes for drafter in self.everyone)
 
     def begin(self, session: Session) -> None:
-        """A session is opened."""
+        """Tell every drafter that a session was opened."""
         for drafter in self.drafters.values():
             drafter.begin(session)
 
     def propose(self, sessions: Sequence[Session]) -> list[Draft]:
-        """A draft for each session, of at most `most` tokens, and one less than the answer may still get."""
+        """One draft per session, of at most `most` tokens, and one less than the answer may still get."""
         limits = [min(self.most, session.room - 1) for session in sessions]
         guides = [session.constraint if self.drafts_forced else None for session in sessions]
         forced = [guide.forced(limit) if guide else [] for guide, limit in zip(guides, limits, strict=True)]
@@ -72,7 +72,7 @@ class Speculator:
         return [guide.extend(draft, ahead, limit) if guide else draft for guide, draft, ahead, limit in whole]
 
     def _drafts(self, sessions: Sequence[Session], bets: Sequence[Bet], forced: Sequence[list[int]]) -> list[Draft]:
-        """Each session's draft by its bet, behind what is forced, without what a grammar forbids."""
+        """One draft per session, by its bet, after its forced tokens, pruned by its grammar."""
         drafts, self._seconds = [Draft.chain(()) for _ in sessions], {}
         for name, drafter in self.drafters.items():
             asked = [i for i, bet in enumerate(bets) if bet.drafter == name and bet.limit > 0]
@@ -89,7 +89,9 @@ class Speculator:
         return drafts
 
     def read(self, session: Session, features: Mapping[int, Tensor]) -> None:
-        """Token positions were committed: hidden states [m, width] of the layers that drafters need."""
+        """Pass the hidden states [m, width] of committed positions to the drafters, each of the
+        layers that it needs.
+        """
         for drafter in self.everyone:
             if drafter.needs.layers:
                 drafter.read(session, [features[layer] for layer in drafter.needs.layers])
@@ -97,8 +99,8 @@ class Speculator:
     def observe(
         self, commits: Sequence[Commit], verdicts: Sequence[Verdict], seconds: float, rows: int, *, shared: bool
     ) -> None:
-        """The step's drafts are verified and committed. seconds: of the forward pass, with so many token positions;
-        shared: a chunk of a prompt was in it too.
+        """Report the verified step to control and drafters. seconds: of the forward pass, with `rows` token
+        positions; shared: a prefill chunk was in it too.
         """
         outcomes = []
         for pending, commit, verdict in zip(self._pending, commits, verdicts, strict=True):
@@ -116,7 +118,7 @@ class Speculator:
 
 
 def _walk(drafters: Iterable[Drafter]) -> Iterator[Drafter]:
-    """They, and the drafters that they are made of."""
+    """Yield each drafter and, recursively, its `parts`."""
     for drafter in drafters:
         yield drafter
         yield from _walk(drafter.parts)

@@ -1,1 +1,1 @@
-"""The machine and its files: cores, memory, cache folders, settings that were tuned for it."""
+"""The machine and its files: cores, memory, cache folders, tuned settings."""

@@ -1,6 +1,6 @@
-"""Files that are replaced whole or not at all, and files of anybody's that are read up to a size.
+"""Files that are replaced atomically, and untrusted files that are read up to a size limit.
 
-Takes paths; knows nothing of what is in a file but whether it is JSON.
+Takes paths; knows nothing of a file's content but whether it is JSON.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["read_bytes", "read_json", "replaced"]
 def read_json(
     path: Path, limit: int, what: str, *, hint: str = "", error: type[LongspecError] = UsageError
 ) -> dict[str, Any]:
-    """The JSON object of an ordinary file of at most `limit` bytes, which a sentence calls `what`, "The skip set".
+    """The JSON object of a regular file of at most `limit` bytes. what: its name in an error, such as "The skip set".
 
     Raises:
-        `error`: it can't be read, or is something else; `hint` ends the sentence.
+        `error`: it can't be read, or isn't a JSON object; `hint` ends the message.
     """
     data = read_bytes(path, limit, what, hint=hint, error=error)
     try:
@@ -46,12 +46,12 @@ def read_bytes(
     error: type[LongspecError] = UsageError,
     pipe: bool = False,
 ) -> bytes:
-    """The bytes of an ordinary file, or of a pipe too, of which at most `limit` are read.
+    """The bytes of a regular file (with `pipe`, also of a pipe), reading at most `limit` of them.
 
     Raises:
-        `error`: it can't be read, is no such file, or holds more.
+        `error`: it can't be read, isn't such a file, or is longer.
     """
-    at_once = 0 if pipe else os.O_NONBLOCK  # to open a pipe that nobody writes to would take for ever
+    at_once = 0 if pipe else os.O_NONBLOCK  # opening a pipe without a writer would block
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
             if not pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -70,12 +70,13 @@ def _sentence(problem: str, hint: str) -> str:
 
 
 def replaced(path: Path, write: Callable[[Path], object], *, private: bool = False) -> None:
-    """Write a file beside the path, then put it there: another process reads the old one or the new one.
+    """Write a temporary file in the same folder, then rename it to the path: other processes see the old file or the
+    new one.
 
-    It has the mode of the one that was there; a new one is for all to read, or private.
+    The new file keeps the old one's mode; without an old one it is readable by all, or private.
 
     Raises:
-        OSError: it can't be written. What was there stays.
+        OSError: it can't be written. The old file stays.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)

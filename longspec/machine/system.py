@@ -1,8 +1,8 @@
-"""The machine: memory in bytes (what a user names, what the process takes, what is left), processors, and the user's
+"""The machine: memory in bytes (parsed sizes, the process's use, the available part), processors, and the user's
 folders.
 
-Knows no model. Everything is read from the system at the moment of the call; nothing heavy is imported, so that the
-command can read a size before it loads anything.
+Knows no model. Every value is read from the system at the call; nothing heavy is imported, so that the command line
+can parse a size before it loads anything.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def shown(nbytes: float) -> str:
-    """As people read it, and not less than it is: 36 bytes, 5 KiB, 612 MiB, 57.3 GiB."""
+    """A size for display, rounded up: 36 bytes, 5 KiB, 612 MiB, 57.3 GiB."""
     if nbytes <= 2**20 - 2**10:
         count = ceil(nbytes)
         return f"{count:,} byte{'' if count == 1 else 's'}" if count < 2**10 else f"{ceil(count / 2**10):,} KiB"
@@ -67,22 +67,22 @@ def shown(nbytes: float) -> str:
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now, mapped files' pages included. Takes some microseconds."""
+    """The process's resident memory, mapped files' pages included. Takes some microseconds."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux: the peak is the nearest that the system tells
+    except OSError:  # not Linux: the peak is the nearest value available
         return peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most that this process had in memory so far."""
+    """The process's peak resident memory so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_bytes() -> int:
-    """What new memory could be had without pushing others out: the system's, and within this container's limit."""
+    """Memory that can be allocated without swapping, within the container's limit."""
     free = _field("/proc/meminfo", "MemAvailable:") * 1024
     if not free:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -95,12 +95,12 @@ def available_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """What the machine has, whatever a container allows of it."""
+    """The machine's physical memory, whatever the container's limit."""
     return _field("/proc/meminfo", "MemTotal:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def processor() -> str:
-    """Its name."""
+    """The processor's model name."""
     for line in _lines("/proc/cpuinfo"):
         name, _, value = line.partition(":")
         if name.strip() == "model name":
@@ -109,12 +109,12 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
+    """The number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota() -> int | None:
-    """How many processors' time a container allows, in whole ones; None where it doesn't say."""
+    """The container's CPU quota in processors, rounded up; None without a quota."""
     for line in _lines("/sys/fs/cgroup/cpu.max"):
         words = line.split()
         if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
@@ -143,7 +143,7 @@ def _lines(path: str) -> list[str]:
 
 
 def has_large_pages() -> bool:
-    """Whether the system gives memory in pages of 2 MiB to who asks for them (Linux: transparent huge pages)."""
+    """Whether the system gives 2 MiB pages on request (Linux: transparent huge pages)."""
     said = " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled"))
     return "[madvise]" in said or "[always]" in said
 
@@ -159,11 +159,13 @@ def config_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """The program's folder for what a user would miss little: XDG_STATE_HOME, else ~/.local/state."""
+    """The program's folder for dispensable state such as histories: XDG_STATE_HOME, else ~/.local/state."""
     return _users("XDG_STATE_HOME", ".local/state")
 
 
 def _users(name: str, usual: str) -> Path:
-    """A path that isn't absolute counts as none, as the standard has it."""
+    """The program's folder below an XDG variable or its default; a relative path is ignored, as the XDG standard
+    says.
+    """
     base = os.environ.get(name, "")
     return (Path(base) if os.path.isabs(base) else Path.home() / usual) / "longspec"

@@ -1,8 +1,8 @@
-"""How a model is best run on this machine: the dtype and the threads that `longspec tune` found the fastest.
+"""Tuned settings: the fastest dtype and thread count for a model on this machine, as `longspec tune` measured them.
 
-Takes a config and a device; gives what was kept for them, which is what `auto` means from then on. One small JSON file
-for each in the user's config directory. What can't be read or can't be had any more counts for nothing: it is about
-speed alone, and tuning again writes it anew.
+Takes a config and a device; gives the stored settings, which `auto` then resolves to. Stored as one small JSON file
+per model and device in the user's config directory. An invalid file is ignored: the settings affect speed alone, and
+tuning again replaces it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _MOST_NBYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What `auto` stands for."""
+    """The settings that `auto` resolves to."""
 
     dtype: str
     threads: int
 
 
 def fit_path(config: object, device: str, *, coded: bool) -> Path:
-    """Where the fit of such a model is kept, or would be. coded: its checkpoint holds codes."""
+    """The path of a model's tuned settings. coded: its checkpoint holds quantized weights."""
     what = json.dumps([platform.node(), platform.machine(), cores(), repr(config), device, coded])
     return config_folder() / "fit" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
 
 
 def read_fit(path: Path) -> Fit | None:
-    """The fit that is kept there."""
+    """The stored settings; None where there are none or they are invalid."""
     try:
         found = read_json(path, _MOST_NBYTES, "The fit")
     except UsageError:
@@ -55,7 +55,7 @@ def read_fit(path: Path) -> Fit | None:
 
 
 def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:
-    """Write it, atomically. measured: what speaks for it.
+    """Store the settings atomically. measured: the measurements behind them.
 
     Raises:
         LongspecError: it can't be written.

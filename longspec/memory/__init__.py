@@ -1,1 +1,1 @@
-"""What a run needs in memory, known before it starts."""
+"""The memory plan: a run's memory by component, known before it starts."""

@@ -1,15 +1,16 @@
-"""The memory budget: what a text will take, told before any weight is loaded, and the cheapest change that fits.
+"""The memory plan: the bytes that a sequence will need, computed before any weight is loaded, and the cheapest choice
+that fits.
 
-Takes a model's config and footprint and a text's length; gives what each choice needs, by parts, and the first that
-fits, in this order:
+Takes a model's config and weight footprint, and a sequence length; gives each choice's bytes by component, and the
+first choice that fits, in this order:
 
-    dense, int8, int4, then offload (on a GPU) and disk; each with prefill chunks of 512, 256, 128, 64 rows
+    dense, int8, int4, then offload (on a GPU) and disk; each with prefill chunks of 512, 256, 128, 64 tokens
 
-A smaller chunk costs time before the first token only (measured: 64 rows half as much again); another kind costs time
-with every token, and its text may differ from dense's: so all chunks come before the next kind. It loads nothing and
-watches nothing (`watch`).
+A smaller chunk costs time before the first token only (measured: with chunks of 64, prefill takes half as long
+again); another kind of cache costs time with every token, and its output may differ from dense's: so all chunks come
+before the next kind. It loads nothing and monitors nothing (`longspec.engine.memory_guard`).
 
-On a CPU the bytes are the peak resident size of the process; on a GPU what torch reserves there, the host's apart.
+On a CPU the bytes are the process's peak resident size; on a GPU torch's reserved memory, the host's being separate.
 """
 
 from __future__ import annotations
@@ -73,19 +74,19 @@ _AUTO = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A model that isn't loaded, and a text that it is to write."""
+    """A model that isn't loaded, and the sequences to plan for."""
 
     config: Config
     dtype: str  # a key of DTYPES
     device: torch.device
     footprint: Footprint
-    tokens: int  # prompt and answer, of each text
-    process: int  # bytes that the process has now
+    tokens: int  # prompt and answer, of each sequence
+    process: int  # bytes of the process now
     draft_tokens: int = DRAFT_TOKENS
-    drafters: Sequence[Spec] = ()  # of which each text may use any
+    drafters: Sequence[Spec] = ()  # any of which a sequence may use
     strict: bool = False
     threads: int = 1
-    texts: int = 1  # that are written side by side
+    texts: int = 1  # sequences decoded side by side
 
     @property
     def shape(self) -> Shape:
@@ -95,15 +96,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes at the peak, by what they are for."""
+    """Bytes at the peak, by component."""
 
     process: int = 0  # interpreter, libraries, tokenizer; none on a GPU
     weights: int = 0
     drafter: int = 0
     cache: int = 0
-    staged: int = 0  # rows of a pass that are not text yet
-    workspace: int = 0  # what a pass computes with
-    loading: int = 0  # what loading the weights takes beyond all that
+    staged: int = 0  # keys and values of staged rows
+    workspace: int = 0  # a pass's temporary tensors
+    loading: int = 0  # temporary bytes of loading the weights, beyond all the others
 
     @property
     def total(self) -> int:
@@ -117,16 +118,16 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to write the text."""
+    """A kind of cache and a prefill chunk, with the bytes that they need."""
 
     cache: str
     prefill_rows: int
     need: Need
-    host: int = 0  # bytes of host memory beside a GPU
+    host: int = 0  # bytes of host memory, beside a GPU's
     disk: int = 0
 
     def lacks(self, budget: int | None) -> str | None:
-        """Why it can't be had: the budget, the host's memory, or the disk. None where it can."""
+        """The reason why this choice is impossible: the budget, the host's memory, or the disk. None where it fits."""
         if budget is not None and self.need.total > budget:
             return f"needs {shown(self.need.total)} of {shown(budget)}"
         if self.host and self.host > (free := available_bytes()):
@@ -138,7 +139,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The choice for a text under a budget."""
+    """The choice for a sequence under a budget."""
 
     request: Request
     budget: int
@@ -154,7 +155,7 @@ class Plan:
         return said + ("" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows")
 
     def report(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """The object that `--json` prints."""
         c = self.choice
         return {
             "budget_bytes": self.budget,
@@ -179,8 +180,8 @@ def make_plan(
     strict: bool = False,
     texts: int = 1,
 ) -> Plan:
-    """The plan for a model that is opened and not loaded; `memory`, `tokens` and `drafter` as `Engine.load` takes them.
-    options: those of drafters.
+    """The plan for a model whose weights aren't loaded; `memory`, `tokens` and `drafter` as `Engine.load` takes them.
+    options: the drafters' options.
 
     Raises:
         UsageError: the memory is no size.
@@ -199,7 +200,7 @@ def make_plan(
 
 
 def alone(request: Request) -> int:
-    """What is needed whatever the text and the cache: the process, and the weights as they are loaded."""
+    """Bytes needed with any sequence and any cache: the process, and the weights during loading."""
     found = request.footprint
     if request.device.type != "cpu":
         return found.weights
@@ -207,7 +208,7 @@ def alone(request: Request) -> int:
 
 
 def budget_of(request: Request, memory: str | int) -> int:
-    """Bytes of a size, or under `auto` of what this machine has left. UsageError where it is neither."""
+    """The bytes of a size; under `auto`, the machine's available memory. UsageError where it is neither."""
     if memory != "auto":
         return parse_bytes(memory)
     if request.device.type == "cpu":
@@ -243,8 +244,8 @@ def request_of(
 
 
 def with_codes(bf16: Footprint, checkpoint: Checkpoint, config: Config) -> Footprint:
-    """Codes take 9 bits at most. Those of a GGUF file leave the embedding's pages of the bf16 weights; others are made
-    of bf16 weights, whose pages stay.
+    """The footprint with quantized weights, at most 9 bits each. Those of a GGUF file leave only the embedding's
+    pages of the bf16 weights; others are quantized from bf16 weights, whose pages stay resident.
     """
     codes = bf16.weights * 9 // 16
     if not checkpoint.coded:
@@ -255,12 +256,12 @@ def with_codes(bf16: Footprint, checkpoint: Checkpoint, config: Config) -> Footp
 
 
 def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str, int] | None = None) -> Plan:
-    """The first choice that fits; with a cache by name, the first of its own.
+    """The first choice that fits; with a named cache, among its own choices.
 
-    smaller: a dtype whose weights take less, and what they need alone.
+    smaller: a dtype whose weights take less, and the bytes that it needs with any sequence, for the error message.
 
     Raises:
-        BudgetError: there is none. It says what the least would be, by parts.
+        BudgetError: there is none. Its message has the least need, by component.
     """
     tried = list(choices(request, cache))
     for candidate in tried:
@@ -285,14 +286,14 @@ def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str,
 
 
 def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
-    """What may be chosen, the cheapest first."""
+    """All choices, the cheapest first."""
     for name in _order(request.device) if cache == "auto" else (cache,):
         for rows in CHUNKS:
             yield choice(request, name, rows)
 
 
 def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
-    """What the text needs with that cache and prefill chunk."""
+    """The choice of that cache and prefill chunk, with its bytes."""
     r, shape, on_cpu = request, request.shape, request.device.type == "cpu"
     empty = CACHES[cache](replace(shape, device=torch.device("meta")))
     room = Room(*(part * r.texts for part in empty.room(r.tokens)))
@@ -301,7 +302,7 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     own = r.process + _LATER
     held = drafter + room.host
     working = {
-        # A buffer grows by an eighth. On a CPU what stands empty of it was never touched, and takes nothing.
+        # A buffer grows by an eighth. On a CPU the unused part was never touched and isn't resident.
         "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
         "staged": rows * shape.row_bytes,
         "workspace": _workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
@@ -315,31 +316,33 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
 
 
 def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int) -> list[Spec]:
-    """What will draft; a drafter that is made already takes its memory before the plan."""
+    """The specs of the drafters to plan; a Drafter object already has its memory, before the plan."""
     if isinstance(drafter, Drafter):
         return []
     return auto(options, nbytes=nbytes) if drafter == "auto" else [parse(drafter, options)]
 
 
 def _order(device: torch.device) -> tuple[str, ...]:
-    """On a CPU, offload has nothing below it to move rows to."""
+    """The kinds of cache to try; without offload on a CPU, which has no slower memory to move rows to."""
     return ("dense", "int8", "int4", "disk") if device.type == "cpu" else ("dense", "int8", "int4", "offload", "disk")
 
 
 def _workspace(r: Request, cache: Cache, rows: int) -> int:
-    """Activations, masks, scores and logits of the largest pass, from above: measured, 0.4 to 0.9 of it is used."""
+    """An upper bound of activations, masks, scores and logits of the largest pass; 0.4 to 0.9 of it was measured in
+    use.
+    """
     c, item = r.config, DTYPES[r.dtype].itemsize
     heads = (c.heads + 2 * c.key_heads) * c.head_dim
     activations = rows * (4 * c.mlp_width + 8 * c.width + 3 * heads) * item
-    partial = rows * c.heads * c.head_dim * 4 * 6  # outputs in fp32 while parts are merged
-    layer = 2 * c.key_heads * c.head_dim * item  # of one row
+    partial = rows * c.heads * c.head_dim * 4 * 6  # fp32 outputs while segments are merged
+    layer = 2 * c.key_heads * c.head_dim * item  # keys and values of one row
     piece = r.tokens if cache.in_one_piece else min(r.tokens, PIECE_BLOCKS * BLOCK)
-    read = 2 * piece * layer  # decoded, and laid out anew for the kernel
+    read = 2 * piece * layer  # dequantized, and copied into the kernel's layout
     windows = [window for window in c.windows if window is not None]
     masked = r.tokens if not cache.in_one_piece else min(r.tokens, max(windows, default=0) + rows)
     masks = 3 * rows * (c.heads // c.key_heads) * masked * item
-    # Without a kernel that gives the log-sum-exp: scores, their exponents and two copies, in fp32.
+    # Without a kernel that returns the log-sum-exp: scores, their exponentials and two copies, in fp32.
     scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0
     strict = 3 * r.tokens * layer if r.strict else 0
-    logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their noise
+    logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
     return activations + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD

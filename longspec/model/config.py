@@ -1,8 +1,8 @@
-"""What a checkpoint's config.json says, in the terms of our one decoder.
+"""A checkpoint's config.json as the parameters of our one decoder.
 
-Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here;
-what a checkpoint shows by having a tensor (biases) is no flag. Weights that are quantized in a way that isn't read are
-refused here, by name, before any of them is loaded.
+Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here; a
+property that shows in the checkpoint's tensors (biases) needs no flag. Unsupported weight quantization is refused
+here, by name, before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """One way to turn positions into rotations. `values` holds what the kind needs, under config.json's names."""
+    """One kind of rotary position embedding. `values` holds the kind's parameters, under config.json's names."""
 
     kind: str
     theta: float
     dims: int  # leading dimensions of a head that are rotated
-    context: int  # the model's longest text
+    context: int  # the model's maximum sequence length
     values: tuple[tuple[str, Any], ...] = ()
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -44,7 +44,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A decoder's shape."""
+    """A decoder's architecture."""
 
     family: str
     vocabulary: int
@@ -56,19 +56,19 @@ class Config:
     context: int
     eps: float
     activation: str
-    windows: tuple[int | None, ...]  # per layer: how many positions back a row reads, itself included
-    ropes: tuple[Rope | None, ...]  # per layer: None leaves positions out
-    scale: float  # of the attention scores
+    windows: tuple[int | None, ...]  # per layer: attention window in positions, the own one included
+    ropes: tuple[Rope | None, ...]  # per layer: None for layers without position embedding
+    scale: float  # multiplies the attention scores
     norms: Norms = "before"
     query_norm: Literal["head", "width"] | None = None
-    norm_offset: float = 0.0  # Gemma stores its norm weights less 1
+    norm_offset: float = 0.0  # Gemma stores its norm weights minus 1
     embedding_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     fused: bool = False  # qkv_proj and gate_up_proj are one matrix each in the checkpoint
     end_tokens: tuple[int, ...] = ()
-    # The head is the embedding table, unless the file holds a head. Not in the repr, which fingerprints are made of:
-    # heads and prompt caches stay good.
+    # The head is the embedding table, unless the file holds a head. Not in the repr, which is hashed into
+    # fingerprints: existing heads and prompt caches stay valid.
     tied: bool = field(default=False, repr=False)
 
     @property
@@ -77,7 +77,7 @@ class Config:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Config:
-        """The shape that a config.json describes. ModelError names what isn't supported or doesn't fit together."""
+        """The Config of a config.json. ModelError names what isn't supported or inconsistent."""
         family = raw.get("model_type")
         if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
             outer = {name: raw[name] for name in ("tie_word_embeddings", *_QUANTIZED) if name in raw}
@@ -97,9 +97,9 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 
 def _check_plain(raw: Mapping[str, Any]) -> None:
-    """Raises ModelError where config.json says that the weights are quantized.
+    """Raise ModelError where config.json says that the weights are quantized.
 
-    Their scales would be missing from the product otherwise: FP8 weights are then thousands of times too large.
+    Their scales would be missing from the product otherwise: FP8 weights would be thousands of times too large.
     """
     for name in _QUANTIZED:
         if not (said := raw.get(name)):
@@ -157,7 +157,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
 
 
 def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
-    """Which layers read a window only."""
+    """Per layer: whether it attends to a sliding window only."""
     if raw.get("sliding_window") is None or (family == "llama"):
         return [False] * layers
     if family in ("qwen2", "qwen3", "smollm3") and not raw.get("use_sliding_window"):
@@ -181,7 +181,7 @@ def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def _rotating(raw: Mapping[str, Any], layers: int) -> list[bool]:
-    """SmolLM3: which layers use positions."""
+    """SmolLM3: per layer, whether it has position embeddings."""
     flags = raw.get("no_rope_layers")
     if flags is None:
         every = int(raw.get("no_rope_layer_interval") or 4)
@@ -191,7 +191,7 @@ def _rotating(raw: Mapping[str, Any], layers: int) -> list[bool]:
 
 def _ropes(family: str, raw: Mapping[str, Any], sliding: list[bool], head_dim: int) -> tuple[Rope | None, ...]:
     values = raw.get("rope_parameters") or {}
-    if any(isinstance(inner, Mapping) for inner in values.values()):  # one set of values per kind of layer
+    if any(isinstance(inner, Mapping) for inner in values.values()):  # one set of parameters per kind of layer
         full = _rope(raw, values.get("full_attention") or {}, head_dim)
         local = _rope(raw, values.get("sliding_attention") or {}, head_dim)
     else:
@@ -206,7 +206,7 @@ def _ropes(family: str, raw: Mapping[str, Any], sliding: list[bool], head_dim: i
 
 def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], head_dim: int) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first name for it
+    kind = {"su": "longrope"}.get(kind, kind)  # the name in Phi-3's first configs
     if kind not in _ROPES:
         raise ModelError(f"The rope kind {kind!r} is not supported; longspec knows {', '.join(_ROPES)}.")
     context = int(raw.get("max_position_embeddings") or 2048)

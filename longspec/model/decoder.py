@@ -1,11 +1,12 @@
-"""The target: one decoder for the Llama family, driven by its config.
+"""The target: one decoder for the Llama family, parametrized by its config.
 
-Takes the rows of a pass, flattened over sequences, and the stage of each sequence; gives hidden states and logits.
-Knows nothing of drafts, sampling or text. The linear layers run over all rows at once, attention per sequence; a pass
-may start or stop at any layer, and a later one may resume, since what a row has so far lies in its stage.
+Takes the token positions of a pass, flattened over sequences, and the stage of each sequence; gives hidden states and
+logits. Knows nothing of drafts, sampling or text. The linear layers run over all positions at once, attention per
+sequence; a pass may start or stop at any layer, and a later one may resume, since the stage holds the keys and values
+so far.
 
-Shapes: r rows, H query heads, K key heads, D head dimension, V vocabulary. One pass costs 7 reads of
-weights per layer, in 4 products: q, k, v and gate, up are one matrix each.
+Shapes: r rows (token positions), H query heads, K key heads, D head dimension, V vocabulary. One pass reads 7 weight
+matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 """
 
 from __future__ import annotations
@@ -44,36 +45,36 @@ STRICT_TILE = 16
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The rows of one sequence in a pass."""
+    """The token positions of one sequence in a pass."""
 
     stage: Stage
-    staged: slice  # their place in the stage
-    at: slice  # their place in the pass
+    staged: slice  # their indices in the stage
+    at: slice  # their indices in the pass
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one sequence brings to a pass."""
+    """One sequence's part of a pass."""
 
     stage: Stage
-    staged: slice  # the rows' place in the stage
+    staged: slice  # the positions' indices in the stage
     tokens: Sequence[int]
     length: int  # committed rows before the stage
-    long: bool  # the text is planned beyond a longrope model's first context
+    long: bool  # planned beyond a longrope model's original context
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one forward pass, those of several sequences behind each other."""
+    """The token positions of one forward pass, sequence by sequence."""
 
     tokens: Tensor  # [r] int64
     positions: Tensor  # [r] int64
-    long: Tensor  # [r] bool: rows of a text that is planned beyond a longrope model's first context
+    long: Tensor  # [r] bool: of a sequence that is planned beyond a longrope model's original context
     spans: Sequence[Span]
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], device: torch.device) -> Rows:
-        """All chunks' rows behind each other."""
+        """Concatenate the positions of all chunks."""
         tokens: list[int] = []
         positions: list[int] = []
         long: list[bool] = []
@@ -84,13 +85,13 @@ class Rows:
             positions += [chunk.length + depth for depth in chunk.stage.depths[chunk.staged]]
             long += [chunk.long] * len(chunk.tokens)
             spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
-        numbers = torch.tensor([tokens, positions, long], device=device)  # one copy
+        numbers = torch.tensor([tokens, positions, long], device=device)  # one copy to the device
         return cls(numbers[0], numbers[1], numbers[2].bool(), spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Sub-layers that a pass leaves out: the hidden state goes by them."""
+    """Sub-layers that a pass leaves out: only the residual stream passes them."""
 
     attention: frozenset[int] = frozenset()
     mlp: frozenset[int] = frozenset()
@@ -108,7 +109,7 @@ class Decoder:
     def __init__(
         self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False, coded: bool = False
     ) -> None:
-        """Coded: matrices as codes (`longspec.model.weights.quantized`)."""
+        """strict: batch-invariant. coded: quantized matrices (`longspec.model.weights.quantized`)."""
         self.config = config
         self.device = device
         self.dtype = weights.dtype
@@ -120,10 +121,10 @@ class Decoder:
         self._head: Any = reader.head(self._embedding)
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
         self._activation = _ACTIVATIONS[config.activation]
-        # Gemma rounds the factor to the model's dtype before it multiplies.
+        # Gemma rounds the factor to the model's dtype before multiplying.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._attend = attend_strictly if strict else attend
-        self.slow = missing(config, self.dtype, device)  # why the fused kernel isn't taken
+        self.slow = missing(config, self.dtype, device)  # the reason why the native kernel isn't used
         self._fused = Fused(config, self._layers, self._norm.weight, self._head) if self.slow is None else None
         self._coded = coded
         self._graphs = None if strict or coded or graphs.missing(config, self.dtype, device) else self.graphs()
@@ -131,19 +132,21 @@ class Decoder:
 
     @property
     def shape(self) -> Shape:
-        """What a cache for this model must hold."""
+        """The cache's layers, key heads and head dimension."""
         c = self.config
         return Shape(c.key_heads, c.head_dim, c.windows, self.dtype, self.device)
 
     @property
     def first_context(self) -> int | None:
-        """The length beyond which a text needs a longrope model's second set of frequencies; None for other models."""
+        """The sequence length beyond which a longrope model uses its second set of frequencies; None for other
+        models.
+        """
         lengths = [r.first_context for r in self._rotations.values() if r.first_context is not None]
         return min(lengths, default=None)
 
     @property
     def pass_nbytes(self) -> int:
-        """Bytes of weights that every pass reads: of the table of embeddings only some rows, unless it is the head."""
+        """Bytes of weights that every pass reads: the embedding table only where it is also the head."""
         return self.nbytes - (0 if self._head.weight is self._embedding else self._embedding.nbytes)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -159,17 +162,17 @@ class Decoder:
         yield self._head.weight
 
     def graphs(self) -> graphs.Graphs:
-        """Recorded passes with this decoder's weights."""
+        """The CUDA graphs recorded for this decoder."""
         turns = [self._rotations[rope] if rope is not None else None for rope in self.config.ropes]
         return graphs.Graphs(self.config, self._layers, self.embed, turns, self.dtype, self.device)
 
     def remark(self) -> str | None:
-        """What should be faster here and isn't, once, for people."""
+        """A one-time warning that CUDA graph capture failed; None otherwise."""
         return None if self._graphs is None else self._graphs.remark()
 
     @property
     def kernel(self) -> Fused | None:
-        """The fused kernel with this decoder's weights; None where it isn't taken."""
+        """The native layers with this decoder's weights; None where they aren't used."""
         return self._fused
 
     @property
@@ -178,19 +181,19 @@ class Decoder:
 
     @property
     def head(self) -> Tensor:
-        """[V, width]: what a normed hidden state is multiplied with."""
+        """The output matrix [V, width]."""
         if isinstance(self._head, Groups):
             return self._head.codes().values().to(self.dtype)
         made: Tensor = self._head.weight
         return made
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[..., width]: what a row begins as."""
+        """Token embeddings, scaled: [..., width]."""
         hidden = F.embedding(tokens, self._embedding)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """Through the final norm."""
+        """Apply the final norm."""
         return self._norm(hidden)
 
     def forward(
@@ -201,10 +204,10 @@ class Decoder:
         last: int | None = None,
         skip: Skip = NO_SKIP,
     ) -> Tensor:
-        """Hidden states [r, width] after layers first..last, whose keys and values are then in the rows' stages.
+        """Hidden states [r, width] after layers first..last, whose keys and values are staged.
 
-        Without `hidden` the rows begin at their tokens' embeddings. The final norm belongs to `logits`. A layer whose
-        attention is skipped puts nothing into the stages.
+        Without `hidden` the pass begins with the tokens' embeddings. `logits` applies the final norm. A layer whose
+        attention is skipped stages nothing.
         """
         last = self.config.layers if last is None else last
         if self._graphs is not None and hidden is None and (first, last) == (0, self.config.layers) and not skip:
@@ -239,19 +242,19 @@ class Decoder:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a token position's bits depend on its own path alone: in the C kernels, and under --strict. torch's
-        operators round by the shape of a pass.
+        """Whether a token position's bits depend on its own path alone: with the C kernels, and under --strict.
+        torch's operators round differently for different shapes of a pass.
         """
         return self.strict or self._fused is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[r, width] to [r, V]: in the model's dtype, and where the C kernel multiplies, its sums in fp32."""
+        """Logits [r, V] of hidden states [r, width]: in the model's dtype, or the C kernel's fp32 sums."""
         logits = self._head(self._norm(hidden)) if self._fused is None else self._fused.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _project(self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Queries, keys and values [r, (H + 2 K) * D] of normed rows, normed and turned."""
+        """Queries, keys and values [r, (H + 2 K) * D] of normed x [r, width], with head norms and rotation applied."""
         c = self.config
         sizes = (c.heads * c.head_dim, c.key_heads * c.head_dim)
         made = layer.qkv(x)
@@ -266,7 +269,7 @@ class Decoder:
         return torch.cat((queries.flatten(1), keys.flatten(1), values), -1)
 
     def _texts(self, rows: Rows) -> Texts | None:
-        """All spans that one call a layer can read."""
+        """The batched attention over all spans; None where the kernel can't take them."""
         c = self.config
         if self.strict or cpu.unfit(self.dtype, self.device, c.head_dim):
             return None
@@ -274,7 +277,7 @@ class Decoder:
         return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None
 
     def _read(self, index: int, made: Tensor, rows: Rows, texts: Texts | None) -> Tensor:
-        """Attention's output [r, H * D]; keys and values are in the stages then."""
+        """Stage keys and values, and return attention's output [r, H * D]."""
         c = self.config
         output = made.new_empty(len(made), c.heads * c.head_dim)
         if texts is not None:

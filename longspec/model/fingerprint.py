@@ -1,8 +1,8 @@
-"""Fingerprints of models: hashes that tell their rows, their tokenizers and their weights apart.
+"""Fingerprints of models: hashes of their cache rows' origin, their tokenizers and their weights.
 
-`fingerprint` is exact: a snapshot's rows are of use to that model alone. `lineage` doesn't depend on the dtype: a head
-that was trained for a model serves it in each. Weights are sampled, not read whole: two models of one shape differ in
-nearly every tensor's first values, and one that was fine-tuned in some layers differs in theirs.
+`fingerprint` is exact: a snapshot's rows are valid for that model alone. `lineage` doesn't depend on the dtype: a
+head that was trained for a model serves it in each. Weights are sampled, not read whole: two models of one shape
+differ in nearly every tensor's first values, and a fine-tuned one differs in its fine-tuned layers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from longspec.model.decoder import Decoder
 
 __all__ = ["fingerprint", "lineage"]
 
-_RUN = 512  # values of a sample: a page of a mapped file or two
+_RUN = 512  # values of a sample: one or two pages of a mapped file
 
 
 def fingerprint(decoder: Decoder, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:
-    """Values that must be equal, by the words for what they tell apart; the dtype, in which all differ, first."""
+    """Fingerprint fields for a snapshot, by their names in an error; compared in order, the dtype first, as in
+    another one all values differ.
+    """
     return {
         "dtype": dtype,
         "model": _weights(decoder),
@@ -32,8 +34,8 @@ def fingerprint(decoder: Decoder, tokenizer: Tokenizer, dtype: str) -> dict[str,
 
 
 def lineage(decoder: Decoder) -> str:
-    """A hash of the config, 16 samples of the embedding, and all norms and biases, rounded to bf16: what every dtype
-    keeps as it is. Norms that were shifted before they are rounded (Gemma's) don't count.
+    """A hash of the config, 16 samples of the embedding, and all norms and biases, rounded to bf16: parts that every
+    dtype keeps. Norms that are shifted before rounding (Gemma's) are left out.
     """
     digest = hashlib.sha256(repr(decoder.config).encode())
     embedding, *others = decoder.tensors()
@@ -46,7 +48,7 @@ def lineage(decoder: Decoder) -> str:
 
 
 def _weights(decoder: Decoder) -> str:
-    """Of the config, and of every tensor's shape and four samples of its values."""
+    """A hash of the config, and of every tensor's shape and four samples of its values."""
     digest = hashlib.sha256(repr(decoder.config).encode())
     for tensor in decoder.tensors():
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())

@@ -1,6 +1,6 @@
 """A decoder layer's weights: norms and matrices, read by their checkpoint names.
 
-Takes a config and weights; gives layers whose shapes were checked against the config. Computes nothing but norms.
+Takes a config and weights; gives layers whose shapes are checked against the config. Computes nothing but norms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Layer", "LayerReader", "Norm"]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Root mean square norm of rows [r, width]."""
+    """Root mean square norm of x [r, width]."""
 
     weight: Tensor
     eps: float
@@ -39,7 +39,7 @@ class Layer:
     """One layer: attention and a gated MLP, with norms before or after each, or both."""
 
     before_attention: Norm | None
-    qkv: Any  # Linear or Groups, as the other matrices
+    qkv: Any  # Linear or Groups, as are the other matrices
     query_norm: Norm | None
     key_norm: Norm | None
     output: Any
@@ -51,7 +51,7 @@ class Layer:
 
 
 class LayerReader:
-    """Takes weights by their checkpoint names, checks each shape against the config, and puts it on the device."""
+    """Reads weights by their checkpoint names, checks each shape against the config, and moves them to the device."""
 
     def __init__(self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: bool) -> None:
         self._config, self._weights, self._device, self._tile, self._coded = config, weights, device, tile, coded
@@ -72,9 +72,9 @@ class LayerReader:
         return Norm(weight, self._config.eps)
 
     def head(self, embedding: Tensor) -> Any:
-        """The output matrix [V, width]: the file's, else of a tied model the embedding table.
+        """The output matrix [V, width]: the file's, else the embedding table of a tied model.
 
-        A tied model's file that holds another head as well counts as untied, as in transformers 5.24 and llama.cpp.
+        A tied model's file that also holds a different head counts as untied, as in transformers 5.24 and llama.cpp.
         """
         shape = (self._config.vocabulary, self._config.width)
         for name in ("lm_head.weight", "language_model.lm_head.weight"):
@@ -94,7 +94,8 @@ class LayerReader:
         at = f"layers.{i}"
         q, kv = c.heads * c.head_dim, c.key_heads * c.head_dim
         before, after = c.norms in ("before", "both"), c.norms in ("after", "both")
-        # Gemma's four norms take Llama's name for the second one; OLMo 2 has the two behind.
+        # With four norms (Gemma), Llama's name for the second one is that of the norm after attention; OLMo 2 has
+        # only the two after the sub-layers.
         second = "pre_feedforward_layernorm" if c.norms == "both" else "post_attention_layernorm"
         queries, keys = {"head": (c.head_dim, c.head_dim), "width": (q, kv), None: (0, 0)}[c.query_norm]
         qkv = ["qkv_proj"] if c.fused else ["q_proj", "k_proj", "v_proj"]

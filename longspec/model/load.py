@@ -1,4 +1,4 @@
-"""From a model's name to a decoder and a vocabulary, with the seconds that each took.
+"""Loading: from a model's name to a decoder and a vocabulary, with the seconds of each.
 
 Chooses device and dtype where they are left open. Imports stay light: tokenizers, not transformers, wherever the
 checkpoint has a tokenizer.json.
@@ -49,33 +49,33 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint, ready to decode."""
+    """A loaded checkpoint: decoder and vocabulary."""
 
     name: str
     dtype: str  # a key of DTYPES
     decoder: Decoder
     vocabulary: Vocabulary
     end_tokens: tuple[int, ...]
-    defaults: Mapping[str, Any]  # generation_config.json
-    seconds: Mapping[str, float]  # tokenizer, weights
-    is_read: bool = False  # all that passes read is in memory; else pages of files come when they are touched
-    # One forward pass at a time: a decoder has one workspace. Engines of the same model share the lock.
+    defaults: Mapping[str, Any]  # the content of generation_config.json
+    seconds: Mapping[str, float]  # by stage: tokenizer, weights
+    is_read: bool = False  # all weights are resident; else pages of mapped files are loaded when they are touched
+    # Held during a forward pass: a decoder has one workspace. Engines of the same model share the lock.
     lock: AbstractContextManager[Any] = field(default_factory=RLock, compare=False, repr=False)
 
     @property
     def lineage(self) -> str:
-        """What tells it from other models, in every dtype."""
+        """The dtype-independent fingerprint; see `longspec.model.fingerprint`."""
         return lineage(self.decoder)
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What makes its rows another's; see `longspec.model.fingerprint`."""
+        """The exact fingerprint, on which cache rows depend; see `longspec.model.fingerprint`."""
         return fingerprint(self.decoder, self.vocabulary.tokenizer, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint whose texts are read and whose weights aren't: what a budget is planned from."""
+    """A checkpoint with its config and tokenizer read, its weights not yet: the input of a memory plan."""
 
     checkpoint: Checkpoint
     config: Config
@@ -83,11 +83,12 @@ class Opened:
     dtype: str  # a key of DTYPES
     device: torch.device
     tokenizer_seconds: float
-    fit: Fit | None = None  # what `longspec tune` found for it here
+    fit: Fit | None = None  # the settings that `longspec tune` stored for it
 
     def set_threads(self, threads: int | None = None) -> None:
-        """Of torch on a CPU: the given ones, else OMP_NUM_THREADS, else those that tuning found, else no more than a
-        container lets run: threads beyond that stand still whenever the time is used up, and all others wait for them.
+        """Set torch's thread count on a CPU: the given one, else OMP_NUM_THREADS, else the tuned one, else at most
+        the container's CPU quota: threads beyond it are stopped whenever the quota is used up, and all others wait
+        for them.
         """
         if threads is None and "OMP_NUM_THREADS" not in os.environ:
             allowed = quota() or torch.get_num_threads()
@@ -125,12 +126,12 @@ def open_model(
     offline: bool | None = None,
     report: Report | None = None,
 ) -> Opened:
-    """Find a model by short name, path or Hugging Face id. `report` is told of what is fetched: stage, done, total;
-    `offline` forbids that.
+    """Find a model by short name, path or Hugging Face id. report: a callback for downloads: stage, bytes done,
+    total; offline: forbid them.
 
     Raises:
         ModelError: it can't be found, read, or isn't supported.
-        UsageError: the dtype or the device is unknown, or not there.
+        UsageError: the dtype or the device is unknown, or not available.
     """
     place = choose_device(device)
     checkpoint = find(name, offline=offline, report=report)
@@ -152,12 +153,12 @@ def load_model(
     strict: bool = False,
     report: Report | None = None,
 ) -> Model:
-    """Open a model and read its weights at once; raises what both do."""
+    """Open a model and read its weights; raises the errors of both."""
     return open_model(name, dtype=dtype, device=device, report=report).load(strict=strict, report=report)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where torch finds one."""
+    """The device of that name; `auto` is the GPU where torch finds one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -172,7 +173,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_dtype(name: str) -> None:
-    """Raises UsageError where no dtype has this name."""
+    """Raise UsageError where no dtype has this name."""
     if name not in ("auto", *DTYPES):
         raise UsageError(f"The dtype {name!r} is not known; use one of: auto, {', '.join(DTYPES)}.")
 
@@ -180,8 +181,8 @@ def check_dtype(name: str) -> None:
 def choose_dtype(
     name: str, device: torch.device, checkpoint: Checkpoint, config: Config, fit: Fit | None = None
 ) -> str:
-    """`auto` is what tuning found, if it did; else int8 where the checkpoint holds codes and their kernel can be had,
-    bf16 where its kernel can be had, and `native_dtype` elsewhere.
+    """The dtype of that name; `auto` is the tuned one, if there is one; else int8 where the checkpoint is quantized
+    and the kernel is available, bf16 where its kernel is available, and `native_dtype` elsewhere.
     """
     check_dtype(name)
     if name == "auto" and fit is not None and fit.dtype != "int8":
@@ -206,7 +207,7 @@ def native_dtype(device: torch.device) -> str:
 
 
 def end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """All tokens that end a text: what the generation config, the config and the tokenizer name."""
+    """All tokens that end a text: those of the generation config, the config and the tokenizer."""
     named = defaults.get("eos_token_id")
     ends = list(named) if isinstance(named, list) else [] if named is None else [named]
     ends += config.end_tokens

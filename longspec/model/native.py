@@ -1,8 +1,9 @@
-"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or by codes, on a CPU.
+"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU.
 
-Takes a decoder's weights where they lie; gives what torch's operators give to within their rounding, in less than half
-of the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 row and 11.4 for
-16, where torch takes 24 and 27, and reading the weights 9. A row's bits don't depend on the rows beside it.
+Takes a decoder's weights without a copy; gives the results of torch's operators up to rounding, in less than half of
+the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 position and 11.4
+for 16, where torch takes 24 and 27, and reading the weights alone 9. A position's bits don't depend on the other
+positions.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class _Pass(ctypes.Structure):
 
 
 def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why such a decoder takes torch's operators; None where the kernel can be had."""
+    """The reason why such a decoder can't use the kernel; None where it can."""
     c = config
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
@@ -86,7 +87,7 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
 
 
 class Fused:
-    """The layers and the head of one decoder: its own, whose tensors it keeps; in bf16 or, all of them, as codes."""
+    """The layers and the head of one decoder, all in bf16 or all quantized; it keeps the tensors alive."""
 
     def __init__(self, config: Config, layers: Sequence[Any], norm: Tensor, head: Any) -> None:
         found = kernel()
@@ -108,7 +109,7 @@ class Fused:
 
     @property
     def linear(self) -> int | None:
-        """Where the kernel's function for one product is, for another kernel to call."""
+        """The address of the C function for one product, for another kernel to call."""
         return ctypes.cast(self._kernel.linear, ctypes.c_void_p).value
 
     @property
@@ -116,12 +117,12 @@ class Fused:
         return ctypes.addressof(self._head)
 
     def workspace(self) -> int:
-        """Where the calling thread's calls work: enough for any product of this decoder's widths."""
+        """The address of the calling thread's workspace, large enough for any product of this decoder."""
         return workspace("layer", self._workspace_nbytes).data_ptr()
 
     def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
-        """Hidden [r, width] after layers first..last, in one call. Parts: of each layer, 1 for its attention and 2 for
-        its MLP, together 3.
+        """Hidden states [r, width] after layers first..last, in one call. parts: a bit mask per layer: 1 attention, 2
+        MLP, 3 both.
         """
         c, rows = self._config, len(hidden)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
@@ -146,7 +147,9 @@ class Fused:
         return hidden
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Queries, keys and values [r, (heads + 2 key heads) * D], normed and turned, from hidden [r, width]."""
+        """Queries, keys and values [r, (heads + 2 key heads) * D] of hidden [r, width], with norms and rotation
+        applied.
+        """
         c, rows, hidden = self._config, len(hidden), hidden.contiguous()
         qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
@@ -155,8 +158,8 @@ class Fused:
         return qkv
 
     def finish(self, index: int, attention: Tensor | None, hidden: Tensor, *, mlp: bool = True) -> Tensor:
-        """Hidden [r, width] after the layer, of its attention's output [r, heads * D] and of hidden before it. Without
-        attention that goes by the layer's, without `mlp` by its MLP.
+        """Hidden states [r, width] after the layer, from its attention's output [r, heads * D] and the hidden states
+        before it. attention None skips the attention, mlp False the MLP.
         """
         c, rows, hidden = self._config, len(hidden), hidden.contiguous()
         output, read = torch.empty_like(hidden), None
@@ -168,7 +171,7 @@ class Fused:
         return output
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [r, V] of hidden states [r, width], through the final norm: the fp32 sums."""
+        """Logits [r, V] of hidden states [r, width], with the final norm applied, in fp32."""
         rows, hidden = len(hidden), hidden.contiguous()
         logits = hidden.new_empty(rows, self._head.size, dtype=torch.float32)
         at = pointer(hidden, torch.bfloat16, rows, self._config.width)
@@ -178,7 +181,7 @@ class Fused:
         return logits
 
     def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
-        """Cosines and signed sines [r, 1, dims], and dims."""
+        """The addresses of cosines and signed sines [r, 1, dims], and dims."""
         dims = turn[0].shape[-1]
         cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
         return cos, sin, dims
@@ -206,7 +209,7 @@ class Fused:
 
 
 def matrix_of(linear: Any) -> Matrix:
-    """A layer of weights as the kernel takes it; its tensors must be kept."""
+    """A linear layer as the kernel's C struct; the caller keeps its tensors alive."""
     size, width = (linear.size, linear.width) if isinstance(linear, Groups) else linear.weight.shape
     bias = None if linear.bias is None else pointer(linear.bias, torch.bfloat16, size)
     if not isinstance(linear, Groups):
@@ -219,7 +222,7 @@ def matrix_of(linear: Any) -> Matrix:
 
 
 def kernel() -> ctypes.CDLL | str:
-    """The kernel's library; a sentence where it can't be had."""
+    """The loaded C library; the reason as a string where it isn't available."""
     found = library("layer.c")
     if isinstance(found, str):
         return found

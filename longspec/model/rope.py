@@ -1,11 +1,11 @@
-"""Rotary positions: frequencies of each kind, and the rotation itself.
+"""Rotary position embedding (RoPE): the frequencies of each kind, and the rotation.
 
 Takes a `Rope` and positions, gives cosines and sines in fp32; knows no layer. Kinds: default (Su et al., 2104.09864),
 linear (positions divided), llama3 (long wavelengths divided), yarn (2309.00071), longrope (2402.13753).
 
-A longrope model has two sets of frequencies, one for short texts and one for texts beyond its first context. Which
-one a text uses is fixed before its first row, from the longest that it may become: switching while it grows would
-leave keys of both kinds in one cache. (llama.cpp and vLLM decide in the same way, by the context that was asked for.)
+A longrope model has two sets of frequencies, one for short sequences and one for those beyond its original context.
+The set is fixed before a sequence's first position, by its planned maximum length: switching during decoding would
+leave keys of both kinds in one cache. (llama.cpp and vLLM decide in the same way, by the context requested.)
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ __all__ = ["Rotation", "frequencies", "rotate"]
 
 
 class Rotation:
-    """A rope's frequencies on a device, ready to give cosines and sines."""
+    """A rope's frequencies on a device."""
 
     def __init__(self, rope: Rope, device: torch.device) -> None:
         short, self._factor = frequencies(rope)
         both = torch.stack((short, frequencies(rope, long=True)[0])) if rope.kind == "longrope" else short[None]
-        # [1 or 2, dims], the first half negative: the sine of a negated angle is the sine negated, to the bit.
+        # [1 or 2, dims], the first half negative: the sine of a negated angle is the negated sine, to the bit.
         self._frequencies = torch.cat((-both, both), -1).to(device)
         self.first_context = int(rope.get("original_max_position_embeddings", 0)) if len(both) == 2 else None
 
     def __call__(self, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [r, 1, dims] for `rotate`. `long` [r] bool: rows of a text planned to be long."""
+        """Cosines and signed sines [r, 1, dims] for `rotate`. long: [r] bool, positions of a sequence planned to be
+        long.
+        """
         chosen = self._frequencies[long.long()] if len(self._frequencies) == 2 else self._frequencies
         angles = positions[:, None, None] * chosen[:, None]
         cos, sin = angles.cos(), angles.sin()
@@ -72,7 +74,7 @@ def frequencies(rope: Rope, long: bool = False) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: Rope, plain: Tensor, original: int) -> Tensor:
-    """Wavelengths up to original / high stay, from original / low on are stretched; between them a blend."""
+    """Keep wavelengths up to original / high, stretch those from original / low on, and blend between."""
     factor, low, high = (float(rope.get(name)) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelengths = 2 * math.pi / plain
     blend = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
@@ -80,10 +82,12 @@ def _llama3(rope: Rope, plain: Tensor, original: int) -> Tensor:
 
 
 def _yarn(rope: Rope, plain: Tensor, original: int) -> tuple[Tensor, float]:
-    """Dimensions that turn often within the first context stay, those that hardly turn are stretched, by a ramp."""
+    """Keep dimensions that rotate often within the original context, stretch those that hardly rotate, with a linear
+    ramp between.
+    """
     factor = rope.get("factor", rope.context / original)
 
-    def dimension(turns: float) -> float:  # the one that turns so often within the first context
+    def dimension(turns: float) -> float:  # the one that rotates so often within the original context
         return rope.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.get("beta_fast", 32)), dimension(rope.get("beta_slow", 1))

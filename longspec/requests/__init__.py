@@ -1,4 +1,4 @@
-"""Requests from outside as prompts and options, and answers in the shapes that OpenAI's clients read.
+"""Request parsing and response formats for OpenAI's API.
 
-Shared by `batch`, whose lines come from files, and `server`, whose bodies come over HTTP.
+Shared by `batch`, whose requests are lines of files, and `server`, whose requests are HTTP bodies.
 """

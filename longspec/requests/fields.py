@@ -1,6 +1,6 @@
-"""Fields of JSON objects from strangers: each of the type that it should be, or refused in a sentence.
+"""Fields of untrusted JSON objects: each has the type required, or is refused with an error message.
 
-Takes parsed JSON; gives values, and the options of a text by our own names. Ranges are the engine's to check.
+Takes parsed JSON; gives values, and the options of a sequence under our own names. Ranges are checked by the engine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MISSING = object()
 
 
 class RequestError(UsageError):
-    """A request that can't be carried out. param: the field that is wrong; code: OpenAI's word for the error."""
+    """An invalid request. param: the invalid field; code: OpenAI's error code."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -50,7 +50,9 @@ class RequestError(UsageError):
 
 
 def parse_object(data: str | bytes, name: str) -> dict[str, Any]:
-    """The JSON object of a line or a body, which `name` calls by a word. Raises RequestError where it is none."""
+    """The JSON object of a line or a body; name: what an error calls it. Raises RequestError where it isn't an
+    object.
+    """
     try:
         value = json.loads(data)
     except RecursionError:
@@ -63,9 +65,9 @@ def parse_object(data: str | bytes, name: str) -> dict[str, Any]:
 
 
 def typed(fields: Mapping[str, Any], name: str, kind: type, default: Any = _MISSING, *, place: str = "") -> Any:
-    """A field of this type. A whole number is a number too; true and false are neither.
+    """A field of this type. An int is a valid float; true and false are no numbers.
 
-    default: its value where it is left out, or null. place: the object that holds it, as an error names it.
+    default: the value of a missing or null field. place: the enclosing object, as an error names it.
     """
     value: Any = fields.get(name)
     named = f"{place}.{name}" if place else name
@@ -82,7 +84,7 @@ def typed(fields: Mapping[str, Any], name: str, kind: type, default: Any = _MISS
 
 
 def named_options(fields: Mapping[str, Any]) -> Options:
-    """The options that an object names; null leaves one open."""
+    """The options that an object sets; a null field is left out."""
     options = {name: typed(fields, name, kind) for name, kind in OPTIONS.items() if fields.get(name) is not None}
     if fields.get("stop") is not None:
         options["stop"] = stops(fields)
@@ -90,7 +92,7 @@ def named_options(fields: Mapping[str, Any]) -> Options:
 
 
 def stops(fields: Mapping[str, Any], most: int | None = None) -> list[str]:
-    """The stop strings: `most` of them, if it is given."""
+    """The stop strings, at most `most` of them."""
     value = fields.get("stop") or []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -101,9 +103,9 @@ def stops(fields: Mapping[str, Any], most: int | None = None) -> list[str]:
 
 
 def messages(fields: Mapping[str, Any], *, any_role: bool = False) -> list[dict[str, Any]]:
-    """The messages of a conversation, each with a role and a text; parts of type text are joined.
+    """The messages of a conversation, each with a role and a text; content parts of type text are concatenated.
 
-    any_role: roles and further fields are the chat template's to understand, not ours to refuse.
+    any_role: pass unknown roles and fields to the chat template instead of refusing them.
     """
     listed = typed(fields, "messages", list)
     if not listed:
@@ -130,6 +132,6 @@ def _message(message: object, place: str, any_role: bool) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A value as a sentence quotes it."""
+    """A value as quoted in an error message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,7 +1,7 @@
-"""A body of OpenAI's API, for chats or completions, as prompts and options.
+"""A request body of OpenAI's chat or completions API as prompts and options.
 
-Takes parsed JSON from strangers. What isn't supported is refused by name, unless its value asks for nothing. What the
-body leaves open (the seed, the longest answer) stays open: server and batch have defaults of their own.
+Takes parsed untrusted JSON. An unsupported field is refused by name, unless its value is the default behaviour.
+Fields left out (seed, maximum length) stay unset: server and batch have their own defaults.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ _READ_IN_CHATS = {"messages", "max_completion_tokens", "reasoning_effort", "reas
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The prompts of one body, and how each is to be answered."""
+    """The prompts of one body, and the options of their answers."""
 
     chat: bool
     prompts: tuple[Prompt, ...]
-    options: Options  # those that the body names
-    choices: int  # answers for each prompt
+    options: Options  # those that the body sets
+    choices: int  # answers per prompt
     stream: bool
     include_usage: bool
     model: str | None
 
 
 def read_request(body: Mapping[str, Any], *, chat: bool) -> Request:
-    """The request that a body makes.
+    """The request of a body.
 
     Raises:
         RequestError: a field isn't supported, or isn't what it should be.
@@ -89,7 +89,7 @@ def read_request(body: Mapping[str, Any], *, chat: bool) -> Request:
 def _options(body: Mapping[str, Any], chat: bool) -> Options:
     options = without_idle(named_options({name: body.get(name) for name in _OURS}))
     if options.get("top_p") == 1:
-        del options["top_p"]  # all tokens: said by many clients, and no wish for sampling
+        del options["top_p"]  # 1 means all tokens: many clients send it without wanting sampling
     most = typed(body, "max_tokens", int, None)
     if chat:
         most = typed(body, "max_completion_tokens", int, most)

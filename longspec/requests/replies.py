@@ -1,6 +1,6 @@
-"""Answers in OpenAI's shapes: whole ones, and pieces of a stream.
+"""Responses in OpenAI's formats: complete objects, and chunks of a stream.
 
-Takes answers and texts as plain values, gives dicts. What OpenAI has no field for stands in each choice's `longspec`.
+Takes answers and texts as plain values, gives dicts. Figures without an OpenAI field are in each choice's `longspec`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REASONS = {"stop": "stop", "length": "length"}
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The shape of one request's answers: a chat's, or a completion's."""
+    """The response format of one request: chat or completion."""
 
     chat: bool
     id: str
@@ -28,29 +28,29 @@ class Reply:
     model: str
 
     def whole(self, answers: Sequence[Answer], seeds: Sequence[int | None], choices: int) -> dict[str, Any]:
-        """All texts, in their order; `choices` of them answer each prompt."""
+        """The complete response, with all answers in order; `choices` of them per prompt."""
         replies = [self._choice(i, answer, seed) for i, (answer, seed) in enumerate(zip(answers, seeds, strict=True))]
         return {**self._head(""), "choices": replies, "usage": usage(answers, choices)}
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """Before a text's first piece: a chat says whose words they are."""
+        """The chunk before an answer's first text: a chat's role; None for a completion."""
         return self._piece(index, {"delta": {"role": "assistant", "content": ""}}) if self.chat else None
 
     def piece(self, index: int, thought: str, said: str) -> dict[str, Any]:
-        """What came of the reasoning, which a completion has none of, and of the answer."""
+        """A chunk of reasoning (chats only) and answer text."""
         if not self.chat:
             return self._piece(index, {"text": said})
         delta = {"reasoning_content": thought} if thought else {}
         return self._piece(index, {"delta": delta | ({"content": said} if said else {})})
 
     def last(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
-        """After a text's last piece: why it ended, and what it took."""
+        """The chunk after an answer's last text: its finish reason and its figures."""
         ending: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         ending |= {"finish_reason": _reason(answer), "longspec": statistics(answer, seed)}
         return self._piece(index, ending)
 
     def closing(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
-        """What the whole request took, where a stream was asked for it."""
+        """The stream's final chunk with the request's usage, if the client asked for it."""
         return {**self._head(".chunk"), "choices": [], "usage": usage(answers, choices)}
 
     def _head(self, suffix: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Reply:
 
 
 def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
-    """Tokens of all texts together; a prompt with several choices is counted once."""
+    """Token counts of all answers; a prompt with several choices is counted once."""
     prompts = [answer.usage for answer in answers[::choices]]
     prompt = sum(each["prompt_tokens"] for each in prompts)
     completion = sum(answer.usage["completion_tokens"] for answer in answers)
@@ -87,7 +87,9 @@ def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
 
 
 def statistics(answer: Answer, seed: int | None) -> dict[str, Any]:
-    """As `longspec run --json` names them. seed: with it and the same key, the text can be had again."""
+    """An answer's figures under the names of `longspec run --json`. seed: the same seed and key
+    reproduce the answer.
+    """
     report = answer.report()
     names = ("finish_reason", "dtype", "exactness", "cache", "cache_lossless", "speculation", "timing")
     return {**{name: report[name] for name in names}, "seed": seed}

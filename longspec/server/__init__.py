@@ -1,4 +1,4 @@
-"""An engine behind HTTP: what OpenAI's clients speak, and what `longspec run` speaks over a Unix socket.
+"""An engine behind HTTP: OpenAI's API, and a Unix socket for `longspec run`.
 
     body -> asks -> desk -> worker (one thread: engine, schedule) -> desk -> requests.replies -> body
 

@@ -1,6 +1,6 @@
-"""The two faces of a desk: OpenAI's API for the network, and lines of JSON for `longspec run` on this machine.
+"""The two HTTP applications: OpenAI's API for the network, and JSON lines for `longspec run` on this machine.
 
-Takes HTTP from strangers; gives answers, streams and refusals. Whatever goes wrong is told in OpenAI's shape.
+Takes untrusted HTTP requests; gives answers, streams and refusals. Every error is reported in OpenAI's format.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 def open_to_clients(
     desk: Desk, model: str, hosts: frozenset[str] | None, key: str | None, say: Callable[[str], None]
 ) -> ASGIApp:
-    """OpenAI's API, for requests that name one of these hosts (any, if None) and bring the key, if there is one."""
+    """OpenAI's API, for requests whose Host is one of these (any, if None) and that have the API key, if there is
+    one.
+    """
     created = int(time())
 
     async def models(request: Request) -> Response:
@@ -79,7 +81,7 @@ def open_to_clients(
 
 
 def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
-    """What `longspec run` asks for, over a socket that only this user opens."""
+    """The API of `longspec run`, over a socket that only this user can open."""
     running: dict[str, Texts] = {}
 
     async def run(request: Request) -> Response:
@@ -92,7 +94,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
     async def lines(name: str, texts: Texts) -> AsyncIterator[bytes]:
         running[name] = texts
         try:
-            yield _line({})  # taken: the client needn't look for another way
+            yield _line({})  # accepted: the client needn't load a model itself
             async for _, event in texts.told():
                 if isinstance(event, Ended):
                     yield _line({"answer": event.answer.report(), "notes": event.notes})
@@ -103,7 +105,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
             yield _line({"error": str(error), "exit_code": error.exit_code})
         except GoneError:
             pass
-        except Exception as error:  # noqa: BLE001  told to whoever asked, and to whoever looks after the server
+        except Exception as error:  # noqa: BLE001  reported to the client and on stderr
             say(_failure(error))
             yield _line({"error": _failure(error), "exit_code": 1})
         finally:
@@ -119,7 +121,7 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
 
 
 async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], None]) -> AsyncIterator[bytes]:
-    """Server-sent events: pieces of all texts as they come, and at last [DONE]."""
+    """Server-sent events: chunks of all answers as they come, then [DONE]."""
     answers: dict[int, Answer] = {}
     more = {"usage": None} if wanted.include_usage else {}
     try:
@@ -136,14 +138,14 @@ async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], 
             yield _event(reply.closing([answers[i] for i in range(len(answers))], wanted.choices))
     except GoneError:
         return
-    except Exception as error:  # noqa: BLE001  the status is sent: what went wrong can only be told here
+    except Exception as error:  # noqa: BLE001  the status is sent already: report the error within the stream
         say(_failure(error))
         yield _event(_refusal(error).body())
     yield b"data: [DONE]\n\n"
 
 
 def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
-    """The routes, with everything that is raised in them told in one shape."""
+    """A Starlette application of these routes, with error handlers in OpenAI's format."""
 
     async def refused(request: Request, error: Exception) -> Response:
         refusal = _refusal(error)
@@ -156,7 +158,7 @@ def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
 
 
 def _refusal(error: Exception) -> RefusedError:
-    """As a client is told it; what is our own fault isn't shown to strangers."""
+    """An error as the client sees it; internal errors aren't disclosed."""
     match error:
         case RefusedError():
             return error
@@ -175,7 +177,7 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error), code="memory_budget_exceeded")
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
-    # Starlette raises such an error on, and uvicorn then drops the connection: the client must not reuse it.
+    # Starlette re-raises such an error and uvicorn then drops the connection: the client must not reuse it.
     sentence = "The server failed at this; what happened is on its standard error."
     return RefusedError(500, sentence, headers={"connection": "close"})
 
@@ -185,9 +187,9 @@ def _failure(error: Exception) -> str:
 
 
 async def _body(request: Request) -> bytes:
-    """All of it: JSON, not too much, and in time."""
+    """The whole body: JSON, within the size and time limits."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page elsewhere may send other kinds through a browser without being asked
+    if kind != "application/json":  # a foreign page may make a browser send other types without a preflight request
         raise RefusedError(415, f"The content type is {kind!r}; send application/json.")
     data = bytearray()
     try:

@@ -1,6 +1,6 @@
-"""Bodies of requests as texts to be written: OpenAI's API, and what `longspec run` sends over its socket.
+"""Request parsing: the bodies of OpenAI's API, and of `longspec run` over its socket, as prompts and options.
 
-Takes JSON from strangers; gives prompts and options of the right types, with this server's defaults.
+Takes untrusted JSON; gives prompts and options of the right types, with the server's defaults.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from longspec.text.prompt import Prompt
 
 __all__ = ["Ask", "ask", "local"]
 
-_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to its end
+_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat has no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The texts of one request, and how it wants them."""
+    """One request: its prompts with their options, and the response format."""
 
     chat: bool
-    texts: tuple[tuple[Prompt, Options], ...]  # `choices` of them for each prompt
+    texts: tuple[tuple[Prompt, Options], ...]  # `choices` of them per prompt
     choices: int
     stream: bool
     include_usage: bool
@@ -37,7 +37,7 @@ class Ask:
 
 
 def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
-    """A request to /v1/chat/completions, or to /v1/completions, for at most so many texts.
+    """Parse a request to /v1/chat/completions or /v1/completions, for at most `most` answers.
 
     Raises:
         RequestError: a field isn't supported, or isn't what it should be.
@@ -52,18 +52,19 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
     if choices * len(prompts) > most:
         asked = f"{len(prompts)} prompts with {choices} choices" if len(prompts) > 1 else f"{choices} choices"
         raise RequestError(f"{asked} are more texts than this server takes; it takes {most} together.", param="n")
-    # Another request is to get another text, unless it names the seed; longspec.seed tells which it was.
+    # A repeated request gets another answer, unless it sets the seed; the response's longspec.seed names the one
+    # used.
     options: dict[str, Any] = {"seed": secrets.randbits(32), **request.options}
     if not chat:
         options.setdefault("max_new_tokens", _COMPLETION_TOKENS)
-    # The first text's key is that of `longspec run`; each other text has noise of its own.
+    # The first answer has the key of `longspec run`; each other answer has its own noise.
     repeated = (prompt for prompt in prompts for _ in range(choices))
     texts = [(prompt, cast(Options, {**options, "key": str(i) if i else ""})) for i, prompt in enumerate(repeated)]
     return Ask(chat, tuple(texts), choices, request.stream, request.include_usage)
 
 
 def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:
-    """What `longspec run` asks for: the prompt, its options, and when it began on this machine's clock."""
+    """Parse a request of `longspec run`: the prompt, its options, and when it began on `perf_counter`'s clock."""
     options = {name: value for name, value in typed(body, "options", dict, {}).items() if value is not None}
     if unknown := sorted(options.keys() - OPTIONS.keys() - {"stop"}):
         raise RequestError(f"{unknown[0]} isn't known to this server.", param=unknown[0])

@@ -1,6 +1,6 @@
-"""Between the event loop and the worker's thread: one request's texts go in, what comes of them comes back.
+"""The dispatcher between the event loop and the worker's thread: requests go in, their events come back.
 
-Refuses what is too much, ends what takes too long, and drops what nobody waits for any longer. Knows no JSON.
+Limits the number of open sequences and their time, and drops requests whose client has disconnected. Knows no JSON.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _RETRY_SECONDS = 5
 
 
 class GoneError(Exception):
-    """The client went away; nobody reads an answer."""
+    """The client has disconnected."""
 
 
 class Desk:
-    """Takes requests for one worker while there are fewer than `most` texts open, each for at most so many seconds."""
+    """Takes requests for one worker while fewer than `most` sequences are open, each for at most `seconds`."""
 
     def __init__(self, worker: Worker, most: int, seconds: float) -> None:
         self.worker = worker
@@ -40,7 +40,7 @@ class Desk:
         self._open: set[Texts] = set()
 
     def __len__(self) -> int:
-        """How many texts are open."""
+        """The number of open sequences."""
         return sum(len(texts) for texts in self._open)
 
     def take(
@@ -51,9 +51,10 @@ class Desk:
         began: float | None = None,
         local: bool = False,
     ) -> Texts:
-        """Have them written. receive: tells, once the body is read, that the client went away.
+        """Submit the sequences of one request. receive: the ASGI channel that, once the body is read, signals a
+        disconnect.
 
-        local: for a person at this machine, who ends it when it takes too long.
+        local: from `longspec run` on this machine: no time limit, since its user can interrupt it.
 
         Raises RefusedError: the server is full, or closes.
         """
@@ -70,18 +71,18 @@ class Desk:
         self._open.discard(texts)
 
     def close(self, seconds: float) -> None:
-        """Takes no more; what is open ends by itself, or after so many seconds with what it has."""
+        """Accept no more requests; after `seconds`, end the open sequences with their answers so far."""
         self.closing = True
         asyncio.get_running_loop().call_later(seconds, self.end)
 
     def end(self) -> None:
-        """Ends all that is open, with what it has."""
+        """End all open sequences, with their answers so far."""
         for texts in list(self._open):
             texts.end()
 
 
 class Texts:
-    """The texts of one request. Closed, whatever happens, when they are told or the client is gone."""
+    """The sequences of one request; closed when all events are delivered or the client has disconnected."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Texts:
         return self._going
 
     async def opened(self) -> None:
-        """Every prompt is understood. Raises what is wrong with one."""
+        """Wait until every prompt is opened. Raises the error of one that is invalid."""
         early: list[tuple[int, Event]] = []
         missing = len(self._orders)
         while missing:
@@ -115,11 +116,11 @@ class Texts:
                 missing -= 1
             else:
                 early.append((place, event))
-        for each in early:  # a text may be written while another's prompt is still read
+        for each in early:  # one sequence may start while another's prompt is still being opened
             self._events.put_nowait(each)
 
     async def told(self) -> AsyncIterator[tuple[int, Commit | Ended]]:
-        """What comes of them, each with its place, until all have ended."""
+        """Yield each sequence's index and events, until all have ended."""
         try:
             while self._going:
                 place, event = await self._next()
@@ -131,12 +132,12 @@ class Texts:
             self.close()
 
     def end(self) -> None:
-        """They end here, with what they have."""
+        """End the sequences, with their answers so far."""
         for order in self._orders:
             self._desk.worker.end(order)
 
     def close(self) -> None:
-        """What isn't written is dropped."""
+        """Drop the unfinished sequences."""
         for order in self._orders:
             self._desk.worker.drop(order)
         self._going = 0
@@ -160,6 +161,6 @@ class Texts:
 
 
 def _bring(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], place: int, event: Event) -> None:
-    """From any thread. A loop that is closed has nobody left to tell."""
+    """Deliver an event from any thread to the loop. A closed loop has no reader left."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(events.put_nowait, (place, event))

@@ -1,7 +1,7 @@
-"""Who may ask: requests that name this server, and bring its key if it has one.
+"""Host and API-key checks before a request is read.
 
-A page in the user's browser can make its own name mean 127.0.0.1 (DNS rebinding) and then ask this server as if it were
-its own: what names another host is refused before anything is read.
+A web page can make its own name resolve to 127.0.0.1 (DNS rebinding) and then send requests to this server from the
+user's browser: a request with a foreign Host is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPEN = "/health"
 
 
 class Guard:
-    """Around an application: hosts are those that a request may name (None: any), key what it must bring."""
+    """ASGI middleware. hosts: the Host names allowed (None: any); key: the API key required, if there is one."""
 
     def __init__(self, inner: ASGIApp, hosts: frozenset[str] | None, key: str | None) -> None:
         self.inner = inner
@@ -51,7 +51,7 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without the port: localhost:8000, 127.0.0.1, [::1]:8000."""
+    """The name in a Host header, without the port: localhost:8000, 127.0.0.1, [::1]:8000."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()

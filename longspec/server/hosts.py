@@ -1,4 +1,4 @@
-"""Who reaches a server, by the host that it listens on; asked before torch is loaded, and so without anything heavy."""
+"""The reachability of a listening address; used before torch is loaded, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["is_loopback", "names"]
 
 
 def is_loopback(host: str) -> bool:
-    """Only this machine reaches a server that listens there."""
+    """Whether a server that listens there is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -16,5 +16,7 @@ def is_loopback(host: str) -> bool:
 
 
 def names(host: str) -> frozenset[str] | None:
-    """What requests may call a server that listens there; None where others have names for it, and it has a key."""
+    """The Host names allowed for a server that listens there; None (any) where it is reachable from elsewhere and has
+    a key.
+    """
     return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None

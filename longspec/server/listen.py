@@ -1,7 +1,7 @@
-"""Listens: on an address, and on a Unix socket that only this user opens, until the process is asked to end.
+"""The listeners: an address, and a Unix socket that only this user can open, until a signal arrives.
 
-Takes applications and sockets; uvicorn does the HTTP. The first signal lets running answers go on for some seconds, the
-second ends them with what they have.
+Takes applications and sockets; uvicorn does the HTTP. The first signal gives running answers a grace period of some
+seconds, the second ends them at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LAST_SECONDS = 5.0
 
 
 class _Server(uvicorn.Server):
-    """Signals are handled once for all servers of the process, not by each."""
+    """A uvicorn server without signal handlers: they are set once for all servers of the process."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -37,7 +37,7 @@ class _Server(uvicorn.Server):
 
 
 class Listener:
-    """Applications at their sockets. `stop` ends them once their answers have ended: `grace` seconds later at most."""
+    """Applications at their sockets. `stop` ends them after their running answers, at most `grace` seconds later."""
 
     def __init__(self, desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float) -> None:
         self._desk = desk
@@ -48,7 +48,7 @@ class Listener:
         await asyncio.gather(*(server.serve([door]) for server, door in self._servers))
 
     def stop(self) -> None:
-        """A second call ends the answers at once, with what they have."""
+        """Stop listening; a second call ends the answers at once, with their text so far."""
         if self._desk.closing:
             self._desk.end()
         else:
@@ -60,7 +60,7 @@ class Listener:
 async def listen(
     desk: Desk, doors: Sequence[tuple[ASGIApp, socket.socket]], grace: float, ready: Callable[[], None]
 ) -> None:
-    """Answer until a signal asks for the end. ready: called once a signal does that."""
+    """Serve until a signal arrives. ready: called once the signal handlers are set."""
     listener, loop = Listener(desk, doors, grace), asyncio.get_running_loop()
     for signum in _SIGNALS:
         loop.add_signal_handler(signum, listener.stop)
@@ -75,7 +75,7 @@ def _config(app: ASGIApp, grace: float) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level=100,  # nothing: what goes wrong is said by the application
+        log_level=100,  # above CRITICAL: the application reports errors itself
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(grace + _LAST_SECONDS),
@@ -83,7 +83,7 @@ def _config(app: ASGIApp, grace: float) -> uvicorn.Config:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Raises UsageError: the address can't be had."""
+    """A listening socket's address, bound. Raises UsageError: the address can't be used."""
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -101,7 +101,8 @@ def bind(host: str, port: int) -> socket.socket:
 def bound_unix(path: Path) -> Iterator[socket.socket | None]:
     """A socket at this path while the block runs; None where another server listens there.
 
-    It appears under its name when it listens, so that whoever finds it is answered; the folder is the user's own.
+    The path appears only once the socket listens, so that a client that finds it can connect; the folder is the
+    user's own.
     """
     if _answers(path):
         yield None
@@ -117,7 +118,7 @@ def bound_unix(path: Path) -> Iterator[socket.socket | None]:
         yield listener
     finally:
         with suppress(OSError):
-            if path.stat().st_ino == mine:  # not another server's by now
+            if path.stat().st_ino == mine:  # not yet replaced by another server's
                 path.unlink()
 
 

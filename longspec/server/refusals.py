@@ -1,4 +1,4 @@
-"""Refusals: the status and the sentence of a request that isn't carried out, in OpenAI's shape."""
+"""Refused requests: the status and the message, in OpenAI's error format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["RefusedError", "encoded"]
 
 
 class RefusedError(Exception):
-    """A request that isn't carried out: the status, and a sentence for a person."""
+    """A refused request: HTTP status and message."""
 
     def __init__(
         self,
@@ -33,5 +33,5 @@ class RefusedError(Exception):
 
 
 def encoded(value: object) -> bytes:
-    """JSON on one line; half a surrogate pair, which a body may spell, becomes a question mark."""
+    """JSON on one line in UTF-8; a lone surrogate, which a body may contain, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")

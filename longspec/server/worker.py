@@ -1,9 +1,9 @@
-"""The one thread that owns an engine, and writes the texts of all requests side by side.
+"""The thread that owns the engine and decodes the sequences of all requests side by side.
 
-Takes orders from any thread, through a queue; tells each order what comes of it: Opened, Commits, and at last Ended or
-an exception. Told in this thread: whoever listens elsewhere brings it there. Knows no HTTP and no event loop.
+Takes orders from any thread, through a queue; reports each order's events: Opened, Commits, and finally Ended or an
+exception. Callbacks run in this thread: the receiver forwards them to its own. Knows no HTTP and no event loop.
 
-The engine is loaded here too: torch's threads and settings belong to the thread that first used them.
+The engine is loaded here too: torch's thread settings belong to the thread that first used them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Ended", "Event", "Opened", "Order", "Worker"]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The prompt is understood, and the text waits for its place."""
+    """The prompt is valid, and the sequence is queued."""
 
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The text is whole, or was ended with what it has."""
+    """The answer is complete, or was ended early."""
 
     answer: Answer
     notes: tuple[str, ...]
@@ -47,7 +47,9 @@ Event = Opened | Commit | Ended | Exception
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Order:
-    """One text that is wanted. began: from when its first token was waited for, if not from when it was opened."""
+    """A sequence to decode. began: when the request arrived, on `perf_counter`'s clock; if left out, when the session
+    was opened.
+    """
 
     prompt: Prompt
     options: Options
@@ -56,7 +58,7 @@ class Order:
 
 
 class Worker:
-    """Loads what `load` gives, then writes at most `width` texts at a time until it is stopped."""
+    """Loads the engine by `load`, then decodes at most `width` sequences at a time until it is stopped."""
 
     def __init__(self, load: Callable[[], Engine], width: int = WIDTH) -> None:
         self.width = width
@@ -70,29 +72,29 @@ class Worker:
         self._thread.start()
 
     def __len__(self) -> int:
-        """How many texts are open."""
+        """The number of open sequences."""
         return len(self._orders)
 
     def write(self, order: Order) -> None:
         self._inbox.put(partial(self._open, order))
 
     def end(self, order: Order) -> None:
-        """The text ends here, with what it has."""
+        """End a sequence with its answer so far."""
         self._inbox.put(partial(self._end, order))
 
     def drop(self, order: Order) -> None:
-        """Nobody waits for it any longer: it isn't written on, and nothing more is told."""
+        """Abandon a sequence, without further events."""
         self._inbox.put(partial(self._forget, order))
 
     def stop(self, seconds: float | None = None) -> None:
-        """Ends the thread after the pass that is running; waits so long for it."""
+        """End the thread after the current pass; waits at most `seconds` for it."""
         self._inbox.put(self._halt)
         self._thread.join(seconds)
 
     def _run(self) -> None:
         try:
             self._engine = self._load()
-        except BaseException as error:  # noqa: BLE001  a signal too: whoever waits for the engine raises it again
+        except BaseException as error:  # noqa: BLE001  a signal too: the thread that waits for the engine re-raises it
             self.loaded.set_exception(error)
             return
         self._schedule = Schedule(self._engine, self.width)
@@ -103,7 +105,7 @@ class Worker:
                 self._pass()
 
     def _take(self) -> None:
-        """Do what was asked for meanwhile; with no text to write, wait for that."""
+        """Handle the queued orders; without an open sequence, block for the next one."""
         try:
             if not self._schedule:
                 self._inbox.get()()
@@ -113,7 +115,7 @@ class Worker:
             pass
 
     def _pass(self) -> None:
-        """Run one forward pass; each text that it was for is told its tokens, or the error that ended that text."""
+        """Run one forward pass, and report each sequence's tokens or error."""
         for session, event in self._schedule.step():
             order = self._orders[session]
             if isinstance(event, LongspecError):
@@ -126,7 +128,7 @@ class Worker:
 
     def _open(self, order: Order) -> None:
         session = self._schedule.begin(order.prompt, order.options)
-        if isinstance(session, LongspecError):  # what can't be opened is told to whoever asked, and the rest goes on
+        if isinstance(session, LongspecError):  # an invalid prompt: report it and continue
             order.tell(session)
             return
         self._sessions[order], self._orders[session] = session, order

@@ -1,1 +1,1 @@
-"""Where a model is found: the hub, this machine, a folder; what is pulled and kept."""
+"""Model lookup and storage: the Hugging Face hub, local folders, the pulled default model."""

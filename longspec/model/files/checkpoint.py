@@ -1,7 +1,8 @@
-"""A checkpoint: the files of one model, and what they say.
+"""A checkpoint: the files of one model, and their contents.
 
-Takes a folder in Hugging Face's layout, a GGUF file, or both (a pulled model: texts in the folder, weights converted
-from the file once per dtype). Gives its config, templates, tokenizer and weights; knows not where they came from.
+Takes a folder in Hugging Face's layout, a GGUF file, or both (a pulled model: config and tokenizer in the folder,
+weights converted from the file once per dtype). Gives its config, templates, tokenizer and weights; doesn't know
+where they came from.
 """
 
 from __future__ import annotations
@@ -25,31 +26,33 @@ if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
 __all__ = ["Checkpoint"]
 
 
-_MOST_NBYTES = 64 << 20  # of a config
+_MOST_NBYTES = 64 << 20  # of a config file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model's files. At least one of `folder` and `gguf` is there; every method raises ModelError on a bad file."""
+    """One model's files. At least one of `folder` and `gguf` is set; every method raises ModelError on an invalid
+    file.
+    """
 
-    name: str  # as it was asked for
+    name: str  # as the user gave it
     folder: Path | None = None
     gguf: Path | None = None
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         return self._file.config() if self.folder is None else _json(self.folder / "config.json")
 
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json; {} where there is none."""
+        """The content of generation_config.json; {} where there is none."""
         return self._file.generation_config() if self.folder is None else self._optional("generation_config.json")
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json; {} where there is none."""
+        """The content of tokenizer_config.json; {} where there is none."""
         return self._file.tokenizer_config() if self.folder is None else self._optional("tokenizer_config.json")
 
     def chat_template(self) -> str | None:
-        """What turns messages into a prompt: chat_template.jinja, else the template in the tokenizer's config."""
+        """The Jinja template from messages to a prompt: chat_template.jinja, else the one in the tokenizer's config."""
         if self.folder is not None and (path := self.folder / "chat_template.jinja").is_file():
             return _text(path)
         template = self.tokenizer_config().get("chat_template")
@@ -59,7 +62,7 @@ class Checkpoint:
         return template if isinstance(template, str) else None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, as its file describes it, but never cutting or padding a text."""
+        """The tokenizer of its file, with truncation and padding switched off."""
         if self.folder is None:
             return self._file.tokenizer()
         path = self.folder / "tokenizer.json"
@@ -70,13 +73,13 @@ class Checkpoint:
 
     @property
     def coded(self) -> bool:
-        """Whether its file holds codes that are taken as they are (`longspec.model.weights.quantized`)."""
+        """Whether the GGUF file's quantized weights can be used as they are (`longspec.model.weights.quantized`)."""
         if self.gguf is None:
             return False
         return (self.folder is not None and place_of_codes(self.folder).is_dir()) or self._file.coded
 
     def weights(self, dtype: torch.dtype, report: Report = quiet) -> Weights:
-        """The weights in `dtype`. A pulled model is converted to it the first time; `report` says how far that is."""
+        """The weights in `dtype`. A pulled model is converted on first use; `report` is called with the progress."""
         from longspec.model.weights.read import Weights
 
         if self.folder is None:
@@ -124,12 +127,12 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
-    """From the older files (vocab.json and merges.txt, tokenizer.model), which transformers can convert."""
+    """The tokenizer converted by transformers from the older formats (vocab.json and merges.txt, tokenizer.model)."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         backend: Tokenizer = tokenizer.backend_tokenizer
-    except Exception as error:  # anything at all, out of foreign files
+    except Exception as error:  # foreign files can raise anything
         raise ModelError(f"{folder} holds no usable tokenizer: add its tokenizer.json ({error}).") from error
     return backend

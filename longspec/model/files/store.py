@@ -1,11 +1,12 @@
-"""The user's folder of pulled models, and how a folder in it comes to be.
+"""The user's folder of pulled models, with atomic creation of its subfolders.
 
-Knows paths, locks and disk space, and no model. A folder is made under another name and renamed when it is whole, by
-one process at a time: what exists is complete, and what a killed process left behind is removed by the next one.
+Knows paths, locks and disk space, and no model. A folder is made under a temporary name and renamed when it is
+complete, by one process at a time: an existing folder is complete, and a killed process's remains are removed by the
+next one.
 
     ~/.cache/longspec/models/NAME/              config.json, tokenizer.json, ..., source.gguf
-    ~/.cache/longspec/models/NAME/{fp32,bf16}/  the same texts and model.safetensors, made when first used
-    ~/.cache/longspec/models/NAME/codes-1/      matrices as codes, made when first used
+    ~/.cache/longspec/models/NAME/{fp32,bf16}/  the same files and model.safetensors, made on first use
+    ~/.cache/longspec/models/NAME/codes-1/      quantized matrices, made on first use
 """
 
 from __future__ import annotations
@@ -29,24 +30,25 @@ Report = Callable[[str, int, int], None]
 
 
 def place_of_codes(folder: Path) -> Path:
-    """Where a pulled model's layers of codes are, or will be; 1 is their order in `model.weights.quantized`."""
+    """The path of a pulled model's quantized layers; 1 is the version of their layout in `model.weights.quantized`."""
     return folder / "codes-1"
 
 
 def quiet(stage: str, done: int, total: int) -> None:
-    """A report that nobody reads."""
+    """A report callback that does nothing."""
 
 
 def models_folder() -> Path:
-    """In the user's cache directory."""
+    """The models' folder in the user's cache directory."""
     return cache_folder() / "models"
 
 
 @contextmanager
 def workspace(folder: Path, report: Report) -> Iterator[Path]:
-    """A temporary folder beside `folder`, for one process at a time; gone afterwards, with any that were left behind.
+    """A temporary folder beside `folder`, locked for one process; removed afterwards, with any left by killed
+    processes.
 
-    Raises ModelError where the disk refuses.
+    Raises ModelError where the disk is full or not writable.
     """
     import fcntl
 
@@ -68,7 +70,7 @@ def workspace(folder: Path, report: Report) -> Iterator[Path]:
 
 
 def need_room(folder: Path, nbytes: int) -> None:
-    """Raises ModelError where the disk of `folder` has less than this left."""
+    """Raise ModelError where the disk of `folder` has less than `nbytes` free."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ModelError(f"{models_folder()} needs {nbytes / 1e6:,.0f} MB of disk and has {free / 1e6:,.0f} MB left.")

@@ -1,7 +1,7 @@
-"""A GGUF header's fields as a config.json: the shape of the model in Hugging Face's terms.
+"""The fields of a GGUF header as a config.json.
 
-Takes a header; gives a dict that transformers and our own `Config` read alike. Knows the architectures that the decoder
-speaks, what llama.cpp leaves out of its files because it has it in code, and no tensor but the rope factors.
+Takes a header; gives a dict that transformers and our own `Config` both read. Knows the decoder's architectures, the
+parameters that llama.cpp has in code instead of in the file, and no tensor but the rope factors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_of", "gen
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a GGUF architecture is called elsewhere, and what llama.cpp did to its tensors."""
+    """A GGUF architecture's names in transformers, and llama.cpp's changes to its tensors."""
 
     model_type: str
     name: str  # transformers' class
-    permuted: bool = False  # rows of q and k lie in pairs, for llama.cpp's kind of rotation
-    norm_offset: float = 0.0  # is in the norm weights here, and not in the checkpoint's
+    permuted: bool = False  # rows of q and k are interleaved in pairs, for llama.cpp's rotation
+    norm_offset: float = 0.0  # added to the norm weights here, and not in the checkpoint's
 
 
 ARCHITECTURES = {
@@ -42,12 +42,12 @@ ARCHITECTURES = {
 
 _TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_MOST_LAYERS = 10_000  # a list is made of them
+_MOST_LAYERS = 10_000  # bounds a list's length
 _WIDEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
-    """Raises ModelError, with the supported list, for any other."""
+    """The architecture of a file. Raises ModelError, with the supported list, for an unknown one."""
     name = header.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelError(
@@ -58,7 +58,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
 
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
-    """The config.json that the file's fields describe. Raises ModelError where one is missing or makes no sense."""
+    """The config.json of the file's fields. Raises ModelError where one is missing or makes no sense."""
     fields = _Fields(header)
     architecture = architecture_of(header)
     kind = fields.kind
@@ -102,9 +102,9 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
 
 
 def generation_config_of(header: GgufHeader) -> dict[str, Any]:
-    """The generation_config.json: which tokens begin and end a text.
+    """The generation_config.json: the tokens that begin and end a text.
 
-    llama.cpp knows by their names the tokens that end a turn, and many files leave them to that.
+    llama.cpp recognizes end-of-turn tokens by their names, and many files rely on that.
     """
     fields = header.fields
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -121,14 +121,14 @@ def generation_config_of(header: GgufHeader) -> dict[str, Any]:
 
 
 class _Fields:
-    """Fields of the file's own architecture, as the numbers that they must be."""
+    """The fields of the file's own architecture, checked to be numbers."""
 
     def __init__(self, header: GgufHeader) -> None:
         self._header = header
         self.kind = str(header.fields["general.architecture"])
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; a value of 32 bits comes as the short decimal that it was written from (1e-05)."""
+        """A finite number; an fp32 value is converted to its shortest decimal (1e-05)."""
         value = self._header.fields.get(f"{self.kind}.{name}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             seen = "lacks" if value is None else f"has the value {value!r} in"
@@ -146,12 +146,12 @@ class _Fields:
 
 
 def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
-    """What one family's config has and the others' don't."""
+    """The config fields that only one family has."""
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     window = fields.optional("attention.sliding_window")
     match fields.kind:
         case "gemma2" | "gemma3":
-            every = 2 if fields.kind == "gemma2" else 6  # is in llama.cpp's code; the last of so many reads everything
+            every = 2 if fields.kind == "gemma2" else 6  # llama.cpp's constants; a group's last layer is global
             full = [window is None or (i + 1) % every == 0 for i in range(layers)]
             wide = layers == _WIDEST_GEMMA[fields.kind]
             peculiar = {
@@ -170,7 +170,7 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
             original = fields.size("rope.scaling.original_context_length", config["max_position_embeddings"])
             return {"sliding_window": window or None, "original_max_position_embeddings": original}
         case "smollm3":
-            return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # is in llama.cpp's code
+            return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # a constant of llama.cpp's code
         case "olmo2" if window is not None:
             raise ModelError("This GGUF is an OLMo 3 (olmo2 with a sliding window), which is not supported.")
         case _:
@@ -219,13 +219,13 @@ def _factors(header: GgufHeader, name: str) -> list[float]:
 
 
 def _from_frequencies(factors: list[float], theta: float, context: int) -> dict[str, Any]:
-    """What each wavelength is stretched by, as `llama3` where Llama 3's constants give just these factors.
+    """The stretch of each wavelength as `llama3` parameters where those reproduce these factors.
 
-    Any other factors are a longrope whose two sets are the same and which leaves the scores alone.
+    Any other factors become a longrope with two equal sets and unscaled attention scores.
     """
     known = {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
     low, high, original = _LLAMA3.values()
-    turns = original * theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # within the first context
+    turns = original * theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # within the original context
     blend = ((turns - low) / (high - low)).clip(0, 1)
     if np.allclose(1 / ((1 - blend) / max(factors) + blend), factors, rtol=1e-4):
         return known

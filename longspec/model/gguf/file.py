@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint: Hugging Face names, fp32 values.
 
-Takes a path; gives tensors one at a time, dequantized by the gguf package. What llama.cpp's converter did to them is
-undone: the rows of q and k are put back in halves (Llama, SmolLM3), Gemma's norm weights are lessened by 1.
+Takes a path; gives tensors one at a time, dequantized by the gguf package. The changes of llama.cpp's converter are
+undone: the rows of q and k are put back in halves (Llama, SmolLM3), 1 is subtracted from Gemma's norm weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["GgufFile", "read_gguf"]
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-# In the order in which a converted file holds them: q, k and v as neighbours, and gate and up.
+# In the order of a converted file: q, k and v adjacent, and gate and up.
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -53,12 +53,12 @@ _PLACE = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Raises ModelError where the file is damaged, or of an architecture or with tensors that aren't supported."""
+    """Open a GGUF file. Raises ModelError where it is damaged, or its architecture or a tensor isn't supported."""
     return GgufFile(read_header(path))
 
 
 class GgufFile:
-    """A GGUF file's tensors, by the names that they have in a Hugging Face checkpoint."""
+    """A GGUF file's tensors, under the names of a Hugging Face checkpoint."""
 
     def __init__(self, header: GgufHeader) -> None:
         self.path = header.path
@@ -66,7 +66,7 @@ class GgufFile:
         self._header = header
         self._architecture = architecture_of(header)
         self._config = config_of(header)
-        self._stored = self._names()  # Hugging Face's name to GGUF's, in the order in which to write them
+        self._stored = self._names()  # Hugging Face's name to GGUF's, in the order of a converted file
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +79,7 @@ class GgufFile:
         return generation_config_of(self._header)
 
     def tokenizer(self) -> Tokenizer:
-        """Raises ModelError where the file's kind of tokenizer, or of split, isn't known."""
+        """The tokenizer of the file's fields. Raises ModelError where its kind or its pre-tokenizer isn't known."""
         return build_tokenizer(self.fields)
 
     def tokenizer_config(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ class GgufFile:
 
     @property
     def coded(self) -> bool:
-        """Whether most of its weights are codes in groups of 32."""
+        """Whether most of its weights are quantized in groups of 32."""
         total = sum(place.nbytes for place in self._header.tensors.values())
         return 2 * sum(p.nbytes for p in self._header.tensors.values() if p.kind.name in BLOCKS) > total
 
     def codes(self, name: str) -> Codes | None:
-        """A matrix as the codes that the file holds; None where they aren't in groups of 32."""
+        """A matrix in the file's own quantization; None where its groups aren't of 32."""
         place = self._header.tensors[self._stored[name]]
         if len(place.shape) != 2:
             return None
@@ -157,6 +157,6 @@ class GgufFile:
 
 
 def _in_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows from pairs (0, d/2, 1, d/2 + 1, ...), as llama.cpp rotates them, to halves (0, 1, ..., d/2, ...)."""
+    """Reorder rows from pairs (0, d/2, 1, d/2 + 1, ...), as llama.cpp rotates them, to halves (0, 1, ..., d/2, ...)."""
     pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -1,11 +1,11 @@
-"""The tokenizer that a GGUF file's fields describe, as a `tokenizers.Tokenizer`.
+"""The tokenizer of a GGUF file's fields, as a `tokenizers.Tokenizer`.
 
-Takes the fields; knows no file and no model. There are two kinds: `gpt2`, byte-level BPE, whose text is first split by
-a pattern that the file only names, and `llama`, the BPE of sentencepiece, whose merges follow from the tokens' scores.
-A pattern that isn't known here is refused: another split would give other tokens, and nothing would show it.
+Takes the fields; knows no file and no model. There are two kinds: `gpt2`, byte-level BPE, with a pre-tokenizer
+pattern that the file only names, and `llama`, sentencepiece's BPE, whose merges follow from the tokens' scores. An
+unknown pattern is refused: another one would give other tokens without an error.
 
-transformers has builders too; they are internal, moved between 5.17 and 5.23, and know no `smollm` (the default model's
-pattern, which keeps digits apart), so that 12345 would become one token.
+transformers has builders too; they are internal, moved between 5.17 and 5.23, and don't know `smollm` (the default
+model's pattern, which splits digits), so that 12345 would become one token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from longspec.errors import ModelError
 
 __all__ = ["build_tokenizer", "tokenizer_config_of"]
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """How a byte-level tokenizer cuts text before it merges."""
+    """The pre-tokenizer of a byte-level tokenizer."""
 
-    pattern: str | None = None  # GPT-2's, where None
-    digits: bool = False  # each digit on its own, before the pattern
-    composed: bool = False  # text is brought to NFC first
-    whole_words: bool = False  # a piece that is a token is taken without merging
-    begins: bool = False  # texts begin with the bos token where the file doesn't say
+    pattern: str | None = None  # None: GPT-2's
+    digits: bool = False  # split digits, before the pattern
+    composed: bool = False  # normalize to NFC first
+    whole_words: bool = False  # a piece that is a token isn't merged from characters
+    begins: bool = False  # default for prepending the bos token, where the file doesn't say
 
 
 _LLAMA3 = (
@@ -60,7 +60,9 @@ _SPLITS = {
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
-    """Raises ModelError where the kind or the split isn't known, or the fields don't fit together."""
+    """Build the tokenizer. Raises ModelError where the kind or the pre-tokenizer isn't known, or the fields are
+    inconsistent.
+    """
     kind = fields.get("tokenizer.ggml.model")
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
@@ -85,7 +87,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def tokenizer_config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tokenizer_config.json says. The class is the one that takes tokenizer.json as it is."""
+    """The content of tokenizer_config.json. The class is the one that takes tokenizer.json unchanged."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -138,7 +140,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: list[int
 def _merges(
     vocabulary: dict[str, int], tokens: list[str], scores: list[float], kinds: list[int]
 ) -> list[tuple[str, str]]:
-    """Sentencepiece joins the neighbours that make the best token: every way to make one, the best tokens first."""
+    """The merges of a sentencepiece vocabulary: every pair of tokens that joins to a token, the best tokens first."""
     merges: list[tuple[str, str]] = []
     ranked = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
     for token in (tokens[i] for i in ranked):
@@ -166,7 +168,7 @@ def _split(fields: Mapping[str, Any]) -> _Split:
 
 
 def _adds(fields: Mapping[str, Any], which: str) -> bool:
-    """Whether a text gets the token at its end; llama.cpp's defaults where the file doesn't say."""
+    """Whether the bos or eos token is added; llama.cpp's defaults where the file doesn't say."""
     said = fields.get(f"tokenizer.ggml.add_{which}_token")
     if said is None and which == "bos":
         return fields.get("tokenizer.ggml.model") == "llama" or _split(fields).begins

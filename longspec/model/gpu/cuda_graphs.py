@@ -1,16 +1,16 @@
-"""Passes on a GPU as CUDA graphs: one text's few rows through all layers, launched at once.
+"""CUDA graphs of decoding passes: few positions of one sequence through all layers, in one launch.
 
-Takes a decoder's weights and the rows of a pass; gives their hidden states, and their keys and values are in the stage.
-A pass of few rows is hundreds of launches that each take a few microseconds of the host, which a graph leaves out: it
-is recorded once for each number of rows in `BUCKETS` and each kind of codes, and replayed for any text, since all that
-changes between two passes (tokens, lengths, which rows read which, where rows and codes stand) lies on the device. One
-copy brings it there.
+Takes a decoder's weights and the positions of a pass; gives their hidden states, and stages their keys and values. A
+small pass is hundreds of kernel launches of a few microseconds of host time each, which a graph saves: it is recorded
+once for each number of positions in `BUCKETS` and each kind of codes, and replayed for any sequence, since all inputs
+that change between two passes (tokens, lengths, attention masks, base pointers of rows and codes) are read from
+device memory. One copy updates them.
 
-Not taken: several texts, more rows, texts in several pieces, caches that only a query can ask, passes that begin or
-stop between layers. These go through torch's operators one by one.
+Not taken: several sequences, more positions, caches with several dense segments, caches whose segments depend on the
+query, passes that begin or stop between layers. These use torch's operators.
 
-No hardware has run this yet. Without a GPU the same launches run one by one through Triton's interpreter, which is how
-`tests/model/test_graphs.py` holds them against the decoder.
+No hardware has run this yet. Without a GPU the same launches run one by one through Triton's interpreter, by which
+`tests/model/test_graphs.py` compares them with the decoder.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ _WIDE = 1024  # channels of a program between gate_up and down
 
 
 class Pass(Protocol):
-    """The rows of a pass."""
+    """The token positions of a pass."""
 
     @property
     def tokens(self) -> Tensor: ...  # [r]
     @property
     def positions(self) -> Tensor: ...  # [r]
     @property
-    def long(self) -> Tensor: ...  # [r] bool: of a text that is planned to be long
+    def long(self) -> Tensor: ...  # [r] bool: of a sequence planned beyond the original context
     @property
     def spans(self) -> Sequence[Span]: ...
 
 
 class _Inputs(NamedTuple):
-    """What a pass of R rows reads on the device; see `longspec.model.gpu.kernels`."""
+    """Device inputs of a pass of R positions; see `longspec.model.gpu.kernels`."""
 
     text: Tensor  # [6]
     rows: Tensor  # [4, R]
@@ -72,7 +72,7 @@ class _Inputs(NamedTuple):
 
 
 def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why such a decoder records no passes; None where it does."""
+    """The reason why such a decoder records no passes; None where it does."""
     if device.type != "cuda":
         return f"CUDA graphs are for a GPU, and this is {device.type}"
     if config.query_norm == "width" or config.head_dim > 256:
@@ -92,18 +92,18 @@ class Graphs:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """rotations: of each layer."""
+        """rotations: one per layer."""
         self._config, self._layers, self._embed, self._rotations = config, layers, embed, rotations
         self._dtype, self._device = dtype, device
-        # What any layer reads of a text, the one that looks furthest back does.
+        # The layer with the widest window attends to every column that any layer does.
         self._widest = max(range(config.layers), key=lambda i: config.windows[i] or config.context)
         self._passes: dict[tuple[int, Codec | None], tuple[_Inputs, Callable[[], Tensor]]] = {}
         self._pool: Any = None
-        self.broken: str | None = None  # why no pass is recorded any more
+        self.broken: str | None = None  # the reason why recording was given up
         self._said = False
 
     def forward(self, rows: Pass) -> Tensor | None:
-        """Hidden states [r, width] behind all layers; None where these rows aren't taken."""
+        """Hidden states [r, width] after all layers; None where these positions aren't taken."""
         (span, *others), count = rows.spans, len(rows.tokens)
         stage, staged = span.stage, span.staged
         if self.broken is not None or others or not self._takes(stage, staged) or count > BUCKETS[-1]:
@@ -121,7 +121,7 @@ class Graphs:
             for place, codes in zip(places, run.layers, strict=True):
                 place += [each.data_ptr() for each in triton.all_of(tuple(codes), codec)]
                 place.append(codes[0].stride(0) // codes[0].stride(1))
-        first = near.start - near.column  # the text's row in the buffers' first column
+        first = near.start - near.column  # the position of the buffers' first column
         text = [stage.length - first, staged.start, count, near.layers[0][0].shape[1], first]
         text.append(sum(run.start + run.columns for run in coded))
         bucket = next(each for each in BUCKETS if each >= count)
@@ -129,13 +129,13 @@ class Graphs:
             inputs, replay = self._pass(bucket, codec)
             words = torch.tensor([*text, *chain.from_iterable(places), *reads])
             if self._device.type == "cuda":
-                words = words.pin_memory()  # held by torch until it is copied
+                words = words.pin_memory()  # torch keeps it until the copy is done
             words = words.to(self._device, non_blocking=True)
             inputs.text.copy_(words[: len(text)])
             inputs.places.copy_(words[len(text) : -count].view_as(inputs.places))
             for own, new in zip(inputs.rows, (rows.tokens, rows.positions, rows.long, words[-count:]), strict=True):
                 own[:count] = new
-            hidden = replay()[:count].clone()  # the next replay writes over it
+            hidden = replay()[:count].clone()  # the next replay overwrites it
         except RuntimeError as error:
             self.broken = f"a pass of {bucket} rows can't be recorded: {str(error).splitlines()[0]}"
             return None
@@ -144,14 +144,14 @@ class Graphs:
         return hidden
 
     def remark(self) -> str | None:
-        """Why no pass is recorded any more, once."""
+        """The reason why recording was given up, returned once."""
         if self.broken is None or self._said:
             return None
         self._said = True
         return f"passes go to the GPU operator by operator, which is slower: {self.broken}"
 
     def _takes(self, stage: Stage, staged: slice) -> bool:
-        """Whether the rows are few enough, and it is known what they read."""
+        """Whether the positions are few enough, and their segments are known before the pass."""
         narrow = any(window is not None and window < _MOST_STAGED for window in self._config.windows)
         if narrow or staged.stop > _MOST_STAGED:
             return False
@@ -167,7 +167,7 @@ class Graphs:
         return found
 
     def _recorded(self, inputs: _Inputs) -> Callable[[], Tensor]:
-        """What runs such a pass, and gives hidden states [R, width] that the next run overwrites."""
+        """The function that runs such a pass and returns hidden states [R, width], overwritten by its next run."""
         step = partial(self._step, inputs)
         if self._device.type != "cuda":
             return step
@@ -191,7 +191,7 @@ class Graphs:
         return replay
 
     def _step(self, inputs: _Inputs) -> Tensor:
-        """All layers: four products each, and between them a kernel, or two for attention."""
+        """All layers: four products each, with a kernel between them, or two for attention."""
         tokens, positions, long, _ = inputs.rows
         hidden = self._embed(tokens)
         turns = {id(turn): turn(positions, long != 0, hidden.dtype) for turn in self._rotations if turn is not None}
@@ -225,7 +225,7 @@ class Graphs:
         return total, output
 
     def _normed_heads(self, layer: Any, made: Tensor) -> Tensor:
-        """Queries, keys and values [R, (H + 2 K) * D]; with a norm of each head, its."""
+        """Queries, keys and values [R, (H + 2 K) * D], with the head norms applied, if the layer has them."""
         c = self._config
         if c.query_norm is None:
             return made
@@ -233,7 +233,9 @@ class Graphs:
         return torch.cat((layer.query_norm(queries), layer.key_norm(keys), values), 1).flatten(1)
 
     def _attention(self, index: int, made: Tensor, turn: tuple[Tensor, Tensor] | None, inputs: _Inputs) -> Tensor:
-        """[R, H * D] of queries, keys and values [R, (H + 2 K) * D]; the latter are in the layer's buffer then."""
+        """Attention's output [R, H * D] from queries, keys and values [R, (H + 2 K) * D]; keys and values are written
+        to the layer's buffer.
+        """
         from longspec.attention.triton_kernels import dtypes, joined
         from longspec.model.gpu import kernels
 
@@ -272,7 +274,7 @@ class Graphs:
     def _chunks(
         self, kernel: Any, rows: int, *, coded: bool, most: int
     ) -> tuple[Any, tuple[int, int, int], dict[str, int]]:
-        """The kernel, its programs (tiles of rows, chunks of columns, key heads), and a tile's size."""
+        """The kernel, its grid (tiles of rows, chunks of columns, key heads), and the tile's size."""
         c = self._config
         grouped = c.heads // c.key_heads * rows
         tile = triton.tile(grouped, c.head_dim, self._dtype, coded)
@@ -280,7 +282,7 @@ class Graphs:
         return kernel, (tiles, min(most, triton.most_chunks(tiles * c.key_heads, self._device)), c.key_heads), tile
 
     def _gated(self, made: Tensor) -> Tensor:
-        """[R, mlp width], of gate and up behind each other."""
+        """activation(gate) * up [R, mlp width], from gate and up side by side."""
         from longspec.model.gpu import kernels
 
         rows, width = len(made), made.shape[1] // 2

@@ -1,19 +1,20 @@
 # mypy: ignore-errors
 # ruff: noqa: N803
-# Triton's language: no types that Python knows, and capitals for what is known when a kernel is compiled.
-"""The Triton kernels between a layer's products, for passes that are recorded (`longspec.model.gpu.cuda_graphs`).
+# Triton's language: no Python types, and capitals for compile-time constants.
+"""The Triton kernels between a layer's products, for recorded passes (`longspec.model.gpu.cuda_graphs`).
 
-A recorded launch has the same arguments for ever. So what changes from pass to pass stands on the device, in int64:
+A recorded launch always has the same arguments. So the inputs that change from pass to pass are in device memory, in
+int64:
 
-    text     [6]          columns of the buffers before the stage, the pass' first staged row, its rows, the buffers'
-                          capacity, the text's row in their first column, and columns that are read as codes
-    rows     [4, R]       of each row its token, its position, whether its text is planned to be long, and a bit for
-                          each staged row that it reads
-    places   [layers, P]  where a layer's rows stand, [2, K, capacity, D]; and behind it, of coded caches, where its
-                          eight tensors of codes do, and how many blocks they have room for
+    text     [6]          columns of the buffers before the stage, the pass's first staged row, its rows, the buffers'
+                          capacity, the sequence's position of their first column, and columns attended to as codes
+    rows     [4, R]       per row: its token, its position, whether its sequence is planned to be long, and a bit mask
+                          of the staged rows that it attends to
+    places   [layers, P]  per layer: the address of its rows [2, K, capacity, D]; and, for quantized caches, those of
+                          its eight tensors of codes, and their capacity in blocks
 
-Letters as in `longspec.attention.triton_kernels`; R rows of the recorded pass, of which those beyond its real ones are
-computed and never read.
+Letters as in `longspec.attention.triton_kernels`; R rows of the recorded pass, padded: those beyond the real ones are
+computed and ignored.
 """
 
 import triton
@@ -33,8 +34,8 @@ from longspec.attention.triton_kernels import (
 
 __all__ = ["added", "gated", "put", "read", "read_codes"]
 
-FIRST, COUNT, CAPACITY, START, CODED = (tl.constexpr(i) for i in range(1, 6))  # of text
-POSITION, READS = tl.constexpr(1), tl.constexpr(3)  # of rows
+FIRST, COUNT, CAPACITY, START, CODED = (tl.constexpr(i) for i in range(1, 6))  # indices of text
+POSITION, READS = tl.constexpr(1), tl.constexpr(3)  # indices of rows
 SILU, GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -43,15 +44,15 @@ def put(
     made, cos, sin, text, places, layer, queries,
     P: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row of made [R, (H + 2 K) * D], turned by cos and sin [R, 1, DIMS] unless it is of values: to
-    queries [R, H, D], or to its place in the layer's buffer.
+    """Rotate one head of one row of made [R, (H + 2 K) * D] by cos and sin [R, 1, DIMS], except values, and store it:
+    to queries [R, H, D], or to its place in the layer's buffer.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, D_PADDED)
     inside = channel < D
     source = made + (row * (H + 2 * K) + head) * D
     own = tl.load(source + channel, inside, 0.0)
-    if DIMS > 0:  # noqa: SIM102 - known when compiled, the other when run
+    if DIMS > 0:  # noqa: SIM102 - one is a compile-time condition, the other isn't
         if head < H + K:
             turned, half = channel < DIMS, DIMS // 2
             other = tl.load(source + tl.where(channel < half, channel + half, channel - half), turned, 0.0)
@@ -73,11 +74,12 @@ def read(
     CAPPED: tl.constexpr, ROUNDED: tl.constexpr, DOT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of queries [R, K * G, D] over the layer's buffer: of each chunk of columns an output [R, K * G, D] and
-    a log-sum-exp [R, K * G] in fp32. There are as many chunks as programs, however long the text is.
+    """Attention of queries [R, K * G, D] over the layer's buffer: for each chunk of columns an output [R, K * G, D]
+    and a log-sum-exp [R, K * G] in fp32. There are as many chunks as programs, however long the sequence is.
 
-    window: how many positions back a row reads, itself included; at least as many as there are staged rows, all of
-    which their bits alone decide. NEAR: what a row doesn't read as codes, as `longspec.cache.quantized` has it.
+    window: the attention window in positions, the own one included; at least the number of staged rows, for which
+    their bits alone decide. NEAR: the residual window, which isn't attended to as codes, as in
+    `longspec.cache.quantized`.
     """
     row, head, real = tile_rows(R, G, M)
     channel = tl.arange(0, D_PADDED)
@@ -124,7 +126,7 @@ def read_codes(
     ROUNDED: tl.constexpr, DOT: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DUAL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The same over the layer's codes, of which each row reads those before its near blocks."""
+    """Attention over the layer's codes: each row attends to those before its residual window."""
     row, head, real = tile_rows(R, G, M)
     channel, inside = code_channels(D, D_PADDED, BITS)
     query = query_tile(queries, row, head, real, channel, inside, K * G * D, D)
@@ -185,13 +187,15 @@ def gated(made, output, W, ACTIVATION: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _place(place, element: tl.constexpr):
-    """Elements from the address in a word: a multiple of 16 bytes, which a compiler can't see in a number."""
+    """A pointer to elements at the address in a word: a multiple of 16 bytes, which a compiler can't infer from a
+    number.
+    """
     return tl.multiple_of(tl.load(place).to(tl.pointer_type(element)), 16)
 
 
 @triton.jit
 def _chunk(n):
-    """The columns of this program's chunk, whole blocks."""
+    """The columns of this program's chunk, a multiple of the block."""
     size = tl.cdiv(tl.cdiv(n, tl.num_programs(1)), BLOCK) * BLOCK
     start = tl.program_id(1) * size
     return start, tl.minimum(start + size, n)
@@ -199,11 +203,11 @@ def _chunk(n):
 
 @triton.jit
 def _begin(position, window, WINDOWED: tl.constexpr):
-    """The first row of the text that a row reads."""
+    """The first position that a row attends to."""
     return tl.maximum(position - window + 1, 0) if WINDOWED else position * 0
 
 
 @triton.jit
 def _near(position):
-    """As `longspec.cache.dense.near_start`."""
+    """The same as `longspec.cache.dense.near_start`."""
     return tl.maximum(position // BLOCK - 1, 0) * BLOCK

@@ -1,1 +1,1 @@
-"""Weights from safetensors and packed files, dense and as quantized codes."""
+"""Weights from safetensors and GGUF files, dense or quantized."""

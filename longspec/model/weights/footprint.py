@@ -1,7 +1,7 @@
-"""What a checkpoint's weights will take in memory, told from its headers.
+"""The memory that a checkpoint's weights will take, computed from the files' headers.
 
-Takes a checkpoint and its config, gives bytes; no weight is read. The decoder itself is built, of tensors without
-values: shapes are checked as loading checks them, and what is joined or converted, and so copied, is what it copies.
+Takes a checkpoint and its config, gives bytes; no weight is read. The decoder itself is built, from tensors without
+values: shapes are checked as in loading, and tensors that loading joins or converts count as copies.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ __all__ = ["Footprint", "footprint", "parameters"]
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes. On a CPU the pages of a mapped file count as resident once they are read, and all of them are."""
+    """Bytes. On a CPU the pages of a mapped file are resident once they are read, and all of them are read."""
 
-    weights: int  # of the decoder's tensors, wherever they lie
-    resident: int  # in the host's memory while the model runs on a CPU
-    loading: int  # in the host's memory at most until then
+    weights: int  # the decoder's tensors, resident or mapped
+    resident: int  # host memory while the model runs on a CPU
+    loading: int  # peak of host memory during loading
 
 
 def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Footprint:
-    """Raises ModelError where loading would: a file is damaged, a tensor is missing or of another shape."""
+    """The weights' bytes. Raises ModelError where loading would: a file is damaged, a tensor is missing or of another
+    shape.
+    """
     if checkpoint.folder is not None and checkpoint.gguf is not None:
         from longspec.model.files.convert import place_of
 
         place = place_of(checkpoint.folder, dtype)
-        if not place.is_dir():  # it will be converted, tensor by tensor
+        if not place.is_dir():  # will be converted, tensor by tensor
             from longspec.model.gguf.file import read_gguf
 
             file = read_gguf(checkpoint.gguf)
@@ -50,13 +52,15 @@ def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Foo
     valueless = _Valueless(weights, gguf=checkpoint.folder is None)
     whole = Decoder(config, valueless, torch.device("meta")).nbytes
     mapped, copied = sum(valueless.mapped.values()), valueless.copied
-    gaps = copied // 12 if checkpoint.folder is None else 0  # what dequantizing leaves between its results
+    gaps = copied // 12 if checkpoint.folder is None else 0  # heap fragmentation that dequantizing leaves
     resident = copied + gaps + (mapped if valueless.viewed else 0)
     return Footprint(whole, resident, max(valueless.peak, mapped + copied) + gaps)
 
 
 def parameters(config: Config, *, tied: bool) -> int:
-    """How many weights such a decoder has, biases and norms within a layer left out: a thousandth of them at most."""
+    """The number of parameters of such a decoder, without biases and norms within a layer, which are at most a
+    thousandth.
+    """
     heads = (config.heads + 2 * config.key_heads) * config.head_dim
     layer = config.width * (heads + config.heads * config.head_dim + 3 * config.mlp_width)
     return config.layers * layer + config.vocabulary * config.width * (1 if tied else 2)
@@ -67,11 +71,11 @@ _DEQUANTIZED = 9
 
 
 class _Valueless(Weights):
-    """Gives every tensor without its values, and adds up what the true one would take."""
+    """Gives tensors without values, and sums the bytes of the real ones."""
 
     def __init__(self, weights: Weights, *, gguf: bool) -> None:
         super().__init__(weights._sources, weights.dtype)
-        self.mapped: dict[str, int] = {}  # pages that get read, by tensor or file
+        self.mapped: dict[str, int] = {}  # resident pages, by tensor or file
         self.copied = 0
         self.viewed = False  # some tensor keeps its file mapped
         self.peak = 0
@@ -83,7 +87,7 @@ class _Valueless(Weights):
         if self._gguf:
             self.mapped[""] = sources[0].path.stat().st_size
             shapes = [source.shape(name) for source, name in zip(sources, names, strict=True)]
-        else:  # what is taken is a view of the mapped file: nothing is read
+        else:  # a view of the mapped file: nothing is read
             taken = [source.take(name) for source, name in zip(sources, names, strict=True)]
             shapes = [tuple(tensor.shape) for tensor in taken]
             self.mapped |= {name: tensor.nbytes for name, tensor in zip(names, taken, strict=True)}

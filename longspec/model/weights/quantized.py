@@ -1,13 +1,15 @@
-"""Weights as codes in groups of 32 columns: 4 or 8 bits, each group with a scale of its own, rows coded likewise.
+"""Quantized weights: 4 or 8 bits in groups of 32 columns, each group with a scale; activations are quantized
+likewise.
 
-Takes weights of any dtype, or codes as GGUF files hold them; gives linear layers for the kernel of `layer.c`, which
-reads a half or three tenths of bf16's bytes. A GGUF file's codes are taken as they are, so that nothing is lost twice:
-what is new is that a row is coded in 8 bits, each 32 columns by their own largest value, as llama.cpp does. Outliers (a
-hundred times the others in some channels: LLM.int8(), 2208.07339) then cost their own group its accuracy and no other;
-nothing is calibrated. Perplexity of the default model on three texts of 3,000 tokens, against the same in bf16: +0.2%,
-+0.2%, -0.2%. (Codes with one scale to an output and one to a row took +4.6%, with smoothed channels +0.7%.)
+Takes weights of any dtype, or a GGUF file's codes; gives linear layers for the kernel of `layer.c`, which reads a
+half or three tenths of bf16's bytes. A GGUF file's codes are used unchanged, so that nothing is quantized twice.
+Activations are quantized to 8 bits, each 32 columns by their absolute maximum, as in llama.cpp. Outliers (a hundred
+times the others in some channels: LLM.int8(), 2208.07339) then cost only their own group accuracy; nothing is
+calibrated. Perplexity of the default model on three texts of 3,000 tokens, relative to bf16: +0.2%, +0.2%, -0.2%.
+(With one scale per output channel and one per row it was +4.6%, with smoothed channels +0.7%.)
 
-Sums over a group are exact integers and groups are added in their order: a row's bits depend on nothing beside it.
+Sums over a group are exact integers and groups are summed in a fixed order: a row's bits don't depend on the other
+rows.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ class Codes:
     """A matrix [out, in] as step * code + low."""
 
     def __init__(self, bits: int, codes: Tensor, step: Tensor, low: Tensor | None = None) -> None:
-        """Codes [out, in] uint8, below 2^bits; step and low [out, in / 32] fp16. No low: codes less 2^(bits - 1)."""
+        """Codes [out, in] uint8, below 2^bits; step and low [out, in / 32] fp16. Without low, 2^(bits - 1) is
+        subtracted from codes.
+        """
         self.bits, self.codes, self.step, self.low = bits, codes, step, low
 
     def values(self) -> Tensor:
-        """[out, in] fp32."""
+        """The dequantized matrix [out, in] in fp32."""
         wide = _grouped(self.codes).float()
         if self.low is None:
             return ((wide - (1 << (self.bits - 1))) * self.step.float()[..., None]).flatten(1)
@@ -44,7 +48,7 @@ class Codes:
 
 
 def of_values(weight: Tensor) -> Codes:
-    """Weight [out, in] in 8 bits, symmetric: of each group's largest value an error of 1/254 at most."""
+    """Quantize weight [out, in] to 8 bits, symmetric: the error is at most 1/254 of a group's absolute maximum."""
     groups = _grouped(weight.float())
     step = (groups.abs().amax(2) / 127).clamp(min=2**-24).half()
     codes = (groups / step.float()[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
@@ -52,10 +56,10 @@ def of_values(weight: Tensor) -> Codes:
 
 
 def of_blocks(kind: str, rows: Tensor) -> Codes | None:
-    """A GGUF tensor's rows [out, bytes] of blocks, uint8; None for a kind that isn't stored in groups of 32.
+    """The codes of a GGUF tensor's rows [out, bytes] of blocks, uint8; None for a kind whose groups aren't of 32.
 
-    Layouts as in the format's reference: Q8_0 is a scale and 32 signed bytes, Q4_0 a scale and 16 bytes (lower halves
-    are the first 16 columns), Q4_1 the same with a low behind the scale.
+    Layouts as in the format's reference: Q8_0 is a scale and 32 signed bytes, Q4_0 a scale and 16 bytes (lower
+    nibbles are the first 16 columns), Q4_1 the same with a low after the scale.
     """
     if kind not in BLOCKS:
         return None
@@ -69,7 +73,7 @@ def of_blocks(kind: str, rows: Tensor) -> Codes | None:
 
 
 def joined(matrices: Sequence[Codes]) -> Codes:
-    """Matrices of one width, one below the other; of different kinds in 8 bits anew."""
+    """Concatenate matrices of one width along dimension 0; if their kinds differ, all are requantized to 8 bits."""
     first = matrices[0]
     if len(matrices) == 1:
         return first
@@ -81,19 +85,20 @@ def joined(matrices: Sequence[Codes]) -> Codes:
 
 
 class Groups:
-    """y = x W^T + b by codes, for x [r, in]: torch's form, and what the kernel needs to do it in its own."""
+    """y = x W^T + b with quantized W, for x [r, in]: the torch implementation, and the tensors of the C kernel."""
 
     def __init__(self, weight: Tensor, scale: Tensor, low: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Weight [strips, groups, 8 words, 16 outputs, 4 columns] uint8, of 4 bits 4 words: 0 to 3 in the lower halves
-        and 4 to 7 in the upper; scale and low [strips, groups, 16] fp16. In and out are multiples of 32.
+        """weight: [strips, groups, 8 words, 16 outputs, 4 columns] uint8; with 4 bits 4 words, of which the lower
+        nibbles are words 0 to 3 and the upper ones 4 to 7. scale and low: [strips, groups, 16] fp16. in and out are
+        multiples of 32.
         """
         self.weight, self.scale, self.low, self.bias = weight, scale, low, bias
-        self.bits = weight.shape[2]  # as many as words
+        self.bits = weight.shape[2]  # the number of words
         self.size, self.width = len(weight) * STRIP, weight.shape[1] * GROUP
 
     @staticmethod
     def fit(weight: Tensor, *scales: Tensor) -> bool:
-        """Whether these bytes are a layer, its scale and its low: the kernel trusts their shapes."""
+        """Whether the tensors have the shapes and dtypes of a layer: the kernel doesn't check them."""
         if weight.dim() != 5 or weight.shape[2] not in (4, 8) or weight.shape[3:] != (STRIP, 4):
             return False
         return all(each.shape == (*weight.shape[:2], 2 * STRIP) for each in scales)
@@ -112,7 +117,7 @@ class Groups:
         return [each for each in (self.weight, self.scale, self.low, self.bias) if each is not None]
 
     def codes(self) -> Codes:
-        """The inverse of packing."""
+        """Unpack to `Codes`: the inverse of packing."""
         low = None if self.low is None else _from_strips(self.low)
         return Codes(self.bits, _unpacked(self.weight, self.bits), _from_strips(self.scale), low)
 

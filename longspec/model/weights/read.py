@@ -1,7 +1,7 @@
-"""Weights: tensors by name, out of safetensors files or a GGUF file, in the dtype that is wanted.
+"""Weights: tensors by name, from safetensors files or a GGUF file, in the dtype requested.
 
-Takes a folder or a file; gives tensors when they are asked for. Knows nothing of architectures: names are those of the
-Hugging Face checkpoint, and which of them a model needs is the decoder's question. Pickled files are never opened.
+Takes a folder or a file; gives tensors on demand. Knows nothing of architectures: names are those of the Hugging Face
+checkpoint, and the decoder chooses among them. Pickled files are never opened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Weights"]
 
 
 class _Source(Protocol):
-    """A file that tensors can be taken from."""
+    """A file of tensors."""
 
     path: Path
 
@@ -38,22 +38,23 @@ class _Source(Protocol):
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name, each taken from its file when it is asked for, and not kept.
+    """Tensors by name, each loaded from its file on access, and not cached.
 
-    Floating tensors come as `dtype`; others as they are. Where the file already holds `dtype`, a tensor of a
-    safetensors file is a view of the mapped file: no copy, and no memory until its values are read. Writing to such a
-    tensor changes this process' pages only, never the file.
+    Floating tensors are converted to `dtype`; others stay as they are. Where the file already holds `dtype`, a tensor
+    of a safetensors file is a view of the mapped file: no copy, and no memory until its values are read. Writing to
+    such a tensor changes this process's pages only, never the file.
     """
 
     def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype, coded: CodedFile | None = None) -> None:
-        """Coded: where layers of codes come from, if not from these values."""
+        """coded: the source of quantized layers; without it they are quantized from these values."""
         self.dtype = dtype
         self._sources = sources
         self._coded = coded
 
     @classmethod
     def of_folder(cls, folder: Path, dtype: torch.dtype, coded: CodedFile | None = None) -> Weights:
-        """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its
+        shards.
 
         Raises ModelError where there are none, or one is missing, damaged or outside the folder.
         """
@@ -66,7 +67,7 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def of_gguf(cls, path: Path, dtype: torch.dtype) -> Weights:
-        """The weights of a GGUF file, dequantized each time one is taken.
+        """The weights of a GGUF file, dequantized on each access.
 
         Raises ModelError where the file is damaged or its architecture isn't supported.
         """
@@ -78,13 +79,13 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
-        """Weights that are in memory already."""
+        """Weights from tensors in memory."""
         source = _Held(tensors)
         return cls(dict.fromkeys(tensors, source), dtype)
 
     def read(self, *, coded: bool) -> bool:
-        """All that every pass will read into memory of large pages, where it lies in files as it is: the codes, or what
-        has the dtype already. Gives whether it was.
+        """Read all tensors that every pass uses into memory of large pages, if the file's form is used directly:
+        quantized layers, or tensors that have the dtype already. Returns whether that was done.
         """
         if coded:
             return self._coded is not None and self._coded.read()
@@ -94,7 +95,7 @@ class Weights(Mapping[str, Tensor]):
         return len(done) == len(sources) and all(done)
 
     def joined(self, names: Sequence[str]) -> Tensor:
-        """The tensors one below the other (dimension 0): a view where they lie so in one file, else a copy."""
+        """The tensors concatenated along dimension 0: a view where they are adjacent in one file, else a copy."""
         sources = {id(source): source for source in map(self._source, names)}
         if len(sources) == 1:
             run = next(iter(sources.values())).take_run(names)
@@ -107,13 +108,15 @@ class Weights(Mapping[str, Tensor]):
         return torch.cat(tensors)
 
     def groups(self, names: Sequence[str], bias: Tensor | None = None) -> Groups:
-        """The matrices one below the other as a layer of 4 or 8 bits: as a GGUF file has them, or of their values."""
+        """The matrices concatenated along dimension 0 as a layer of 4 or 8 bits: a GGUF file's codes, or quantized
+        values.
+        """
         if self._coded is not None:
             return self._coded.groups(names, bias)
         return Groups.of(of_values(self.joined(names)), bias)
 
     def keep(self) -> None:
-        """All layers of codes were asked for: a pulled model's are kept for the next time."""
+        """Store a pulled model's quantized layers, now that all were made, for the next load."""
         if self._coded is not None:
             self._coded.keep()
 
@@ -121,7 +124,7 @@ class Weights(Mapping[str, Tensor]):
         return self._converted(self._source(name).take(name))
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self._sources else default  # Mapping's own waits for a KeyError
+        return self[name] if name in self._sources else default  # Mapping's own implementation relies on KeyError
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources
@@ -144,7 +147,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 class _Held:
-    """Tensors in memory, as a file gives them."""
+    """Tensors in memory, with the interface of a file."""
 
     path = Path("memory")
 
@@ -168,7 +171,7 @@ def _single(path: Path) -> dict[str, Shard]:
 
 
 def _check_floats(sources: Mapping[str, Shard]) -> None:
-    """Raises ModelError where a tensor is FP8: its values mean nothing without scales, which aren't read."""
+    """Raise ModelError where a tensor is FP8: its values mean nothing without scales, which aren't read."""
     for name, shard in sources.items():
         if (dtype := shard.dtype(name)).is_floating_point and dtype.itemsize == 1:
             raise ModelError(
@@ -186,7 +189,8 @@ def _shards(folder: Path, index: Path) -> dict[str, Shard]:
         raise ModelError(f"{index} has no weight_map from tensor names to file names. Fetch it again.")
     shards: dict[str, Shard] = {}
     for file in sorted(set(files.values())):
-        # Cached snapshots are links to files elsewhere, so it is the name that is held to the folder, not its target.
+        # Cached snapshots are symbolic links to files elsewhere, so the name must be inside the folder, not the
+        # target.
         if Path(file).name != file or file in ("", "..") or not file.endswith(".safetensors"):
             raise ModelError(f"{index} names the file {file!r}, which isn't a safetensors file of its folder.")
         shards[file] = Shard(folder / file)
