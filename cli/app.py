@@ -1,7 +1,7 @@
-"""The subcommands, and what typer makes of arguments.
+"""The subcommands, and the parsing of arguments by typer.
 
-Takes the arguments; gives the exit code of a command that ran, or raises what went wrong as longspec's own errors.
-Every subcommand is imported here, so none may import torch at its top.
+Takes the arguments; gives the exit code of a command that ran, or raises any error as one of longspec's own. Every
+subcommand is imported here, so none may import torch at its top.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["app", "invoke"]
 
 _HELP = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 
-# The base of all that typer says of wrong arguments: its name has moved between releases, its place hasn't.
+# The base class of typer's argument errors: its module differs by release, its place in the hierarchy doesn't.
 _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
@@ -85,7 +85,7 @@ def _root(
 
 
 def invoke(arguments: Sequence[str]) -> int:
-    """Run the command that the arguments name."""
+    """Run the subcommand that the arguments name; its exit code."""
     command = get_command(app)
     if (code := completion.respond(command)) is not None:
         return code
@@ -100,7 +100,7 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What was wrong, where it was said, and where to read more."""
+    """A typer error as a message: the error, the argument, and the help to read."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     message = str(getattr(error, "message", "") or error)
     if parameter is None or context is None:

@@ -1,7 +1,7 @@
-"""The process around a command: its streams, its signals, and the one sentence and exit code that every error becomes.
+"""The process around a command: its streams, its signals, and the message and exit code of every error.
 
-Knows nothing of options or models; docs/cli.md is the contract that it keeps. Heavy modules are imported by the
-commands, and typer only once signals are caught.
+Knows nothing of options or models; docs/cli.md is its specification. Heavy modules are imported by the commands, and
+typer only once signals are caught.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ CLOSED_PIPE = 128 + 13
 
 
 def main() -> NoReturn:
-    """The program `longspec`."""
+    """The entry point of the program `longspec`."""
     signals.catch()
     _set_threads()
     try:
         _prepare_streams()
         if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # the libraries' advice to programmers
+            warnings.simplefilter("ignore")  # libraries' warnings are for programmers
         code = guarded(sys.argv[1:])
-    except signals.Interrupted as end:  # a second time, while the first was being answered
+    except signals.Interrupted as end:  # a second signal, while the first was being handled
         code = end.exit_code
     signals.ignore()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    # Not sys.exit: taking torch apart costs 0.7 s at the end of every answer, and a thread may wait for the network.
+    # Not sys.exit: torch's teardown costs 0.7 s at the end of every answer, and a thread may wait for the network.
     os._exit(code)
 
 
 def guarded(arguments: Sequence[str]) -> int:
-    """Run one command; its exit code. What went wrong has been said on stderr, in a sentence."""
+    """Run one command; its exit code. An error has been printed on stderr, in a sentence."""
     try:
         from longspec.cli.app import invoke
 
@@ -58,8 +58,8 @@ def guarded(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         return CLOSED_PIPE
-    except Exception as error:  # noqa: BLE001  the last resort, and it says what it is
-        if (interrupted := signals.noted()) is not None:  # half an import raises what it likes
+    except Exception as error:  # noqa: BLE001  the last resort, which prints the error's type
+        if (interrupted := signals.noted()) is not None:  # an interrupted import may raise anything
             return interrupted.exit_code
         _say(error)
         return error.exit_code if isinstance(error, LongspecError) else 1
@@ -67,15 +67,16 @@ def guarded(arguments: Sequence[str]) -> int:
 
 
 def _set_threads() -> None:
-    """What OpenMP is told before torch is loaded, where nobody else told it."""
-    # Threads that wait for each other spin for 10,000 turns and then sleep; the system's default is 30 times as many.
-    # Alone on two cores both decode 32 tokens/s (the default model, bf16), beside one other busy process 10 and 1.4.
+    """Set OpenMP's wait policy before torch is loaded, unless the user has."""
+    # Waiting threads then spin for 10,000 iterations before they sleep; the system's default is 30 times as many. On
+    # two cores with AMX both settings decode 32 tokens/s alone (the default model, bf16), and 10 against 1.4 beside
+    # one other busy process.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _prepare_streams() -> None:
-    """A closed stream's number is taken, lest the next file that is opened gets it; text is UTF-8 everywhere."""
+    """Reopen closed standard streams, lest the next opened file gets their number; text is UTF-8 everywhere."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,1 +1,1 @@
-"""One file a subcommand."""
+"""The subcommands, one per file."""

@@ -1,7 +1,7 @@
-"""`longspec batch`: many prompts in, their answers in a file, resumed wherever it ended.
+"""`longspec batch`: many prompts from a file, their answers to a file, resumable at any point.
 
-Everything is checked before the model is loaded: the input's format, the output's lines, the settings that it was begun
-with. stdout stays empty.
+Everything is checked before the model is loaded: the input's format, the output's lines, the settings of the first
+run. stdout stays empty.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _UNKNOWN_NOTES = 8
 
 @group("Input and output")
 class Files:
-    """What is read, what is written, and how a batch goes on where it ended."""
+    """Input, output, and the options of resuming."""
 
     inputs: list[str] | None = argument(
         None,
@@ -109,7 +109,7 @@ class Files:
 
     @property
     def path(self) -> Path:
-        """The output, checked as far as the options say."""
+        """The output's path, checked as far as the options allow."""
         if self.output is None:
             example = f"longspec batch {(self.inputs or ['prompts.jsonl'])[0]} -o answers.jsonl"
             raise UsageError(f"The answers need a file: {example}.")
@@ -135,7 +135,7 @@ def batch(
 
     A line of the input is an object with `prompt` or `messages`, and with `id` and options of its own if it likes.
     """
-    from longspec.batch.about import About  # late, as all below: every other command starts sooner
+    from longspec.batch.about import About  # imported late, as all below: other commands start sooner
     from longspec.batch.inputs import open_input
     from longspec.batch.marks import fresh
     from longspec.batch.output import Output
@@ -146,7 +146,7 @@ def batch(
     width = files.batch_size
     if (
         loading.memory is not None
-    ):  # texts are planned at the model's whole context each: one, unless more are asked for
+    ):  # each sequence is planned at the model's whole context: one at a time, unless --batch-size is given
         width = options["texts"] = files.batch_size or 1
     with (
         open_input(
@@ -184,7 +184,7 @@ def batch(
 
 
 def _run(loop: Loop, summary: str | None) -> None:
-    """Answer all; however it ends, say what was done."""
+    """Answer all records; print the closing line however it ends."""
     complete, tally, drafter = False, loop.tally, loop.job.engine.drafter_name
     try:
         loop.go()
@@ -204,14 +204,14 @@ def _refuse_output_as_input(files: Files, out: Output) -> None:
 
 
 def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:
-    """What an answer depends on beside the model: recorded beside the output, and compared when it is gone on with."""
+    """The settings beside the model that an answer depends on: stored beside the output, and compared on resuming."""
     return {
         "input": source.digest,
         "format": source.format,
         "template": files.template,
         "order": "the input's" if files.in_order else "as they finish",
         **writing,
-        "stop_loops": writing["stop_loops"] or None,  # as in what was begun before there was such an option
+        "stop_loops": writing["stop_loops"] or None,  # None as in metadata older than this option
     }
 
 
@@ -229,7 +229,7 @@ def _summarise(summary: str | None, tally: Tally, drafter: str, *, complete: boo
 
 
 def _left(source: Input, limit: int | None, finished: int) -> int:
-    """About how many records there are to be written; 0 where nobody knows."""
+    """The approximate number of records to answer; 0 if unknown."""
     if source.count is None and limit is None:
         return 0
     counts = [count for count in (source.count, limit) if count is not None]
@@ -237,7 +237,7 @@ def _left(source: Input, limit: int | None, finished: int) -> int:
 
 
 def _identity(engine: Engine) -> dict[str, str]:
-    """What else makes an answer what it is, in the words of an error."""
+    """The model's part of the metadata, under the names that an error uses."""
     fingerprint = engine.model.fingerprint
     return {
         "weights": fingerprint["model"],
@@ -249,7 +249,7 @@ def _identity(engine: Engine) -> dict[str, str]:
 
 
 def _noted(records: Iterator[Item | Fault], progress: Progress) -> Iterator[Item | Fault]:
-    """The records, while each new field that says nothing to us is named once."""
+    """The records; prints a note once for each ignored field."""
     from longspec.batch.requests import Item
 
     named: set[str] = set()

@@ -1,4 +1,4 @@
-"""`longspec bench`: measurements of this machine, as a table and as JSON."""
+"""`longspec bench`: benchmarks of this machine, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _SUITE = "Prompts: objects with `category` and `turns`, one a line."
 
 @group()
 class Results:
-    """Where results go beside stdout."""
+    """Output files for results, beside stdout."""
 
     output: Path | None = option(None, "Write the results as JSON.", metavar="FILE", once=True)
     plot: Path | None = option(None, "Draw them (.svg or .png).", metavar="FILE")
 
     def check(self) -> None:
-        """Raises UsageError where they can't be written: now, and not after an hour."""
+        """Raise UsageError where a file can't be written, before an hour of measuring."""
         for path in filter(None, (self.output, self.plot)):
             if not path.parent.is_dir():
                 raise UsageError(
@@ -51,7 +51,7 @@ class Results:
             load_matplotlib()
 
     def take(self, workload: Workload, progress: Progress) -> None:
-        """Measure: a line as soon as it is known, and the whole as the last one."""
+        """Run a benchmark: each row is printed when it is measured, the complete report as the last line."""
         from longspec.bench.harness import report
 
         progress.stop()
@@ -68,7 +68,7 @@ class Results:
 
 @group()
 class CacheOptions:
-    """What is read, and in which caches."""
+    """Text, contexts and cache kinds."""
 
     text: Path = option(what="The text that is read and continued.", metavar="FILE")
     context: list[Any] | None = option(
@@ -96,7 +96,7 @@ def cache(options: CacheOptions, loading: Annotated[Loading, Only("model", "dtyp
 
 @group()
 class DrafterOptions:
-    """What is written, and what drafts."""
+    """Prompts, lengths and drafters."""
 
     suite: Path = option(what=_SUITE, metavar="FILE")
     drafter: list[str] | None = option(None, "May be repeated. auto, if left out.", metavar="NAME")
@@ -109,7 +109,7 @@ class DrafterOptions:
 
 @group("Model and method")
 class CacheKind:
-    """One kind for all drafters."""
+    """The cache kind, the same for all drafters."""
 
     cache: str = option("dense", "A kind of cache; dense, if left out.", metavar="NAME")
 
@@ -162,7 +162,7 @@ def drafters(
 
 @group()
 class EngineOptions:
-    """What is written, by whom, and how often."""
+    """Prompts, engines and rounds."""
 
     suite: Path | None = option(None, _SUITE, metavar="FILE")
     category: list[str] | None = option(None, "Of the suite; may be repeated. All, else.", metavar="NAME")
@@ -219,7 +219,7 @@ def engines(
 def _engine_workload(
     options: EngineOptions, loading: Loading, opened: Opened, stack: ExitStack, progress: Progress
 ) -> EngineWorkload:
-    """The cases, and a process for each engine that can be had; `stack` ends them."""
+    """The benchmark's cases, and a process for each available engine; `stack` closes them."""
     import torch
 
     from longspec.bench import contenders as who
@@ -250,7 +250,7 @@ def _engine_workload(
 
 
 def _workers(contenders: Sequence[Any], stack: ExitStack, progress: Progress, *, needed: bool) -> Mapping[str, Worker]:
-    """Their processes by name. needed: one that can't be had is an error, and no note."""
+    """The worker processes by name. needed: an unavailable engine is an error, instead of a note."""
     from longspec.bench.process import Worker, opened
 
     workers = {}

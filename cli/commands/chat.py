@@ -1,6 +1,6 @@
 """`longspec chat`: a conversation at a terminal, or line by line through a pipe.
 
-Declares the command and puts the pieces together: a `Conversation` over an engine, lines to read, and the `Dialogue`
+Declares the command and connects its parts: a `Conversation` over an engine, a reader of lines, and the `Dialogue`
 between them.
 """
 
@@ -44,7 +44,7 @@ Every flag has its opposite (--no-stats) for what the environment or config.toml
 
 @group("Output")
 class Showing:
-    """What a terminal shows of drafts."""
+    """The display of drafted tokens at a terminal."""
 
     show_drafts: bool = option(False, "Colour what came from a draft, where stdout is a terminal.")
 

@@ -1,6 +1,6 @@
-"""`longspec completion`: the script by which a shell completes subcommands, options and template names.
+"""`longspec completion`: the shell script that completes subcommands, options and template names.
 
-typer writes the script, and answers when the shell calls longspec with the words so far in the environment.
+typer generates the script, and answers when the shell calls longspec with the words so far in the environment.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def completion(
     from typer.completion import show_callback
 
     nothing: Any = None
-    with suppress(SystemExit):  # how typer ends its own --show-completion, which this is
+    with suppress(SystemExit):  # typer's --show-completion exits when it is done
         show_callback(ctx, nothing, shell.value)
 
 
 def respond(command: Any) -> int | None:
-    """What a shell asks for goes to stdout; the exit code. None where no shell asks."""
+    """Print the completions that a shell asks for, and return the exit code. None where no shell asks."""
     if not os.environ.get(_VARIABLE):
         return None
     from typer.completion import get_completion_inspect_parameters
 
-    get_completion_inspect_parameters()  # registers what typer knows of shells
+    get_completion_inspect_parameters()  # registers typer's own shell classes
     try:
         command.main([], prog_name="longspec", complete_var=_VARIABLE)
-    except SystemExit as end:  # how typer ends it
+    except SystemExit as end:  # typer exits when it is done
         return int(end.code or 0)
     return 0

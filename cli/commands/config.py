@@ -1,7 +1,7 @@
-"""`longspec config`: the user's settings, shown with where each comes from, and changed one at a time.
+"""`longspec config`: the user's settings with the source of each, and changes of one setting at a time.
 
-Knows no option by itself: names, kinds and what a value may be are those of the subcommands' own options. Changing
-reads no other setting, so that a file which stops every other command can be mended here.
+Names, types and valid values are those of the subcommands' options. Changing one setting doesn't read the others, so
+that a file that breaks every other command can be repaired here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HIDDEN = ("api_key",)
 
 
 def known(ctx: typer.Context, incomplete: str) -> list[str]:
-    """What a shell completes a setting's name to."""
+    """Completions of a setting's name."""
     return [name for name in settable(ctx.find_root().command) if name.startswith(incomplete)]
 
 
@@ -60,7 +60,7 @@ def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -
         setting = settings.get(name)
         value = value_of(ctx, *options[name], setting)
         if setting is not None and isinstance(setting.value, str) and not isinstance(value, str):
-            value = _stored(setting.value, value)  # 6GiB says more than its bytes
+            value = _stored(setting.value, value)  # 6GiB rather than its bytes
         if value is not None and name in _HIDDEN:
             value = "***"
         rows[name] = {"value": value, "from": _from(name, setting)}
@@ -100,7 +100,7 @@ def set_one(ctx: typer.Context, name: Name, values: Values) -> None:
 def unset(ctx: typer.Context, name: Name) -> None:
     """Take an option out of config.toml."""
     table = read_table()
-    if name not in table:  # what is no option, and is there all the same, can be taken out too
+    if name not in table:  # an unknown key in the file can be removed too
         name, _, _ = _named(ctx, name)
     if name in table:
         change(name, None)
@@ -109,7 +109,7 @@ def unset(ctx: typer.Context, name: Name) -> None:
 
 
 def _named(ctx: typer.Context, text: str) -> tuple[str, Any, Any]:
-    """The setting of a name, of a flag, or of a flag's other form: its name, a subcommand that has it, its parameter.
+    """The setting of a name, of a flag, or of a flag's negation: its name, a subcommand that has it, its parameter.
 
     Raises:
         UsageError: there is none.
@@ -128,7 +128,7 @@ def _named(ctx: typer.Context, text: str) -> tuple[str, Any, Any]:
 
 
 def _ask_engine(name: str, value: Any) -> None:
-    """Names that only the engine knows, refused as it refuses them. UsageError."""
+    """Check a name that only the engine can check. Raises the engine's UsageError."""
     if name == "drafter" and value != "auto":
         from longspec.drafters.spec import parse
 
@@ -152,14 +152,14 @@ def _ask_engine(name: str, value: Any) -> None:
 
 
 def _stored(text: str, read: Any) -> Any:
-    """A number as a number; what stands for one (6GiB, 32k) as it was written."""
+    """A number as a number; a word for one (6GiB, 32k) as written."""
     if isinstance(read, float):
         return read
     return read if str(read) == text else text
 
 
 def _shown(value: Any) -> str:
-    """As config.toml would have it."""
+    """A value in TOML."""
     if value is None:
         return "-"
     import tomlkit

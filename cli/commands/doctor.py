@@ -1,6 +1,6 @@
-"""`longspec doctor`: what this machine has, what longspec uses of it, and why not of the rest.
+"""`longspec doctor`: this machine's hardware and software, with longspec's use of each and the reasons against it.
 
-It reports and changes nothing. What is missing or broken is a line of the report, never an error.
+It reports and changes nothing. Anything missing or broken is a line of the report, never an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version  # 15 ms, which every command would pay
+    from importlib.metadata import PackageNotFoundError, version  # takes 15 ms, too long for every command's start
 
     try:
         return version(package)
@@ -81,13 +81,13 @@ def _machine() -> dict[str, Any]:
 
 
 def _meminfo() -> dict[str, int]:
-    """Bytes by name; the file has KiB."""
+    """The fields of /proc/meminfo in bytes (the file has KiB)."""
     fields = [line.split() for line in _lines("/proc/meminfo")]
     return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if len(field) >= 2 and field[1].isdigit()}
 
 
 def _memory_limit() -> int | None:
-    """What a container allows."""
+    """The container's memory limit."""
     for line in _lines("/sys/fs/cgroup/memory.max"):
         return int(line) if line.strip().isdigit() else None
     return None
@@ -118,7 +118,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _attention() -> dict[str, str]:
-    """What computes attention, and why the others don't."""
+    """The attention backend in use, and the reasons against the others."""
     try:
         from longspec.attention import backends
     except (ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`longspec forget`: what `--remember` has kept is deleted."""
+"""`longspec forget`: deletes the answers that `--remember` stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`longspec models`: what there is on this machine, and what can be pulled by a short name."""
+"""`longspec models`: the models on this machine, and those that can be pulled by a short name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`longspec plan`: what each kind of cache would take for a text of some length, and what this machine holds of it.
+"""`longspec plan`: the memory that each kind of cache needs for a sequence length, and whether this machine has it.
 
 Reads a model's headers, or its config.json alone where it isn't on this machine; no weight is loaded.
 """
@@ -38,7 +38,7 @@ _TOKENIZER_NBYTES = 700
 
 @group("Model and method")
 class Planned:
-    """The text, and the memory that has to hold it."""
+    """The sequence length, and the memory budget."""
 
     context: int | None = option(
         None,
@@ -79,7 +79,7 @@ def plan(
 
 
 def _request(model: str, device: str, dtype: str, context: int | None) -> Request:
-    import longspec.engine.engine  # noqa: F401 - what a run has in memory when it plans
+    import longspec.engine.engine  # noqa: F401 - counts in the process's memory, as in a run
     from longspec.machine.system import resident_bytes
     from longspec.memory.plan import Request, request_of, with_codes
     from longspec.model.config import Config
@@ -111,7 +111,7 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
 
 
 def _report(request: Request, memory: str | int) -> dict[str, Any]:
-    """As `--json` prints it."""
+    """The object that `--json` prints."""
     import torch
 
     from longspec.cache import CACHES, LOSSLESS

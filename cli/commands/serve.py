@@ -1,6 +1,7 @@
-"""`longspec serve`: a loaded model behind OpenAI's API on this machine, and behind every `longspec run` that fits it.
+"""`longspec serve`: a loaded model behind OpenAI's API on this machine, and for every `longspec run` with equal
+settings.
 
-Loads in the thread that will write; listens once that is done. What it says goes to stderr, stdout stays empty.
+Loads in the worker's thread; listens once that is done. Messages go to stderr, stdout stays empty.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
 
 @group("Server")
 class Serving:
-    """The address, and how much is taken."""
+    """The address, and the limits of requests."""
 
     host: str = option("127.0.0.1", "The address to listen on: 127.0.0.1 if left out.", metavar="NAME")
     port: int = option(8000, "Its port: 8000; 0 takes a free one.", metavar="N", parser=whole(0, 65535))
@@ -94,7 +95,7 @@ def serve(
         )
     options = loading.engine_options(ctx)
     parallel = serving.parallel
-    if loading.memory is not None:  # as for `batch`: each text is planned at the model's whole context
+    if loading.memory is not None:  # as in `batch`: each sequence is planned at the model's whole context
         parallel = options["texts"] = parallel or 1
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         _serve(loading.model, options, serving, parallel, progress)
@@ -112,7 +113,7 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
 
     width = parallel or WIDTH
     folder, planned = remote.folder(make=True), options["memory"] is not None
-    # Of the files as they are now.
+    # The address depends on the files' present state.
     path = None if folder is None or planned else remote.address(folder, model, options)
     with bind(serving.host, serving.port) as door, ExitStack() as stack:
         worker = Worker(lambda: _load(model, options, progress), width)
@@ -132,7 +133,7 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
 
 
 def _load(model: str, options: dict[str, Any], progress: Progress) -> Engine:
-    """In the worker's thread."""
+    """Load the engine; runs in the worker's thread."""
     progress.report(f"loading {model}")
     from longspec.engine.engine import Engine
 

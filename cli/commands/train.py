@@ -1,4 +1,4 @@
-"""`longspec train`: train a head that drafts for a model, in a folder that an interrupted run goes on with."""
+"""`longspec train`: trains a draft head for a model, in a folder from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ goes on. The report goes to stdout, and to report.json in the folder.
 
 @group("Training")
 class Training:
-    """What is trained, on what, and for how long."""
+    """The head, its data, and the length of training."""
 
     head: str = argument(what="What to train: clover or clover2.", metavar="HEAD")
     prompts: Path = option(
@@ -109,7 +109,7 @@ def train(
         if training.dry_run:
             return
         report = course.run(progress.report, int8=training.int8)
-    if report is None:  # one of several processes, and not the one that speaks
+    if report is None:  # a process of a distributed run other than the one that reports
         return
     if reporting.as_json:
         typer.echo(json.dumps({**report, "folder": str(training.output)}, ensure_ascii=False))
@@ -118,7 +118,7 @@ def train(
 
 
 def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
-    """The model that the head is trained on, and the one that writes its texts, where that is another one."""
+    """The model that the head is trained on, and the one that generates its texts, if that is another one."""
     from longspec.model.load import native_dtype, open_model
 
     def opened(dtype: str) -> Opened:
@@ -126,13 +126,13 @@ def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
 
     model, writer = opened(loading.dtype), None
     model.set_threads(loading.threads)
-    if loading.dtype == "auto" and model.dtype == "int8":  # codes have no gradients, and write several times as fast
+    if loading.dtype == "auto" and model.dtype == "int8":  # int8 generates faster, but has no gradients
         writer, model = model.load(report=progress.report), opened(native_dtype(model.device))
     return model.load(report=progress.report), writer
 
 
 def _sampling(defaults: Any, temperature: float | None, seed: int) -> dict[str, Any]:
-    """As the model is used; a greedy one is sampled all the same, so that a prompt can be answered again."""
+    """The model's sampling defaults; sampled even if these are greedy, so that one prompt gives several answers."""
     chosen: dict[str, Any] = {"seed": seed}
     if temperature is not None:
         chosen["temperature"] = temperature
@@ -152,5 +152,5 @@ def _table(report: dict[str, Any], folder: Path) -> str:
 
 
 def _path(folder: Path) -> str:
-    """So that it is read as a path, not as a name."""
+    """A path that can't be taken for a name."""
     return str(folder) if folder.is_absolute() or len(folder.parts) > 1 else f"./{folder}"

@@ -1,4 +1,6 @@
-"""`longspec tune`: find how a model is best run on this machine, and what `--drafter skip` should leave out."""
+"""`longspec tune`: finds the fastest settings of a model on this machine, and the layers that `--drafter skip` leaves
+out.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,13 @@ user's config and cache directories; the tables go to stdout.
 """
 
 _CONTEXT = 512
-_SETTINGS = 0.2  # of the budget: dtypes, threads and drafting
+_SETTINGS = 0.2  # share of the time budget for dtypes, threads and drafting
 _KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
 @group("Search")
 class Search:
-    """How long is searched, and for what texts."""
+    """The time budget, and the sequence length."""
 
     budget: float = option(
         120.0,
@@ -121,7 +123,7 @@ def tune(
 
 
 def _report(model: Model, tuning: Tuning, context: int) -> dict[str, Any]:
-    """As `--json` prints it: the best set first on its own, then all that were measured."""
+    """The object that `--json` prints: the best set first, then all sets measured."""
     import torch
 
     from longspec import __version__

@@ -1,1 +1,1 @@
-"""Streams of the command: prompts in, answers out, progress, signals, the warm server."""
+"""Input and output of the command line: prompts, answers, progress, signals, and the client of a running server."""

@@ -1,4 +1,4 @@
-"""The loop around a batch's job: results to the file, figures to the eye, signals to an orderly end."""
+"""The loop around a batch's job: writes results, reports progress, and finishes in order on a signal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NOTE_SECONDS = 60.0
 
 
 class Loop:
-    """max_errors: with more failed lines it gives up. left: about how many records are to come, 0 if nobody knows.
-    openai: lines are written in OpenAI's format.
+    """max_errors: stop after more failed lines than this. left: approximate number of remaining records, 0 if
+    unknown. openai: write lines in OpenAI's format.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Loop:
         self._drawn = self._noted = perf_counter()
 
     def go(self) -> None:
-        """Raises Interrupted once what could be finished is finished."""
-        whole = True  # no pass was left half done
+        """Run the job. Raises Interrupted once the open sequences are finished, as far as possible."""
+        whole = True  # False after an interrupted pass
         try:
             while self.job.admitting or self.job.running:
                 for result in self.job.admit():
@@ -69,7 +69,7 @@ class Loop:
             raise
 
     def _drain(self) -> None:
-        """Finish what is running, for a few seconds; another signal ends that at once."""
+        """Finish the open sequences for a few seconds; another signal ends that at once."""
         end = perf_counter() + _DRAIN_SECONDS
         self.job.close()
         if self.job.running:

@@ -1,7 +1,7 @@
-"""One conversation between a person and a model: what is said is answered, what begins with / is a command.
+"""The loop of a conversation: messages are answered, lines that begin with / are commands.
 
-Takes lines; answers go to standard output as they are written, and all else to stderr. Commands are for terminals: a
-line that comes through a pipe is always said.
+Takes lines; answers are streamed to standard output, everything else goes to stderr. Commands are for terminals: a
+line from a pipe is always a message.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Ctrl-C stops an answer, whose beginning stays in the conversation; at the prompt
 
 
 class Dialogue:
-    """The loop over what is said. `load` gives the engine for a model's name."""
+    """The loop over a user's messages. load: a function from a model's name to its engine."""
 
     def __init__(
         self,
@@ -65,14 +65,15 @@ class Dialogue:
         self.load = load
         self.colours = colours
         self.stats = stats
-        self.hide = hide  # what is thought
+        self.hide = hide  # hide the reasoning
 
     def hold(self) -> None:
-        """Answer until there is nothing more to read.
+        """Answer until the end of input.
 
         Raises:
-            Interrupted: SIGTERM, or SIGINT where no terminal is there to go on at.
-            LongspecError: as `Engine.open` and `Engine.step`; at a terminal it is said, and the conversation goes on.
+            Interrupted: SIGTERM, or SIGINT without a terminal to continue at.
+            LongspecError: as `Engine.open` and `Engine.step`; at a terminal it is printed, and the conversation
+            continues.
         """
         typed = isinstance(self.lines, TypedLines)
         while True:
@@ -163,12 +164,12 @@ class Dialogue:
         )
 
     def _answer(self, opening: Callable[[], Session]) -> None:
-        """Write an answer to its end, or to a signal, and keep what there is of it."""
+        """Write an answer to its end, or to a signal, and keep what was written."""
         session = opening()
         try:
             interrupted = self._write(session)
         except BaseException:
-            self.conversation.session = None  # its cache may have half a step
+            self.conversation.session = None  # its cache may hold half a step
             raise
         kept = self.conversation.keep()
         for note in session.notes:
@@ -188,21 +189,21 @@ class Dialogue:
         )
 
     def _write(self, session: Session) -> signals.Interrupted | None:
-        """Write the session to its end, or to a signal, which is given back. Its text so far is on stdout then.
+        """Write the session to its end, or to a signal, which is returned. Its text so far is on stdout then.
 
-        A signal is raised between steps; a second one in the midst of a step goes further up.
+        A signal is raised between steps; a second one within a step propagates.
         """
         source = Local(self.conversation.engine, session, resumable=True)
 
         def paint(text: str) -> str:
-            begin = len(session.text) - len(text)  # it is the newest
+            begin = len(session.text) - len(text)  # the newest part of the session's text
             return coloured(text, begin, session.begins, source.accepted)
 
         policy = Policy(stream=True, text=True, hide=self.hide, paint=paint if self.colours else None)
         return stream(source, self.output, self.progress, policy)
 
     def _tell(self, text: str) -> None:
-        """What was asked for by a command, or went wrong: said with --quiet too. A terminal must not obey it."""
+        """Print a command's output or an error, with --quiet too, without control characters."""
         if sys.stderr is not None:
             with suppress(OSError):
                 print(printable(text, keep="\n"), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Which characters of an answer came from a draft, and their colour.
+"""Colours for the characters of an answer that came from a draft.
 
-Takes where each token of the text begins and whether it was drafted; a text that lags behind its tokens is coloured
-when it comes. A character of several tokens has the colour of the last.
+Takes the offset of each token in the text and whether it was drafted; held-back text is coloured when it is printed.
+A character of several tokens has the colour of the last.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _DRAFTED, _PLAIN = "\x1b[36m", "\x1b[0m"
 
 
 def can_colour() -> bool:
-    """Standard output is a terminal with colours, and nobody asked for none."""
+    """Whether standard output is a terminal with colours, and NO_COLOR isn't set."""
     return os.isatty(1) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def coloured(text: str, offset: int, begins: Sequence[int], drafted: Sequence[bool]) -> str:
-    """The characters from `offset` of the answer on, those of drafted tokens in colour.
+    """The answer's characters from `offset` on, those of drafted tokens in colour.
 
-    begins: per token, where it begins in the answer. drafted: per token; those behind its end weren't.
+    begins: each token's offset in the answer. drafted: per token; tokens beyond its end weren't.
     """
     parts, end = [], offset + len(text)
     while offset < end:

@@ -1,7 +1,7 @@
-"""`longspec run --each-line`: every line of standard input answered by itself, on one line, as the lines come.
+"""`longspec run --each-line`: every line of standard input is a prompt, answered on one line, as the lines arrive.
 
-Line n of what is written answers line n of what was read, so `paste` fits them together: a blank line gives a blank
-line, a line that can't be used too (with --json an object that says why), and what is wrong with it goes to stderr.
+Output line n answers input line n, so that `paste` joins them: a blank line gives a blank line, and so does an
+invalid one (with --json an object with the error), whose error goes to stderr.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["answer_lines", "one_line"]
 
 
 def answer_lines(call: Call) -> LongspecError | None:
-    """Answer the lines in their order. The error that is to end the command is given if some couldn't be answered.
+    """Answer the lines in order. Returns the error to exit with if some couldn't be answered.
 
-    The model is loaded when the first line that isn't blank has come.
+    The model is loaded at the first non-blank line.
 
     Raises:
-        UsageError: no line can be answered like this.
-        Interrupted: a signal came; what there was of its line's answer has been written.
+        UsageError: the options don't allow it.
+        Interrupted: a signal came; the current answer so far has been written.
     """
     if call.no_stdin:
         raise UsageError("--each-line answers the lines of standard input and --no-stdin forbids it; leave one out.")
@@ -69,12 +69,12 @@ def answer_lines(call: Call) -> LongspecError | None:
 
 
 def one_line(text: str) -> str:
-    """The text without line ends: each, with the white space around it, is one space."""
+    """The text on one line: each line end, with the white space around it, becomes one space."""
     return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
 
 def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session | LongspecError:
-    """A session for this line, or what is wrong with it. What is wrong with all lines is raised."""
+    """A session for this line, or its error. An error that all lines would have is raised."""
     try:
         prompt = call.form.fill(joined([head, text_of(line, "it")]))
     except UsageError as error:
@@ -90,7 +90,7 @@ def _object(report: dict[str, Any]) -> str:
 
 
 def _tell(sentence: str, progress: Progress) -> None:
-    """An error, which --quiet doesn't silence; it may quote a foreign text, which a terminal must not obey."""
+    """Print an error, with --quiet too, without control characters: it may quote an untrusted text."""
     progress.stop()
     with suppress(OSError, AttributeError):
         print(f"longspec: {printable(sentence)}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""What a person types, message by message: edited and remembered at a terminal, line by line from a pipe.
+"""The user's messages: edited with a history at a terminal, line by line from a pipe.
 
-Takes standard input; gives texts without their line end. At a terminal Python's own readline edits (GNU readline where
-Python was built with it, else libedit): it needs no package, starts in a millisecond, and leaves the terminal as it was
-when a signal ends it. Where there is none, lines are read as the terminal sends them.
+Takes standard input; gives messages without their line end. At a terminal Python's own readline edits (GNU readline
+or libedit, as Python was built): it needs no package, starts in a millisecond, and restores the terminal when a
+signal ends it. Without readline, lines are read as the terminal sends them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUOTES = '"""'
 _MOST_NBYTES = 64 << 20
 _HISTORY_ENTRIES = 1000
 _HISTORY_NBYTES = 1 << 20
-_ENTRY_LENGTH = 10_000  # characters; what is longer was pasted, and isn't typed again
+_ENTRY_LENGTH = 10_000  # characters; longer messages were pasted, and aren't kept
 
 
 class PipedLines:
@@ -39,7 +39,7 @@ class PipedLines:
         """The next message; None at the end.
 
         Raises:
-            UsageError: a line isn't text in UTF-8, or is too long for any model.
+            UsageError: a line isn't valid UTF-8, or is too long for any model.
         """
         if sys.stdin is None:
             return None
@@ -58,7 +58,7 @@ class PipedLines:
 
 
 class TypedLines:
-    """Messages that are typed at a terminal, with those of earlier times behind the arrow keys."""
+    """Messages typed at a terminal, with a history on the arrow keys."""
 
     def __init__(self, prompt: str, commands: Sequence[str]) -> None:
         self._prompt = prompt
@@ -71,7 +71,7 @@ class TypedLines:
             self._prepare(self._readline)
 
     def read(self) -> str | None:
-        """The next message, of several lines where pasted so or stands between triple quotes; None at the end."""
+        """The next message, of several lines if pasted or between triple quotes; None at the end."""
         line = self._line(self._prompt)
         if line is None or not line.startswith(_QUOTES):
             return line
@@ -84,13 +84,13 @@ class TypedLines:
         return "\n".join(lines).rstrip().removesuffix(_QUOTES).strip("\n")
 
     def remember(self, text: str) -> None:
-        """Add a message to the history, and to its file, which only the user may read."""
+        """Add a message to the history and to its file, which only the user can read."""
         if len(text) > _ENTRY_LENGTH or (self._history and self._history[-1] == text):
             return
         self._history = [*self._history, text][-_HISTORY_ENTRIES:]
         if self._readline is not None:
             self._readline.add_history(text)
-        with suppress(OSError):  # a conversation goes on without a memory of it
+        with suppress(OSError):  # the history file is optional
             _write_history(self._history)
 
     def _line(self, prompt: str) -> str | None:
@@ -126,9 +126,9 @@ class TypedLines:
 
 @contextmanager
 def _woken() -> Iterator[None]:
-    """Inside, a signal ends the main thread's wait for a key whichever thread the system gave it to.
+    """Within the block, a signal interrupts the main thread's wait for a key, whichever thread receives it.
 
-    torch's threads take signals too, and then nothing interrupts readline: it would wait for the next key.
+    The system may deliver a signal to one of torch's threads; readline would then wait for the next key.
     """
     ours, told = socket.socketpair()
     told.setblocking(False)
@@ -136,7 +136,7 @@ def _woken() -> Iterator[None]:
 
     def pass_on() -> None:
         while (number := ours.recv(1)) and main is not None:
-            if not over.wait(0.05):  # it hasn't reached the main thread by itself
+            if not over.wait(0.05):  # the main thread hasn't handled it yet
                 signal.pthread_kill(main, number[0])
 
     before = signal.set_wakeup_fd(told.fileno())
@@ -153,7 +153,7 @@ def _woken() -> Iterator[None]:
 
 
 def history_path() -> Path:
-    """Where messages are remembered: a JSON string per line."""
+    """The history file: one JSON string per line."""
     return state_folder() / "history"
 
 
@@ -166,7 +166,7 @@ def _readline() -> ModuleType | None:
 
 
 def _read_history() -> list[str]:
-    """The entries that make sense, of a file that anything may have written."""
+    """The valid entries of the history file, which isn't trusted."""
     try:
         with history_path().open("rb") as file:
             lines = file.read(_HISTORY_NBYTES).decode(errors="replace").splitlines()

@@ -1,7 +1,7 @@
-"""A file in place of standard output: FILE is what it was, or it is the whole answer.
+"""An output file that is replaced atomically: FILE is unchanged, or has the whole answer.
 
-Takes text as `Output` does, and writes it to FILE.part as it comes; when all of it is there it becomes FILE in one
-step. What ends it early, be it a signal, an error or a power cut, leaves the part under that name and FILE alone.
+Takes text as `Output` does, and writes it to FILE.part as it arrives; the complete file is renamed to FILE. A signal,
+an error or a power cut leaves FILE.part and an unchanged FILE.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["OutputFile"]
 
 
 class OutputFile:
-    """Opened before the model is loaded, so that a folder that can't be written costs no time."""
+    """Opened before the model is loaded, so that an unwritable folder is reported at once."""
 
     is_ready = True
     is_file = True
 
     def __init__(self, name: str, say: Callable[[str], None]) -> None:
-        self._path = Path(os.path.realpath(name))  # a link stays, and what it leads to is written
+        self._path = Path(os.path.realpath(name))  # a symbolic link stays, and its target is written
         self._part = Path(f"{self._path}.part")
         self._say = say
         self._ends_line = True
@@ -37,7 +37,7 @@ class OutputFile:
             mode = self._path.stat().st_mode if self._path.exists() else None
             if mode is not None and not stat.S_ISREG(mode):
                 raise UsageError(f"{self._path} isn't an ordinary file; leave --output out and use > instead.")
-            # Not through a link, and not waiting for a pipe's reader: anybody may have put one into a shared folder.
+            # Don't follow a link and don't block on a pipe: in a shared folder, others may have created the file.
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             self._number = os.open(self._part, flags, 0o666)
             undo.callback(os.close, self._number)
@@ -66,7 +66,7 @@ class OutputFile:
             os.close(self._number)
 
     def write(self, text: str) -> None:
-        """The text is in the file when this returns."""
+        """Write the text to the file, completely on return."""
         data = text.encode("utf-8", errors="replace")
         with self._told(), deferred():
             if data:
@@ -75,14 +75,14 @@ class OutputFile:
                 data = data[os.write(self._number, data) :]
 
     def end_line(self) -> None:
-        """What follows stands on a line of its own."""
+        """Write a newline, unless the text ends with one."""
         self.write("" if self._ends_line else "\n")
 
     def check(self) -> None:
-        """A file has no reader who could go away."""
+        """Does nothing: a file has no reader that could close it."""
 
     def _own(self) -> None:
-        """No other run writes this part, and it hasn't just become that run's answer."""
+        """Check that no other run writes this part, and that it hasn't been renamed to that run's answer."""
         with suppress(BlockingIOError):
             fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(self._number), os.lstat(self._part)):

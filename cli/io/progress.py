@@ -1,7 +1,7 @@
-"""What a person sees on stderr while there is no answer yet: plain notes, and a bar where stderr is a terminal.
+"""Progress on stderr before there is an answer: plain notes, and a bar where stderr is a terminal.
 
-Takes what is being done, how much of it is done, and how much there is; draws nothing for programs, logs and
-terminals without colours (NO_COLOR), and is silent where that is asked for.
+Takes stages with their progress and total; draws nothing in pipes, logs and terminals without colours (NO_COLOR), and
+is silent with --quiet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FETCHING = "fetching "
 
 
 class Progress:
-    """At most one line that is drawn, and goes when it is stopped."""
+    """At most one line that is drawn, and removed by `stop`."""
 
     def __init__(self, model: str, *, quiet: bool = False) -> None:
         self.model = model
@@ -53,7 +53,9 @@ class Progress:
             print(f"longspec: {sentence}", file=sys.stderr, flush=True)
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
-        """Draw how far a stage is; no total draws that it goes on. What takes the network is noted, drawn or not."""
+        """Draw a stage's progress; without a total, an indeterminate bar. A download is also noted as a line, drawn
+        or not.
+        """
         signals.check()
         if stage != self._stage:
             self._enter(stage)
@@ -64,13 +66,13 @@ class Progress:
             self._task = self._bar.add_task(stage, total=None)
             self._bar.start()
         assert self._task is not None
-        if not total and self._bar.tasks[0].total is not None:  # rich leaves a total as it is where none is given
+        if not total and self._bar.tasks[0].total is not None:  # rich keeps an earlier total where none is given
             self._bar.remove_task(self._task)
             self._task = self._bar.add_task(stage, total=None)
         self._bar.update(self._task, description=stage, completed=done, total=total or None)
 
     def stop(self) -> None:
-        """Nothing is drawn when this returns."""
+        """Remove the bar; nothing is drawn after this returns."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -86,12 +88,12 @@ class Progress:
 
 
 def thinking(tokens: int) -> str:
-    """What is drawn in place of thoughts that are hidden."""
+    """The line drawn in place of hidden reasoning."""
     return f"thinking… {tokens:,} tokens"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text that may quote a foreign file, without what a terminal would obey; the letters of `keep` stay."""
+    """A text that may quote an untrusted file, without control characters except those of `keep`."""
     return "".join(letter if letter.isprintable() or letter in keep else " " for letter in text)
 
 
@@ -107,7 +109,7 @@ def _bar() -> Bar:
     from rich.text import Text
 
     class Known(ProgressColumn):
-        """A column that is shown where there is a total."""
+        """A column that is shown only with a total."""
 
         def __init__(self, column: ProgressColumn) -> None:
             self.column = column

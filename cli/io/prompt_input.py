@@ -1,6 +1,6 @@
 """The prompt: an argument, files and standard input as one text, or standard input line by line.
 
-Takes names and bytes from a user, who may have named a program or an endless device; gives text that isn't empty.
+Takes names and bytes from the user, possibly of a binary or an endless device; gives non-empty text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MOST_NBYTES = 64 << 20
 def read_prompt(argument: str | None, files: Sequence[str], *, no_stdin: bool, say: Callable[[str], None]) -> str:
     """The argument, then the files, then standard input, with a blank line between them.
 
-    Line ends at the end of a file or of standard input are dropped, as by the shell's `$(...)`. `say` is told, once,
-    that standard input is silent.
+    Line ends at the end of a file or of standard input are dropped, as in the shell's `$(...)`. say: called once if
+    standard input sends nothing.
 
     Raises:
         UsageError: a part can't be read, isn't text, or all of them are empty.
@@ -43,7 +43,7 @@ def read_prompt(argument: str | None, files: Sequence[str], *, no_stdin: bool, s
 
 
 def read_head(argument: str | None, files: Sequence[str]) -> str:
-    """What stands before each line where lines are answered one by one: the argument, then the files.
+    """The text before each line where lines are answered one by one: the argument, then the files.
 
     Raises:
         UsageError: a part can't be read, or isn't text.
@@ -53,7 +53,7 @@ def read_head(argument: str | None, files: Sequence[str]) -> str:
 
 
 def read_lines(say: Callable[[str], None]) -> Iterator[bytes]:
-    """The lines of standard input as they come, without their ends; the last one may have none.
+    """The lines of standard input as they arrive, without their ends; the last one may have none.
 
     Raises:
         UsageError: standard input can't be read, or a line is longer than any prompt.
@@ -88,7 +88,7 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def checked(argument: str, name: str) -> str:
-    """An argument as text in UTF-8, also where the locale made Python read its bytes as something else."""
+    """An argument as UTF-8 text, even where Python decoded its bytes by another locale."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -124,7 +124,7 @@ def _read_file(name: str) -> bytes:
 
 
 def _chunks(say: Callable[[str], None], *, endless: bool = False) -> Iterator[bytes]:
-    """What standard input holds, as it comes; where it isn't endless, not much more than a prompt may have."""
+    """Chunks of standard input as they arrive; unless endless, not much more than a prompt's limit."""
     if sys.stdin is None:
         raise UsageError("Standard input is closed, and it was asked for; give an argument or -f FILE.")
     patience: float | None = _PATIENCE_SECONDS

@@ -1,4 +1,4 @@
-"""One call of `longspec run`: what is asked, how it is answered, and where the answer goes."""
+"""One call of `longspec run`: the prompt, the options of its answer, and the destination."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Call", "Form", "make_form"]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is made of the prompt that was given: itself, or a template filled with it."""
+    """The rendering of a prompt: the text itself, or a template filled with it."""
 
     template: Template | None
     values: dict[str, str]
@@ -34,7 +34,7 @@ class Form:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What the template would have the answer written with."""
+        """The template's options for the answer."""
         return {} if self.template is None else dict(self.template.defaults)
 
     @property
@@ -47,14 +47,14 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """All of it, with nothing left that contradicts anything else."""
+    """The call's options, with conflicts resolved."""
 
     argument: str | None
     files: Sequence[str]
     no_stdin: bool
     form: Form
     model: str
-    loading: dict[str, Any]  # options of `Engine.load`
+    loading: dict[str, Any]  # keywords of `Engine.load`
     writing: Options
     output: Output | OutputFile
     progress: Progress
@@ -62,14 +62,14 @@ class Call:
     as_json: bool
     stats: bool
     no_server: bool
-    trace: OutputFile | None  # where a profile goes
+    trace: OutputFile | None  # the profile's file
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:
     """The template of this name, with its parameters.
 
     Raises:
-        UsageError: it can't be used, or a parameter is unknown or missing.
+        UsageError: it isn't valid, or a parameter is unknown or missing.
     """
     if name is None:
         if parameters:
@@ -77,4 +77,4 @@ def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:
         return Form(None, {})
     template = prompts.load(name)
     values = {name: checked(value, f"--param {name}") for name, value in parameters}
-    return Form(template, template.values(values))  # what is missing is said before anything is read
+    return Form(template, template.values(values))  # report missing parameters before reading anything

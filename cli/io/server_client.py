@@ -1,10 +1,10 @@
-"""`longspec run` through a server that is up: the same answer, without loading a model.
+"""`longspec run` through a running server: the same answer, without loading a model.
 
-Takes what would have been loaded and written. Looks for the Unix socket of a server with the same model and settings,
-and gives what it answers; knows nothing of how. Imports only the standard library's light parts: a process that gets
-its answer here has no time for more. HTTP/1.0, whose body ends with the connection, needs no library at all.
+Takes the options of loading and of the answer. Looks for the Unix socket of a server with the same model and
+settings, and relays its answer. Imports only light parts of the standard library, as this path is about start-up
+time. HTTP/1.0, whose body ends with the connection, needs no library.
 
-Where a socket lies, and what it is called, is said here for both sides.
+The socket's path is defined here for both sides.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from longspec.machine.system import cache_folder
 
 __all__ = ["Remote", "Reported", "address", "folder", "write"]
 
-_MOST_NBYTES = 8 << 20  # what a server takes; a longer prompt is written here
-_PATH_NBYTES = 100  # a socket's path has room for 108 bytes on Linux, 104 on macOS
-_CONNECT_SECONDS = 2.0  # and until it says whether it takes the prompt
-_LOOK_SECONDS = 1.0  # between two looks at whether anybody reads the answer
+_MOST_NBYTES = 8 << 20  # the server's limit; a longer prompt is answered in this process
+_PATH_NBYTES = 100  # a socket's path has at most 108 bytes on Linux, 104 on macOS
+_CONNECT_SECONDS = 2.0  # for connecting, and for the server's acceptance
+_LOOK_SECONDS = 1.0  # between two checks that the answer still has a reader
 _END_SECONDS = 5.0
 _PIECE = 1 << 16
 _FILES = ("draft_model", "skip_set", "draft_from")
@@ -46,7 +46,7 @@ _FILES = ("draft_model", "skip_set", "draft_from")
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """An answer as a server reports it; the names are those of `longspec.engine.answer.Answer`."""
+    """An answer reported by a server; the names are those of `longspec.engine.answer.Answer`."""
 
     fields: dict[str, Any]
 
@@ -75,7 +75,7 @@ class Reported:
 
 
 def folder(*, make: bool = False) -> Path | None:
-    """Where sockets lie: a folder that only this user reads; None where there is none, or somebody else's."""
+    """The sockets' folder, accessible only to this user; None where there is none, or it belongs to another user."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(base):
         path = Path(base) / "longspec"
@@ -94,9 +94,10 @@ def folder(*, make: bool = False) -> Path | None:
 
 
 def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
-    """The socket of a server for this model, loaded in this way by this very longspec.
+    """The socket's path of a server for this model, with these options and this version of longspec.
 
-    What is a file or a folder counts with its place and time: where it was changed, a server has the old one.
+    A file or folder among the options is hashed with its path and modification time: after a change, a server has the
+    old one.
     """
     names = ("HF_HOME", "HF_HUB_CACHE", "LONGSPEC_COMPILER", "LONGSPEC_ISA", "OMP_NUM_THREADS")
     description = {
@@ -121,12 +122,12 @@ def write(
     *,
     began: float,
 ) -> tuple[Reported, signals.Interrupted | None] | None:
-    """The answer, written by a server that is up; None, with nothing written, where there is none that takes it.
+    """The answer of a running server; None, with nothing written, where none accepts the request.
 
-    A signal ends the answer and is given back.
+    A signal ends the answer and is returned.
     """
     if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
-        return None  # the process's own memory is meant, and its own file
+        return None  # these options concern this process
     place = folder()
     if place is None:
         return None
@@ -139,21 +140,21 @@ def write(
     for note in remote.notes:
         progress.say(note)
     assert remote.report is not None
-    # What loading took is what coming here took: this process has loaded nothing else.
+    # The load time is that of connecting: this process has loaded nothing else.
     loaded = {"load_s": seconds, "tokenizer_s": 0.0, "weights_s": 0.0, "import_s": seconds}
     remote.report["timing"] = loaded | {k: v for k, v in remote.report["timing"].items() if k not in loaded}
     return Reported(remote.report), interrupted
 
 
 class Remote:
-    """An answer that a server is writing: its text so far, and at its end the report."""
+    """An answer in progress on a server: its text so far, and at its end the report."""
 
-    is_broken = False  # the server goes on whatever comes here
+    is_broken = False  # the server's state survives an interrupt here
 
     def __init__(self, connection: socket.socket, path: Path, name: str) -> None:
         self.text = ""
-        self.said = ""  # what of it isn't thought
-        self.thinking = 0  # tokens of what was thought, until something is said
+        self.said = ""  # the text without its reasoning
+        self.thinking = 0  # reasoning tokens so far, until the answer begins
         self.tokens = 0
         self.notes: list[str] = []
         self.report: dict[str, Any] | None = None
@@ -165,7 +166,7 @@ class Remote:
 
     @classmethod
     def reached(cls, path: Path, prompt: str, writing: Mapping[str, Any], began: float) -> Remote | None:
-        """The server at that path, if it takes this."""
+        """Connect to the server at that path; None if it doesn't accept the request."""
         name = os.urandom(8).hex()
         body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
         connection = _posted(path, "/run", body) if len(body) <= _MOST_NBYTES else None
@@ -189,7 +190,7 @@ class Remote:
         return self.report is not None
 
     def end(self) -> None:
-        """The server is told to end the answer; what it has of it still comes."""
+        """Tell the server to end the answer; the text so far still arrives."""
         self._seconds = _END_SECONDS
         connection = None if self.is_over else _posted(self._path, "/end", json.dumps({"id": self._name}).encode())
         if connection is not None:
@@ -197,9 +198,9 @@ class Remote:
                 connection.recv(_PIECE)
 
     def advance(self, progress: Progress) -> None:
-        """Take what has come, or comes in a while. A signal is raised only while there is nothing to take.
+        """Take the data that has arrived or arrives within a second. A signal is raised only when there is none.
 
-        Raises LongspecError: what the server says went wrong, or that it broke off.
+        Raises LongspecError: the server's error, or a lost connection.
         """
         ready = self._data or select.select([self._connection], [], [], self._seconds)[0]
         with signals.deferred():
@@ -230,7 +231,7 @@ class Remote:
 
 
 def _posted(path: Path, route: str, body: bytes) -> socket.socket | None:
-    """A connection on which the body was sent; None where no server of this user listens."""
+    """A connection over which the body was sent; None where no server of this user listens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(_CONNECT_SECONDS)
     head = f"POST {route} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -249,7 +250,7 @@ def _posted(path: Path, route: str, body: bytes) -> socket.socket | None:
 
 
 def _is_mine(connection: socket.socket) -> bool:
-    """Linux knows who listens; elsewhere the folder's mode has to do."""
+    """Whether the peer is this user's process: Linux tells; elsewhere the folder's mode must suffice."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -258,7 +259,7 @@ def _is_mine(connection: socket.socket) -> bool:
 
 
 def _placed(name: object) -> object:
-    """A file with its time and size, a folder with those of its files; any other name as it is."""
+    """A file with its time and size, a folder with those of its files; any other name unchanged."""
     if isinstance(name, list | tuple):
         return [_placed(each) for each in name]
     path = os.path.expanduser(str(name))

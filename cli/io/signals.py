@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM as an exception that only the process itself ends.
+"""SIGINT and SIGTERM as an exception that only the process's top level handles.
 
 Raised at once everywhere but inside `deferred`, where the state must not be left half changed: there the first signal
-waits for the end, and a second one is raised. What is raised can be lost (Python drops it inside a finaliser, and half
-an import may turn it into an ImportError), so a signal stays noted until it is answered, and `check` raises it again.
+waits for the block's end, and a second one is raised. A raised exception can get lost (Python drops it inside a
+finaliser, and an interrupted import may turn it into an ImportError), so a signal stays noted until `answer`, and
+`check` raises it again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _deferring = False
 
 
 class Interrupted(BaseException):
-    """Somebody asked the process to end. `exit_code` is the shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+    """The process was asked to end. `exit_code` follows the shell's convention: 130 for SIGINT, 143 for SIGTERM."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -33,10 +34,10 @@ class Interrupted(BaseException):
 
 
 def catch() -> None:
-    """From here on the signals raise `Interrupted`.
+    """Make the signals raise `Interrupted`.
 
-    Also where SIGINT was inherited as ignored: a script's shell starts its background jobs so, and `kill -INT` should
-    end them with what they have written.
+    Also where SIGINT was inherited as ignored: a script's shell starts background jobs so, and `kill -INT` should end
+    them with their text so far.
     """
     for signum in _SIGNALS:
         signal.signal(signum, _handle)
@@ -44,30 +45,30 @@ def catch() -> None:
 
 
 def ignore() -> None:
-    """From here on the signals do nothing: the process is about to end by itself."""
+    """Ignore the signals: the process is about to exit."""
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def noted() -> Interrupted | None:
-    """The signal that came and hasn't been answered."""
+    """The signal that came and isn't handled yet."""
     return Interrupted(_noted[0]) if _noted else None
 
 
 def check() -> None:
-    """Raise what is noted: to be called now and then by whatever goes on for long."""
+    """Raise the noted signal; to be called regularly in long loops."""
     if _noted:
         raise Interrupted(_noted[0])
 
 
 def answer() -> None:
-    """What came has been answered; only another signal is raised from here on."""
+    """Mark the noted signal as handled; only another one is raised from here on."""
     _noted.clear()
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal is only noted, unless it comes twice; it is raised at the end."""
+    """Within the block, a signal is only noted, unless it comes twice; it is raised at the end."""
     global _deferring
     check()
     _deferring = True
@@ -86,6 +87,6 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _drop(lost: sys.UnraisableHookArgs) -> None:
-    """What Python would say of a signal that it lost: `check` has it still."""
+    """Silence Python's message about an exception lost in a finaliser: `check` still has it."""
     if not issubclass(lost.exc_type, Interrupted):
         sys.__unraisablehook__(lost)

@@ -1,7 +1,7 @@
-"""Standard output: the answer's bytes, in UTF-8 whatever the locale, each piece in the reader's hands at once.
+"""Standard output: the answer in UTF-8 whatever the locale, each piece written at once.
 
-Takes text; writes past Python's own buffers, so that nothing is left to be flushed when the reader has gone. A signal
-is raised only where a slow reader is waited for, never between a byte's leaving and its being counted.
+Takes text; bypasses Python's own buffers, so that nothing is left to flush when the reader has closed the pipe. A
+signal is raised only while waiting for a slow reader, never between writing a byte and counting it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PIECE_NBYTES = 4096
 
 
 class Output:
-    """Raises BrokenPipeError when the reader has gone, and LongspecError when the bytes can't be written otherwise."""
+    """Raises BrokenPipeError when the reader has closed the pipe, and LongspecError for other write errors."""
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -30,17 +30,17 @@ class Output:
         self._pending = bytearray()
         self._ends_line = True
         self._poll = select.poll()
-        self._poll.register(_STDOUT, 0)  # errors are always told
+        self._poll.register(_STDOUT, 0)  # errors are always reported
 
     def write(self, text: str) -> None:
-        """The text is written when this returns; what an exception leaves of it, the next call writes first."""
+        """Write the text, completely on return; after an exception, the next call writes the rest first."""
         self._pending += text.encode("utf-8", errors="replace")
         while self._pending:
             select.select([], [_STDOUT], [])
             with deferred():
                 try:
                     written = os.write(_STDOUT, self._pending[:_PIECE_NBYTES])
-                except BlockingIOError:  # another writer was faster
+                except BlockingIOError:  # another process filled the pipe first
                     continue
                 except BrokenPipeError:
                     raise
@@ -50,21 +50,21 @@ class Output:
                 del self._pending[:written]
 
     def end_line(self) -> None:
-        """What follows stands on a line of its own."""
+        """Write a newline, unless the text ends with one."""
         ended = self._pending.endswith(b"\n") if self._pending else self._ends_line
         self.write("" if ended else "\n")
 
     def check(self) -> None:
-        """Raises BrokenPipeError if nobody reads any longer, also while nothing is being written."""
+        """Raise BrokenPipeError if the reader has closed the pipe, also while nothing is being written."""
         if any(events & (select.POLLERR | select.POLLHUP) for _, events in self._poll.poll(0)):
             raise BrokenPipeError
 
     @property
     def is_ready(self) -> bool:
-        """A piece can be written without waiting for the reader."""
+        """Whether a piece can be written without blocking."""
         return bool(select.select([], [_STDOUT], [], 0)[1])
 
     @property
     def is_file(self) -> bool:
-        """What is written here appears on no terminal, not even through another program."""
+        """Whether it is a regular file, which no terminal shows, not even through another program."""
         return stat.S_ISREG(os.fstat(_STDOUT).st_mode)

@@ -1,6 +1,6 @@
-"""One answer from its source to an output: streamed, ended by a signal with what there is of it, summed up.
+"""One answer from its source to an output: streamed, ended early by a signal, summarised.
 
-A source is an engine that is loaded here (`Local`), or a server that is up (`longspec.cli.io.server_client`).
+A source is an engine loaded in this process (`Local`), or a running server (`longspec.cli.io.server_client`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ UNSAID = (
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How an answer is shown. stream: each piece as it becomes certain. text: its text at least at the end.
-    hide: without its reasoning. paint: what a piece looks like on a terminal.
+    """The display of an answer. stream: each piece as it becomes final. text: its text, at least at the end. hide:
+    without its reasoning. paint: a function that colours a piece at a terminal.
     """
 
     stream: bool
@@ -48,10 +48,10 @@ class Policy:
 def stream(
     source: Local | Remote, output: Output | OutputFile, progress: Progress, policy: Policy
 ) -> signals.Interrupted | None:
-    """Write an answer to its end, or to a signal, which is given back. What there is of its text is written then.
+    """Write an answer to its end, or to a signal, which is returned. Its text so far is written then.
 
-    A source has its text so far, and without its reasoning (`said`); `advance` takes the next piece, or what comes
-    within a second, and `end` has it end with what it has. It is broken where a signal came in the midst of a step.
+    A source has its text so far, also without its reasoning (`said`); `advance` takes the next piece, or waits up to
+    a second, and `end` ends it with its text so far. It is broken after a signal within a step.
     """
     shown, interrupted = 0, None
 
@@ -96,13 +96,13 @@ def stream(
 
 
 class Local:
-    """An answer of an engine in this process. resumable: the session is gone on with, so a signal waits for the end of
-    a step, its first one at least; else a long prefill ends at once.
+    """An answer of an engine in this process. resumable: the session will be continued, so a signal waits for the end
+    of a step, and at least for the first one; else a long prefill ends at once.
     """
 
     def __init__(self, engine: Engine, session: Session, *, resumable: bool = False) -> None:
         self.session = session
-        self.accepted: list[bool] = []  # for each token of the answer: it was drafted
+        self.accepted: list[bool] = []  # per token of the answer: whether it was drafted
         self.is_broken = False
         self._engine = engine
         self._resumable = resumable
@@ -132,7 +132,7 @@ class Local:
         return section.tokens if section is not None and section.is_open else 0
 
     def advance(self, progress: Progress) -> None:
-        """One chunk of the prompt, or one step."""
+        """Run one chunk of the prompt, or one step."""
         if not self._prefilled:
             done = self._whole(lambda: next(self._prefill, None)) if self._resumable else next(self._prefill, None)
             self._prefilled = done is None
@@ -148,7 +148,7 @@ class Local:
             self.session.interrupt()
 
     def _whole(self, work: Callable[[], Any]) -> Any:
-        """What the work gives; the first signal waits for its end."""
+        """The result of the call; the first signal waits for its end."""
         with signals.deferred():
             self.is_broken = self._resumable
             result = work()
@@ -157,7 +157,7 @@ class Local:
 
 
 def load(model: str, options: dict[str, Any], began: float, progress: Progress) -> Engine:
-    """The engine, with its seconds counted from `began`: imports are most of a small model's load."""
+    """The engine, with its load time counted from `began`: imports are most of a small model's load."""
     progress.report(f"loading {model}")
     from longspec.engine.engine import Engine
 
@@ -175,7 +175,7 @@ def load(model: str, options: dict[str, Any], began: float, progress: Progress) 
 
 
 def unsaid(answer: Answer | Reported) -> bool:
-    """It ended before anything was said."""
+    """Whether it ended within its reasoning, before the answer began."""
     return bool(answer.finish_reason == "length" and answer.usage["reasoning_tokens"] and not answer.text.strip())
 
 

@@ -1,1 +1,1 @@
-"""Options that commands share: their parsers, settings files, conflicts."""
+"""Options shared by commands: their parsers, settings files and conflicts."""

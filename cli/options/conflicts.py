@@ -1,7 +1,6 @@
-"""Which of two options counts where they contradict each other: the flag, then the template, then what is set.
+"""Precedence between conflicting options: the flag, then the template, then the settings.
 
-Takes options by name and where each came from; changes them so that none contradicts another. Two flags that do are
-refused.
+Takes options by name with their sources; removes conflicts. Two conflicting flags are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["settle_loading", "settle_reporting", "settle_writing"]
 
 
 def settle_writing(ctx: typer.Context, options: dict[str, Any], template: Mapping[str, Any]) -> None:
-    """The options of a text; `template` holds what a template would have."""
+    """Resolve the options of an answer; `template` holds the template's options."""
     chosen = {name: value for name, value in template.items() if not given(ctx, name)}
     if "system" in chosen and not given(ctx, "raw"):
         options["raw"] = False
@@ -41,14 +40,14 @@ def settle_writing(ctx: typer.Context, options: dict[str, Any], template: Mappin
                 flag = f"--{idle.replace('_', '-')}"
                 raise UsageError(f"--raw leaves the chat template out, which {flag} needs; leave one out.")
     if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
-        # Greedy: what settings say of sampling gives way, and what a template says to a flag.
+        # Greedy: settings of sampling are dropped, and the template's too where a flag says greedy.
         kept = chosen if "temperature" in chosen else {}
         effective = without_idle(options, keep={*kept, *(name for name in options if given(ctx, name))})
         options.update(dict.fromkeys(options.keys() - effective.keys()))
 
 
 def settle_loading(ctx: typer.Context, options: dict[str, Any]) -> None:
-    """The options of an engine: its drafter against what only other drafters use, its cache likewise."""
+    """Resolve the options of an engine: a drafter or cache drops the settings that only others use."""
     drafter = options["drafter"]
     for name, user in (("remember", "suffix"), ("draft_from", "suffix"), ("draft_model", "model")):
         if options.get(name) and drafter != "auto" and user not in drafter.split("+"):
@@ -74,7 +73,7 @@ def settle_loading(ctx: typer.Context, options: dict[str, Any]) -> None:
 
 
 def settle_reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
-    """What goes to stderr."""
+    """Resolve --quiet and --stats."""
     if quiet and stats:
         if _yields(ctx, "stats", to="quiet"):
             return True, False
@@ -85,5 +84,5 @@ def settle_reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool
 
 
 def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:
-    """A setting gives way to what contradicts it on the command line; two flags there are refused."""
+    """Whether a setting is dropped for the conflicting flag `to`; two conflicting flags are refused."""
     return given(ctx, to) and not given(ctx, name)

@@ -1,7 +1,7 @@
-"""Options in groups: a dataclass whose fields say what typer has to know, expanded into a command's parameters.
+"""Groups of options: a dataclass whose fields carry typer's metadata, expanded into a command's parameters.
 
 A command takes whole groups (`loading: Loading`), or a part of one (`Annotated[Loading, Only("model")]`). A field's
-name is the flag's, unless it says otherwise; a flag of yes or no has its opposite beside it.
+name is the flag's, unless it says otherwise; a boolean flag has its negation beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMAND_LINE_ONLY: set[str] = set()
 
 @dataclass(frozen=True)
 class Only:
-    """The fields of a group that a command takes; the others have their defaults."""
+    """The fields of a group that a command takes; the others keep their defaults."""
 
     names: tuple[str, ...]
 
@@ -56,14 +56,14 @@ def option(
 ) -> Any:
     """A field that is an option. what: its help; flag: its name, where it isn't the field's; short: further ones.
 
-    once: it belongs to one call, and no setting stands for it. panel and the rest are typer's.
+    once: can't be set in settings, as it belongs to one call. panel and the rest are typer's.
     """
     short = (short,) if isinstance(short, str) else short
     return _field(default, {"flag": flag, "short": short, "once": once, "help": what, **more})
 
 
 def argument(default: Any = MISSING, what: str = "", **more: Any) -> Any:
-    """A field that is an argument by its place."""
+    """A field that is a positional argument."""
     return _field(default, {"argument": True, "help": what, **more})
 
 
@@ -73,7 +73,7 @@ def _field(default: Any, more: dict[str, Any]) -> Any:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, argument))
 def group(panel: str | None = None) -> Callable[[type[_T]], type[_T]]:
-    """A class of options under one heading of the help, but for those that name another panel."""
+    """A class of options under one heading of the help, except those that name another panel."""
 
     def decorate(cls: type[_T]) -> type[_T]:
         options = dataclass(frozen=True, kw_only=True)(cls)
@@ -93,7 +93,7 @@ def values(options: Any) -> dict[str, Any]:
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its groups' fields as parameters, as typer reads them."""
+    """The command with its groups' fields as parameters, in typer's form."""
     hints = get_type_hints(command, include_extras=True)
     parameters: list[Parameter] = []
     groups: dict[str, tuple[type, list[str]]] = {}
@@ -118,7 +118,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _group_of(hint: Any) -> tuple[Any, Only]:
-    """The group that a parameter's annotation names, and the part of it; None where it names none."""
+    """The group in a parameter's annotation, and the fields taken of it; None where it isn't a group."""
     kind, part = hint, Only.all()
     if get_origin(hint) is Annotated:
         kind, *marks = get_args(hint)

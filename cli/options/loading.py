@@ -1,6 +1,4 @@
-"""The options by which a model is loaded and drafted for. Names of drafters, caches and devices are the engine's to
-check.
-"""
+"""The options of loading a model and of drafting. Names of drafters, caches and devices are checked by the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ __all__ = ["Loading"]
 
 @group("Model and method")
 class Loading:
-    """What an engine is loaded with; the fields' names are those of `Engine.load`."""
+    """The options of an engine; the fields' names are those of `Engine.load`."""
 
     model: str = option(
         "smollm2",
@@ -95,7 +93,7 @@ class Loading:
     )
 
     def engine_options(self, ctx: typer.Context) -> dict[str, Any]:
-        """All of it but the model, as `Engine.load` takes it, with nothing left that contradicts anything else."""
+        """The keywords of `Engine.load` except the model, with conflicts resolved."""
         options = values(self)
         del options["model"]
         options["draft_from"] = self.draft_from or ()

@@ -1,6 +1,6 @@
-"""Readers of options' values: numbers between bounds, sizes, words of a list.
+"""Parsers of option values: bounded numbers, sizes, words of a list.
 
-What is wrong with a value is said here, before anything heavy is imported.
+Invalid values are reported here, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["number", "size", "tokens", "whole"]
 
 
 def number(bounds: Bounds) -> Callable[[object], Any]:
-    """Reads a number within bounds."""
+    """A parser of numbers within bounds."""
 
     def read(text: object) -> float:
         try:
@@ -38,12 +38,12 @@ def number(bounds: Bounds) -> Callable[[object], Any]:
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[object], Any]:
-    """Reads a whole number that isn't below `least`, or above `most`."""
+    """A parser of integers from `least` to `most`."""
     return number(Bounds(int, least, most))
 
 
 def size(text: object) -> int | str:
-    """Reads a size of memory in bytes, or `auto`."""
+    """Parse a size of memory in bytes, or `auto`."""
     try:
         return "auto" if str(text) == "auto" else parse_bytes(str(text))
     except UsageError as error:
@@ -51,6 +51,6 @@ def size(text: object) -> int | str:
 
 
 def tokens(text: object) -> int:
-    """Reads a number of tokens; k is 1,024 of them."""
+    """Parse a number of tokens; k means 1,024."""
     digits, kilo = (str(text)[:-1], 1024) if str(text)[-1:] in ("k", "K") else (str(text), 1)
     return int(whole(1)(digits)) * kilo

@@ -1,4 +1,4 @@
-"""The options of what a command says beside its answer."""
+"""The options of a command's messages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Reporting"]
 
 @group("Output")
 class Reporting:
-    """JSON in place of text, and what goes to stderr."""
+    """JSON output, and the messages on stderr."""
 
     as_json: bool = option(False, "Print one line of JSON.", flag="--json/--no-json")
     quiet: bool = option(False, "Nothing but errors on stderr.", short="-q")
     stats: bool = option(False, "A line of statistics on stderr, after the answer.")
 
     def settled(self, ctx: typer.Context) -> tuple[bool, bool]:
-        """Whether to be quiet, and whether to say statistics: not both."""
+        """The values of quiet and stats, at most one of which is true."""
         return settle_reporting(ctx, self.quiet, self.stats)

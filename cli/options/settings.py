@@ -1,8 +1,8 @@
-"""Options from the environment and from config.toml: what the command line leaves open.
+"""Options from environment variables and config.toml: defaults for options that the command line leaves out.
 
-Takes the names that may be set; gives a value for each that is, and the words for where it came from. A name is its
-flag's, in snake case in the file and as LONGSPEC_NAME in the environment, which goes first. Changes the file one name
-at a time, and leaves its other lines as they are.
+Takes the known names; gives a value for each one that is set, with its source. A name is its flag's, in snake case in
+the file and as LONGSPEC_NAME in the environment, which takes precedence. Changes the file one name at a time, and
+leaves its other lines unchanged.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 @dataclass(frozen=True, slots=True)
 class Setting:
     value: Any
-    origin: str  # as an error names it
+    origin: str  # the source, as an error names it
 
 
 def config_path() -> Path:
-    """Where the user's config.toml is, or would be."""
+    """The path of the user's config.toml, whether it exists or not."""
     return config_folder() / "config.toml"
 
 
 def read_settings(known: Mapping[str, Kind]) -> dict[str, Setting]:
-    """All that is set.
+    """All settings.
 
     Raises:
-        UsageError: the file can't be read, has a key that isn't known, or a value is of the wrong kind.
+        UsageError: the file can't be read, has an unknown key, or a value is of the wrong type.
     """
     return {**_from_file(known), **_from_environment(known)}
 
@@ -69,12 +69,12 @@ def _from_environment(known: Mapping[str, Kind]) -> dict[str, Setting]:
 
 
 def variable(name: str) -> str:
-    """The environment variable that sets it."""
+    """The name of a setting's environment variable."""
     return f"LONGSPEC_{name.upper()}"
 
 
 def yes_or_no(text: str, origin: str) -> bool:
-    """A flag's value as a word. UsageError where it is none."""
+    """A boolean from a word. UsageError where it is none."""
     value = _WORDS.get(text.strip().lower())
     if value is None:
         raise UsageError(f"{origin}: {text!r} is neither yes nor no; use 1 or 0.")
@@ -82,7 +82,7 @@ def yes_or_no(text: str, origin: str) -> bool:
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """What was probably meant, as a part of a sentence; empty where nothing is near."""
+    """The nearest known name as a phrase for an error; empty where none is near."""
     near = get_close_matches(name, known, 1)
     return f"; the nearest is {near[0]}." if near else ""
 
@@ -105,7 +105,7 @@ def _from_file(known: Mapping[str, Kind]) -> dict[str, Setting]:
 
 
 def read_table() -> dict[str, Any]:
-    """What config.toml says, whether or not it makes sense; nothing where there is none.
+    """The content of config.toml, valid or not; empty without a file.
 
     Raises:
         UsageError: it can't be read, or isn't TOML.
@@ -118,7 +118,7 @@ def read_table() -> dict[str, Any]:
 
 
 def change(name: str, value: Any) -> None:
-    """Set a name in config.toml, or take it out (None); another process reads the old file or the new one.
+    """Set a name in config.toml, or remove it (None); the file is replaced atomically.
 
     Raises:
         UsageError: the file can't be read, or isn't TOML.
@@ -137,7 +137,7 @@ def change(name: str, value: Any) -> None:
 
 
 def _text(path: Path) -> str:
-    """Line ends stay what they are."""
+    """The file's text with its own line ends."""
     try:
         return path.read_bytes().decode()
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def _text(path: Path) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A whole file, with the mode of the one that was there; a new one is the user's alone, as it may hold a key."""
+    """Replace the file atomically, keeping its mode; a new one is private, as it may hold a key."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replaced(path, lambda place: place.write_bytes(data), private=True)

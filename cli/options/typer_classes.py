@@ -1,7 +1,8 @@
-"""How every subcommand reads its arguments and shows its help: plain text in groups, settings below the flags.
+"""The subcommands' argument parsing and help: plain text in groups, with settings as defaults of flags.
 
-typer draws help in boxes and colours; here it is text that reads the same in a pipe, a pager and a terminal. Uses only
-what every typer since 0.20 has, whose classes otherwise differ by release: contexts and parameters are `Any` here.
+typer draws help in boxes and colours; here it is text that reads the same in a pipe, a pager and a terminal. Uses
+only features of every typer since 0.20, whose classes otherwise differ by release: contexts and parameters are `Any`
+here.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Command(TyperCommand):
     """A subcommand whose options can be set in the environment and in config.toml too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does it, but what settings say stands in for what `args` leave open."""
+        """Parse as typer does, with settings for the options that `args` leave out."""
         before_dashes = takewhile(lambda argument: argument != "--", args)
         asks_help = set(before_dashes) & set(ctx.help_option_names)
-        # Help and completion are given whatever config.toml says, and so is what mends it.
+        # Help, completion and the commands that repair config.toml must work whatever is in it.
         if _settable(self) and not (asks_help or ctx.resilient_parsing):
             known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
             settings = read_settings(known)
@@ -50,13 +51,13 @@ class Command(TyperCommand):
         return list(rest)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments and options under the heading that each names."""
+        """Write arguments and options, each under its heading."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 heading = getattr(parameter, "rich_help_panel", None) or "Other"
-                text = getattr(parameter, "help", None) or record[1]  # without the marks that some releases add
+                text = getattr(parameter, "help", None) or record[1]  # without the suffixes that some releases add
                 groups.setdefault(heading, []).append((_first_name(parameter, record[0]), text))
         width = max(len(name) for records in groups.values() for name, _ in records)
         for heading, records in groups.items():
@@ -70,7 +71,7 @@ class Group(TyperGroup):
     command_class = Command
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Commands first: they are what one looks for."""
+        """Write the commands first, as they are looked for most."""
         self.format_commands(ctx, formatter)
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
         with formatter.section("Options"):
@@ -78,13 +79,13 @@ class Group(TyperGroup):
 
 
 def given(ctx: typer.Context, name: str) -> bool:
-    """Whether the command line itself said it: then it goes before what it contradicts in a setting."""
+    """Whether the option is on the command line, and so takes precedence over conflicting settings."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def origin(ctx: Any, parameter: Any) -> str:
-    """The words for where a parameter's value came from: a flag, a variable, or a key of config.toml."""
+    """The source of a parameter's value, in words: a flag, a variable, or a key of config.toml."""
     setting: Setting | None = ctx.meta.get(_ORIGINS, {}).get(parameter.name)
     if setting is not None and not given(ctx, parameter.name):
         return setting.origin
@@ -92,13 +93,13 @@ def origin(ctx: Any, parameter: Any) -> str:
 
 
 def setting_name(parameter: Any) -> str:
-    """The flag in snake case: `--max-new-tokens` is max_new_tokens."""
+    """The setting's name of a flag: `--max-new-tokens` is max_new_tokens."""
     long = next(flag for flag in parameter.opts if flag.startswith("--"))
     return str(long.removeprefix("--").replace("-", "_"))
 
 
 def settable(group: Any) -> dict[str, tuple[Any, Any]]:
-    """Every option that may be set, by name: the first subcommand that has it, and its parameter there."""
+    """Every option that can be set, by name: the first subcommand that has it, and its parameter there."""
     options: dict[str, tuple[Any, Any]] = {}
     for command in group.commands.values():
         for parameter in _settable(command):
@@ -111,7 +112,9 @@ def kind_of(parameter: Any) -> Kind:
 
 
 def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) -> Any:
-    """What the subcommand makes of a setting, or of its default; raises what it would, with the setting's origin."""
+    """A setting's or a default's value, converted as the subcommand does; raises its error, with the setting's
+    source.
+    """
     inner = command.context_class(command, info_name=command.name, parent=ctx.find_root())
     inner.meta[_ORIGINS] = {} if setting is None else {parameter.name: setting}
     inner.default_map = {} if setting is None else {parameter.name: setting.value}
@@ -121,7 +124,7 @@ def value_of(ctx: Any, command: Any, parameter: Any, setting: Setting | None) ->
 
 
 def _refuse_empty(ctx: Any, parameter: Any, value: Any) -> None:
-    """An unset variable of a script: as a path it would be the folder that one stands in."""
+    """Refuse an empty string, such as a script's unset variable: as a path it would be the current folder."""
     values = value if isinstance(value, list | tuple) else [value]
     if parameter.metavar in _NAMES and "" in values:
         raise typer.BadParameter("the name is empty; give one, or leave it out.", ctx=ctx, param=parameter)
@@ -132,11 +135,11 @@ def _settable(command: Any) -> list[Any]:
         parameter
         for parameter in command.params
         if parameter.param_type_name == "option"
-        and not parameter.required  # what a call can't do without belongs to that call
+        and not parameter.required  # a required argument has no setting
         and setting_name(parameter) not in COMMAND_LINE_ONLY
     ]
 
 
 def _first_name(parameter: Any, shown: str) -> str:
-    """Without a flag's negation: each has one, and the help says so once."""
+    """A flag's name without its negation: every boolean flag has one, which the help says once."""
     return shown.split(" / ")[0] if parameter.param_type_name == "option" else str(parameter.name).upper()

@@ -1,4 +1,4 @@
-"""The options by which an answer is written: its system message, sampling, reasoning, and what it is held to."""
+"""The options of an answer: its system message, sampling, reasoning, and constraints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Constraints", "Framing", "Reasoning", "SamplingOptions", "text_optio
 
 @group("Prompt")
 class Framing:
-    """What stands around the prompt."""
+    """The system message and the chat template."""
 
     system: str | None = option(None, "The system message before the prompt.", short="-s", metavar="TEXT")
     raw: bool = option(False, "Let the model go on from the prompt as it is, without the chat template.")
@@ -37,7 +37,7 @@ def _sampling(name: str, what: str) -> Any:
 
 @group("Sampling")
 class SamplingOptions:
-    """The parameters of `longspec.sampling.parameters.Sampling`, and where a text ends."""
+    """The parameters of `longspec.sampling.parameters.Sampling`, and the end conditions of an answer."""
 
     max_new_tokens: int | None = option(
         None,
@@ -73,7 +73,7 @@ def _effort(text: object) -> str:
 
 @group("Reasoning")
 class Reasoning:
-    """What becomes of an answer's reasoning, and of an answer that repeats itself."""
+    """The treatment of an answer's reasoning, and of an answer that repeats itself."""
 
     hide_reasoning: bool = option(False, "Print what the model says, and not what it thinks before.")
     reasoning_budget: int | None = option(
@@ -93,7 +93,7 @@ class Reasoning:
 
 @group("Output")
 class Constraints:
-    """A grammar that the answer is held to."""
+    """The grammar that constrains the answer."""
 
     json_schema: str | None = option(
         None,
@@ -104,7 +104,7 @@ class Constraints:
     regex: str | None = option(None, "Hold the whole answer to a regular expression.", metavar="PATTERN", once=True)
 
     def checked(self) -> dict[str, Any]:
-        """The options of a text, checked before a model is loaded."""
+        """The options of the constraint, checked before a model is loaded."""
         if self.json_schema is None and self.regex is None:
             return {}
         from longspec.constraints.grammar import grammar_of
@@ -121,9 +121,9 @@ def text_options(
     more: Mapping[str, Any] = {},
     template: Mapping[str, Any] = {},
 ) -> Options:
-    """The options of `Engine.open`, with nothing left that contradicts anything else.
+    """The options of `Engine.open`, with conflicts resolved.
 
-    more: further ones; template: those that a prompt's template asks for, which give way to flags.
+    more: further options; template: options of the prompt's template, over which flags take precedence.
     """
     options = {**values(framing), **values(sampling), **values(reasoning), **more}
     del options["hide_reasoning"]

@@ -1,1 +1,1 @@
-"""`longspec command`: a shell command for a request, and a judgement of it."""
+"""`longspec command`: a shell command for a request, with warnings about its harms."""

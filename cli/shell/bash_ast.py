@@ -1,7 +1,8 @@
-"""What a line of shell says: its commands, their words and where they read and write, by tree-sitter's bash grammar.
+"""The structure of a shell line: its commands with their words and redirections, parsed by tree-sitter's bash
+grammar.
 
-Takes text; gives plain values. Nothing is run or expanded: a word is known where quoting alone decides what it is, and
-unknown where a variable, a substitution or a pattern does. Knows no program and no danger.
+Takes text; gives plain values. Nothing is run or expanded: a word is known where only quoting has to be removed, and
+unknown where it has a variable, a substitution or a pattern. Knows no program and no danger.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BEYOND_FISH = {
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """text: what the program gets, where `known`; else as it is written."""
+    """A word. text: the argument that the program gets, where `known`; else the source text."""
 
     text: str
     known: bool = True
@@ -43,7 +44,9 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """operator: `>`, `>>`, `<`, `<<<` and so on. target: None where it closes, or is a document on following lines."""
+    """A redirection. operator: `>`, `>>`, `<`, `<<<` and so on. target: None for a closed descriptor or a
+    here-document.
+    """
 
     operator: str
     target: Word | None
@@ -51,9 +54,9 @@ class Redirect:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One command. No words: redirections or assignments alone. fed: its input is a pipe's.
+    """One command. words is empty for redirections or assignments alone. fed: its input is a pipe.
 
-    feeder: the commands before it in the pipeline, as they are written.
+    feeder: the commands before it in the pipeline.
     """
 
     words: tuple[Word, ...] = ()
@@ -72,7 +75,7 @@ def _parser() -> Parser:
 
 
 def parse(line: str) -> Node | None:
-    """The tree of a line; None where it isn't shell, or is empty."""
+    """The syntax tree of a line; None where it is empty or has a syntax error."""
     if len(line) > _LONGEST or "\0" in line:
         return None
     root = _parser().parse(line.encode(errors="replace")).root_node
@@ -91,7 +94,7 @@ def kinds(node: Node) -> set[str]:
 
 
 def functions(node: Node) -> set[str]:
-    """The names of functions that are defined here."""
+    """The names of the functions defined below this node."""
     found, rest = set(), [node]
     while rest:
         node = rest.pop()
@@ -102,7 +105,7 @@ def functions(node: Node) -> set[str]:
 
 
 def joined(text: str) -> str | None:
-    """Several lines as one, where that is provably the same: both have one tree, up to what separates commands."""
+    """Several lines as one, where that is provably equivalent: both have the same tree, up to command separators."""
     if "\n" not in text:
         return text if parse(text) is not None else None
     root = parse(text)
@@ -148,7 +151,7 @@ def _leaves(node: Node) -> list[Node]:
 
 
 def _said(node: Node) -> list[str]:
-    """What the leaves say, without what separates commands."""
+    """The texts of the leaves, without command separators."""
     return [text for leaf in _leaves(node) if (text := _source(leaf).strip()) not in ("", ";")]
 
 
@@ -157,7 +160,7 @@ def _bytes(node: Node) -> bytes:
 
 
 def calls(node: Node, fed: bool = False, feeder: tuple[Call, ...] = ()) -> Iterator[Call]:
-    """Every command below a node, those inside substitutions and functions too, in the order of the text.
+    """Every command below a node, also inside substitutions and functions, in the order of the text.
 
     Raises:
         RecursionError: they are nested too deeply.
@@ -226,7 +229,9 @@ def _call(node: Node, around: list[Node]) -> Call | None:
 
 
 def _redirects(nodes: list[Node]) -> tuple[tuple[Redirect, ...], list[Word]]:
-    """The redirections, and the words behind a file's name, which the grammar counts to it: `> file command`."""
+    """The redirections, and the words after a file's name, which the grammar assigns to the redirection: `> file
+    command`.
+    """
     found, rest = [], []
     for node in nodes:
         operator = next((_source(child) for child in node.children if not child.is_named), "<<")
@@ -245,7 +250,7 @@ def _assignment(node: Node) -> tuple[str, Word]:
 
 
 def literal(node: Node) -> Word:
-    """A word, without its quotes where they are all that hides it."""
+    """A word, with its quotes removed where nothing in it is expanded."""
     source = _source(node)
     match node.type:
         case "word" | "number" | "variable_name" | "regex" | "extglob_pattern" | "test_operator":
@@ -261,7 +266,7 @@ def literal(node: Node) -> Word:
         case "ansi_c_string":
             return Word(_ESCAPE.sub(_unescape, source[2:-1]))
         case "concatenation":
-            # `{}` (two words) is what find and xargs replace; other braces make several words of one.
+            # `{}` (two nodes) is a placeholder of find and xargs; other braces expand to several words.
             if source != "{}" and any(_source(c) == "{" for c in node.children):
                 return Word(source, known=False)
             parts = [literal(child) for child in node.children]

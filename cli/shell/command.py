@@ -1,6 +1,6 @@
 """`longspec command`: one shell command for a request, printed and never run.
 
-The command goes to stdout, what is dangerous about it to stderr. Reads the request before it loads anything.
+The command goes to stdout, warnings about it to stderr. Reads the request before loading anything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ be that on stderr, and gives exit code {DESTRUCTIVE} unless it is allowed.
 
 @group("Command")
 class Asking:
-    """The request, and what is made of it."""
+    """The request, and the shell and number of commands."""
 
     request: str | None = argument(None, "What the command is to do. - reads standard input.", metavar="REQUEST")
     shell: str | None = option(
@@ -74,7 +74,7 @@ class Asking:
 
 @group("Output")
 class Explaining:
-    """What is said of the command."""
+    """The options of explanations."""
 
     explain: bool = option(False, "Say on stderr what each program in the command is, as far as this machine knows.")
 
@@ -100,7 +100,7 @@ def command(
                 f"No answer of {loading.model} was a command that {place.shell} reads and whose programs are here; say "
                 "the request in other words, or name a larger model with -m."
             )
-        from longspec.cli.shell.danger import judge  # late: every other command starts sooner
+        from longspec.cli.shell.danger import judge  # imported late: other commands start sooner
 
         destructive = False
         for line in lines:

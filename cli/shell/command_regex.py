@@ -1,8 +1,9 @@
-"""What a line must look like while a model writes it: a regular expression of commands whose first words are programs.
+"""A regular expression for constrained decoding of a shell line: commands that begin with the name of an installed
+program.
 
-Takes the names of programs; gives an expression for `Options.regex`. Quotes, `$( )` and pipes close, a word that begins
-a command is one of the programs, and there is one line: prose doesn't begin with a program, or stops being a line of
-words that a shell reads. It is wider than the shell's grammar, which place.py asks afterwards.
+Takes the names of programs; gives an expression for `Options.regex`. Quotes, `$( )` and pipes are balanced, every
+command begins with one of the programs, and there is one line: prose doesn't begin with a program's name, or stops
+being a line of shell words. It accepts more than the shell's grammar, which environment.py checks afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _BETWEEN = r" (\||\|\||&&) |; "
 
 
 def form(programs: Iterable[str], shell: str = "bash") -> str:
-    """The expression for a line of these programs; loops and `<( )` only for shells that write them as bash does."""
+    """The expression for a line of these programs; with loops and `<( )` only for shells with
+    bash's syntax for them.
+    """
     program = "(" + "|".join(re.escape(name) for name in sorted(set(programs))) + ")"
     plain = f"({_LETTER}|{_QUOTED}|{_VALUE}|{_SIGN})+"
     inner = f"{program}( {plain}){{0,8}}"

@@ -1,7 +1,7 @@
-"""The columns that a request speaks of by name, where the file is here and its first line names them.
+"""Column names in a request replaced by numbers, where a CSV file in the folder has them in its first line.
 
-Takes a request and a folder; gives the request with `column 2` for `age`. Reads the first line of a file that the
-request names, and nothing else.
+Takes a request and a folder; gives the request with `column 2` for `age`. Reads only the first line of a file that
+the request names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MOST_NBYTES = 4096
 
 
 def numbered(request: str, folder: Path) -> str:
-    """The request with numbers for the names of columns; as it is where no such file is here."""
+    """The request with numbers for column names; unchanged where no such file is in the folder."""
     for name in re.findall(r"[\w./~-]+\.csv\b", request):
         said, _, rest = request.partition(name)
         for number, title in enumerate(_titles(folder / name), 1):
@@ -36,6 +36,6 @@ def _titles(path: Path) -> list[str]:
 
 
 def _some(title: str) -> str:
-    """A title or its plural."""
+    """A pattern of a column's title or its plural."""
     stem = re.escape(title)
     return rf"(?:{stem}|{stem}s|{stem[:-1]}ies)" if title.endswith("y") else rf"(?:{stem}|{stem}s)"

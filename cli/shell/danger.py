@@ -1,9 +1,8 @@
-"""Whether a line of shell may destroy something, judged by what it says: nothing is run, nothing is looked up.
+"""Warnings about destructive shell lines, by static analysis: nothing is run, nothing is looked up.
 
-Takes a line; gives what is dangerous about it, half a sentence each, and nothing for a harmless line. What is hidden in
-substitutions, pipelines, `sh -c`, `env`, `xargs`, `find -exec` and the like is judged as if it stood there alone. What
-can't be seen (a variable as the command) is said to be that. Knows no model and no files: a redirection over any file
-counts.
+Takes a line; gives its dangers as phrases, none for a harmless line. Commands inside substitutions, pipelines, `sh
+-c`, `env`, `xargs`, `find -exec` and the like are judged as if they stood alone. A command that can't be known (a
+variable) is reported as such. Knows no model and no files: a redirection over any file counts.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _SHELLS = {"sh", "bash", "zsh", "dash", "ksh", "mksh", "ash", "fish", "csh", "tc
 _INTERPRETERS = {"python", "python2", "python3", "perl", "ruby", "node", "nodejs", "php", "lua", "osascript", "pypy3"}
 _FETCHERS = {"curl", "wget", "fetch", "aria2c", "http", "https", "nc", "ncat", "netcat", "ftp", "scp", "ssh", "lynx"}
 
-# Programs that run the rest of their arguments: the letters of options that take a value, and how many operands stand
-# before the command.
+# Programs that run the rest of their arguments as a command: the letters of options that take a value, and the number
+# of operands before the command.
 _WRAPPERS: dict[str, tuple[str, int]] = {
     name: how
     for names, how in {
@@ -51,7 +50,7 @@ _WRAPPERS: dict[str, tuple[str, int]] = {
     for name in names.split()
 }
 
-# Programs that run some part of their arguments, given as words or as a line of shell: every part is tried as both.
+# Programs that run some of their arguments, as words or as a line of shell: every argument is tried as both.
 _RUNNERS = set(
     """
     ssh watch parallel entr flock script tmux screen systemd-run nsenter unshare su runuser docker podman kubectl
@@ -69,7 +68,7 @@ _STEERING = set(
 
 
 def judge(line: str) -> tuple[str, ...]:
-    """What is dangerous about a line, each once; empty for a harmless one."""
+    """The dangers of a line, without duplicates; empty for a harmless one."""
     try:
         return tuple(dict.fromkeys(harm for harm in _line(line, 0) if isinstance(harm, str)))
     except RecursionError:
@@ -77,7 +76,7 @@ def judge(line: str) -> tuple[str, ...]:
 
 
 def programs(line: str) -> Iterator[Word]:
-    """The first word of every command in a line, of those behind `env`, `xargs`, `find -exec` and the like too."""
+    """The first word of every command in a line, also of those after `env`, `xargs`, `find -exec` and the like."""
     with suppress(RecursionError):
         yield from (word for word in _line(line, 0) if isinstance(word, Word))
 
@@ -101,7 +100,7 @@ def _line(line: str, depth: int) -> Iterator[str | Word]:
 
 
 def _repeats(line: str, name: str) -> bool:
-    """A function whose body names itself: defined once, called once, and named a third time."""
+    """Whether a function calls itself (a fork bomb): its name occurs in its definition, in a call, and a third time."""
     return len(re.findall(rf"(?<![\w:]){re.escape(name)}(?![\w:])", line)) > 2
 
 
@@ -126,7 +125,7 @@ def _call(call: Call, depth: int) -> Iterator[str | Word]:
 
 
 def _command(words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
-    """What one command does, and what it makes others do."""
+    """The dangers of one command, and of the commands that it runs."""
     if not words:
         return
     if depth > _DEPTH:
@@ -158,7 +157,7 @@ def _command(words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Wo
 
 
 def _starts(name: str, words: Sequence[Word]) -> Iterator[Sequence[Word]]:
-    """Where the command that a wrapper runs may begin: behind its options, whose values can be mistaken for it."""
+    """Candidates for the command that a wrapper runs: after its options, whose values can be mistaken for it."""
     if name not in _WRAPPERS or (name == "command" and has(words, "v", "V")):
         return
     valued, skipped = _WRAPPERS[name]
@@ -169,7 +168,7 @@ def _starts(name: str, words: Sequence[Word]) -> Iterator[Sequence[Word]]:
             at += 1
             break
         if text.startswith("--") and "=" not in text and at + 2 < len(words):
-            yield words[at + 2 :]  # in case the next word is its value
+            yield words[at + 2 :]  # in case the next word is the option's value
         elif name in ("env", "sudo", "doas") and re.match(r"\w+=", text):
             pass
         elif not text.startswith("-") or text == "-":
@@ -190,7 +189,9 @@ def _starts(name: str, words: Sequence[Word]) -> Iterator[Sequence[Word]]:
 
 
 def _interpreter(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
-    """A shell's or an interpreter's code: in an argument, in a file that a substitution makes, or on its input."""
+    """The dangers of code that a shell or an interpreter runs: an argument, a file from a
+    substitution, or its input.
+    """
     shell = name in _SHELLS
     for at, word in enumerate(words):
         text = word.text
@@ -237,7 +238,7 @@ def _code(name: str, code: Word | None, depth: int) -> Iterator[str | Word]:
 
 
 def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
-    """What `find` runs for each file, up to `;` or `+`."""
+    """The dangers of the commands that `find` runs for each file, up to `;` or `+`."""
     flags = ("-exec", "-execdir", "-ok", "-okdir") if (name.endswith("find") and name[0] != "f") or name == "find" else (  # noqa: E501
         "-x", "-X", "--exec", "--exec-batch")  # fmt: skip
     for at, word in enumerate(words):
@@ -247,7 +248,9 @@ def _find(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[
 
 
 def _env(words: Sequence[Word], depth: int) -> Iterator[str | Word]:
-    """`env -S` splits a text into a command; `env NAME=value` may steer programs."""
+    """The dangers of `env`: `env -S` splits a string into a command; `env NAME=value` may change a program's
+    behaviour.
+    """
     for at, word in enumerate(words):
         if (match := re.match(r"(-[a-zA-Z0-9]*S|--split-string=?)(.*)", word.text, re.DOTALL)) is not None:
             line = " ".join([match[2], *(each.text for each in words[at + 1 :])])
@@ -257,7 +260,9 @@ def _env(words: Sequence[Word], depth: int) -> Iterator[str | Word]:
 
 
 def _runner(name: str, words: Sequence[Word], call: Call, depth: int) -> Iterator[str | Word]:
-    """Each argument that is a program's name, with what follows, and each that is more than a word, as a line."""
+    """The dangers of arguments that are commands: each one that is a program's name, with those after it, and each
+    one of several words, as a line.
+    """
     if name == "eval" or (name == "trap" and words and not has(words, "l", "p")):
         code = words if name == "eval" else words[:1]
         if any(not word.known for word in code):

@@ -1,7 +1,7 @@
-"""Where a command is to run, and whether a line is a command there: its shell reads it, and its programs are there.
+"""The target environment of a command, and whether a line is valid there: its syntax for the shell, and its programs.
 
-Takes a shell, a system and a way to find programs; gives yes or no. Runs nothing but the shell's own check of a line's
-grammar (`-n`), which runs nothing. What a line does is danger.py's to say.
+Takes a shell, a system and a function that finds programs; gives yes or no. Runs nothing but the shell's own syntax
+check (`-n`), which runs nothing. Dangers are danger.py's task.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_CHARACTERS = 1000
 _SECONDS = 5.0
 _SYSTEMS = {"Darwin": "macOS"}
 
-# Each shell's own commands; its keywords are the grammar's to know, but for those that a command may follow.
+# Builtins of each shell; its keywords are part of the grammar, except those that a command may follow.
 _COMMON = set(
     """
     . : [ alias bg break cd command continue echo eval exec exit export false fg getopts hash jobs kill printf pwd
@@ -59,7 +59,7 @@ _BEYOND_SH = {"process_substitution", "herestring_redirect", "ansi_c_string", "t
 
 @dataclass(frozen=True)
 class Place:
-    """find: the path of a program, or None. folder: in which the command is to run."""
+    """A shell and its system. find: a function to the path of a program, or None. folder: the working directory."""
 
     shell: str
     system: str
@@ -67,11 +67,11 @@ class Place:
     folder: Path = Path()
 
     def has(self, name: str) -> bool:
-        """Whether the word begins a command here."""
+        """Whether the word is a command in this environment."""
         return name in _COMMON | SHELLS[self.shell] or self.find(os.path.expanduser(name)) is not None
 
     def means(self, line: str) -> bool:
-        """Whether the grammar knows the line, and every command word in it is known and there."""
+        """Whether the line parses, and every command word in it is known and available."""
         if not line or len(line) > _MOST_CHARACTERS or not line.isprintable() or (root := parse(line)) is None:
             return False
         beyond = {"fish": BEYOND_FISH, "sh": _BEYOND_SH, "dash": _BEYOND_SH}.get(self.shell, set())
@@ -81,13 +81,13 @@ class Place:
         return bool(words) and all(word.known and (word.text in own or self.has(word.text)) for word in words)
 
     def reads(self, line: str) -> bool:
-        """What the shell itself says of a line, where it is here."""
+        """The shell's own syntax check of a line, if the shell is on this machine."""
         path = self.find(self.shell)
         if path is None:
             return True
         steering = ("BASH_ENV", "ENV")
         try:
-            done = subprocess.run(  # noqa: S603  -n reads, and runs nothing
+            done = subprocess.run(  # noqa: S603  -n checks the syntax and runs nothing
                 [path, *_WITHOUT_SETTINGS.get(self.shell, []), "-n", "-c", line],
                 env={name: value for name, value in os.environ.items() if name not in steering},
                 stdin=subprocess.DEVNULL,
@@ -99,7 +99,7 @@ class Place:
         return done.returncode == 0 and not done.stderr
 
     def command(self, answer: str) -> str | None:
-        """The command in a model's answer: its block of code as one line, else its first line that is a command."""
+        """The command in a model's answer: its code block as one line, else its first line that is a command."""
         fence = re.search(r"^\s*(`{3,}|~{3,})[^\n`]*\n(.*?)(^\s*\1|\Z)", answer, re.DOTALL | re.MULTILINE)
         body = fence[2] if fence else answer
         whole = joined(body.strip()) if fence else None
@@ -116,10 +116,10 @@ def _is_sentence(line: str) -> bool:
 
 
 def here(shell: str | None) -> Place:
-    """The machine we are on. shell: a name or a path; that of $SHELL if it is left out, else sh.
+    """The environment on this machine. shell: a name or a path; if left out, that of $SHELL, else sh.
 
     Raises:
-        UsageError: it is named, and not one we know.
+        UsageError: the shell is named, but not supported.
     """
     named = os.path.basename(shell or os.environ.get("SHELL") or "sh")
     if named not in SHELLS:

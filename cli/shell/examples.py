@@ -1,7 +1,7 @@
-"""The examples that a model is shown before a request for a command: cli/shell/examples.md, and which of it is near.
+"""Few-shot examples for a request: cli/shell/examples.md, and the selection of the most similar ones.
 
-Takes a request; gives pairs of a request and its command, the nearest last, about the files and numbers of this request
-rather than their own. Knows no model.
+Takes a request; gives pairs of a request and its command, the most similar last, with this request's file names and
+numbers in place of their own. Knows no model.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def template() -> tuple[str, tuple[Pair, ...]]:
 
 
 def names(text: str) -> set[str]:
-    """What a command for this request must say too: files, addresses, quoted words, numbers."""
+    """The parts of a request that its command must repeat: files, addresses, quoted words, numbers."""
     said = re.sub(r"\b(?:column|field|word|row) \d+", "", plain(text))
     return {name.strip("'\"") for name in _NAME.findall(said)} - _UNITS
 
 
 def nearest(pairs: Sequence[Pair], request: str, count: int) -> list[tuple[float, Pair]]:
-    """Those whose requests ask for most of what this one asks for, and how alike each is; the nearest last."""
+    """The `count` examples most similar to the request, with their similarities; the most similar last."""
     near = likenesses([asked for asked, _ in pairs], request)
     order = sorted(range(len(pairs)), key=lambda i: near[i])
     spoken = Counter(word for asked, _ in pairs for word in set(re.findall(r"[a-z]+", asked.lower())))
@@ -80,7 +80,7 @@ def nearest(pairs: Sequence[Pair], request: str, count: int) -> list[tuple[float
 
 
 def _own(request: str, spoken: set[str]) -> list[str]:
-    """What a request brings of its own: quoted texts, and words that are no names and that the examples don't speak."""
+    """The request's own words: quoted texts, and words that are neither names nor in the examples."""
     if quoted := re.findall(r"(?<!\w)['\"]([^'\"]+)['\"]", request):
         return quoted
     words = [word.strip(",;:?!()") for word in plain(request).split()]
@@ -93,9 +93,9 @@ def _own(request: str, spoken: set[str]) -> list[str]:
 
 
 def adapted(pair: Pair, request: str, unheard: Sequence[str] = ()) -> Pair:
-    """An example with the names of this request for its own: a small model copies what it sees.
+    """An example with its names replaced by the request's: a small model copies from the prompt.
 
-    unheard: words that fill what is left open, as no example speaks them.
+    unheard: the request's own words, for those of the example that are still unreplaced.
     """
     asked, command = plain(pair[0]), pair[1]
     request = plain(request)
@@ -124,7 +124,7 @@ def adapted(pair: Pair, request: str, unheard: Sequence[str] = ()) -> Pair:
 
 
 def _held(asked: str, command: str) -> list[str]:
-    """Words of an example that its command takes over, quoted or as a name."""
+    """Words of an example's request that its command repeats, quoted or as a name."""
     words = [word.strip(",;:?!()") for word in asked.split()]
     return [
         word
@@ -134,7 +134,9 @@ def _held(asked: str, command: str) -> list[str]:
 
 
 def _aligned(asked: str, command: str, request: str) -> dict[str, str]:
-    """Words of an example that stand in its command, and what stands between the same words in the request."""
+    """A mapping from words of an example that its command repeats to the words between the same neighbours in the
+    request.
+    """
     theirs, mine = asked.split(), request.split()
     changes: dict[str, str] = {}
     match = SequenceMatcher(None, [word.lower() for word in theirs], [word.lower() for word in mine], autojunk=False)
@@ -152,7 +154,7 @@ def _aligned(asked: str, command: str, request: str) -> dict[str, str]:
 
 
 def _alone(name: str) -> str:
-    """A name where it is no part of another; a number also in `7p` and `+100M`."""
+    """A pattern of a name that isn't part of another one; of a number also in `7p` and `+100M`."""
     around = (
         (r"(?<![\d.])", r"(?![\d.])")
         if name.isdigit()

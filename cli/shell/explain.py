@@ -1,6 +1,6 @@
-"""What the programs of a line are, in the words of their manuals: `whatis`, and the shell's own `help`.
+"""One-line descriptions of a line's programs: `whatis`, and the shell's own `help`.
 
-Takes a line; gives one sentence a program. Nothing of the line is run, and no model is asked.
+Takes a line; gives one sentence per program. Nothing of the line is run, and no model is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SECONDS = 5.0
 
 
 def explained(line: str) -> Iterator[str]:
-    """A line for each program, in their order; nothing is known of one without a manual."""
+    """A description for each program, in order; without a manual page, it refers to the program's --help."""
     for name in dict.fromkeys(word.text for word in programs(line) if word.known):
         said = _said(["whatis", "-l", "--", name]) if re.fullmatch(r"[\w.+-]+", name) else None
         match = re.search(r"\)\s+-\s+(.+)", said or "")
@@ -32,7 +32,7 @@ def _said(arguments: list[str]) -> str | None:
     if shutil.which(arguments[0]) is None:
         return None
     try:
-        done = subprocess.run(  # noqa: S603  a fixed program, and a name behind its options
+        done = subprocess.run(  # noqa: S603  a fixed program, and a name after its options
             arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired):

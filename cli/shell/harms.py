@@ -1,8 +1,8 @@
-"""What programs do to data by their own arguments: a program's name, and what to ask of the words behind it.
+"""A table of programs with harmful arguments: a program's name, and a function of the words after it.
 
-Takes the words of one command, in which nothing else is run; gives the harm as half a sentence, or None. Flags what
-deletes, overwrites, changes rights, stops processes or sends a loss elsewhere. What makes a file under a name that the
-command was given for it (an archive, a download) counts only where it is a device or one of the system's own files.
+Takes the words of one command, in which nothing else is run; gives the harm as a phrase, or None. Harms are deleting,
+overwriting, changing permissions, stopping processes, and doing so on another machine. Creating a file under a name
+given to the command (an archive, a download) counts only for a device or a system file.
 """
 
 # ruff: noqa: E501  the table reads as one
@@ -25,12 +25,12 @@ _SYSTEM = re.compile(
 
 
 def is_void(word: Word) -> bool:
-    """Writing there changes nothing that is kept."""
+    """Whether writing to this file keeps nothing, as with /dev/null."""
     return word.known and (word.text in _VOIDS or word.text.startswith("/dev/fd/"))
 
 
 def is_system(word: Word) -> bool:
-    """A device, a system's own file, or one that decides who gets in and what starts with a shell."""
+    """Whether this is a device, a system file, or a file that controls logins or shell start-up."""
     return _SYSTEM.match(re.sub(r"/(\./|/)*", "/", word.text)) is not None and not is_void(word)
 
 
@@ -54,7 +54,7 @@ def has(words: Sequence[Word], *flags: str, exact: bool = False) -> bool:
 
 
 def operands(words: Sequence[Word]) -> list[Word]:
-    """What isn't an option; an option's value counts as one."""
+    """The arguments that aren't options; an option's value counts as one."""
     found, open_ = [], True
     for word in words:
         if open_ and word.text == "--":
@@ -90,7 +90,7 @@ def _matching(harm: str, pattern: str) -> Harm:
 
 
 def _writes(*flags: str) -> Harm:
-    """Harmful where an option's value names a system's file to write."""
+    """Harmful where an option's value names a system file to write."""
 
     def harm(words: Sequence[Word]) -> str | None:
         texts = [word.text for word in words]
@@ -105,7 +105,7 @@ def _writes(*flags: str) -> Harm:
 
 
 def _any(*harms: Harm) -> Harm:
-    """The first that applies."""
+    """The first harm of several."""
     return lambda words: next((said for harm in harms if (said := harm(words))), None)
 
 
@@ -157,7 +157,9 @@ _RUNS_CODE = re.compile(
 
 
 def _code(*flags: str) -> Harm:
-    """Another language's program in an argument: what it calls is looked for, since nothing here reads it."""
+    """Harmful where an argument is code in another language that calls destructive functions, found by name, as the
+    code isn't parsed.
+    """
 
     def harm(words: Sequence[Word]) -> str | None:
         for at, word in enumerate(words):
@@ -340,7 +342,7 @@ _NAMED: dict[str, Harm] = {
 
 
 def _looks(words: Sequence[Word]) -> bool:
-    """Only asks for a state."""
+    """Whether the command only queries a state."""
     return bool(
         {word.text for word in words} & {"print", "list", "status", "info", "show", "get", "luksDump", "--state"}
     )

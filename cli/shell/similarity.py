@@ -1,7 +1,7 @@
-"""How much two requests for a command ask for the same, by their words alone.
+"""The similarity of two requests for a command, by their words alone.
 
-Takes requests; gives them in plainer words, and a number from 0 to 1. Knows no commands and no model. Numbers in words,
-spans of time and sizes are written one way, so that what stands in one request can be put in another's place.
+Takes requests; gives their normalised words, and a similarity from 0 to 1. Knows no commands and no model. Number
+words, time spans and sizes are normalised, so that those of one request can replace another's.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _SILENT = frozenset(_LITTLE.split())
 
 
 def plain(request: str) -> str:
-    """The same with digits for numbers in words and places in a row, days for weeks and months, minutes for hours."""
+    """The request with digits for number words and ordinals, days for weeks and months, minutes for hours."""
     said = re.sub(
         rf"\b({'|'.join(_PLACES)}) (column|field|word|row|line)\b", lambda m: f"{m[2]} {_PLACES[m[1]]}", request
     )
@@ -110,18 +110,20 @@ def plain(request: str) -> str:
 
 
 def endings(request: str) -> list[tuple[str, str]]:
-    """Words that say which files are meant, and how the names of those end."""
+    """Words that name a kind of file, each with its file name's suffix."""
     found = _NAMED.findall(request)
     return [(word, ending) for word in found if (ending := ENDING.get(word.lower())) is not None]
 
 
 def common(word: str) -> bool:
-    """Whether a word says what to do, whatever it is done to."""
+    """Whether a word describes an action, whatever its object."""
     return word.lower() in _SILENT or word.lower() in ENDING or _stem(word.lower()) in _same()
 
 
 def likenesses(requests: Sequence[str], request: str) -> list[float]:
-    """How alike each is to this one: what they share by what they have, rare words more than frequent ones."""
+    """The similarity of each request to this one: the weight of shared stems over the geometric mean of both
+    requests' weights, rare stems weighing more (inverse document frequency).
+    """
     stems = [_stems(plain(each)) for each in requests]
     found = Counter(stem for each in stems for stem in each)
     asked = _stems(plain(request))
@@ -134,7 +136,7 @@ def likenesses(requests: Sequence[str], request: str) -> list[float]:
 
 
 def _stems(text: str) -> set[str]:
-    """Words by their beginnings; for a file its kind, and one sign for all numbers."""
+    """The stems of a text's words; a file is replaced by its kind, all numbers by one symbol."""
     said = re.sub(r"\b(?:how many|number of)\b", "count", text.lower())
     said = re.sub(r"\b(?:not|never) (?:been )?(?:modified|changed|edited|touched)\b", "unchanged", said)
     said = re.sub(
@@ -151,7 +153,7 @@ def _stems(text: str) -> set[str]:
 
 @cache
 def _same() -> dict[str, str]:
-    """For the stem of a word, that of the first one in its group."""
+    """A mapping from a word's stem to that of its synonym group's first word."""
     groups = [line.split() for line in _GROUPS.split("\n") if line]
     return {_stem(word): _stem(group[0]) for group in groups for word in group}
 

@@ -1,9 +1,9 @@
-"""From a request to commands: how a model is asked, and which of its answers is taken.
+"""Commands for a request: the prompts of the model, and the ranking of its answers.
 
-Takes an engine, a request and a place; gives lines that are commands there. A small model writes poorly and reads
-better: its answers, held to the form of a command, and the nearest examples' own commands compete, and the line wins
-whose description the request would be. Lines that leave out what the request names, or bring what nobody spoke of, come
-last. Runs nothing, prints nothing.
+Takes an engine, a request and an environment; gives lines that are commands there. A small model ranks better than it
+generates: its answers, constrained to the form of a command, compete with the nearest examples' own commands, and the
+line wins whose description makes the request most probable. Lines that omit names of the request, or contain words
+from nowhere, come last. Runs nothing, prints nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _EVERY = 27
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One way to ask: after how many examples, and how freely."""
+    """One sampling of the model: the number of examples, and the temperature."""
 
     shown: int
     temperature: float = 0.0
@@ -62,9 +62,10 @@ def suggest(
     step: Callable[[int], None] = lambda answers: None,
     tries: Sequence[Try] = TRIES,
 ) -> list[str]:
-    """Up to `count` distinct commands, the best first and none with more faults; none where nothing was a command.
+    """Up to `count` distinct commands, the best first, none with more faults than the best; none where no answer is a
+    command.
 
-    step: told how many answers there are.
+    step: called with the number of answers so far.
     """
     from longspec.engine.scoring import score
 
@@ -105,8 +106,9 @@ or two of the thirty requests that tests/cli/command.toml runs.
 
 
 def faults(line: str, request: str, shown: Sequence[Pair]) -> int:
-    """What speaks against a line for this request: names and numbers that it lacks, and those of an example; a loss
-    that nobody asked for; a sentence; a stutter; words that stand neither in the request nor in an example.
+    """The number of faults of a line for this request: names and numbers that it lacks, or has from an example; a
+    destructive command that wasn't asked for; a sentence; a repeated word; words found neither in the request nor in
+    an example.
     """
     wanted, theirs = names(request), {word for _, command in shown for word in _QUOTED.findall(command)}
     found = sum(name not in line for name in wanted)
@@ -134,20 +136,24 @@ _LOSS = re.compile(
 
 
 def _built_like(line: str, near: Sequence[tuple[float, Pair]]) -> float:
-    """How much of a line stands in an example, in its order, times how near that one is."""
+    """The matching ratio of a line's and an example's words, times that example's similarity; the greatest of
+    all.
+    """
     mine = line.split()
     return max((n * SequenceMatcher(None, mine, command.split()).ratio() for n, (_, command) in near), default=0.0)
 
 
 def _programs(known: Sequence[Pair], request: str, place: Place) -> set[str]:
-    """What a line may call: what examples and the judge of harm know, and what the request names."""
+    """The programs that a line may call: those of the examples and of the danger table, and those that the request
+    names.
+    """
     told = {word.text for _, command in known for word in programs(command)}
     asked = set(re.findall(r"[a-z][\w.+-]+", request))
     return {name for name in told | set(HARMS) | asked if place.has(name)}
 
 
 def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[str, str]]:
-    """The conversation in which the model gives a command."""
+    """The chat messages that ask the model for a command."""
     called = list(dict.fromkeys(command.split()[0] for _, command in reversed(shown)))
     called += [word for word in re.findall(r"[a-z][\w.+-]+", request) if place.find(word)]
     system = template()[0].format(
@@ -160,8 +166,8 @@ def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[st
 
 
 def _description(line: str, known: Sequence[Pair]) -> list[dict[str, str]]:
-    """The conversation in which the model says what a command does. Its examples are the same for every request, so
-    that none of them speaks for a line.
+    """The chat messages that ask the model for a command's description. The examples are the same for every request,
+    so that none of them favours a line.
     """
     said = [{"role": "system", "content": _ASKED_OF_IT}]
     for asked, command in known[3::_EVERY]:
