@@ -71,7 +71,7 @@ def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str
         return f"no compiler named {name} was found" if name else "no C compiler (cc, gcc, clang) was found"
     flags = (*_FLAGS, *flags)
     try:
-        headers = sorted([*_FOLDER.glob("*.h"), *source.parent.glob("*.h")])
+        headers = sorted({*_FOLDER.rglob("*.h"), *source.parent.glob("*.h")})
         code = b"".join(file.read_bytes() for file in (source, *headers))
         stamp = os.stat(compiler)
         native = platform.processor() if any("native" in flag for flag in flags) else ""

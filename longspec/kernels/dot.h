@@ -21,19 +21,19 @@
 enum { TILE = 16, DEEP = 32, GROUP = 32, WORDS = 8 };
 
 #if defined(ISA_AMX)
-#include "dot_amx.h"
+#include "dot/amx.h"
 #elif defined(__AVX512BW__)
-#include "dot_avx512.h"
-#include "dot_fma.h"
+#include "dot/avx512.h"
+#include "dot/fma.h"
 #elif defined(__AVX2__)
-#include "dot_avx2.h"
-#include "dot_fma.h"
+#include "dot/avx2.h"
+#include "dot/fma.h"
 #elif defined(__ARM_FEATURE_DOTPROD)
-#include "dot_neon.h"
-#include "dot_fma.h"
+#include "dot/neon.h"
+#include "dot/fma.h"
 #else
-#include "dot_scalar.h"
-#include "dot_fma.h"
+#include "dot/scalar.h"
+#include "dot/fma.h"
 #endif
 
 #endif

@@ -115,7 +115,7 @@ INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int ro
 }
 
 #ifdef ISA_AMX
-#include "dot_amx_codes.h"
+#include "dot/amx_codes.h"
 #else
 #define by_tiles(m, tile, x, rows, bits, has_low, sums, stride) (void)(x)
 #endif

@@ -124,7 +124,7 @@ def test_a_text_that_a_file_holds_is_drafted_from_it(model: Model, tmp_path: Pat
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("nothing of use")
     second.write_text(prompts(1, 30)[0] + told.text)
-    made = engine(model, "suffix", draft_from=[first, second])
+    made = engine(model, "suffix", options={"texts": [first, second]})
     answer = made.generate(prompts(1, 30)[0], **options)
     alone = engine(model, "suffix").generate(prompts(1, 30)[0], **options)
     assert answer.tokens == alone.tokens == told.tokens
@@ -134,14 +134,14 @@ def test_a_text_that_a_file_holds_is_drafted_from_it(model: Model, tmp_path: Pat
 def test_answers_are_remembered_only_if_asked(model: Model) -> None:
     options = Options(raw=True, max_new_tokens=40)
     for remember, kept in ((False, 0), (True, 2)):
-        made = engine(model, "suffix", remember=remember)
+        made = engine(model, "suffix", options={"remember": remember})
         for prompt in prompts(2, 40):
             made.generate(prompt, **options)
         assert len(list(outputs_folder().glob("*"))) == (1 if remember else 0)
         assert sum(len(list(_outputs(path))) for path in outputs_folder().glob("*")) == kept
     [path] = outputs_folder().glob("*")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    again = engine(model, "suffix", remember=True).generate(prompts(1, 40)[0], **options)
+    again = engine(model, "suffix", options={"remember": True}).generate(prompts(1, 40)[0], **options)
     first = engine(model, "suffix").generate(prompts(1, 40)[0], **options)
     assert again.tokens == first.tokens
     assert again.speculation["steps"] < first.speculation["steps"]
@@ -185,6 +185,6 @@ def test_files_that_cannot_be_drafted_from(model: Model, tmp_path: Path) -> None
     reasons = {absent: "can't be read", tmp_path: "can't be read", binary: "isn't text", long: "longer than"}
     for path, reason in reasons.items():
         with pytest.raises(UsageError, match=reason):
-            engine(model, "suffix", draft_from=[path])
+            engine(model, "suffix", options={"texts": [path]})
     with pytest.raises(UsageError, match="no effect with the drafter ngram"):
-        engine(model, "ngram", remember=True)
+        engine(model, "ngram", options={"remember": True})

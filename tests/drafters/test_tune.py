@@ -17,7 +17,7 @@ from longspec.bench import tune as module
 from longspec.bench.fit import Measured, best, bets, measure
 from longspec.bench.tune import NEW, prices, search, tune, verify, write
 from longspec.drafters.common.skip_speedup import Prices, gain
-from longspec.drafters.layer_skip import load_skip
+from longspec.drafters.layer_skip import Skipping, load_skip
 from longspec.errors import UsageError
 from longspec.machine.tuned import Fit, fit_path, keep_fit
 from longspec.model.decoder import Skip
@@ -82,7 +82,7 @@ def test_sets_are_measured_in_turns(model: Model, monkeypatch: pytest.MonkeyPatc
     asked = []
 
     def rate(made: Any, prompt: str, context: int) -> float:
-        drafter = made.speculator.drafters.get("skip")
+        drafter = made.speculator.drafters.get("skipping")
         asked.append((prompt, drafter and drafter.skip))
         return 10.0 * (len(asked) // 3 + 1) * (2.0 if drafter and drafter.skip == PLANTED else 1.0)
 
@@ -110,7 +110,7 @@ def test_a_tuning_names_the_best_that_was_measured(model: Model, monkeypatch: py
     assert tuning.tried <= 20
     assert tuning.tokens_per_second > 0
     assert len(dict.fromkeys(stages)) == 4
-    drafted = engine(model, "skip", skip=tuning.sets[0].skip)
+    drafted = engine(model, Skipping(model.decoder, tuning.sets[0].skip))
     plain = engine(model).generate(prompts(1)[0], raw=True, max_new_tokens=50)
     assert drafted.generate(prompts(1)[0], raw=True, max_new_tokens=50).tokens == plain.tokens
 

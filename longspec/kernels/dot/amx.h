@@ -1,4 +1,4 @@
-/* AMX: tiles of 16 rows by 64 bytes. Codes of few rows go as with AVX-512, of more by tiles (dot_amx_codes.h).
+/* AMX: tiles of 16 rows by 64 bytes. Codes of few rows go as with AVX-512, of more by tiles (amx_codes.h).
  *
  * Weights are a product's left operand, read where they lie. Packed rows are its right one: words of two columns,
  * [width / 2, 16 rows], tile by tile.
@@ -6,7 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "dot_avx512.h"
+#include "avx512.h"
 
 enum { HAS_TILES = 1, BY_TILES = 9 }; /* a pass of the default model with 8 rows takes 5.5 ms, by words 5.1; with 10 rows 6.2 and 6.5 */
 
