@@ -19,7 +19,7 @@ __all__ = ["attend_strictly"]
 
 
 def attend_strictly(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
-    """As `longspec.attention.attend`: queries [q, H, D] over all parts; [q, H, D] in their dtype."""
+    """As `longspec.attention.attend`: queries [q, H, D] over all segments; [q, H, D] in their dtype."""
     pieces = list(reference.decoded(parts))
     chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
     output = torch.empty_like(queries)
