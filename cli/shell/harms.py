@@ -1,8 +1,6 @@
 """A table of programs with harmful arguments: a program's name, and a function of the words after it.
 
-Takes the words of one command, in which nothing else is run; gives the harm as a phrase, or None. Harms are deleting,
-overwriting, changing permissions, stopping processes, and doing so on another machine. Creating a file under a name
-given to the command (an archive, a download) counts only for a device or a system file.
+Takes the words of one command; gives the harm as a phrase, or None. Creating a file is harm for a system file only.
 """
 
 # ruff: noqa: E501  the table reads as one

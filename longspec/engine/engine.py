@@ -125,8 +125,7 @@ class Engine(Passes):
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
-        all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant: a position's bits
-        never depend on the other positions of its pass (slower). draft_model: the draft model of the drafter `model`,
+        all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant operators. draft_model: the draft model of the drafter `model`,
         named like a model. skip_set: the layers that `skip` leaves out, a file of `longspec tune`; used where a
         drafter skips layers. draft_from: text files that the answer may repeat. remember: draft from earlier answers
         too, and store the new ones. control: the draft-length policy, one of CONTROLS. memory: the process's limit,
