@@ -31,7 +31,7 @@ _LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _PRIOR = 0.05  # prior cost of a draft, and of each of its tokens, in plain passes
 _CHEAP = 0.2  # in plain passes: below it the full limit is asked for, and then cut
 _LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row: half of `_LOSS` at first, `_AGAIN` after a pause
-_PAUSE = 128  # the longest pause, in steps
+_PAUSE, _FRESH = 128, 8  # steps: the longest, and the longest that a new text begins with
 _PROBE = 4  # tokens of an exploratory draft
 _PLAIN = (4, 128)  # steps without drafts, to measure the gain: the first one, and the interval
 _RECENT = 1 / 32
@@ -103,8 +103,8 @@ class Goodput(Control):
             self._trials[session] = {
                 name: _Trial(
                     Acceptance(self._pools[name]),
-                    pause=last.pause,
-                    due=self._steps + last.pause if last.pause > 1 else 0,
+                    pause=min(last.pause, _FRESH),
+                    due=self._steps + min(last.pause, _FRESH) if last.pause > 1 else 0,
                 )
                 for name, last in self._latest.items()
             }

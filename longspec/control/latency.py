@@ -105,8 +105,11 @@ class DraftCost:
         return self.start + self.token * limit
 
     def observe(self, limit: int, seconds: float) -> None:
+        if not self._measured:  # the prior may be in passes yet: what was seen takes its place
+            self.start, self.token, self._measured = seconds / 2, seconds / (2 * limit), 1
+            return
         expected, some = self.seconds(limit), limit / 2  # two tokens weigh as much as the constant
-        wrong = min(seconds, (2 if self._measured else 5) * expected + 1e-5) - expected
+        wrong = min(seconds, 2 * expected + 1e-5) - expected
         step = wrong * max(1 / (self._measured + 1), 1 / 8) / (1 + some * some)
         self.start = max(0.0, self.start + step)
         self.token = max(0.0, self.token + some * step / 2)

@@ -125,14 +125,14 @@ class Engine(Passes):
     ) -> Engine:
         """Load a model by short name, path or Hugging Face id.
 
-        all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant operators. draft_model: the draft model of the drafter `model`,
-        named like a model. skip_set: the layers that `skip` leaves out, a file of `longspec tune`; used where a
-        drafter skips layers. draft_from: text files that the answer may repeat. remember: draft from earlier answers
-        too, and store the new ones. control: the draft-length policy, one of CONTROLS. memory: the process's limit,
-        such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the machine's free memory; the cache and the
-        prefill chunk are chosen to fit. tokens: prompt and answer that memory is planned for, as a number or a
-        function of the vocabulary; the model's context if left out. texts: sequences decoded side by side. report: a
-        callback for downloads: stage, bytes done, total.
+        all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant operators. draft_model:
+        the draft model of the drafter `model`, named like a model. skip_set: the layers that `skip` leaves out, a file
+        of `longspec tune`; used where a drafter skips layers. draft_from: text files that the answer may repeat.
+        remember: draft from earlier answers too, and store the new ones. control: the draft-length policy, one of
+        CONTROLS. memory: the process's limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the
+        machine's free memory; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that memory
+        is planned for, as a number or a function of the vocabulary; the model's context if left out. texts: sequences
+        decoded side by side. report: a callback for downloads: stage, bytes done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
