@@ -126,10 +126,9 @@ class Goodput(Control):
         return best, most if whole else at
 
     def _cost(self, name: str) -> DraftCost:
-        if name not in self._costs:
-            start = _PRIOR * self._curve.seconds(1)
-            self._costs[name] = DraftCost(start, start)
-        return self._costs[name]
+        """What the drafter was seen to cost; before that, a share of a pass, in the units that passes have now."""
+        prior = _PRIOR * self._curve.seconds(1)
+        return self._costs.get(name) or DraftCost(prior, prior)
 
     def trim(self, sessions: Sequence[Writing], bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
         nodes: list[tuple[float, int]] = []  # (-probability, session) of the prunable nodes
@@ -183,8 +182,9 @@ class Goodput(Control):
             if begun and step.pass_seconds is not None:
                 # The drafter ran the pass's first layers: count only the time beyond a whole pass.
                 seconds = max(0.0, seconds + step.pass_seconds - self._curve.seconds(step.rows))
-            self._cost(name).observe(limit, seconds)
-            expected[name] = self._cost(name).seconds(limit)
+            cost = self._costs[name] = self._cost(name)
+            cost.observe(limit, seconds)
+            expected[name] = cost.seconds(limit)
         return expected
 
     def _learn(self, outcome: Outcome, won: float) -> None:

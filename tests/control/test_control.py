@@ -173,3 +173,15 @@ def test_a_room_is_never_exceeded_and_no_drafter_is_no_bet() -> None:
     for room in (0, 1, 2, 5):
         assert control.bets([Text()], [room])[0].limit <= room
     assert Fixed("some").bets([Text()], [8]) == [Bet("some", 8)]
+
+
+def test_what_was_not_tried_is_priced_in_the_seconds_that_passes_take() -> None:
+    """Before the first pass seconds are unknown; a second drafter must not keep a price from then."""
+    control, text = Goodput(["one", "two"], 8), Text()
+    for _ in range(3):
+        bets = control.bets([text], [8])
+        draft = Draft.chain([1] * bets[0].limit)
+        outcome = Outcome(text, bets[0], draft, [], Verdict((), 0))
+        drafting = {bets[0].drafter: 0.001} if bets[0].limit else {}
+        control.observe(Step([outcome], drafting, 0.01, 1 + len(draft)))
+    assert control._cost("two").seconds(4) < 0.01
