@@ -86,24 +86,15 @@ class Vocabulary:
             spelled += self.piece(token, first=not spelled) or b""
         return spelled == text.encode(errors="replace")
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str:
-        """Render messages by the checkpoint's chat template; `variables` are passed to the template.
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Render messages by the checkpoint's chat template; options as `ChatTemplate.render` takes them.
 
         Raises:
             UsageError: there is no template, or it refuses the messages.
         """
         if self._chat_template is None:
             raise UsageError("This model has no chat template; send the prompt as plain text (--raw).")
-        return self._chat_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )
+        return self._chat_template.render(messages, **options)
 
     @property
     def variables(self) -> frozenset[str]:
