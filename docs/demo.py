@@ -34,8 +34,8 @@ def main() -> int:
     model = opened.load()
     question = read(ROOT / "prompts" / "demo.md").render("").strip()
     drafting, plain = Engine(model), Engine(model, drafter="none")
-    for engine in (drafting, plain):  # a first pass touches the weights' pages and compiles kernels
-        engine.generate("Hello.", max_new_tokens=8)
+    for engine in (drafting, plain):  # pages and kernels are touched, and passes' costs learned, as by an earlier run
+        engine.generate("Write a Python function that adds two numbers, and call it twice.", max_new_tokens=64)
     print(f"\033[1m{question}\033[0m\n" if sys.stdout.isatty() else f"{question}\n")
     text, rate, per_step = write(drafting, question)
     print(f"--- that was drafted: {per_step:.1f} tokens per forward pass, {rate:.0f} a second. The same, one by one:\n")
