@@ -32,6 +32,9 @@ Examples:
 The table goes to stdout. The exit code is 0, also where nothing fits: it is an answer.
 """
 
+_BITS = {"int8": 8.5, "int4": 4.5}
+"""Bits of a coded weight."""
+
 _TOKENIZER_NBYTES = 700
 """Per token of the vocabulary: what its tokenizer takes in memory (49,152 tokens: 33 MB)."""
 
@@ -81,7 +84,7 @@ def plan(
 def _request(model: str, device: str, dtype: str, context: int | None) -> Request:
     import longspec.engine.engine  # noqa: F401 - counts in the process's memory, as in a run
     from longspec.machine.system import resident_bytes
-    from longspec.memory.plan import Request, request_of, with_codes
+    from longspec.memory.plan import Request, request_of
     from longspec.model.config import Config
     from longspec.model.files.checkpoint import Checkpoint
     from longspec.model.files.hub import fetch_config
@@ -100,10 +103,9 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
         checkpoint = Checkpoint(model)
         kind = choose_dtype(dtype, place, checkpoint, config)
         tied = bool(raw.get("tie_word_embeddings", config.family.startswith("gemma")))
-        weights = parameters(config, tied=tied) * DTYPES[kind].itemsize
+        weights = int(parameters(config, tied=tied) * _BITS.get(kind, 8 * DTYPES[kind].itemsize) / 8)
         process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
         footprint = Footprint(weights, weights, weights)
-        footprint = with_codes(footprint, checkpoint, config) if kind == "int8" else footprint
         request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
     if context is not None and context > request.config.context:
         raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {request.config.context:,}.")

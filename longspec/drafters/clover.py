@@ -62,7 +62,8 @@ class Head(Drafter):
         target = model.decoder
         # int8 codes halve the bytes that are read; without the native kernel they are slower than bf16.
         coded = not target.strict and kernel_lacks(config, target.dtype, target.device) is None
-        self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=coded)
+        kind = "Q8_0" if coded else None
+        self.decoder = Decoder(config, weights, target.device, strict=target.strict, coded=kind)
         self._places = None if head.tokens is None else head.tokens.to(target.device)
         self._follow = Follow(self.decoder.shape, self._run)
         self._cell: Cell | None = None

@@ -24,7 +24,7 @@ from longspec.cache.stage import Cache
 from longspec.drafters.common.tree_growth import grow
 from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Rows
-from longspec.model.load import DTYPES, Model, open_model
+from longspec.model.load import CODED, DTYPES, Model, open_model
 from longspec.model.weights.footprint import footprint
 from longspec.types import Draft, Drafter, Writing
 
@@ -80,7 +80,7 @@ class DraftModel(Drafter):
         opened = open_model(str(draft), dtype=target.dtype, device=str(target.device))
         c, dtype = opened.config, DTYPES[opened.dtype]
         row = 2 * c.layers * c.key_heads * c.head_dim * dtype.itemsize
-        return footprint(opened.checkpoint, c, dtype).resident, target.tokens * row
+        return footprint(opened.checkpoint, c, dtype, CODED.get(opened.dtype)).resident, target.tokens * row
 
     @property
     def nbytes(self) -> int:

@@ -82,9 +82,9 @@ static char *own_memory(int64_t bytes) {
 /* Part `part` of rows x as matrix m's product reads them, and how many parts there are. */
 static void pack_part(const Matrix *m, const bf16 *x, int64_t rows, int64_t part, void *packed) {
     const int64_t width = m->width, places = width / DEEP;
-    if (m->kind == CODES) {
+    if (m->format != BF16) {
         const Coded to = coded_in(packed, rows, width);
-        code_rows(x, rows, width, m->bits, part, &to);
+        code_rows(x, rows, width, part, &to);
         return;
     }
     const int64_t first = part / places * TILE, live = rows - first < TILE ? rows - first : TILE;
@@ -98,7 +98,7 @@ static int64_t pack_parts(const Matrix *m, int64_t rows) { return (rows + TILE -
  * thread packs for itself, which takes less time than waiting for each other. */
 static void *pack(const Matrix *m, const bf16 *x, const float *norm, float eps, int64_t rows, const Workspace *w) {
     const int64_t width = m->width, parts = pack_parts(m, rows);
-    begin_tiles(m->kind, rows);
+    begin_tiles(m->format != BF16, rows);
     if (rows <= FEW) {
         bf16 *normed = (bf16 *)own_memory((2 * FEW + 5 * TILE) * width);
         void *packed = normed + FEW * width;
@@ -116,7 +116,7 @@ static void *pack(const Matrix *m, const bf16 *x, const float *norm, float eps, 
 
 /* Sums [rows, 32] of the outputs from `out` on, with the bias. */
 static void product(const Matrix *m, int64_t out, void *packed, int64_t rows, float (*sums)[BLOCK]) {
-    if (m->kind == CODES) {
+    if (m->format != BF16) {
         const Coded x = coded_in(packed, rows, m->width);
         for (int64_t i = 0; i < BLOCK; i += TILE) product_codes(m, (out + i) / TILE, &x, rows, sums[0] + i, BLOCK);
     } else

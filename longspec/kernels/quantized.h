@@ -1,34 +1,33 @@
-/* Products of coded weights and coded rows, in groups of 32 columns.
+/* Products of coded weights (formats.h) and coded rows.
  *
- * A weight is step * code + low, with step and low of its output and group: codes are 0..15 or 0..255, and where there
- * is no low, they are symmetric about 8 or 128. A row's group is int8 codes, at most 127 in size, with a scale of their
- * own. The sum over a group is an exact integer; groups are added up in fp32, in their order. So a row's bits are the same
- * whatever rows stand beside it, and by any instructions.
+ * A row's group of 32 columns is int8 codes, at most 127 in size, with a scale of their own. The sum over a group, or over
+ * each half of it where steps are for 16 columns, is an exact integer; groups are added up in fp32, in their order. So a
+ * row's bits are the same whatever rows stand beside it, and by any instructions.
  *
- * Weights lie in output tiles of 16. A tile has its groups behind each other: 8 words of four columns by 16 outputs; of 4
- * bits, words 0..3 in the lower halves and words 4..7 in the upper. They are read once for CODE_ROWS rows or for 16.
+ * A tile's codes are read once for CODE_ROWS rows or for 16.
  */
 #ifndef QUANTIZED_H
 #define QUANTIZED_H
 
 #include "dot.h"
 
-enum { BF16 = 0, CODES = 1 };
+enum { BF16 = 0 }; /* as a format's number */
 
-typedef struct {
-    const void *weight;      /* [size, width] bf16, or codes */
-    const fp16 *scale, *low; /* of codes [size / 16, width / 32, 16]; low or null */
-    const bf16 *bias;        /* [size] or null */
-    int64_t size, width, kind, bits;
+typedef struct Matrix {
+    const void *weight; /* [size, width] bf16, or tiles */
+    const bf16 *bias;   /* [size] or null */
+    int64_t size, width, format;
+    int64_t own;               /* outputs of this format, a multiple of 16; what follows them is in `next` */
+    const struct Matrix *next; /* of another format, or null */
 } Matrix;
 
 /* Rows in codes: what stands behind each other in a call's workspace. Sixteen rows' values of a group stand side by side,
  * so that the products find them at fixed distances. */
 typedef struct {
-    int8_t *codes;  /* [rows, width] */
-    float *scales;  /* [rows / 16, groups, 16] */
-    float *totals;  /* likewise: sums of what the codes stand for, which the weights' lows multiply */
-    int32_t *first; /* likewise: minus the middle times the codes' sum, where codes are symmetric */
+    int8_t *codes; /* [rows, width] */
+    float *scales; /* [rows / 16, groups, 16] */
+    float *totals; /* likewise: sums of what the codes stand for, which the weights' lows multiply */
+    int32_t *sums; /* [rows / 16, groups, 2, 16]: of the codes of each half */
 } Coded;
 
 static Coded coded_in(void *workspace, int64_t rows, int64_t width) {
@@ -37,76 +36,121 @@ static Coded coded_in(void *workspace, int64_t rows, int64_t width) {
     c.codes = (int8_t *)workspace;
     c.scales = (float *)(c.codes + padded * width);
     c.totals = c.scales + count;
-    c.first = (int32_t *)(c.totals + count);
+    c.sums = (int32_t *)(c.totals + count);
     return c;
 }
 
 static Coded from_row(const Coded *c, int64_t row, int64_t width) {
-    const int64_t at = row / TILE * TILE * (width / GROUP) + row % TILE;
-    return (Coded){c->codes + row * width, c->scales + at, c->totals + at, c->first + at};
+    const int64_t at = row / TILE * TILE * (width / GROUP) + row % TILE, twice = 2 * at - row % TILE;
+    return (Coded){c->codes + row * width, c->scales + at, c->totals + at, c->sums + twice};
 }
 
-/* A group of a row: its codes, the sum of these, and the scale. Of 32 values the greatest without their signs has as
- * numbers of 16 bits the same order. */
-INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t *sum) {
+/* A group of a row: its codes, the sums of their halves, and the scale. Of 32 values the greatest without their signs has
+ * as numbers of 16 bits the same order. */
+INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[2]) {
     uint16_t most = 0;
     for (int i = 0; i < GROUP; i++) most = (x[i] & 0x7fff) > most ? x[i] & 0x7fff : most;
     const uint32_t bits = (uint32_t)most << 16;
     float largest;
     memcpy(&largest, &bits, sizeof largest);
     const float factor = largest > 0 ? 127.0f / largest : 0.0f, turn = 12582912.0f; /* rounds, as in `exponential` */
-    vi total = {0};
-    UNROLL for (int i = 0; i < GROUP; i += LANES) {
-        const vi whole = (vi)(load_bf16(x + i) * factor + turn) - (vi)all(turn);
-        *(vc_at *)(codes + i) = __builtin_convertvector(whole, vc_at);
-        total += whole;
+    UNROLL for (int half = 0; half < 2; half++) {
+        vi total = {0};
+        UNROLL for (int i = 16 * half; i < 16 * half + 16; i += LANES) {
+            const vi whole = (vi)(load_bf16(x + i) * factor + turn) - (vi)all(turn);
+            *(vc_at *)(codes + i) = __builtin_convertvector(whole, vc_at);
+            total += whole;
+        }
+        sums[half] = 0;
+        UNROLL for (int i = 0; i < LANES; i++) sums[half] += total[i];
     }
-    *sum = 0;
-    UNROLL for (int i = 0; i < LANES; i++) *sum += total[i];
     *scale = largest / 127.0f;
 }
 
 /* Part `part` of rows x, whose width is a multiple of 32: a group of 16 rows. What stands side by side is written by one
  * thread: row by row two of them took each other's lines away, and 16 rows of the default model 1.5 ms and not 0.2. */
-static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t bits, int64_t part, const Coded *to) {
+static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t part, const Coded *to) {
     const int64_t groups = width / GROUP, first = part / groups * TILE, g = part % groups, at = part * TILE;
     const int64_t live = rows - first < TILE ? rows - first : TILE;
     for (int64_t row = 0; row < live; row++) {
-        int32_t sum;
+        int32_t sums[2];
         const int64_t place = (first + row) * width + g * GROUP;
-        code_group(x + place, to->codes + place, to->scales + at + row, &sum);
-        to->totals[at + row] = to->scales[at + row] * (float)sum;
-        to->first[at + row] = -sum * (1 << (bits - 1));
+        code_group(x + place, to->codes + place, to->scales + at + row, sums);
+        to->totals[at + row] = to->scales[at + row] * (float)(sums[0] + sums[1]);
+        to->sums[2 * at + row] = sums[0], to->sums[2 * at + TILE + row] = sums[1];
     }
+    if (live % 4 == 3) to->sums[2 * at + live] = to->sums[2 * at + TILE + live] = 0; /* three rows go as four */
 }
 
-/* What a group adds to a row's outputs. All instructions come here, and so to the same bits. */
-INLINE vf add_group(vf sum, vi codes, vf step, vf low, const int has_low, float scale, float total) {
-    sum += to_float(codes) * scale * step;
-    return has_low ? sum + low * total : sum;
+/* A tile of a matrix: where its groups' steps, lows and shared factors are. */
+typedef struct {
+    const uint8_t *codes;
+    const char *steps, *lows, *shared;
+} Tile;
+
+INLINE Tile tile_of(const Matrix *m, int64_t tile, const int bits, const int scales, const int has_low) {
+    const Offsets o = offsets_of(m->width, bits, scales, has_low);
+    const char *at = (const char *)m->weight + tile * o.end;
+    return (Tile){(const uint8_t *)at, at + o.steps, at + o.lows, at + o.shared};
 }
 
-/* Sums of an output tile's 16 outputs for `rows` rows, at most CODE_ROWS. */
-INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int rows, const int bits, const int has_low,
-                     float *sums, int64_t stride) {
-    const int64_t groups = m->width / GROUP;
-    const uint8_t *codes = (const uint8_t *)m->weight + tile * groups * 64 * bits;
-    const fp16 *steps = m->scale + tile * groups * WIDE, *lows = m->low + tile * groups * WIDE;
+/* 2^(e - 128) of bytes e, denormal below 2. */
+INLINE vf powers_of(const uint8_t *from) {
+    const vu e = __builtin_convertvector(*(const vb_at *)from, vu);
+    return choose((vi)(e < 2), (vf)((e + 1) << 21), (vf)((e - 1) << 23));
+}
+
+/* Steps of a group's half, or its lows, for the outputs of piece p. A product of fp16 and 8 bits is exact. */
+INLINE vf scales_of(const Tile *t, int64_t g, const int half, const int p, const int scales, const int has_low, const int is_low) {
+    const char *from = (is_low ? t->lows : t->steps) + g * scale_bytes(scales);
+    if (scales == PLAIN) return load_fp16((const fp16 *)from + p * LANES);
+    if (scales == EXPONENT) return powers_of((const uint8_t *)from + p * LANES);
+    const fp16 *shared = (const fp16 *)(t->shared + g / (SHARED_BY / GROUP) * 32 * (1 + has_low)) + 16 * is_low;
+    const vf factor = load_fp16(shared + p * LANES);
+    const vi whole = __builtin_convertvector(*(const vc_at *)(from + 16 * half + p * LANES), vi);
+    return is_low ? to_float(whole) * -factor : to_float(whole) * factor;
+}
+
+/* What a group gives to a row's outputs: the codes' sums of its halves (or of all of it, in the first), without the middle.
+ * All instructions come here, and so to the same bits. */
+INLINE vf add_group(vf sum, const vi dots[2], const vf steps[2], const vf lows[2], const int halves, const int has_low,
+                    float scale, float total, const int32_t *sums) {
+    if (halves == 1) {
+        sum += to_float(dots[0]) * scale * steps[0];
+        return has_low ? sum + lows[0] * total : sum;
+    }
+    vf part = to_float(dots[0]) * steps[0] + to_float(dots[1]) * steps[1];
+    if (has_low) part += lows[0] * (float)sums[0] + lows[1] * (float)sums[TILE];
+    return sum + part * scale;
+}
+
+/* Sums of a tile's 16 outputs for `rows` rows, at most CODE_ROWS. */
+INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int rows, const int bits, const int scales,
+                     const int has_low, float *sums, int64_t stride) {
+    const Tile t = tile_of(m, tile, bits, scales, has_low);
+    const int halves = scales == BY_16 ? 2 : 1;
     vf made[CODE_ROWS][PIECES];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < PIECES; p++) made[r][p] = all(0);
-    for (int64_t g = 0; g < groups; g++) {
-        vi dots[CODE_ROWS][PIECES];
-        group_dot(codes + g * 64 * bits, bits, x->codes + g * GROUP, m->width, rows, dots);
+    for (int64_t g = 0; g < m->width / GROUP; g++) {
+        vi dots[2][CODE_ROWS][PIECES];
+        group_dot(t.codes + g * 64 * lines_of(bits), bits, halves, x->codes + g * GROUP, m->width, rows, dots);
         UNROLL for (int p = 0; p < PIECES; p++) {
-            const vf step = load_fp16(steps + g * WIDE + p * LANES);
-            const vf low = has_low ? load_fp16(lows + g * WIDE + p * LANES) : step;
+            vf steps[2], lows[2];
+            UNROLL for (int h = 0; h < halves; h++) {
+                steps[h] = scales_of(&t, g, h, p, scales, has_low, 0);
+                lows[h] = has_low ? scales_of(&t, g, h, p, scales, has_low, 1) : steps[h];
+            }
             UNROLL for (int r = 0; r < rows; r++) {
                 const int64_t at = g * TILE + r;
-                vi dot = dots[r][p];
-                if (is_centred(bits) && has_low) dot -= x->first[at];
-                if (!is_centred(bits) && !has_low) dot += x->first[at];
-                made[r][p] = add_group(made[r][p], dot, step, low, has_low, x->scales[at], x->totals[at]);
+                const int32_t *both = x->sums + 2 * g * TILE + r;
+                vi centred[2];
+                UNROLL for (int h = 0; h < halves; h++) {
+                    const int32_t of_row = halves == 1 ? both[0] + both[TILE] : both[h * TILE];
+                    centred[h] = dots[h][r][p];
+                    if (!has_low && !is_centred(bits)) centred[h] -= of_row * middle_of(bits);
+                }
+                made[r][p] = add_group(made[r][p], centred, steps, lows, halves, has_low, x->scales[at], x->totals[at], both);
             }
         }
     }
@@ -117,48 +161,61 @@ INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int ro
 #ifdef ISA_AMX
 #include "dot/amx_codes.h"
 #else
-#define by_tiles(m, tile, x, rows, bits, has_low, sums, stride) (void)(x)
+INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *x, int64_t rows, const int bits, const int scales,
+                     const int has_low, float *sums, int64_t stride) {
+    (void)m, (void)tile, (void)x, (void)rows, (void)bits, (void)scales, (void)has_low, (void)sums, (void)stride;
+}
 #endif
 
-#define BY_KIND(way, x, count, to)                                        \
-    {                                                                     \
-        if (m->bits == 4 && m->low)                                       \
-            way(m, tile, x, count, 4, 1, to, stride);                     \
-        else if (m->bits == 4)                                            \
-            way(m, tile, x, count, 4, 0, to, stride);                     \
-        else if (m->low)                                                  \
-            way(m, tile, x, count, 8, 1, to, stride);                     \
-        else                                                              \
-            way(m, tile, x, count, 8, 0, to, stride);                     \
+/* A function for each number of rows, which branches by the format. */
+#define ONE(number, name, bits, scales, low) \
+    case number: WAY(m, tile, x, ROWS, bits, scales, low, to, stride); break;
+#define WORDS(count)                                                                                           \
+    static void words_##count(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride) {     \
+        switch (m->format) { FORMATS(ONE) }                                                                    \
     }
-
-static void words_1(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride) BY_KIND(by_words, x, 1, to)
-static void words_2(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride) BY_KIND(by_words, x, 2, to)
-static void words_3(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride) BY_KIND(by_words, x, 3, to)
-static void words_4(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride) BY_KIND(by_words, x, 4, to)
-static void words_8(const Matrix *m, int64_t tile, const Coded *x, float *to, int64_t stride)
-    BY_KIND(by_words, x, CODE_ROWS, to)
+#define WAY by_words
+#define ROWS 1
+WORDS(1)
+#undef ROWS
+#define ROWS 2
+WORDS(2)
+#undef ROWS
+#define ROWS 4
+WORDS(4)
+#undef ROWS
+#define ROWS CODE_ROWS
+WORDS(8)
+#undef ROWS
+#undef WAY
+#define WAY by_tiles
+#define ROWS rows
+static void tiles_of_rows(const Matrix *m, int64_t tile, const Coded *x, int64_t rows, float *to, int64_t stride) {
+    switch (m->format) { FORMATS(ONE) }
+}
+#undef ROWS
+#undef WAY
+#undef WORDS
+#undef ONE
 
 /* Sums [rows, 16] of an output tile, in rows of `stride`; with room for 16 rows more than there are, in x and in sums. */
 static void product_codes(const Matrix *m, int64_t tile, const Coded *coded, int64_t rows, float *sums, int64_t stride) {
+    for (; tile >= m->own / TILE; m = m->next) tile -= m->own / TILE;
     const int64_t few = HAS_TILES && rows % TILE >= BY_TILES ? 0 : rows % TILE, many = HAS_TILES ? rows - few : 0;
-    if (many) BY_KIND(by_tiles, coded, many, sums)
+    if (many) tiles_of_rows(m, tile, coded, many, sums, stride);
     for (int64_t row = many; row < rows;) {
         const Coded x = from_row(coded, row, m->width);
         float *to = sums + row * stride;
         const int64_t left = (rows < row / TILE * TILE + TILE ? rows : row / TILE * TILE + TILE) - row;
-        if (CODE_ROWS == 8 && left >= 8)
+        if (CODE_ROWS == 8 && left >= 7)
             words_8(m, tile, &x, to, stride), row += 8;
-        else if (left >= 4)
+        else if (left >= 3)
             words_4(m, tile, &x, to, stride), row += 4;
-        else if (left == 3)
-            words_3(m, tile, &x, to, stride), row += 3;
         else if (left == 2)
             words_2(m, tile, &x, to, stride), row += 2;
         else
             words_1(m, tile, &x, to, stride), row += 1;
     }
 }
-#undef BY_KIND
 
 #endif

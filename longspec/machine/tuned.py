@@ -49,7 +49,11 @@ def read_fit(path: Path) -> Fit | None:
     if (found.get("kind"), found.get("version")) != (_KIND, _VERSION):
         return None
     dtype, threads = found.get("dtype"), found.get("threads")
-    if dtype not in ("fp32", "bf16", "int8") or type(threads) is not int or not 1 <= threads <= (os.cpu_count() or 1):
+    if (
+        dtype not in ("fp32", "bf16", "int8", "int4")
+        or type(threads) is not int
+        or not 1 <= threads <= (os.cpu_count() or 1)
+    ):
         return None
     return Fit(dtype, threads)
 

@@ -31,9 +31,7 @@ from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
-from longspec.model.files.checkpoint import Checkpoint
-from longspec.model.files.store import place_of_codes
-from longspec.model.load import DTYPES, Opened
+from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import Footprint, footprint
 from longspec.types import Drafter
 
@@ -227,12 +225,12 @@ def request_of(
     texts: int = 1,
 ) -> Request:
     on_cpu = opened.device.type == "cpu"
-    found = footprint(opened.checkpoint, opened.config, DTYPES[opened.dtype])
+    found = footprint(opened.checkpoint, opened.config, DTYPES[opened.dtype], CODED.get(opened.dtype))
     return Request(
         config=opened.config,
         dtype=opened.dtype,
         device=opened.device,
-        footprint=with_codes(found, opened.checkpoint, opened.config) if opened.dtype == "int8" else found,
+        footprint=found,
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
@@ -241,18 +239,6 @@ def request_of(
         threads=torch.get_num_threads() if on_cpu else 1,
         texts=texts,
     )
-
-
-def with_codes(bf16: Footprint, checkpoint: Checkpoint, config: Config) -> Footprint:
-    """The footprint with quantized weights, at most 9 bits each. Those of a GGUF file leave only the embedding's
-    pages of the bf16 weights; others are quantized from bf16 weights, whose pages stay resident.
-    """
-    codes = bf16.weights * 9 // 16
-    if not checkpoint.coded:
-        return Footprint(codes, bf16.resident + codes, bf16.loading + 2 * codes)
-    resident = codes + 2 * config.vocabulary * config.width
-    kept = checkpoint.folder is not None and place_of_codes(checkpoint.folder).is_dir()
-    return Footprint(codes, resident, resident if kept else max(bf16.loading, resident + 2 * codes))
 
 
 def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str, int] | None = None) -> Plan:

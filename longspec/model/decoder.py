@@ -28,7 +28,7 @@ from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.layer import Layer, LayerReader
 from longspec.model.native import Fused, missing
 from longspec.model.rope import Rotation, rotate
-from longspec.model.weights.quantized import Groups
+from longspec.model.weights.quantized import CodedLinear
 from longspec.model.weights.read import Weights
 
 __all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
@@ -107,9 +107,17 @@ class Decoder:
     """A model's weights and its forward pass. Everything runs without gradients, under `torch.inference_mode`."""
 
     def __init__(
-        self, config: Config, weights: Weights, device: torch.device, *, strict: bool = False, coded: bool = False
+        self,
+        config: Config,
+        weights: Weights,
+        device: torch.device,
+        *,
+        strict: bool = False,
+        coded: str | None = None,
     ) -> None:
-        """strict: batch-invariant. coded: quantized matrices (`longspec.model.weights.quantized`)."""
+        """strict: batch-invariant. coded: coded matrices (`longspec.model.weights.quantized`), the file's own, or of
+        this format.
+        """
         self.config = config
         self.device = device
         self.dtype = weights.dtype
@@ -126,8 +134,8 @@ class Decoder:
         self._attend = attend_strictly if strict else attend
         self.slow = missing(config, self.dtype, device)  # the reason why the native kernel isn't used
         self._fused = Fused(config, self._layers, self._norm.weight, self._head) if self.slow is None else None
-        self._coded = coded
-        self._graphs = None if strict or coded or graphs.missing(config, self.dtype, device) else self.graphs()
+        self._coded = coded is not None
+        self._graphs = None if strict or self._coded or graphs.missing(config, self.dtype, device) else self.graphs()
         self.nbytes = reader.nbytes
 
     @property
@@ -147,19 +155,17 @@ class Decoder:
     @property
     def pass_nbytes(self) -> int:
         """Bytes of weights that every pass reads: the embedding table only where it is also the head."""
-        return self.nbytes - (0 if self._head.weight is self._embedding else self._embedding.nbytes)
+        table = self._embedding
+        if table is self._head or table is getattr(self._head, "weight", None):
+            return self.nbytes
+        return self.nbytes - (table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes)
 
     def tensors(self) -> Iterator[Tensor]:
         """All weights, in an order that depends on the config alone."""
-        yield self._embedding
-        for layer in self._layers:
-            for part in fields(layer):
-                held = getattr(layer, part.name)
-                for name in ("weight", "bias", "scale", "low"):
-                    if (tensor := getattr(held, name, None)) is not None:
-                        yield tensor
+        for held in (self._embedding, *(getattr(each, part.name) for each in self._layers for part in fields(each))):
+            yield from _tensors(held)
         yield self._norm.weight
-        yield self._head.weight
+        yield from _tensors(self._head)
 
     def graphs(self) -> graphs.Graphs:
         """The CUDA graphs recorded for this decoder."""
@@ -182,14 +188,15 @@ class Decoder:
     @property
     def head(self) -> Tensor:
         """The output matrix [V, width]."""
-        if isinstance(self._head, Groups):
-            return self._head.codes().values().to(self.dtype)
+        if isinstance(self._head, CodedLinear):
+            return self._head.values().to(self.dtype)
         made: Tensor = self._head.weight
         return made
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings, scaled: [..., width]."""
-        hidden = F.embedding(tokens, self._embedding)
+        table = self._embedding
+        hidden = F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self.dtype)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -294,3 +301,13 @@ class Decoder:
             parts = span.stage.parts(index, span.staged, own)
             output[span.at] = self._attend(own, parts, c.scale, c.attention_softcap).flatten(1)
         return output
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    """The tensors of a table, a norm, a layer's matrix, or nothing."""
+    if isinstance(held, CodedLinear):
+        yield from held.tensors
+    elif isinstance(held, Tensor):
+        yield held
+    else:
+        yield from (tensor for name in ("weight", "bias") if (tensor := getattr(held, name, None)) is not None)

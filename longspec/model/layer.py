@@ -16,6 +16,7 @@ from torch import Tensor
 from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.linear import Linear
+from longspec.model.weights.quantized import CodedLinear
 from longspec.model.weights.read import Weights
 
 __all__ = ["Layer", "LayerReader", "Norm"]
@@ -39,7 +40,7 @@ class Layer:
     """One layer: attention and a gated MLP, with norms before or after each, or both."""
 
     before_attention: Norm | None
-    qkv: Any  # Linear or Groups, as are the other matrices
+    qkv: Any  # Linear or CodedLinear, as are the other matrices
     query_norm: Norm | None
     key_norm: Norm | None
     output: Any
@@ -53,7 +54,12 @@ class Layer:
 class LayerReader:
     """Reads weights by their checkpoint names, checks each shape against the config, and moves them to the device."""
 
-    def __init__(self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: bool) -> None:
+    def __init__(
+        self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: str | None
+    ) -> None:
+        """tile: rows of `Linear`'s tiles. coded: the format of matrices that the file doesn't hold in codes of its
+        own; None for dense ones.
+        """
         self._config, self._weights, self._device, self._tile, self._coded = config, weights, device, tile, coded
         self.nbytes = 0
         prefixes = ("model.", "", "language_model.model.", "model.language_model.")
@@ -62,8 +68,13 @@ class LayerReader:
             raise ModelError("The checkpoint holds no embed_tokens.weight: it is not one of a supported decoder.")
         self._prefix = found[0]
 
-    def embedding(self) -> Tensor:
-        return self._take([f"{self._prefix}embed_tokens.weight"], (self._config.vocabulary, self._config.width))
+    def embedding(self) -> Tensor | CodedLinear:
+        """The table [V, width]: in the file's codes where it has some and the matrices are coded, else dense."""
+        name, shape = f"{self._prefix}embed_tokens.weight", (self._config.vocabulary, self._config.width)
+        if self._coded is not None and self._weights.blocks(name) is not None:
+            made: CodedLinear = self._matrix([name], shape)
+            return made
+        return self._take([name], shape)
 
     def norm(self, name: str, width: int) -> Norm:
         weight = self._take([f"{self._prefix}{name}.weight"], (width,))
@@ -71,7 +82,7 @@ class LayerReader:
             weight = weight.float() + self._config.norm_offset
         return Norm(weight, self._config.eps)
 
-    def head(self, embedding: Tensor) -> Any:
+    def head(self, embedding: Tensor | CodedLinear) -> Any:
         """The output matrix [V, width]: the file's, else the embedding table of a tied model.
 
         A tied model's file that also holds a different head counts as untied, as in transformers 5.24 and llama.cpp.
@@ -85,7 +96,9 @@ class LayerReader:
                 "The checkpoint holds no lm_head.weight, and its config.json says that the head is not the embedding "
                 "table (tie_word_embeddings): the files are incomplete. Fetch them again."
             )
-        if self._coded:
+        if isinstance(embedding, CodedLinear):
+            return embedding
+        if self._coded is not None:
             return self._matrix([f"{self._prefix}embed_tokens.weight"], shape)
         return Linear(embedding, tile=self._tile)
 
@@ -119,11 +132,11 @@ class LayerReader:
         return self._matrix([f"{self._prefix}{name}.weight" for name in names], (rows, columns), bias)
 
     def _matrix(self, names: Sequence[str], shape: tuple[int, int], bias: Tensor | None = None) -> Any:
-        if not self._coded:
+        if self._coded is None:
             return Linear(self._take(names, shape), bias, self._tile)
-        made = self._weights.groups(names, bias)
+        made = self._weights.coded(names, self._coded, bias)
         self._check(names, made.shape, shape)
-        self.nbytes += sum(tensor.nbytes for tensor in made.tensors)
+        self.nbytes += sum(piece.tiles.nbytes for piece in made.pieces)
         return made
 
     def _take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:

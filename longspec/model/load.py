@@ -29,6 +29,7 @@ from longspec.model.native import missing
 from longspec.text.tokenizer import Vocabulary
 
 __all__ = [
+    "CODED",
     "DTYPES",
     "Model",
     "Opened",
@@ -41,8 +42,13 @@ __all__ = [
     "open_model",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
-"""What rows and the cache are in; under int8 matrices are codes (`longspec.model.weights.quantized`)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "int4": torch.bfloat16}
+"""What rows and the cache are in."""
+
+CODED = {"int8": "Q8_0", "int4": "Q4_0"}
+"""Dtypes whose matrices are codes (`longspec.model.weights.quantized`): a file's own, as they are, and what values are
+quantized to.
+"""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -99,12 +105,10 @@ class Opened:
     def load(self, *, strict: bool = False, report: Report | None = None) -> Model:
         """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
         began = perf_counter()
-        dtype, coded = DTYPES[self.dtype], self.dtype == "int8"
-        weights = self.checkpoint.weights(dtype, report or quiet)
-        is_read = self.device.type == "cpu" and weights.read(coded=coded)
+        dtype, coded = DTYPES[self.dtype], CODED.get(self.dtype)
+        weights = self.checkpoint.weights(dtype, report or quiet, coded=coded is not None)
+        is_read = self.device.type == "cpu" and (coded is not None or weights.read())
         decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
-        if coded:
-            weights.keep()
         defaults = self.checkpoint.generation_config()
         return Model(
             name=self.checkpoint.name,
@@ -185,14 +189,16 @@ def choose_dtype(
     and the kernel is available, bf16 where its kernel is available, and `native_dtype` elsewhere.
     """
     check_dtype(name)
-    if name == "auto" and fit is not None and fit.dtype != "int8":
+    if name == "auto" and fit is not None and fit.dtype not in CODED:
         return fit.dtype
-    if name in ("auto", "int8"):
+    if name == "auto" or name in CODED:
         why = missing(config, DTYPES["int8"], device)
-        if name == "int8" and why is not None:
-            raise UsageError(f"The dtype int8 can't be had here: {why}. Use auto, bf16 or fp32.")
-        if name == "int8" or (why is None and (checkpoint.coded or fit is not None)):
-            return "int8"
+        if name in CODED and why is not None:
+            raise UsageError(f"The dtype {name} can't be had here: {why}. Use auto, bf16 or fp32.")
+        if name in CODED:
+            return name
+        if why is None and (checkpoint.coded or fit is not None):
+            return "int8" if fit is None else fit.dtype
         if why is None:
             return "bf16"
     return native_dtype(device) if name == "auto" else name

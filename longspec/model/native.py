@@ -19,26 +19,25 @@ from longspec.attention.native_batch import Texts
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
 from longspec.model.config import Config, Rope
-from longspec.model.weights.quantized import Groups
+from longspec.model.weights.quantized import FORMATS, CodedLinear, Piece, missing_kernel, tile_nbytes
 
 __all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 32
 Turns = Mapping[Rope, tuple[Tensor, Tensor]]
-_BF16, _CODES = 0, 1
+_BF16 = 0
 
 
 class Matrix(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("low", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("width", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+        ("own", ctypes.c_int64),
+        ("next", ctypes.c_void_p),
     )
 
 
@@ -83,11 +82,11 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     if c.vocabulary % _UNIT:
         return f"the vocabulary isn't a multiple of {_UNIT}"
     found = kernel()
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) else missing_kernel()
 
 
 class Fused:
-    """The layers and the head of one decoder, all in bf16 or all quantized; it keeps the tensors alive."""
+    """The layers and the head of one decoder, all in bf16 or all coded; it keeps the tensors alive."""
 
     def __init__(self, config: Config, layers: Sequence[Any], norm: Tensor, head: Any) -> None:
         found = kernel()
@@ -210,15 +209,21 @@ class Fused:
 
 def matrix_of(linear: Any) -> Matrix:
     """A linear layer as the kernel's C struct; the caller keeps its tensors alive."""
-    size, width = (linear.size, linear.width) if isinstance(linear, Groups) else linear.weight.shape
+    coded = isinstance(linear, CodedLinear)
+    size, width = linear.shape if coded else linear.weight.shape
     bias = None if linear.bias is None else pointer(linear.bias, torch.bfloat16, size)
-    if not isinstance(linear, Groups):
-        return Matrix(pointer(linear.weight, torch.bfloat16, size, width), None, None, bias, size, width, _BF16)
-    groups = (size // 16, width // 32)
-    weight = pointer(linear.weight, torch.uint8, *groups, linear.bits, 16, 4)
-    scale = pointer(linear.scale, torch.float16, *groups, 16)
-    low = None if linear.low is None else pointer(linear.low, torch.float16, *groups, 16)
-    return Matrix(weight, scale, low, bias, size, width, _CODES, linear.bits)
+    if not coded:
+        return Matrix(pointer(linear.weight, torch.bfloat16, size, width), bias, size, width, _BF16, size, None)
+    chain: list[Matrix] = []
+    for piece in reversed(linear.pieces):
+        following = ctypes.addressof(chain[-1]) if chain else None
+        chain.append(Matrix(_tiles(piece), bias, size, width, FORMATS[piece.format], piece.size, following))
+    linear.chain = chain  # the struct points to it
+    return chain[-1]
+
+
+def _tiles(piece: Piece) -> int:
+    return pointer(piece.tiles, torch.uint8, piece.size // 16, tile_nbytes(piece.format, piece.width))
 
 
 def kernel() -> ctypes.CDLL | str:

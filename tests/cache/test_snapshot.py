@@ -47,7 +47,7 @@ def ask(made: Any, prompt: str = PROMPT, **options: Any) -> Any:
     [
         ("llama", "greedy"),
         ("llama", "sampled"),
-        ("gemma3", "greedy"),
+        pytest.param("gemma3", "greedy", marks=pytest.mark.full),
         pytest.param("gemma3", "sampled", marks=pytest.mark.full),
     ],
     indirect=["model"],

@@ -111,6 +111,7 @@ def test_a_prompt_of_one_token_will_do(model: Model) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.full
 def test_counts_on_a_text_of_the_default_model() -> None:
     real = open_model("smollm2", dtype="fp32").load()
     made = stepped(real, Lookahead(4, 4, 4), "Count from one to five.", 16, 24, raw=False)

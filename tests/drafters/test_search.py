@@ -125,6 +125,7 @@ def test_the_search_finds_the_planted_set_while_a_text_is_written(model: Model, 
     assert search.tries == tries
 
 
+@pytest.mark.full
 def test_the_search_is_the_same_each_time(model: Model, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although other random numbers are drawn beside it."""
 

@@ -94,7 +94,13 @@ def test_greedy_tokens_are_transformers_tokens() -> None:
     assert by_us("none", prompts, 48) == by_transformers(prompts, 48)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 1}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="greedy", marks=pytest.mark.full),
+        pytest.param({"temperature": 0.8, "top_p": 0.95, "seed": 1}, id="sampled"),
+    ],
+)
 def test_bets_do_not_change_a_token(options: dict[str, Any]) -> None:
     alone = by_us("none", PROMPTS, 64, **options)
     assert by_us("ngram", PROMPTS, 64, together=4, **options) == alone

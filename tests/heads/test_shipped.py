@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -25,8 +27,7 @@ PROMPTS = [
     "Explain to a child why the moon doesn't fall down.",
     "Write a Python function that counts the words of a file.",
 ]
-USUAL = ("int4",)  # the other caches in the full run: a head never sees the cache
-SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
+WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
 
 
 @cache
@@ -43,11 +44,16 @@ def written(made: Engine, prompts: list[str], new: int, **options: Any) -> tuple
     return texts, sum(session.stats.committed for session in sessions) / steps
 
 
-@pytest.mark.parametrize("drafter", ["clover2", "recycle+ngram+clover2"])
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    "kind", [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.full) for kind in CACHES]
-)
+def _matrix() -> Iterator[Any]:
+    """Every cache, way and drafter; the usual run has one that has something of each."""
+    for kind, way, drafter in product(CACHES, ("greedy", "sampled"), ("clover2", "recycle+ngram+clover2")):
+        usual = (kind, way, drafter) == ("int4", "sampled", "recycle+ngram+clover2")
+        yield pytest.param(
+            kind, WAYS[way], drafter, id=f"{kind}-{way}-{drafter}", marks=[] if usual else pytest.mark.full
+        )
+
+
+@pytest.mark.parametrize(("kind", "options", "drafter"), list(_matrix()))
 def test_it_changes_no_token(kind: str, options: dict[str, Any], drafter: str) -> None:
     """In fp32, 1 and 8 texts at once."""
     plain, _ = written(engine(model("fp32"), cache=kind), PROMPTS, 24, **options)
@@ -57,7 +63,7 @@ def test_it_changes_no_token(kind: str, options: dict[str, Any], drafter: str) -
         assert written(made, [prompt], 24, **options)[0] == [text]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.full), "int8"])
 def test_a_step_brings_more_than_a_token(dtype: str) -> None:
     made = engine(model(dtype), "clover2", draft_tokens=6)
     assert written(made, PROMPTS, 64)[1] > 1.4

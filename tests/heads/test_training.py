@@ -225,6 +225,7 @@ def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
         start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED, first=tmp_path / "other")
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one_does(model: Model, tmp_path: Path) -> None:
     """Under torchrun, over gloo: the same loss at every validation, the same worth, one report."""
     alone = start(model, RECIPE, tmp_path / "alone", PROMPTS, SAMPLED).run(silent)

@@ -20,35 +20,45 @@ static void add(const void *bytes, size_t count) {
     for (size_t i = 0; i < count; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 1099511628211ull;
 }
 
-static void products(int64_t size, int64_t width, int64_t bits, int has_low) {
-    uint8_t *weight = calloc(1, (size_t)(size * width * 2 + 65536));
-    fp16 *step = malloc((size_t)(size * width)), *low = malloc((size_t)(size * width));
+/* 16 outputs of a format: random codes, and scales that are numbers. */
+static void draw_tile(uint8_t *tile, int64_t width, int bits, int scales, int has_low) {
+    const Offsets o = offsets_of(width, bits, scales, has_low);
+    for (int64_t i = 0; i < o.end; i++) tile[i] = (uint8_t)drawn();
+    for (int64_t i = scales == PLAIN ? o.steps : o.shared; i + 1 < o.end; i += 2) {
+        const fp16 value = (fp16)(drawn() & 0x8000) | drawn() % 0x3c00;
+        memcpy(tile + i, &value, 2);
+    }
+    for (int64_t i = o.steps; scales == EXPONENT && i < o.lows; i++) tile[i] = 100 + drawn() % 40;
+}
+
+static void products(int64_t size, int64_t width, int64_t format, int bits, int scales, int has_low) {
+    const int64_t bytes = format == BF16 ? 32 * width : offsets_of(width, bits, scales, has_low).end;
+    uint8_t *weight = calloc(1, (size_t)(size / TILE * bytes + 65536));
     bf16 *bias = malloc((size_t)(2 * size)), *x = malloc((size_t)(130 * width * 2));
     float *norm = malloc((size_t)(4 * width)), *y = malloc((size_t)(130 * size * 4));
-    for (int64_t i = 0; i < size * width; i++)
-        if (bits == 16)
-            ((bf16 *)weight)[i] = brief(number());
-        else
-            weight[i] = (uint8_t)drawn();
-    for (int64_t i = 0; i < size * width / 32; i++) step[i] = drawn() % 0x3c00, low[i] = 0x8000 | drawn() % 0x3c00;
+    for (int64_t i = 0; format == BF16 && i < size * width; i++) ((bf16 *)weight)[i] = brief(number());
+    for (int64_t i = 0; format != BF16 && i < size / TILE; i++) draw_tile(weight + i * bytes, width, bits, scales, has_low);
     for (int64_t i = 0; i < size; i++) bias[i] = brief(number());
     for (int64_t i = 0; i < 130 * width; i++) x[i] = brief(number() * (i % 7 ? 1 : 40));
     for (int64_t i = 0; i < width; i++) norm[i] = number();
-    const Matrix m = {weight, step, has_low ? low : 0, bias, size, width, bits == 16 ? BF16 : CODES, bits};
+    const int64_t first = size / 3 / TILE * TILE; /* in two pieces, of one format */
+    const Matrix rest = {weight + first / TILE * bytes, bias, size, width, format, size - first, 0};
+    const Matrix m = {weight, bias, size, width, format, format == BF16 ? size : first, &rest};
     char *workspace = malloc((size_t)layer_workspace(0, width));
     for (int64_t rows = 1; rows <= 130; rows += rows < 20 ? 3 : 37) {
         linear(&m, rows % 2 ? norm : 0, 1e-5f, x, rows, 0, y, workspace);
         add(y, (size_t)(rows * size * 4));
     }
-    free(weight), free(step), free(low), free(bias), free(x), free(norm), free(y), free(workspace);
+    free(weight), free(bias), free(x), free(norm), free(y), free(workspace);
 }
 
 int main(void) {
-    const int64_t widths[] = {32, 96, 576, 640};
-    for (int i = 0; i < 4; i++) {
-        products(96, widths[i], 16, 0);
-        for (int64_t bits = 4; bits <= 8; bits += 4)
-            for (int low = 0; low < 2; low++) products(96, widths[i], bits, low);
+    const int64_t widths[] = {32, 96, 256, 576, 768};
+    for (int i = 0; i < 5; i++) {
+        products(96, widths[i], BF16, 0, 0, 0);
+#define PRODUCTS(number, name, bits, scales, low) \
+    if (scales < BY_32 || widths[i] % SHARED_BY == 0) products(96, widths[i], number, bits, scales, low);
+        FORMATS(PRODUCTS)
     }
     for (int i = 0; i < 1024; i += LANES) {
         float x[LANES];

@@ -26,7 +26,7 @@ def bits(
     source: str, folder: Path, flags: tuple[str, ...], compiler: str = COMPILER, under: tuple[str, ...] = ()
 ) -> str:
     program = folder / "bits"
-    subprocess.run([compiler, *FLAGS, *flags, str(HERE / f"bits_{source}.c"), "-o", str(program)], check=True)
+    subprocess.run([compiler, *FLAGS, "-O2", *flags, str(HERE / f"bits_{source}.c"), "-o", str(program)], check=True)
     done = subprocess.run([*under, str(program)], capture_output=True, text=True, check=True)
     assert not done.stderr
     return done.stdout
@@ -47,6 +47,18 @@ def test_what_runs_here_gives_the_bits_of_plain_c(source: str, tmp_path: Path, p
 
 
 @pytest.mark.parametrize("source", SOURCES)
+def test_tiles_give_the_bits_of_plain_c(source: str, tmp_path: Path, plain: dict[str, str]) -> None:
+    """AMX's forms with its tiles in C: they are run wherever there is AVX-512."""
+    runs = isa.candidates()
+    assert not isinstance(runs, str)
+    flags = dict(runs).get("avx512")
+    if flags is None or "-mavx512vnni" not in flags:
+        pytest.skip("it takes AVX-512 with VNNI")
+    emulated = ("-O2", "-DISA_AMX", "-include", str(HERE / "emulated_tiles.h"))
+    assert bits(source, tmp_path, (*flags, *emulated)) == plain[source]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("flags", [("-march=armv8.2-a+dotprod",), ()], ids=["dotprod", "baseline"])
 def test_arm_gives_the_same_bits(source: str, flags: tuple[str, ...], tmp_path: Path, plain: dict[str, str]) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
@@ -64,7 +76,7 @@ def test_no_memory_is_touched_that_is_not_theirs(
     known = isa.candidates()
     assert not isinstance(known, str), known
     runs = [flags for name, flags in known if name != "amx"]
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover", *runs[0])
+    flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", *runs[0])
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }")
     if subprocess.run([COMPILER, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
@@ -83,7 +95,7 @@ def test_they_compile_for_processors_that_are_not_here(source: str, each: isa.Is
     flags = each.flags_for(frozenset(feature for feature, _ in each.more))
     warnings = ("-Wall", "-Wextra", "-Werror", "-fopenmp")
     done = subprocess.run(
-        [COMPILER, *FLAGS, *flags, *warnings, "-c", str(KERNELS / source), "-o", str(tmp_path / "kernel.o")],
+        [COMPILER, *FLAGS, *flags, *warnings, "-O1", "-c", str(KERNELS / source), "-o", str(tmp_path / "kernel.o")],
         capture_output=True,
         text=True,
     )

@@ -87,7 +87,9 @@ def test_a_converted_folder_is_the_same_model_to_transformers(pair: tuple[Any, P
 def test_our_decoder_reads_it_without_a_folder(pair: tuple[Any, Path]) -> None:
     model, folder = pair
     path = folder / "source.gguf"
-    decoder = Decoder(Config.read(read_gguf(path).config()), Weights.of_gguf(path, torch.float32), torch.device("cpu"))
+    decoder = Decoder(
+        Config.read(read_gguf(path).config()), Weights.of_gguf(read_gguf(path), torch.float32), torch.device("cpu")
+    )
     with torch.inference_mode():
         _, logits = feed(decoder, Dense(decoder.shape), TOKENS[0].tolist())
         torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
@@ -117,7 +119,7 @@ def test_values_are_the_packages_dequantization(tmp_path: Path, kind: str) -> No
     path = _one_tensor(tmp_path / "a.gguf", quantized, gguf.GGMLQuantizationType[kind])
     expected = torch.from_numpy(gguf.dequantize(quantized, gguf.GGMLQuantizationType[kind]).copy())
     assert torch.equal(read_gguf(path).take("model.embed_tokens.weight"), expected)
-    weights = Weights.of_gguf(path, torch.bfloat16)
+    weights = Weights.of_gguf(read_gguf(path), torch.bfloat16)
     assert torch.equal(weights["model.embed_tokens.weight"], expected.to(torch.bfloat16))
 
 

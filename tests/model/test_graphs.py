@@ -267,7 +267,8 @@ for compiled, _ in zip(launched, targets(kernels, ("joined",), capabilities), st
 """
 
 
-@pytest.mark.parametrize(("capability", "most"), [(89, 99), pytest.param(90, 227, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("capability", "most"), [(89, 99), (90, 227)])
+@pytest.mark.full
 def test_they_compile_for_gpus_that_are_not_here(capability: int, most: int, tmp_path: Path) -> None:
     """Llama-3-8B's heads, and KiB of memory that a processor's programs share: 8.9 has the least."""
     sizes = {"hidden_size": 64, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -286,6 +287,7 @@ def test_they_compile_for_gpus_that_are_not_here(capability: int, most: int, tmp
     assert wide == "True"
 
 
+@pytest.mark.full
 def test_the_script_that_waits_for_a_gpu_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "docs" / "benchmarks" / "gpu.py"
     small = ["--shape", "tiny", "--device", "cpu", "--rows", "1", "2", "--contexts", "200", "--new-tokens", "4"]

@@ -40,7 +40,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 INFO = re.compile(r"(?P<language>sh|python|toml|json|text|)(?: (?P<kind>no-run|full): (?P<reason>\S.*))?")
-EVERY_DAY = {"README.md", "docs/quickstart.md", "docs/cli.md", "docs/install.md"}
+EVERY_DAY = {"README.md", "docs/cli.md", "docs/install.md"}
 
 
 @dataclass(frozen=True)

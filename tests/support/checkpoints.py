@@ -100,7 +100,9 @@ def write(model: Any, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, *, strict: bool = False, coded: bool = False) -> Decoder:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, *, strict: bool = False, coded: str | None = None
+) -> Decoder:
     """The decoder of a folder on the CPU."""
     config = Config.read(json.loads((folder / "config.json").read_text()))
     return Decoder(config, Weights.of_folder(folder, dtype), torch.device("cpu"), strict=strict, coded=coded)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from support.blocks import quantized
 from torch import Tensor
 
 ALPHABET = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", *string.ascii_letters, *string.digits, *".,!?'", "Ċ"]
@@ -23,9 +24,10 @@ def write_gguf(
     path: Path,
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     matrices: gguf.GGMLQuantizationType | None = None,
+    others: Mapping[str, gguf.GGMLQuantizationType] = {},
 ) -> Path:
-    """The model as a GGUF file in fp32, its matrices of another kind if one is given. `change` may add fields before it
-    is written.
+    """The model as a GGUF file in fp32, its matrices of another kind if one is given, and of others by what stands in
+    their GGUF names. `change` may add fields before it is written.
     """
     config = model.config
     kind = SUPPORTED.get(config.model_type, config.model_type)
@@ -42,10 +44,11 @@ def write_gguf(
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         values = _as_stored(tensor, name, config, kind).contiguous().numpy()
-        if matrices is None or values.ndim == 1:
+        of_matrix = next((other for part, other in others.items() if part in stored), matrices)
+        if of_matrix is None or values.ndim == 1:
             writer.add_tensor(stored, values)
         else:
-            writer.add_tensor(stored, gguf.quantize(values, matrices), raw_dtype=matrices)
+            writer.add_tensor(stored, quantized(values, of_matrix), raw_dtype=of_matrix)
     finish(writer)
     return path
 

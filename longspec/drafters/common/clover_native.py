@@ -20,7 +20,7 @@ from longspec.kernels.build import library
 from longspec.model.decoder import Decoder
 from longspec.model.linear import Linear
 from longspec.model.native import matrix_of
-from longspec.model.weights.quantized import Groups, of_values
+from longspec.model.weights.quantized import CodedLinear, Piece
 from longspec.types import Draft
 
 __all__ = ["Cell", "missing"]
@@ -132,9 +132,9 @@ class Cell:
         return likeliest(drafted.tolist(), numbers[1, :count].tolist(), chances[:count].tolist(), limit)
 
 
-def _made(weight: Tensor, bias: Tensor | None, *, coded: bool) -> Linear | Groups:
+def _made(weight: Tensor, bias: Tensor | None, *, coded: bool) -> Linear | CodedLinear:
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return Groups.of(of_values(weight), bias) if coded else Linear(weight, bias)
+    return CodedLinear([Piece.of_values(weight)], bias) if coded else Linear(weight, bias)
 
 
 def _library() -> ctypes.CDLL | str:

@@ -2,6 +2,8 @@
 enum { ROWS_AT_ONCE = 2, VALUE_ROWS = 4, CODE_ROWS = 4 };
 enum { AHEAD = 2048 }; /* bytes: codes are asked for so early */
 
+#include "planes.h"
+
 /* 16 columns of 8 rows x, `apart` values apart, as 8 words of two columns, each of 8 rows. */
 INLINE void transposed(const bf16 *x, int64_t apart, __m256i words[8]) {
     __m256 a[8], b[8];
@@ -58,12 +60,10 @@ INLINE void multiply_alone(const bf16 *weight, int64_t apart, int64_t width, con
     save(sums, total);
 }
 
-/* Whether group_dot's codes are less their middle, 8 or 128: without VNNI, 8 bits are multiplied as signed ones. */
-#ifdef __AVXVNNI__
-INLINE int is_centred(int bits) { return (void)bits, 0; }
-#else
-INLINE int is_centred(int bits) { return bits == 8; }
-#endif
+INLINE vq look_up(const int8_t table[16], vq places) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
+    return (vq)_mm256_shuffle_epi8(twice, (__m256i)places);
+}
 
 INLINE __m256i four_codes(const int8_t *x) {
     int32_t word;
@@ -71,62 +71,51 @@ INLINE __m256i four_codes(const int8_t *x) {
     return _mm256_set1_epi32(word);
 }
 
+#ifdef __AVXVNNI__
+INLINE int is_centred(int bits) { return (void)bits, 0; }
+
+/* sums + words of codes times a word of a row, for 8 outputs. */
+INLINE vi add_words(vi sums, vq codes, const int8_t *x, const int bits) {
+    return (void)bits, (vi)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, four_codes(x));
+}
+#else
+/* 8 bits are multiplied as signed ones: a pair stays in 16 bits, 2 * 128 * 127 = 32,512 at most, when the sign is the
+ * row's. */
+INLINE int is_centred(int bits) { return bits >= 8; }
+
+/* Words that may be added up in 16 bits: 2 * 127 * (2^bits - 1) each at most, 30,480 with eight of 4 bits. */
+INLINE int words_in_16(const int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
+
 /* Stays in its register: GCC would add up a group's words as a tree, and spill them. */
 #define IN_ORDER(x) __asm__("" : "+x"(x))
 
-/* sums + a word of unsigned codes times a word of signed ones, for 8 outputs. */
-INLINE __m256i add_words(__m256i sums, __m256i codes, __m256i magnitudes, __m256i x, const int bits) {
-#ifdef __AVXVNNI__
-    return (void)magnitudes, (void)bits, _mm256_dpbusd_avx_epi32(sums, codes, x);
-#else
-    /* Of 4 bits all eight words of a group add up to 8 * 2 * 15 * 127 = 30,480 at most: they stay in 16 bits. Of 8 bits
-     * a pair does, when the sign is the row's: 2 * 128 * 127 = 32,512. */
-    if (bits == 4) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x));
-    const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, codes));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-}
-
-/* sums [rows, 16]: a group's codes, 8 words of 4 columns by 16 outputs, times x [rows, 32], rows `apart` apart. */
-INLINE void group_dot(const uint8_t *from, const int bits, const int8_t *x, int64_t apart, const int rows,
-                      vi sums[CODE_ROWS][PIECES]) {
-    const __m256i lower = _mm256_set1_epi8(15);
+/* Exact sums [halves, rows, 16] of a group's codes times x [rows, 32], rows `apart` apart. */
+#define OWN_GROUP_DOT
+INLINE void group_dot(const uint8_t *from, const int bits, const int halves, const int8_t *x, int64_t apart, const int rows,
+                      vi sums[2][CODE_ROWS][PIECES]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int run = words_in_16(bits) < WORDS / halves ? words_in_16(bits) : WORDS / halves;
     __m256i made[CODE_ROWS][PIECES];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < PIECES; p++) made[r][p] = _mm256_setzero_si256();
-    UNROLL for (int j = 0; j < bits; j++) {
-        __m256i codes[PIECES], more[PIECES];
+    UNROLL for (int j = 0; j < lines_of(bits); j++) _mm_prefetch((const char *)from + 64 * j + AHEAD, _MM_HINT_T0);
+    UNROLL for (int j = 0; j < WORDS; j++) {
+        const int half = halves == 2 && j >= WORDS / 2;
+        __m256i codes[PIECES], sizes[PIECES];
         UNROLL for (int p = 0; p < PIECES; p++) {
-            const __m256i packed = _mm256_loadu_si256((const void *)(from + 64 * j + 32 * p));
-            if (bits == 4) {
-                codes[p] = _mm256_and_si256(packed, lower);
-                more[p] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), lower);
-            } else {
-                codes[p] = is_centred(8) ? _mm256_xor_si256(packed, _mm256_set1_epi8(-128)) : packed;
-                more[p] = _mm256_abs_epi8(codes[p]);
-            }
+            codes[p] = (__m256i)word_of(from, bits, j, p);
+            sizes[p] = bits >= 8 ? _mm256_abs_epi8(codes[p]) : codes[p];
         }
-        _mm_prefetch((const char *)from + 64 * j + AHEAD, _MM_HINT_T0);
         UNROLL for (int r = 0; r < rows; r++) {
             const __m256i word = four_codes(x + r * apart + 4 * j);
             UNROLL for (int p = 0; p < PIECES; p++) {
-                made[r][p] = add_words(made[r][p], codes[p], more[p], word, bits);
-                IN_ORDER(made[r][p]);
-            }
-            if (bits == 4) {
-                const __m256i next = four_codes(x + r * apart + 4 * (j + 4));
-                UNROLL for (int p = 0; p < PIECES; p++) {
-                    made[r][p] = add_words(made[r][p], more[p], more[p], next, bits);
-                    IN_ORDER(made[r][p]);
-                }
+                const __m256i pairs = _mm256_maddubs_epi16(sizes[p], bits >= 8 ? _mm256_sign_epi8(word, codes[p]) : word);
+                made[r][p] = j % run ? _mm256_add_epi16(made[r][p], pairs) : pairs;
+                if (run > 1) IN_ORDER(made[r][p]);
+                if ((j + 1) % run) continue;
+                const vi four = (vi)_mm256_madd_epi16(made[r][p], ones);
+                sums[half][r][p] = j % (WORDS / halves) + 1 == run ? four : sums[half][r][p] + four;
+                if (run == 1) __asm__("" : "+x"(sums[half][r][p]));
             }
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < PIECES; p++) {
-#ifndef __AVXVNNI__
-            if (bits == 4) made[r][p] = _mm256_madd_epi16(made[r][p], _mm256_set1_epi16(1));
-#endif
-            sums[r][p] = (vi)made[r][p];
-        }
 }
+#endif

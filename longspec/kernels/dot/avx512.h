@@ -2,6 +2,8 @@
 enum { ROWS_AT_ONCE = 8, VALUE_ROWS = 4, CODE_ROWS = 8 };
 enum { AHEAD = 3072 }; /* bytes: with AMX, 1 row of the default model takes 2.1 ms and not 2.5 with 1,024 */
 
+#include "planes.h"
+
 /* Columns become rows, in four rounds of exchanging neighbours, pairs, quarters and halves. */
 static inline void transpose(float m[TILE][TILE]) {
     __m512 a[TILE], b[TILE];
@@ -39,49 +41,47 @@ static inline void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[W
     }
 }
 
-/* Whether group_dot's codes are less their middle: without VNNI, 8 bits are multiplied as signed ones. */
+/* Without VNNI, 8 bits are multiplied as signed ones. */
 #ifdef __AVX512VNNI__
 INLINE int is_centred(int bits) { return (void)bits, 0; }
 #else
-INLINE int is_centred(int bits) { return bits == 8; }
+INLINE int is_centred(int bits) { return bits >= 8; }
 #endif
 
-/* sums + a word of unsigned codes times a word of signed ones, for 16 outputs. */
-INLINE __m512i add_words(__m512i sums, __m512i codes, const int8_t *x, const int bits) {
+INLINE vq look_up(const int8_t table[16], vq places) {
+    const __m512i all_four = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+    return (vq)_mm512_shuffle_epi8(all_four, (__m512i)places);
+}
+
+/* sums + a word of codes times a word of a row, for 16 outputs. */
+INLINE vi add_words(vi sums, vq codes, const int8_t *x, const int bits) {
     int32_t word;
     memcpy(&word, x, 4);
-    const __m512i four = _mm512_set1_epi32(word);
+    const __m512i four = _mm512_set1_epi32(word), unsigned_codes = (__m512i)codes;
 #ifdef __AVX512VNNI__
-    return (void)bits, _mm512_dpbusd_epi32(sums, codes, four);
+    return (void)bits, (vi)_mm512_dpbusd_epi32((__m512i)sums, unsigned_codes, four);
 #else
     /* A pair's sum stays in 16 bits: 2 * 128 * 127 = 32,512 at most, when the sign is the row's. */
-    const __mmask64 negative = bits == 8 ? _mm512_movepi8_mask(codes) : 0;
+    const __mmask64 negative = bits >= 8 ? _mm512_movepi8_mask(unsigned_codes) : 0;
     const __m512i signs = _mm512_mask_sub_epi8(four, negative, _mm512_setzero_si512(), four);
-    const __m512i pairs = _mm512_maddubs_epi16(bits == 8 ? _mm512_abs_epi8(codes) : codes, signs);
-    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    const __m512i pairs = _mm512_maddubs_epi16(bits >= 8 ? _mm512_abs_epi8(unsigned_codes) : unsigned_codes, signs);
+    return (vi)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
 }
 
-/* The 8 words of a group: of 4 bits, words 0..3 are in the lower halves and 4..7 in the upper. */
-INLINE void unpack_words(const uint8_t *from, const int bits, __m512i words[WORDS]) {
-    const __m512i lower = _mm512_set1_epi8(15);
-    UNROLL for (int j = 0; j < bits; j++) {
-        const __m512i packed = _mm512_loadu_si512(from + 64 * j);
-        _mm_prefetch((const char *)from + 64 * j + AHEAD, _MM_HINT_T0);
-        words[j] = bits == 8 ? packed : _mm512_and_si512(packed, lower);
-        if (bits == 4) words[j + 4] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), lower);
-        if (bits == 8 && is_centred(8)) words[j] = _mm512_xor_si512(packed, _mm512_set1_epi8(-128));
-    }
-}
-
-/* sums [rows, 16]: a group's codes, 8 words of 4 columns by 16 outputs, times x [rows, 32], rows `apart` apart. */
-INLINE void group_dot(const uint8_t *from, const int bits, const int8_t *x, int64_t apart, const int rows,
-                      vi sums[CODE_ROWS][PIECES]) {
-    __m512i words[WORDS];
-    unpack_words(from, bits, words);
+/* Exact sums [halves, rows, 16] of a group's codes times x [rows, 32], rows `apart` apart. */
+#define OWN_GROUP_DOT
+INLINE void group_dot(const uint8_t *from, const int bits, const int halves, const int8_t *x, int64_t apart, const int rows,
+                      vi sums[2][CODE_ROWS][PIECES]) {
+    vq words[WORDS];
+    UNROLL for (int j = 0; j < lines_of(bits); j++) _mm_prefetch((const char *)from + 64 * j + AHEAD, _MM_HINT_T0);
+    UNROLL for (int j = 0; j < WORDS; j++) words[j] = word_of(from, bits, j, 0);
     UNROLL for (int r = 0; r < rows; r++) {
-        __m512i sum = _mm512_setzero_si512();
-        UNROLL for (int j = 0; j < WORDS; j++) sum = add_words(sum, words[j], x + r * apart + 4 * j, bits);
-        sums[r][0] = (vi)sum;
+        vi made[2] = {{0}};
+        UNROLL for (int j = 0; j < WORDS; j++) {
+            const int half = halves == 2 && j >= WORDS / 2;
+            made[half] = add_words(made[half], words[j], x + r * apart + 4 * j, bits);
+        }
+        UNROLL for (int h = 0; h < halves; h++) sums[h][r][0] = made[h];
     }
 }

@@ -1,6 +1,8 @@
 /* NEON with the dot product of Armv8.2 (SDOT). Sixteen outputs are four registers. */
 enum { ROWS_AT_ONCE = 2, VALUE_ROWS = 4, CODE_ROWS = 4 };
 
+#include "planes.h"
+
 /* 32 columns of 16 rows x, `apart` values apart, as fp32 [32, 16]. */
 INLINE void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[WIDE]) {
     for (int k = 0; k < DEEP; k += 8)
@@ -20,39 +22,16 @@ INLINE void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[WIDE]) {
         }
 }
 
-/* Whether group_dot's codes are less their middle: 8 bits are multiplied as signed ones. */
-INLINE int is_centred(int bits) { return bits == 8; }
+INLINE int is_centred(int bits) { return bits >= 8; }
 
-/* sums [rows, 16]: a group's codes, 8 words of 4 columns by 16 outputs, times x [rows, 32], rows `apart` apart. */
-INLINE void group_dot(const uint8_t *from, const int bits, const int8_t *x, int64_t apart, const int rows,
-                      vi sums[CODE_ROWS][PIECES]) {
-    int32x4_t made[CODE_ROWS][PIECES];
-    int8x16_t row[CODE_ROWS][2];
-    UNROLL for (int r = 0; r < rows; r++) {
-        UNROLL for (int p = 0; p < PIECES; p++) made[r][p] = vdupq_n_s32(0);
-        UNROLL for (int i = 0; i < 2; i++) row[r][i] = vld1q_s8(x + r * apart + 16 * i);
-    }
-#define WORD(codes, j)                                                                                       \
-    UNROLL for (int r = 0; r < rows; r++) made[r][p] = vdotq_laneq_s32(made[r][p], codes, row[r][(j) / 4], (j) % 4);
-#define BYTES(j)                                                                                             \
-    UNROLL for (int p = 0; p < PIECES; p++) {                                                                \
-        const uint8x16_t packed = vld1q_u8(from + 64 * (j) + 16 * p);                                        \
-        const uint8x16_t first = bits == 4 ? vandq_u8(packed, vdupq_n_u8(15)) : veorq_u8(packed, vdupq_n_u8(128)); \
-        WORD(vreinterpretq_s8_u8(first), j)                                                                  \
-        if (bits == 4) WORD(vreinterpretq_s8_u8(vshrq_n_u8(packed, 4)), ((j) + 4) % 8)                       \
-    }
-    BYTES(0)
-    BYTES(1)
-    BYTES(2)
-    BYTES(3)
-    if (bits == 8) {
-        BYTES(4)
-        BYTES(5)
-        BYTES(6)
-        BYTES(7)
-    }
-#undef BYTES
-#undef WORD
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < PIECES; p++) sums[r][p] = (vi)made[r][p];
+INLINE vq look_up(const int8_t table[16], vq places) {
+    return (vq)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)places);
+}
+
+/* sums + words of codes, all below 128, times a word of a row. */
+INLINE vi add_words(vi sums, vq codes, const int8_t *x, const int bits) {
+    (void)bits;
+    int32_t word;
+    memcpy(&word, x, 4);
+    return (vi)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(word)));
 }

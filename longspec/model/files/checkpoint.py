@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspec.errors import ModelError
 from longspec.machine.files import read_json
-from longspec.model.files.store import Report, place_of_codes, quiet
+from longspec.model.files.store import Report, quiet
 
 if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
     import torch
@@ -73,25 +73,23 @@ class Checkpoint:
 
     @property
     def coded(self) -> bool:
-        """Whether the GGUF file's quantized weights can be used as they are (`longspec.model.weights.quantized`)."""
-        if self.gguf is None:
-            return False
-        return (self.folder is not None and place_of_codes(self.folder).is_dir()) or self._file.coded
+        """Whether the weights are codes that can be used as they are (`longspec.model.weights.quantized`)."""
+        return self.gguf is not None and self._file.coded
 
-    def weights(self, dtype: torch.dtype, report: Report = quiet) -> Weights:
-        """The weights in `dtype`. A pulled model is converted on first use; `report` is called with the progress."""
+    def weights(self, dtype: torch.dtype, report: Report = quiet, *, coded: bool = False) -> Weights:
+        """The weights in `dtype`, or the file's codes. A pulled model is converted on the first use of its values;
+        `report` is called with the progress.
+        """
         from longspec.model.weights.read import Weights
 
-        if self.folder is None:
-            assert self.gguf is not None
-            return Weights.of_gguf(self.gguf, dtype)
+        if self.gguf is not None and (coded or self.folder is None):
+            return Weights.of_gguf(self._file, dtype)
+        assert self.folder is not None
         if self.gguf is None:
             return Weights.of_folder(self.folder, dtype)
         from longspec.model.files.convert import converted
-        from longspec.model.weights.packed_file import CodedFile
 
-        folder = converted(self.folder, dtype, report)
-        return Weights.of_folder(folder, dtype, CodedFile(self.gguf, self.folder))
+        return Weights.of_folder(converted(self.folder, dtype, report), dtype)
 
     @cached_property
     def _file(self) -> GgufFile:

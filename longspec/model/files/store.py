@@ -6,7 +6,6 @@ next one.
 
     ~/.cache/longspec/models/NAME/              config.json, tokenizer.json, ..., source.gguf
     ~/.cache/longspec/models/NAME/{fp32,bf16}/  the same files and model.safetensors, made on first use
-    ~/.cache/longspec/models/NAME/codes-1/      quantized matrices, made on first use
 """
 
 from __future__ import annotations
@@ -20,18 +19,13 @@ from pathlib import Path
 from longspec.errors import ModelError
 from longspec.machine.system import cache_folder
 
-__all__ = ["SOURCE", "Report", "models_folder", "need_room", "place_of_codes", "quiet", "workspace"]
+__all__ = ["SOURCE", "Report", "models_folder", "need_room", "quiet", "workspace"]
 
 SOURCE = "source.gguf"
 """What a pulled model's weights are made of."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0 where that isn't known)."""
-
-
-def place_of_codes(folder: Path) -> Path:
-    """The path of a pulled model's quantized layers; 1 is the version of their layout in `model.weights.quantized`."""
-    return folder / "codes-1"
 
 
 def quiet(stage: str, done: int, total: int) -> None:

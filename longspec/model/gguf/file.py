@@ -7,6 +7,7 @@ undone: the rows of q and k are put back in halves (Llama, SmolLM3), 1 is subtra
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from longspec.errors import ModelError
 from longspec.model.gguf.config import architecture_of, config_of, generation_config_of
 from longspec.model.gguf.header import GgufHeader, read_header
 from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
-from longspec.model.weights.quantized import BLOCKS, Codes, of_blocks
+from longspec.model.weights.quantized import FORMATS, STRIP, Piece, missing_kernel
+from longspec.model.weights.read import Blocks
 
 __all__ = ["GgufFile", "read_gguf"]
 
@@ -93,9 +95,12 @@ class GgufFile:
         return ((name, self.take(name)) for name in self._stored)
 
     def take(self, name: str) -> Tensor:
-        """One tensor in fp32. Raises ModelError where the gguf package can't dequantize its type."""
+        """One tensor in fp32. Raises ModelError where its type can't be dequantized."""
         place = self._header.tensors[self._stored[name]]
-        rows = self._header.bytes[place.begin : place.begin + place.nbytes].reshape(*place.shape[:-1], -1)
+        blocks = self.blocks(name) if missing_kernel() is None else None
+        if blocks is not None and not blocks.rows.shape[0] % STRIP:
+            return Piece.of_blocks(blocks.format, [(blocks.rows, blocks.heads)], blocks.width).values()
+        rows = self._rows(name).numpy()
         try:
             tensor = torch.from_numpy(gguf.dequantize(rows, place.kind)).view(place.shape)
         except NotImplementedError as error:
@@ -104,31 +109,51 @@ class GgufFile:
             ) from error
         if self._architecture.norm_offset and name.endswith("norm.weight"):
             return tensor - self._architecture.norm_offset
-        if self._architecture.permuted and (heads := self._rotated_heads(name)):
+        if heads := self._rotated_heads(name):
             return _in_halves(tensor, heads)
         return tensor
 
     @property
-    def coded(self) -> bool:
-        """Whether most of its weights are quantized in groups of 32."""
-        total = sum(place.nbytes for place in self._header.tensors.values())
-        return 2 * sum(p.nbytes for p in self._header.tensors.values() if p.kind.name in BLOCKS) > total
+    def formats(self) -> dict[str, int]:
+        """Bytes by the type's name, the largest first."""
+        total: Counter[str] = Counter()
+        for place in self._header.tensors.values():
+            total[place.kind.name] += place.nbytes
+        return dict(total.most_common())
 
-    def codes(self, name: str) -> Codes | None:
-        """A matrix in the file's own quantization; None where its groups aren't of 32."""
+    @property
+    def coded(self) -> bool:
+        """Whether most of its bytes are codes that the kernels read as they are."""
+        formats = self.formats
+        return 2 * sum(nbytes for name, nbytes in formats.items() if name in FORMATS) > sum(formats.values())
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A matrix in the file's own codes; None where it holds values, or a type that has no kernel."""
         place = self._header.tensors[self._stored[name]]
-        if len(place.shape) != 2:
+        if len(place.shape) != 2 or place.kind.name not in FORMATS:
             return None
-        rows = torch.from_numpy(self._header.bytes[place.begin : place.begin + place.nbytes]).view(place.shape[0], -1)
-        if self._architecture.permuted and (heads := self._rotated_heads(name)):
-            rows = _in_halves(rows, heads)
-        return of_blocks(place.kind.name, rows)
+        return Blocks(place.kind.name, self._rows(name), place.shape[1], self._rotated_heads(name))
+
+    def release(self, name: str) -> None:
+        """Let go of the file's pages that hold a tensor: they are read again where it is taken again."""
+        place = self._header.tensors[self._stored[name]]
+        self._header.release(place)
+
+    def _rows(self, name: str) -> Tensor:
+        """A tensor's bytes, row by row."""
+        place = self._header.tensors[self._stored[name]]
+        return torch.from_numpy(self._header.bytes[place.begin : place.begin + place.nbytes]).view(
+            *place.shape[:-1], -1
+        )
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
         """None: dequantized tensors have no neighbours."""
         return None
 
     def _rotated_heads(self, name: str) -> int:
+        """The heads whose rows stand in pairs in the file; 0 for a tensor that has none."""
+        if not self._architecture.permuted:
+            return 0
         if ".q_proj." in name:
             return int(self._config["num_attention_heads"])
         return int(self._config["num_key_value_heads"]) if ".k_proj." in name else 0
@@ -151,7 +176,7 @@ class GgufFile:
             else:
                 raise ModelError(f"{self.path} holds the tensor {stored}, which {kind} models don't have.")
             rotated = self._rotated_heads(placed[-1][1])
-            if self._architecture.permuted and rotated and tensor.shape[0] % (2 * rotated):
+            if rotated and tensor.shape[0] % (2 * rotated):
                 raise ModelError(f"{self.path} holds {stored} with {tensor.shape[0]} rows for {rotated} heads.")
         return {name: stored for _, name, stored in sorted(placed)}
 

@@ -62,6 +62,14 @@ class GgufHeader:
     fields: dict[str, Any]  # numbers, strings, bools, and lists of them
     tensors: dict[str, GgufTensor]
     bytes: np.ndarray[Any, np.dtype[np.uint8]]  # the mapped file, private to this process
+    buffer: mmap.mmap  # the map itself
+
+    def release(self, tensor: GgufTensor) -> None:
+        """Let go of the pages that a tensor's bytes fill: mapped bytes count as this process's memory once read."""
+        begin = -(-tensor.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0:
+            self.buffer.madvise(mmap.MADV_DONTNEED, begin, length)
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -111,7 +119,7 @@ class _Walk:
             if offset % alignment:
                 self._bad(f"the tensor {name} begins at {offset:,}, which isn't aligned to {alignment} bytes")
             tensors[name] = self._tensor(name, shape, code, start + offset)
-        return GgufHeader(self._path, fields, tensors, np.frombuffer(self._buffer, dtype=np.uint8))
+        return GgufHeader(self._path, fields, tensors, np.frombuffer(self._buffer, dtype=np.uint8), self._buffer)
 
     def _tensor(self, name: str, shape: tuple[int, ...], code: int, begin: int) -> GgufTensor:
         try:
@@ -143,7 +151,7 @@ class _Walk:
         if code == GGUFValueType.STRING:
             if count * 8 > self._size - self._at:  # each has a length of 8 bytes
                 self._bad(f"a list of {count:,} strings doesn't fit in its {self._size:,} bytes")
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         return self._numbers(code, count)
 
     def _numbers(self, code: int, count: int) -> list[Any]:
@@ -151,6 +159,22 @@ class _Walk:
         if dtype is None:
             self._bad(f"a field has the type {code}")
         return list(np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist())
+
+    def _strings(self, count: int) -> list[str]:
+        """As many times `_string`, in a third of the time: a vocabulary has 150,000 tokens and as many merges."""
+        buffer, at, end, begun = self._buffer, self._at, self._size, self._at
+        length_of, strings = int.from_bytes, []
+        try:
+            for _ in range(count):
+                begun = at
+                at += 8 + length_of(buffer[at : at + 8], "little")
+                if at > end:
+                    self._bad(f"its header needs {at:,} bytes and the file has {end:,}")
+                strings.append(buffer[begun + 8 : at].decode())
+        except UnicodeDecodeError:
+            self._bad(f"the string at byte {begun:,} isn't UTF-8")
+        self._at = at
+        return strings
 
     def _string(self) -> str:
         at = self._at

@@ -17,6 +17,7 @@ from torch import Tensor
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.weights.quantized import STRIP, CodedLinear, Piece, tile_nbytes
 from longspec.model.weights.read import Weights
 
 __all__ = ["Footprint", "footprint", "parameters"]
@@ -31,11 +32,11 @@ class Footprint:
     loading: int  # peak of host memory during loading
 
 
-def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Footprint:
-    """The weights' bytes. Raises ModelError where loading would: a file is damaged, a tensor is missing or of another
-    shape.
+def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, coded: str | None = None) -> Footprint:
+    """The weights' bytes, in `dtype` or coded (as `Decoder` takes them). Raises ModelError where loading would: a file
+    is damaged, a tensor is missing or of another shape.
     """
-    if checkpoint.folder is not None and checkpoint.gguf is not None:
+    if checkpoint.folder is not None and checkpoint.gguf is not None and coded is None:
         from longspec.model.files.convert import place_of
 
         place = place_of(checkpoint.folder, dtype)
@@ -48,13 +49,14 @@ def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Foo
             return Footprint(whole, whole, max(whole, file.path.stat().st_size + _DEQUANTIZED * max(sizes)))
         weights: Weights = Weights.of_folder(place, dtype)
     else:
-        weights = checkpoint.weights(dtype)
-    valueless = _Valueless(weights, gguf=checkpoint.folder is None)
-    whole = Decoder(config, valueless, torch.device("meta")).nbytes
+        weights = checkpoint.weights(dtype, coded=coded is not None)
+    dequantizes = checkpoint.gguf is not None and (coded is not None or checkpoint.folder is None)
+    valueless = _Valueless(weights, gguf=dequantizes, releases=coded is not None)
+    whole = Decoder(config, valueless, torch.device("meta"), coded=coded).nbytes
     mapped, copied = sum(valueless.mapped.values()), valueless.copied
-    gaps = copied // 12 if checkpoint.folder is None else 0  # heap fragmentation that dequantizing leaves
+    gaps = copied // 12 if dequantizes and coded is None else 0  # heap fragmentation that dequantizing leaves
     resident = copied + gaps + (mapped if valueless.viewed else 0)
-    return Footprint(whole, resident, max(valueless.peak, mapped + copied) + gaps)
+    return Footprint(whole, resident, max(valueless.peak, (0 if valueless.releases else mapped) + copied) + gaps)
 
 
 def parameters(config: Config, *, tied: bool) -> int:
@@ -73,8 +75,10 @@ _DEQUANTIZED = 9
 class _Valueless(Weights):
     """Gives tensors without values, and sums the bytes of the real ones."""
 
-    def __init__(self, weights: Weights, *, gguf: bool) -> None:
+    def __init__(self, weights: Weights, *, gguf: bool, releases: bool) -> None:
+        """gguf: values are dequantized. releases: the file's pages are let go of once a matrix is coded."""
         super().__init__(weights._sources, weights.dtype)
+        self.releases = releases
         self.mapped: dict[str, int] = {}  # resident pages, by tensor or file
         self.copied = 0
         self.viewed = False  # some tensor keeps its file mapped
@@ -85,7 +89,8 @@ class _Valueless(Weights):
         sources: list[Any] = [self._source(name) for name in names]
         run = None
         if self._gguf:
-            self.mapped[""] = sources[0].path.stat().st_size
+            if not self.releases:
+                self.mapped[""] = sources[0].path.stat().st_size
             shapes = [source.shape(name) for source, name in zip(sources, names, strict=True)]
         else:  # a view of the mapped file: nothing is read
             taken = [source.take(name) for source, name in zip(sources, names, strict=True)]
@@ -101,3 +106,25 @@ class _Valueless(Weights):
             largest = max(prod(shape) for shape in shapes) * (_DEQUANTIZED if self._gguf else self.dtype.itemsize)
             self.peak = max(self.peak, sum(self.mapped.values()) + self.copied + largest)
         return made
+
+    def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
+        pieces = []
+        for run in self._runs(names):
+            found = [self.blocks(name) for name in run]
+            first = found[0]
+            if first is not None:
+                kind, width, size = first.format, first.width, sum(len(each.rows) for each in found if each is not None)
+                read = sum(each.rows.nbytes for each in found if each is not None)
+            else:
+                shapes = [self._shape(name) for name in run]
+                width, size = shapes[0][1], sum(shape[0] for shape in shapes)
+                read = 2 * size * width * (4 if self._gguf else self.dtype.itemsize)  # joined, it stands there twice
+            tiles = torch.empty(size // STRIP, tile_nbytes(kind, width), dtype=torch.uint8, device="meta")
+            pieces.append(Piece(kind, tiles, width))
+            self.copied += tiles.nbytes
+            self.peak = max(self.peak, self.copied + read)
+        return CodedLinear(pieces, bias)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        source: Any = self._source(name)
+        return tuple(source.shape(name)) if self._gguf else tuple(source.take(name).shape)

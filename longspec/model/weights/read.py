@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
-from longspec.model.weights.quantized import Groups, of_values
+from longspec.model.weights.quantized import CodedLinear, Piece, Room
 from longspec.model.weights.safetensors import Shard
 
 if TYPE_CHECKING:
-    from longspec.model.weights.packed_file import CodedFile
+    from longspec.model.gguf.file import GgufFile
 
-__all__ = ["Weights"]
+__all__ = ["Blocks", "Weights"]
+
+
+class Blocks(NamedTuple):
+    """A file's own codes of a matrix, in a format of `weights.quantized`."""
+
+    format: str
+    rows: Tensor  # [out, bytes] uint8
+    width: int
+    heads: int = 0  # whose rows stand in pairs, as llama.cpp rotates them
 
 
 class _Source(Protocol):
@@ -36,6 +46,10 @@ class _Source(Protocol):
 
     def take_run(self, names: Sequence[str]) -> Tensor | None: ...
 
+    def blocks(self, name: str) -> Blocks | None: ...
+
+    def release(self, name: str) -> None: ...
+
 
 class Weights(Mapping[str, Tensor]):
     """Tensors by name, each loaded from its file on access, and not cached.
@@ -45,14 +59,13 @@ class Weights(Mapping[str, Tensor]):
     such a tensor changes this process's pages only, never the file.
     """
 
-    def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype, coded: CodedFile | None = None) -> None:
-        """coded: the source of quantized layers; without it they are quantized from these values."""
+    def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._sources = sources
-        self._coded = coded
+        self._room = Room()
 
     @classmethod
-    def of_folder(cls, folder: Path, dtype: torch.dtype, coded: CodedFile | None = None) -> Weights:
+    def of_folder(cls, folder: Path, dtype: torch.dtype) -> Weights:
         """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its
         shards.
 
@@ -62,20 +75,13 @@ class Weights(Mapping[str, Tensor]):
         if single.is_file() or index.is_file():
             sources = _single(single) if single.is_file() else _shards(folder, index)
             _check_floats(sources)
-            return cls(sources, dtype, coded)
+            return cls(sources, dtype)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
 
     @classmethod
-    def of_gguf(cls, path: Path, dtype: torch.dtype) -> Weights:
-        """The weights of a GGUF file, dequantized on each access.
-
-        Raises ModelError where the file is damaged or its architecture isn't supported.
-        """
-        from longspec.model.gguf.file import read_gguf
-        from longspec.model.weights.packed_file import CodedFile
-
-        file = read_gguf(path)
-        return cls(dict.fromkeys(file.names, file), dtype, CodedFile(path))
+    def of_gguf(cls, file: GgufFile, dtype: torch.dtype) -> Weights:
+        """The weights of a GGUF file: its codes, or values that are dequantized on each access."""
+        return cls(dict.fromkeys(file.names, file), dtype)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
@@ -83,12 +89,10 @@ class Weights(Mapping[str, Tensor]):
         source = _Held(tensors)
         return cls(dict.fromkeys(tensors, source), dtype)
 
-    def read(self, *, coded: bool) -> bool:
-        """Read all tensors that every pass uses into memory of large pages, if the file's form is used directly:
-        quantized layers, or tensors that have the dtype already. Returns whether that was done.
+    def read(self) -> bool:
+        """Read all tensors into memory of large pages, if they have the dtype already. Returns whether that was
+        done.
         """
-        if coded:
-            return self._coded is not None and self._coded.read()
         sources = {id(source): source for source in self._sources.values()}.values()
         fit = [source for source in sources if isinstance(source, Shard) and source.dtypes == {self.dtype}]
         done = [source.read() for source in fit]
@@ -107,18 +111,37 @@ class Weights(Mapping[str, Tensor]):
             raise ModelError(f"These weights should have rows of one length, and don't: {shapes}.")
         return torch.cat(tensors)
 
-    def groups(self, names: Sequence[str], bias: Tensor | None = None) -> Groups:
-        """The matrices concatenated along dimension 0 as a layer of 4 or 8 bits: a GGUF file's codes, or quantized
-        values.
-        """
-        if self._coded is not None:
-            return self._coded.groups(names, bias)
-        return Groups.of(of_values(self.joined(names)), bias)
+    def blocks(self, name: str) -> Blocks | None:
+        """The file's own codes of a matrix; None where it holds values, or a format that has no kernel."""
+        return self._source(name).blocks(name)
 
-    def keep(self) -> None:
-        """Store a pulled model's quantized layers, now that all were made, for the next load."""
-        if self._coded is not None:
-            self._coded.keep()
+    def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
+        """The matrices concatenated along dimension 0 as a coded layer: the file's codes as they are, values quantized
+        to `kind`. Neighbours of one format become one piece.
+        """
+        pieces: list[Piece] = []
+        for run in self._runs(names):
+            found = [self.blocks(name) for name in run]
+            first = found[0]
+            if first is not None:
+                rows = [(each.rows, each.heads) for each in found if each is not None]
+                pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room))
+            else:
+                pieces.append(Piece.of_values(self.joined(run), kind, self._room))
+            for name in run:
+                self._source(name).release(name)
+        if any(piece.width != pieces[0].width for piece in pieces):
+            raise ModelError(f"{', '.join(names)} should have rows of one length, and don't.")
+        return CodedLinear(pieces, bias)
+
+    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """The names, neighbours of one format and width together."""
+
+        def kind(name: str) -> tuple[str, int] | None:
+            blocks = self.blocks(name)
+            return None if blocks is None else (blocks.format, blocks.width)
+
+        return (list(run) for _, run in groupby(names, kind))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._converted(self._source(name).take(name))
@@ -163,6 +186,12 @@ class _Held:
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
         return self._tensors[names[0]] if len(names) == 1 else None
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
+
+    def release(self, name: str) -> None:
+        pass
 
 
 def _single(path: Path) -> dict[str, Shard]:

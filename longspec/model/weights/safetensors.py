@@ -74,7 +74,8 @@ class Shard:
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise ModelError(f"{path} can't be read: {error.strerror or error}.") from error
-        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)  # [size of the file]; keeps the map alive
+        self._map: mmap.mmap | None = buffer
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)  # [size of the file]
         self._size = size
 
     @property
@@ -112,7 +113,7 @@ class Shard:
             raise ModelError(f"{self.path} can't be read: {error.strerror or error}.") from error
         if done != self._size:
             raise ModelError(f"{self.path} has {done:,} bytes, and had {self._size:,} before: it is being changed.")
-        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._bytes, self._map = torch.frombuffer(buffer, dtype=torch.uint8), None
         return True
 
     def take(self, name: str) -> Tensor:
@@ -130,6 +131,18 @@ class Shard:
         if any(left.end != right.begin for left, right in pairwise(spans)):
             return None
         return self._view(first.dtype, (sum(span.shape[0] for span in spans), *rest), first.begin, last.end)
+
+    def blocks(self, name: str) -> None:
+        """None: the tensors are values."""
+
+    def release(self, name: str) -> None:
+        """Let go of a tensor's pages of the mapped file, which are read again where it is used again."""
+        if self._map is None:
+            return
+        span = self._spans[name]
+        begin, end = -(-span.begin // mmap.PAGESIZE) * mmap.PAGESIZE, span.end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _view(self, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
         chunk = self._bytes[begin:end]

@@ -1,0 +1,243 @@
+/* Coded matrices: from a GGUF file's blocks, or from values, into the layout of formats.h; and back to values.
+ *
+ *     tile_bytes  bytes of 16 outputs
+ *     pack        a file's rows of blocks
+ *     quantize    rows of fp32, bf16 or fp16 values, to Q8_0 or Q4_0
+ *     values      rows as fp32
+ *
+ * Nothing is checked: the caller gives whole rows, of widths that the format divides.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "blocks.h"
+
+/* Bits, scales and lows of a format, by its number. */
+typedef struct {
+    int bits, scales, has_low;
+} Kind;
+
+static Kind kind_of(int64_t format) {
+    switch (format) {
+#define KIND(number, name, bits, scales, low) \
+    case number: return (Kind){bits, scales, low};
+        FORMATS(KIND)
+#undef KIND
+        default: return (Kind){0, 0, 0};
+    }
+}
+
+static Offsets offsets(int64_t format, int64_t width) {
+    const Kind k = kind_of(format);
+    return offsets_of(width, k.bits, k.scales, k.has_low);
+}
+
+int64_t tile_bytes(int64_t format, int64_t width) { return offsets(format, width).end; }
+
+/* A group's codes of 16 outputs into its planes. */
+static void put_codes(const Block *blocks, int group, int bits, uint8_t *to) {
+    const int four = bits > 8 || (bits >= 4 && bits < 8), two = bits == 2 || bits == 3 || bits == 6, one = bits == 3 || bits == 5;
+    uint8_t words[8][64], *pairs = to + (four ? 256 : 0), *singles = pairs + (two ? 128 : 0);
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < 8; j++) memcpy(words[j] + 4 * i, blocks[i].codes + 32 * group + 4 * j, 4);
+    if (bits == 8) memcpy(to, words, sizeof words);
+    for (int j = 0; four && j < 4; j++)
+        for (int i = 0; i < 64; i++) to[64 * j + i] = (uint8_t)((words[j][i] & 15) | words[j + 4][i] << 4);
+    for (int j = 0; two && j < 8; j++)
+        for (int i = 0; i < 64; i++) pairs[64 * (j % 2) + i] |= (uint8_t)((words[j][i] >> (four ? 4 : 0) & 3) << (j / 2 * 2));
+    for (int j = 0; one && j < 8; j++)
+        for (int i = 0; i < 64; i++) singles[i] |= (uint8_t)((words[j][i] >> (bits - 1) & 1) << j);
+}
+
+/* What 16 outputs' blocks say of up to 256 columns from `column` on, into their tile. */
+static void put_blocks(const Block *blocks, Kind k, const Offsets *o, int64_t column, int64_t width, char *tile) {
+    for (int group = 0; group < 8 && column + 32 * group < width; group++) {
+        const int64_t g = column / 32 + group, size = scale_bytes(k.scales);
+        char *steps = tile + o->steps + g * size, *lows = tile + o->lows + g * size;
+        put_codes(blocks, group, k.bits, (uint8_t *)tile + g * 64 * lines_of(k.bits));
+        for (int i = 0; i < TILE && k.scales == PLAIN; i++) {
+            memcpy(steps + 2 * i, blocks[i].plain_steps + group, 2);
+            if (k.has_low) memcpy(lows + 2 * i, blocks[i].plain_lows + group, 2);
+        }
+        for (int i = 0; i < TILE && k.scales == EXPONENT; i++) steps[i] = (char)blocks[i].exponents[group];
+        for (int half = 0; half < (k.scales == BY_16 ? 2 : k.scales == BY_32); half++)
+            for (int i = 0; i < TILE; i++) {
+                steps[16 * half + i] = (char)blocks[i].steps[2 * group + half];
+                if (k.has_low) lows[16 * half + i] = (char)blocks[i].lows[2 * group + half];
+            }
+    }
+    if (k.scales < BY_32) return;
+    char *shared = tile + o->shared + column / SHARED_BY * 32 * (1 + k.has_low);
+    for (int i = 0; i < TILE; i++)
+        for (int n = 0; n <= k.has_low; n++) memcpy(shared + 32 * n + 2 * i, blocks[i].shared + n, 2);
+}
+
+/* Where output `out` of the matrix stands in a file whose `heads` heads have rows in pairs (0, d/2, 1, d/2 + 1, ...), as
+ * llama.cpp rotates them, and not in halves; heads 0: where it is. */
+static int64_t source_of(int64_t out, int64_t size, int64_t heads) {
+    if (!heads) return out;
+    const int64_t dim = size / heads, at = out % dim;
+    return out - at + (at < dim / 2 ? 2 * at : 2 * (at - dim / 2) + 1);
+}
+
+/* to: size / 16 tiles, of rows of blocks. */
+void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to) {
+    const Kind k = kind_of(format);
+    const Offsets o = offsets(format, width);
+    const Size block = block_size(format);
+    const int64_t row_bytes = width / block.columns * block.bytes;
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t tile = 0; tile < size / TILE; tile++) {
+        Block blocks[TILE];
+        char *at = to + tile * o.end;
+        memset(at, 0, (size_t)o.end);
+        for (int64_t column = 0; column < width; column += COLUMNS) {
+            for (int i = 0; i < TILE; i++)
+                decode(format, rows + source_of(tile * TILE + i, size, heads) * row_bytes, column, width, blocks + i);
+            put_blocks(blocks, k, &o, column, width, at);
+        }
+    }
+}
+
+static float one_of(const void *rows, int64_t at, int64_t bytes, int is_fp16) {
+    if (bytes == 4) return ((const float *)rows)[at];
+    if (is_fp16) return one_fp16(((const fp16 *)rows)[at]);
+    const uint32_t bits = (uint32_t)((const bf16 *)rows)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* fp16, rounded to nearest even; infinities for what is too large. */
+static fp16 to_fp16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    float size = fabsf(x);
+    if (!(size < 65520.0f)) return (fp16)(sign | 0x7c00);
+    if (size < 0x1p-14f) return (fp16)(sign | (uint32_t)rintf(size * 0x1p24f));
+    memcpy(&bits, &size, sizeof bits);
+    bits += 0xfff + (bits >> 13 & 1);
+    return (fp16)(sign | ((bits - 0x38000000) >> 13));
+}
+
+/* Symmetric: the error is at most 1/254 of the group's greatest size. */
+static void quantize_8(const float *x, Block *to, int group) {
+    float most = 0;
+    for (int i = 0; i < 32; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    const fp16 step = to_fp16(most / 127 > 0x1p-24f ? most / 127 : 0x1p-24f);
+    const float inverse = 1.0f / one_fp16(step);
+    to->plain_steps[group] = step;
+    for (int i = 0; i < 32; i++) {
+        const float code = rintf(x[i] * inverse);
+        to->codes[32 * group + i] = (uint8_t)((code < -127 ? -127 : code > 127 ? 127 : code) + 128);
+    }
+}
+
+/* Codes of 4 bits for a step, in `codes`; gives the sums of code * x and code^2. */
+static void try_4(const float *x, float step, uint8_t *codes, float *product, float *square) {
+    const float inverse = 1.0f / step;
+    *product = *square = 0;
+    for (int i = 0; i < 32; i++) {
+        float code = rintf(x[i] * inverse);
+        code = code < -8 ? -8 : code > 7 ? 7 : code;
+        codes[i] = (uint8_t)(code + 8);
+        *product += code * x[i];
+        *square += code * code;
+    }
+}
+
+/* The step with the least squared error of 21 that put the greatest value near code -8, each refined to the least squares
+ * of its codes: the error is sum x^2 - product^2 / square. */
+static void quantize_4(const float *x, Block *to, int group) {
+    float most = 0, best = -1;
+    uint8_t codes[32];
+    for (int i = 0; i < 32; i++) most = fabsf(x[i]) > fabsf(most) ? x[i] : most;
+    to->plain_steps[group] = 0;
+    memset(to->codes + 32 * group, 8, 32);
+    if (!(fabsf(most) > 0)) return;
+    for (int n = -10; n <= 10; n++) {
+        float product, square;
+        try_4(x, most / (-8.0f + 0.1f * (float)n), codes, &product, &square);
+        if (!(square > 0) || product * product / square <= best) continue;
+        best = product * product / square;
+        to->plain_steps[group] = to_fp16(product / square);
+        memcpy(to->codes + 32 * group, codes, 32);
+    }
+}
+
+/* to: size / 16 tiles of Q8_0 or Q4_0, of rows of `bytes` bytes a value. */
+void quantize(int64_t format, const void *rows, int64_t bytes, int64_t is_fp16, int64_t size, int64_t width, char *to) {
+    const Kind k = kind_of(format);
+    const Offsets o = offsets(format, width);
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t tile = 0; tile < size / TILE; tile++) {
+        Block blocks[TILE];
+        char *at = to + tile * o.end;
+        memset(at, 0, (size_t)o.end);
+        for (int64_t column = 0; column < width; column += COLUMNS) {
+            for (int i = 0; i < TILE; i++)
+                for (int group = 0; group < 8 && column + 32 * group < width; group++) {
+                    float x[32];
+                    const int64_t from = (tile * TILE + i) * width + column + 32 * group;
+                    for (int c = 0; c < 32; c++) x[c] = one_of(rows, from + c, bytes, (int)is_fp16);
+                    if (format == FORMAT_Q4_0) quantize_4(x, blocks + i, group);
+                    else quantize_8(x, blocks + i, group);
+                }
+            put_blocks(blocks, k, &o, column, width, at);
+        }
+    }
+}
+
+static int code_at(const uint8_t *group, int bits, int i, int c) {
+    const int j = c / 4, at = 4 * i + c % 4;
+    const int four = bits > 8 || (bits >= 4 && bits < 8), two = bits == 2 || bits == 3 || bits == 6, one = bits == 3 || bits == 5;
+    const uint8_t *pairs = group + (four ? 256 : 0), *singles = pairs + (two ? 128 : 0);
+    if (bits == 8) return group[64 * j + at];
+    int code = four ? group[64 * (j % 4) + at] >> (j / 4 * 4) & 15 : 0;
+    if (two) code |= (pairs[64 * (j % 2) + at] >> (j / 2 * 2) & 3) << (four ? 4 : 0);
+    if (one) code |= (singles[at] >> j & 1) << (bits - 1);
+    return code;
+}
+
+/* 2^(e - 128), denormal below 2. */
+static float power_of(uint8_t e) {
+    const uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The step, or the low, of a group's half `half` for output i of the tile. */
+static float scale_at(const char *tile, const Offsets *o, Kind k, int64_t g, int half, int i, int is_low) {
+    const char *at = tile + (is_low ? o->lows : o->steps) + g * scale_bytes(k.scales);
+    if (k.scales == PLAIN) return one_fp16(half_at((const uint8_t *)at + 2 * i));
+    if (k.scales == EXPONENT) return power_of((uint8_t)at[i]);
+    const char *shared = tile + o->shared + g / 8 * 32 * (1 + k.has_low) + 32 * is_low;
+    const int8_t whole = (int8_t)at[(k.scales == BY_16 ? 16 * half : 0) + i];
+    return one_fp16(half_at((const uint8_t *)shared + 2 * i)) * (float)whole * (is_low ? -1.0f : 1.0f);
+}
+
+/* The rows `chosen` of a matrix of tiles as fp32 [count, width]. */
+void values(int64_t format, const char *tiles, int64_t width, const int64_t *chosen, int64_t count, float *to) {
+    const Kind k = kind_of(format);
+    const Offsets o = offsets(format, width);
+#pragma omp parallel for schedule(static) if (count > 64)
+    for (int64_t n = 0; n < count; n++) {
+        const char *tile = tiles + chosen[n] / TILE * o.end;
+        const int i = (int)(chosen[n] % TILE);
+        for (int64_t c = 0; c < width; c += 16) {
+            const int64_t g = c / 32;
+            const int half = (int)(c % 32 / 16);
+            const uint8_t *codes = (const uint8_t *)tile + g * 64 * lines_of(k.bits);
+            const float step = scale_at(tile, &o, k, g, half, i, 0), low = k.has_low ? scale_at(tile, &o, k, g, half, i, 1) : 0;
+            for (int at = 0; at < 16; at++) {
+                int code = code_at(codes, k.bits, i, 16 * half + at);
+                if (k.bits > 8) code = TABLES[k.bits == FP4][code];
+                else if (!k.has_low) code -= middle_of(k.bits);
+                const float value = (float)code * step;
+                to[n * width + c + at] = k.has_low ? value + low : value;
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+/* The formats of coded weights, and how a matrix of each lies in memory.
+ *
+ * A weight is step * (code - middle), or step * code + low, of its group of 32 or 16 columns. Codes have 2 to 8 bits, or
+ * are places in a table of 16 values. A group's step and low are
+ *
+ *     PLAIN     fp16 numbers
+ *     EXPONENT  step 2^(e - 128), of a byte e
+ *     BY_32     whole numbers of 8 bits, times fp16 numbers that 256 columns share; low is subtracted
+ *     BY_16     the same, for each 16 columns
+ *
+ * These are the formats of GGUF files, value for value. A tile is 16 outputs. Its codes stand first, group by group: 8
+ * words, which are 4 columns by 16 outputs, in planes of 4, 2 or 1 bits. Words 0..3 are the lower halves of the plane of
+ * 4 bits, and 4..7 the upper ones; of a plane of 2 bits, word j is in line j % 2; of one of 1 bit, it is bit j. Behind all
+ * codes stand the groups' steps, then their lows, then what 256 columns share; tiles begin at multiples of 64 bytes.
+ */
+#ifndef FORMATS_H
+#define FORMATS_H
+
+#include <stdint.h>
+
+enum { PLAIN, EXPONENT, BY_32, BY_16 };
+enum { IQ4 = 16, FP4 = 32 }; /* in place of bits: a table's */
+
+/* number, name, bits, scales, whether there are lows */
+#define FORMATS(X)            \
+    X(1, Q4_0, 4, PLAIN, 0)   \
+    X(2, Q4_1, 4, PLAIN, 1)   \
+    X(3, Q5_0, 5, PLAIN, 0)   \
+    X(4, Q5_1, 5, PLAIN, 1)   \
+    X(5, Q8_0, 8, PLAIN, 0)   \
+    X(6, Q2_K, 2, BY_16, 1)   \
+    X(7, Q3_K, 3, BY_16, 0)   \
+    X(8, Q4_K, 4, BY_32, 1)   \
+    X(9, Q5_K, 5, BY_32, 1)   \
+    X(10, Q6_K, 6, BY_16, 0)  \
+    X(11, IQ4_NL, IQ4, PLAIN, 0) \
+    X(12, IQ4_XS, IQ4, BY_32, 0) \
+    X(13, MXFP4, FP4, EXPONENT, 0)
+
+#define NAMED(number, name, bits, scales, low) FORMAT_##name = number,
+enum { FORMATS(NAMED) };
+#undef NAMED
+
+static const int8_t TABLES[2][16] = {
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}, /* doubled: a step is half of what the byte says */
+};
+
+enum { SHARED_BY = 256 }; /* columns */
+
+/* Of a format's bits, lines of 64 bytes that a group's codes take, and the middle of unsigned codes. */
+static inline int lines_of(const int bits) { return bits > 8 ? 4 : bits; }
+static inline int middle_of(const int bits) { return bits >= 8 ? 128 : 1 << (bits - 1); }
+
+/* Bytes of a group's steps or lows for 16 outputs. */
+static inline int64_t scale_bytes(const int scales) { return scales == PLAIN || scales == BY_16 ? 32 : 16; }
+
+/* Where in a tile steps, lows and what is shared begin, and where the tile ends. */
+typedef struct {
+    int64_t steps, lows, shared, end;
+} Offsets;
+
+static inline Offsets offsets_of(int64_t width, const int bits, const int scales, const int has_low) {
+    const int64_t groups = width / 32;
+    Offsets o;
+    o.steps = groups * 64 * lines_of(bits);
+    o.lows = o.steps + groups * scale_bytes(scales);
+    o.shared = o.lows + has_low * groups * scale_bytes(scales);
+    o.end = o.shared + (scales >= BY_32 ? width / SHARED_BY * 32 * (1 + has_low) : 0);
+    o.end = (o.end + 63) / 64 * 64;
+    return o;
+}
+
+#endif
