@@ -21,6 +21,7 @@ from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.stage import Bounds, Segment
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
+from longspec.kernels.team import team
 
 __all__ = [
     "DENSE",
@@ -93,7 +94,7 @@ def refuses(queries: Tensor, part: Segment) -> str | None:
 
 def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
     """Attention of queries [q, H, D] over all segments, at least one of which has columns; [q, H, D]."""
-    library, threads = kernel(), torch.get_num_threads()
+    library, (of_all, threads) = kernel(), team()
     if isinstance(library, str):
         raise RuntimeError(library)
     queries = queries.contiguous()
@@ -108,7 +109,9 @@ def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: flo
         segments = (_Segment * len(run))(*(_segment(part, len(queries), queries.shape[2], held) for part in run))
         room = workspace("attention", library.attention_workspace(reading, segments, len(run), threads))
         target = output.data_ptr() if is_last else None
-        library.attention_read(reading, segments, len(run), begin, room.data_ptr(), threads, state.data_ptr(), target)
+        library.attention_read(
+            reading, segments, len(run), begin, room.data_ptr(), threads, state.data_ptr(), target, of_all
+        )
         del held
     return output
 
@@ -210,7 +213,7 @@ def kernel() -> ctypes.CDLL | str:
     place, number = ctypes.c_void_p, ctypes.c_int64
     found.attention_state.argtypes, found.attention_state.restype = (reading,), number
     found.attention_workspace.argtypes, found.attention_workspace.restype = (reading, segments, number, number), number
-    found.attention_read.argtypes = (reading, segments, number, number, place, number, place, place)
+    found.attention_read.argtypes = (reading, segments, number, number, place, number, place, place, place)
     found.texts_workspace.argtypes, found.texts_workspace.restype = (reading, place, number, number), number
-    found.texts_read.argtypes = (reading, place, number, number, number, number, place, number, place)
+    found.texts_read.argtypes = (reading, place, number, number, number, number, place, number, place, place)
     return found

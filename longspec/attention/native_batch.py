@@ -21,6 +21,7 @@ from torch import Tensor
 from longspec.attention import native as cpu
 from longspec.cache.stage import Segment, Shape, Stage
 from longspec.kernels.boundary import pointer, workspace
+from longspec.kernels.team import team
 
 __all__ = ["Texts", "reads"]
 
@@ -59,7 +60,7 @@ class Texts:
         kernel = cpu.kernel()
         if isinstance(kernel, str):
             raise RuntimeError(kernel)
-        self._kernel, self._threads = kernel, torch.get_num_threads()
+        self._kernel, (self._team, self._threads) = kernel, team()
         self._spans = spans
         self._reading = cpu.Reading(
             key_heads=shape.key_heads,
@@ -89,7 +90,7 @@ class Texts:
         self.begin(made, [layer])
         at = pointer(output, torch.bfloat16, len(made), None)
         self._kernel.texts_read(
-            self._reading, texts, len(texts), layer, 0, len(made), self._workspace(), self._threads, at
+            self._reading, texts, len(texts), layer, 0, len(made), self._workspace(), self._threads, at, self._team
         )
 
     def begin(self, made: Tensor, layers: Sequence[int]) -> None:
@@ -105,10 +106,10 @@ class Texts:
                 span.stage.filled(layer, span.staged)
 
     @property
-    def call(self) -> tuple[int | None, int, int, int]:
-        """The kernel's address, and its arguments in all layers: queries, sequences, threads."""
-        kernel = ctypes.cast(self._kernel.texts_read, ctypes.c_void_p).value
-        return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads
+    def call(self) -> tuple[int | None, int, int, int, int | None]:
+        """The kernel's address, and its arguments in all layers: queries, sequences, threads and their team."""
+        kernel = ctypes.cast(self._kernel.texts_attend, ctypes.c_void_p).value
+        return kernel, ctypes.addressof(self._reading), len(self._spans), self._threads, self._team
 
     def reads(self) -> list[tuple[int, int]]:
         """The kernel's arguments for each kind of layer (`read_of` gives a layer's index): sequences, and the calling

@@ -1,6 +1,7 @@
 /* Attention of the rows of a pass over KV caches, on a CPU, in bf16.
  *
  *     texts_read      all texts of a pass at one layer: their keys and values are put, and read
+ *     texts_attend    the same, by a team that is at work already
  *     attention_read  one text's rows over some segments, joined with what was read before
  *
  * A key head and a chunk of 512 positions are one task (chunk.h), so that two cores share three heads evenly. Every task
@@ -9,6 +10,7 @@
  * or threads beside it, nor on the buffers that its text lies in.
  */
 #include "plan.h"
+#include "team.h"
 
 /* Rows of one text that stand in the same place in every layer.
  *
@@ -57,23 +59,19 @@ static void write_tile(const Reading *r, int64_t head, int64_t tile, const float
     }
 }
 
-/* Within a parallel region: the tasks of all plans, in one line. */
-static void run_tasks(const Plan *plans, int64_t count, char *own, int64_t own_size) {
-    int64_t all_tasks = 0, thread = 0;
-#ifdef _OPENMP
-    extern int omp_get_thread_num(void);
-    thread = omp_get_thread_num();
-#endif
+/* The tasks of all plans, in one line. */
+static void run_tasks(Team *t, int64_t rank, const Plan *plans, int64_t count, char *own, int64_t own_size) {
+    int64_t all_tasks = 0;
     for (int64_t i = 0; i < count; i++) all_tasks += plans[i].each * plans[i].rows.r.key_heads;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < all_tasks; i++) {
+    SHARED(t, i, all_tasks) {
         const Plan *p = plans;
         int64_t at = i;
         while (at >= p->each * p->rows.r.key_heads) at -= p->each * p->rows.r.key_heads, p++;
-        const Own mine = own_at(own + thread * own_size, p->rows.r.dim);
-        const Task *t = p->tasks + at;
-        read_chunk(t->rows, t->group, t->head, t->chunk, &mine, t->result);
+        const Own mine = own_at(own + rank * own_size, p->rows.r.dim);
+        const Task *task = p->tasks + at;
+        read_chunk(task->rows, task->group, task->head, task->chunk, &mine, task->result);
     }
+    meet(t);
 }
 
 /* Joins a head's results of a tile, after `state` unless it is null; gives where they stand. */
@@ -90,7 +88,7 @@ static float *joined(const Plan *p, int64_t head, int64_t tile, float *state) {
 int64_t attention_workspace(const Reading *r, const Segment *segments, int64_t count, int64_t threads) {
     int64_t columns = 0, staged = 0;
     for (int64_t i = 0; i < count; i++) columns += segments[i].columns, staged += segments[i].staged;
-    return threads * own_bytes(r->dim, staged) + plan_bytes(r, r->rows, count, columns, staged);
+    return threads * (own_bytes(r->dim, staged) + 64) + plan_bytes(r, r->rows, count, columns, staged);
 }
 int64_t attention_state(const Reading *all) {
     Reading r = *all;
@@ -102,38 +100,58 @@ int64_t attention_state(const Reading *all) {
     return bytes;
 }
 
-/* Reads segments into the state, which is new with `begin`; with `output` the state is what is written there. */
-void attention_read(const Reading *all, const Segment *segments, int64_t count, int64_t begin, char *workspace,
-                    int64_t threads, float *state, bf16 *output) {
-    int64_t staged = 0;
-    for (int64_t i = 0; i < count; i++) staged += segments[i].staged;
-    const int64_t own_size = own_bytes(all->dim, staged), width = all->key_heads * all->groups * all->dim;
+/* What a call of `attention_read` is for. */
+typedef struct {
+    const Reading *all;
+    const Segment *segments;
+    int64_t count, begin, threads, own_size;
+    char *workspace;
+    float *state;
+    bf16 *output;
+} Call;
+
+static void read_by(void *args, Team *t, int64_t rank) {
+    const Call *c = args;
+    const Reading *all = c->all;
+    const int64_t width = all->key_heads * all->groups * all->dim;
+    float *state = c->state;
+    Plan *p = (Plan *)(c->workspace + c->threads * c->own_size);
+    begin_tiles(0, TILE);
     for (int64_t at = 0; at < all->rows; at += MOST_ROWS) {
-        Arena arena = {workspace + threads * own_size};
-        Plan *p = take(&arena, (int64_t)sizeof(Plan));
         const int64_t rows = all->rows - at < MOST_ROWS ? all->rows - at : MOST_ROWS;
-        plan(p, all, all->queries + at * all->query_row, all->rows, at, rows, segments, count, &arena);
-        const Reading *r = &p->rows.r;
-        const int64_t tiles = tiles_of(r), size = tile_floats(r);
-        for (int64_t i = 0; begin && i < r->key_heads * tiles; i++) {
-            memset(state + i * size, 0, (size_t)size * sizeof *state);
-            for (int64_t row = 0; row < TILE; row++) state[i * size + row] = -__builtin_inff();
-        }
-#pragma omp parallel num_threads((int)threads)
-        {
-            begin_tiles(0, TILE);
-#pragma omp for schedule(static)
-            for (int64_t head = 0; head < r->key_heads; head++) pack_queries(&p->rows, head);
-            run_tasks(p, 1, workspace, own_size);
-            end_tiles();
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < r->key_heads * tiles; i++) {
-                const float *to = joined(p, i / tiles, i % tiles, state + i * size);
-                if (output) write_tile(r, i / tiles, i % tiles, to, output + at * width);
+        Reading r = *all;
+        r.rows = rows;
+        const int64_t tiles = tiles_of(&r), size = tile_floats(&r);
+        if (rank == 0) {
+            Arena arena = {(char *)(p + 1)};
+            plan(p, all, all->queries + at * all->query_row, all->rows, at, rows, c->segments, c->count, &arena);
+            for (int64_t i = 0; c->begin && i < r.key_heads * tiles; i++) {
+                memset(state + i * size, 0, (size_t)size * sizeof *state);
+                for (int64_t row = 0; row < TILE; row++) state[i * size + row] = -__builtin_inff();
             }
         }
-        state += r->key_heads * tiles * size;
+        meet(t);
+        SHARED(t, head, r.key_heads) pack_queries(&p->rows, head);
+        meet(t);
+        run_tasks(t, rank, p, 1, c->workspace, c->own_size);
+        SHARED(t, i, r.key_heads * tiles) {
+            const float *to = joined(p, i / tiles, i % tiles, state + i * size);
+            if (c->output) write_tile(&r, i / tiles, i % tiles, to, c->output + at * width);
+        }
+        meet(t);
+        state += r.key_heads * tiles * size;
     }
+    end_tiles();
+}
+
+/* Reads segments into the state, which is new with `begin`; with `output` the state is what is written there. */
+void attention_read(const Reading *all, const Segment *segments, int64_t count, int64_t begin, char *workspace,
+                    int64_t threads, float *state, bf16 *output, Team *t) {
+    int64_t staged = 0;
+    for (int64_t i = 0; i < count; i++) staged += segments[i].staged;
+    Call call = {all, segments, count, begin, threads, own_bytes(all->dim, staged), workspace, state, output};
+    call.own_size = (call.own_size + 63) / 64 * 64;
+    lead(t, threads, read_by, &call);
 }
 
 /* A side of a coded run: four of its places. Scales stand per `every` columns, `wide` of them. */
@@ -175,12 +193,19 @@ static int64_t widest_own(const Reading *all, const Text *texts, int64_t count) 
         measure(texts + i, &columns, &staged);
         most = staged > most ? staged : most;
     }
-    return own_bytes(all->dim, most);
+    return (own_bytes(all->dim, most) + 63) / 64 * 64;
 }
+
+/* The plans of at most 64 rows of a pass, in its workspace. */
+typedef struct {
+    int64_t count, own_size;
+    const Text *of[MOST_ROWS];
+    Plan plans[MOST_ROWS];
+} Plans;
 
 /* Bytes of workspace for reading these texts with so many threads. */
 int64_t texts_workspace(const Reading *all, const Text *texts, int64_t count, int64_t threads) {
-    int64_t bytes = threads * widest_own(all, texts, count) + 4096;
+    int64_t bytes = (int64_t)sizeof(Plans) + threads * widest_own(all, texts, count) + 4096;
     for (int64_t i = 0; i < count; i++) {
         int64_t columns, staged;
         measure(texts + i, &columns, &staged);
@@ -202,14 +227,17 @@ static void put(const Rows *rows, const Text *text, int64_t layer, int64_t head)
     }
 }
 
-/* The pass' rows from..to, at most 64, of all texts at one layer. */
-static void read_some(const Reading *all, const Text *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
-                      char *workspace, int64_t threads, bf16 *output) {
-    const int64_t heads = all->key_heads, own_size = widest_own(all, texts, count);
-    const Text *of[MOST_ROWS];
-    Plan plans[MOST_ROWS];
-    Arena arena = {workspace + threads * own_size};
-    int64_t planned = 0;
+static Plans *plans_in(char *workspace) { return (Plans *)(workspace + (-(intptr_t)workspace & 63)); }
+
+/* What each thread works in, behind the plans, and behind that what plans and results take. */
+static char *own_in(char *workspace) { return (char *)(plans_in(workspace) + 1); }
+
+/* Plans for the pass' rows from..to, at most 64, of all texts at one layer. */
+static void plan_texts(const Reading *all, const Text *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
+                       char *workspace, int64_t threads) {
+    Plans *plans = plans_in(workspace);
+    plans->count = 0, plans->own_size = widest_own(all, texts, count);
+    Arena arena = {own_in(workspace) + threads * plans->own_size};
     for (int64_t i = 0; i < count; i++) {
         const Text *text = texts + i;
         const int64_t first = text->at > from ? text->at : from;
@@ -217,37 +245,65 @@ static void read_some(const Reading *all, const Text *texts, int64_t count, int6
         if (first >= last) continue;
         Segment *segments = take(&arena, text->count * (int64_t)sizeof(Segment));
         for (int64_t run = 0; run < text->count; run++) segments[run] = of_run(all, text->runs + run, layer);
-        plan(plans + planned, all, all->queries + first * all->query_row, text->rows, first - text->at, last - first,
+        plan(plans->plans + plans->count, all, all->queries + first * all->query_row, text->rows, first - text->at, last - first,
              segments, text->count, &arena);
-        of[planned++] = text;
-    }
-#pragma omp parallel num_threads((int)threads)
-    {
-        begin_tiles(0, TILE);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < planned * heads; i++) {
-            pack_queries(&plans[i / heads].rows, i % heads);
-            put(&plans[i / heads].rows, of[i / heads], layer, i % heads);
-        }
-        run_tasks(plans, planned, workspace, own_size);
-        end_tiles();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < planned * heads; i++) {
-            const Plan *p = plans + i / heads;
-            const Reading *r = &p->rows.r;
-            bf16 *out = output + (of[i / heads]->at + p->rows.at) * heads * all->groups * all->dim;
-            for (int64_t tile = 0; tile < tiles_of(r); tile++)
-                write_tile(r, i % heads, tile, joined(p, i % heads, tile, 0), out);
-        }
+        plans->of[plans->count++] = text;
     }
 }
 
-/* The pass' rows from..to of all texts at one layer: their keys and values are put, and read. `all` has the pass'
- * queries; keys and values stand behind them in each row, as in a product's result. */
-void texts_read(const Reading *all, const Text *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
-                char *workspace, int64_t threads, bf16 *output) {
-    for (int64_t at = from; at < to; at += MOST_ROWS) {
-        const int64_t end = to - at < MOST_ROWS ? to : at + MOST_ROWS;
-        read_some(all, texts, count, layer, at, end, workspace, threads, output);
+/* As they were planned: keys and values are put, and read. */
+static void read_texts(const Reading *all, int64_t layer, char *workspace, bf16 *output, Team *t, int64_t rank) {
+    const int64_t heads = all->key_heads;
+    const Plans *plans = plans_in(workspace);
+    begin_tiles(0, TILE);
+    SHARED(t, i, plans->count * heads) {
+        pack_queries(&plans->plans[i / heads].rows, i % heads);
+        put(&plans->plans[i / heads].rows, plans->of[i / heads], layer, i % heads);
     }
+    meet(t);
+    run_tasks(t, rank, plans->plans, plans->count, own_in(workspace), plans->own_size);
+    end_tiles();
+    SHARED(t, i, plans->count * heads) {
+        const Plan *p = plans->plans + i / heads;
+        bf16 *out = output + (plans->of[i / heads]->at + p->rows.at) * heads * all->groups * all->dim;
+        for (int64_t tile = 0; tile < tiles_of(&p->rows.r); tile++)
+            write_tile(&p->rows.r, i % heads, tile, joined(p, i % heads, tile, 0), out);
+    }
+    meet(t);
+}
+
+/* The pass' rows from..to, at most 64, of all texts at one layer: without an output they are planned, by one thread; then
+ * their keys and values are put, and read, by the team. `all` has the pass' queries; keys and values stand behind them in
+ * each row, as in a product's result. */
+void texts_attend(const Reading *all, const Text *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
+                  char *workspace, bf16 *output, Team *t, int64_t rank) {
+    if (output)
+        read_texts(all, layer, workspace, output, t, rank);
+    else
+        plan_texts(all, texts, count, layer, from, to, workspace, t->threads);
+}
+
+/* What a call of `texts_read` is for. */
+typedef struct {
+    const Reading *all;
+    const Text *texts;
+    int64_t count, layer, from, to;
+    char *workspace;
+    bf16 *output;
+} Pass;
+
+static void texts_by(void *args, Team *t, int64_t rank) {
+    const Pass *p = args;
+    for (int64_t at = p->from; at < p->to; at += MOST_ROWS) {
+        const int64_t end = p->to - at < MOST_ROWS ? p->to : at + MOST_ROWS;
+        if (rank == 0) plan_texts(p->all, p->texts, p->count, p->layer, at, end, p->workspace, t->threads);
+        meet(t);
+        read_texts(p->all, p->layer, p->workspace, p->output, t, rank);
+    }
+}
+
+void texts_read(const Reading *all, const Text *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
+                char *workspace, int64_t threads, bf16 *output, Team *t) {
+    Pass pass = {all, texts, count, layer, from, to, workspace, output};
+    lead(t, threads, texts_by, &pass);
 }

@@ -7,9 +7,6 @@ takes forty.
 A library is compiled for one instruction set (`longspec.kernels.isa`), whose name is in its own. It is loaded only from
 a folder that belongs to the user and that nobody else can write to.
 
-OpenMP is compiled in and not linked: its calls find the library that torch has loaded, so that the process has one pool
-of threads. Where they find none (another compiler's OpenMP), the source is compiled without.
-
 LONGSPEC_COMPILER names a compiler, or is `none`: nothing is compiled or loaded then.
 """
 
@@ -30,7 +27,7 @@ from longspec.machine.system import cache_folder
 
 __all__ = ["library"]
 
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-std=gnu11")
+_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-std=gnu11", "-pthread")
 _FOLDER = Path(__file__).parent
 _SECONDS = 120
 """A compiler that takes longer is given up on."""
@@ -86,16 +83,8 @@ def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str
                 return ctypes.CDLL(str(place))
             except OSError:  # damaged, or made for another system: it is made anew
                 place.unlink()
-        reason = ""
-        for threads in (("-fopenmp",), ()):
-            reason = _build([compiler, *flags, *threads], compiler, source, place)
-            if not reason:
-                try:
-                    return ctypes.CDLL(str(place))
-                except OSError as error:  # calls of an OpenMP that isn't loaded
-                    reason = str(error)
-                    place.unlink()
-        return f"{compiler} can't build {source.name}: {reason}"
+        reason = _build([compiler, *flags], compiler, source, place)
+        return f"{compiler} can't build {source.name}: {reason}" if reason else ctypes.CDLL(str(place))
     except OSError as error:
         return f"{source.name} can't be built: {error}"
 

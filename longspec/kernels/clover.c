@@ -12,14 +12,17 @@
  * likeliest path first.
  */
 #include "dot.h"
+#include "team.h"
 
 enum { MOST_BREADTH = 8 };
 
 typedef void Linear(const void *matrix, const float *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, float *sums,
-                    char *workspace);
+                    char *workspace, Team *team, int64_t threads);
 
 typedef struct {
     Linear *linear;
+    Team *team;
+    int64_t threads;
     const void *asks, *told;            /* matrices of the entry: its query, its key and value one below the other */
     const void *first, *query, *join, *head; /* of the cell; the join's half for the state */
     const float *feature_norm, *token_norm, *between, *norm; /* [width] */
@@ -80,8 +83,8 @@ void cell_enter(const Cell *c, const bf16 *features, const bf16 *tokens, int64_t
     bf16 *query = beside + rows * c->width, *both = query + rows * c->width;
     for (int64_t row = 0; row < rows; row++)
         rms_norm(features + row * c->width, c->feature_norm, c->width, c->eps, beside + row * c->width);
-    c->linear(c->asks, 0, 0, beside, rows, query, 0, workspace);
-    c->linear(c->told, c->token_norm, c->eps, tokens, rows, both, 0, workspace);
+    c->linear(c->asks, 0, 0, beside, rows, query, 0, workspace, c->team, c->threads);
+    c->linear(c->told, c->token_norm, c->eps, tokens, rows, both, 0, workspace, c->team, c->threads);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t at = row * c->width;
         attended(c, beside + at, query + at, both + 2 * at, both + 2 * at + c->width, entered + at);
@@ -97,9 +100,9 @@ int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deep
                   int64_t *rows) {
     int64_t count = 0, at = -1;
     rms_norm(hidden, c->between, c->width, c->eps, states);
-    c->linear(c->first, 0, 0, states, 1, outs, 0, workspace);
+    c->linear(c->first, 0, 0, states, 1, outs, 0, workspace, c->team, c->threads);
     for (int64_t row = 0;; row++) { /* of the node `at`, which is expanded */
-        c->linear(c->head, c->norm, c->eps, outs + row * c->width, 1, scratch, 0, workspace);
+        c->linear(c->head, c->norm, c->eps, outs + row * c->width, 1, scratch, 0, workspace, c->team, c->threads);
         best(scratch, c->size, breadth, tokens + count, chances + count);
         if (at >= 0) rows[at] = row;
         for (int64_t i = count; i < count + breadth; i++) {
@@ -118,9 +121,9 @@ int64_t cell_grow(const Cell *c, const bf16 *hidden, int64_t limit, int64_t deep
         const int64_t before = parents[next] < 0 ? 0 : rows[parents[next]];
         bf16 *state = states + (row + 1) * c->width, *out = outs + (row + 1) * c->width;
         const int64_t token = tokens[next] * c->width;
-        c->linear(c->query, 0, 0, states + before * c->width, 1, scratch, 0, workspace);
+        c->linear(c->query, 0, 0, states + before * c->width, 1, scratch, 0, workspace, c->team, c->threads);
         attended(c, states + before * c->width, scratch, c->keys + token, c->values + token, state);
-        c->linear(c->join, 0, 0, state, 1, out, 0, workspace);
+        c->linear(c->join, 0, 0, state, 1, out, 0, workspace, c->team, c->threads);
         for (int64_t i = 0; i < c->width; i += LANES) save_bf16(out + i, load_bf16(out + i) + load_bf16(c->joined + token + i));
         at = next;
     }

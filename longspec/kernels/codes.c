@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include "blocks.h"
+#include "team.h"
 
 /* Bits, scales and lows of a format, by its number. */
 typedef struct {
@@ -80,23 +81,40 @@ static int64_t source_of(int64_t out, int64_t size, int64_t heads) {
     return out - at + (at < dim / 2 ? 2 * at : 2 * (at - dim / 2) + 1);
 }
 
-/* to: size / 16 tiles, of rows of blocks. */
-void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to) {
-    const Kind k = kind_of(format);
-    const Offsets o = offsets(format, width);
-    const Size block = block_size(format);
-    const int64_t row_bytes = width / block.columns * block.bytes;
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t tile = 0; tile < size / TILE; tile++) {
+/* What a call of `pack` or `quantize` is for, tile by tile; of `values`, row by row. */
+typedef struct {
+    int64_t format, size, width, heads, bytes, is_fp16;
+    const void *from;
+    const int64_t *chosen;
+    char *to;
+} Job;
+
+static void pack_by(void *args, Team *t, int64_t rank) {
+    const Job *job = args;
+    const Kind k = kind_of(job->format);
+    const Offsets o = offsets(job->format, job->width);
+    const Size block = block_size(job->format);
+    const int64_t row_bytes = job->width / block.columns * block.bytes;
+    (void)rank;
+    SHARED(t, tile, job->size / TILE) {
         Block blocks[TILE];
-        char *at = to + tile * o.end;
+        char *at = job->to + tile * o.end;
         memset(at, 0, (size_t)o.end);
-        for (int64_t column = 0; column < width; column += COLUMNS) {
-            for (int i = 0; i < TILE; i++)
-                decode(format, rows + source_of(tile * TILE + i, size, heads) * row_bytes, column, width, blocks + i);
-            put_blocks(blocks, k, &o, column, width, at);
+        for (int64_t column = 0; column < job->width; column += COLUMNS) {
+            for (int i = 0; i < TILE; i++) {
+                const uint8_t *row = (const uint8_t *)job->from + source_of(tile * TILE + i, job->size, job->heads) * row_bytes;
+                decode(job->format, row, column, job->width, blocks + i);
+            }
+            put_blocks(blocks, k, &o, column, job->width, at);
         }
     }
+    meet(t);
+}
+
+/* to: size / 16 tiles, of rows of blocks. */
+void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to, Team *t, int64_t threads) {
+    Job job = {.format = format, .size = size, .width = width, .heads = heads, .from = rows, .to = to};
+    lead(t, threads, pack_by, &job);
 }
 
 static float one_of(const void *rows, int64_t at, int64_t bytes, int is_fp16) {
@@ -166,27 +184,35 @@ static void quantize_4(const float *x, Block *to, int group) {
     }
 }
 
-/* to: size / 16 tiles of Q8_0 or Q4_0, of rows of `bytes` bytes a value. */
-void quantize(int64_t format, const void *rows, int64_t bytes, int64_t is_fp16, int64_t size, int64_t width, char *to) {
-    const Kind k = kind_of(format);
-    const Offsets o = offsets(format, width);
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t tile = 0; tile < size / TILE; tile++) {
+static void quantize_by(void *args, Team *t, int64_t rank) {
+    const Job *job = args;
+    const Kind k = kind_of(job->format);
+    const Offsets o = offsets(job->format, job->width);
+    (void)rank;
+    SHARED(t, tile, job->size / TILE) {
         Block blocks[TILE];
-        char *at = to + tile * o.end;
+        char *at = job->to + tile * o.end;
         memset(at, 0, (size_t)o.end);
-        for (int64_t column = 0; column < width; column += COLUMNS) {
+        for (int64_t column = 0; column < job->width; column += COLUMNS) {
             for (int i = 0; i < TILE; i++)
-                for (int group = 0; group < 8 && column + 32 * group < width; group++) {
+                for (int group = 0; group < 8 && column + 32 * group < job->width; group++) {
                     float x[32];
-                    const int64_t from = (tile * TILE + i) * width + column + 32 * group;
-                    for (int c = 0; c < 32; c++) x[c] = one_of(rows, from + c, bytes, (int)is_fp16);
-                    if (format == FORMAT_Q4_0) quantize_4(x, blocks + i, group);
+                    const int64_t from = (tile * TILE + i) * job->width + column + 32 * group;
+                    for (int c = 0; c < 32; c++) x[c] = one_of(job->from, from + c, job->bytes, (int)job->is_fp16);
+                    if (job->format == FORMAT_Q4_0) quantize_4(x, blocks + i, group);
                     else quantize_8(x, blocks + i, group);
                 }
-            put_blocks(blocks, k, &o, column, width, at);
+            put_blocks(blocks, k, &o, column, job->width, at);
         }
     }
+    meet(t);
+}
+
+/* to: size / 16 tiles of Q8_0 or Q4_0, of rows of `bytes` bytes a value. */
+void quantize(int64_t format, const void *rows, int64_t bytes, int64_t is_fp16, int64_t size, int64_t width, char *to, Team *t,
+              int64_t threads) {
+    Job job = {.format = format, .size = size, .width = width, .bytes = bytes, .is_fp16 = is_fp16, .from = rows, .to = to};
+    lead(t, threads, quantize_by, &job);
 }
 
 static int code_at(const uint8_t *group, int bits, int i, int c) {
@@ -218,15 +244,15 @@ static float scale_at(const char *tile, const Offsets *o, Kind k, int64_t g, int
     return one_fp16(half_at((const uint8_t *)shared + 2 * i)) * (float)whole * (is_low ? -1.0f : 1.0f);
 }
 
-/* The rows `chosen` of a matrix of tiles as fp32 [count, width]. */
-void values(int64_t format, const char *tiles, int64_t width, const int64_t *chosen, int64_t count, float *to) {
-    const Kind k = kind_of(format);
-    const Offsets o = offsets(format, width);
-#pragma omp parallel for schedule(static) if (count > 64)
-    for (int64_t n = 0; n < count; n++) {
-        const char *tile = tiles + chosen[n] / TILE * o.end;
-        const int i = (int)(chosen[n] % TILE);
-        for (int64_t c = 0; c < width; c += 16) {
+static void values_by(void *args, Team *t, int64_t rank) {
+    const Job *job = args;
+    const Kind k = kind_of(job->format);
+    const Offsets o = offsets(job->format, job->width);
+    (void)rank;
+    SHARED(t, n, job->size) {
+        const char *tile = (const char *)job->from + job->chosen[n] / TILE * o.end;
+        const int i = (int)(job->chosen[n] % TILE);
+        for (int64_t c = 0; c < job->width; c += 16) {
             const int64_t g = c / 32;
             const int half = (int)(c % 32 / 16);
             const uint8_t *codes = (const uint8_t *)tile + g * 64 * lines_of(k.bits);
@@ -236,8 +262,16 @@ void values(int64_t format, const char *tiles, int64_t width, const int64_t *cho
                 if (k.bits > 8) code = TABLES[k.bits == FP4][code];
                 else if (!k.has_low) code -= middle_of(k.bits);
                 const float value = (float)code * step;
-                to[n * width + c + at] = k.has_low ? value + low : value;
+                ((float *)job->to)[n * job->width + c + at] = k.has_low ? value + low : value;
             }
         }
     }
+    meet(t);
+}
+
+/* The rows `chosen` of a matrix of tiles as fp32 [count, width]. */
+void values(int64_t format, const char *tiles, int64_t width, const int64_t *chosen, int64_t count, float *to, Team *t,
+            int64_t threads) {
+    Job job = {.format = format, .size = count, .width = width, .from = tiles, .chosen = chosen, .to = (char *)to};
+    lead(t, count > 64 ? threads : 1, values_by, &job);
 }

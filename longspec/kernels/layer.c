@@ -10,18 +10,17 @@
  * What a row sums up, and in which order, is the same whatever rows stand beside it: a row's bits don't depend on its
  * companions, on threads, or on the processor.
  *
- * Activations and weights are row-major; norms' weights are fp32. A function that runs within a parallel region shares
- * its loops among the region's threads.
+ * Activations and weights are row-major; norms' weights are fp32. A function that takes the team is run by all its
+ * threads, which share its loops; a call's work is led once (team.h).
  */
 #include <stdlib.h>
 
 #include "quantized.h"
+#include "team.h"
 
 enum { BLOCK = 32, MOST_ROWS = 64, MOST_SUMS = MOST_ROWS + TILE, FEW = 4 };
 enum { SILU = 0, GELU_TANH = 1 };
 enum { ATTENTION = 1, MLP = 2 };
-
-#define SHARED _Pragma("omp for schedule(static)")
 
 typedef struct {
     Matrix qkv, output, gate_up, down;
@@ -94,9 +93,9 @@ static void pack_part(const Matrix *m, const bf16 *x, int64_t rows, int64_t part
 }
 static int64_t pack_parts(const Matrix *m, int64_t rows) { return (rows + TILE - 1) / TILE * (m->width / DEEP); }
 
-/* Within a parallel region: rows x, normed unless the norm is null, as matrix m's product reads them. Few rows every
- * thread packs for itself, which takes less time than waiting for each other. */
-static void *pack(const Matrix *m, const bf16 *x, const float *norm, float eps, int64_t rows, const Workspace *w) {
+/* Rows x, normed unless the norm is null, as matrix m's product reads them. Few rows every thread packs for itself, which
+ * takes less time than waiting for each other. */
+static void *pack(Team *t, const Matrix *m, const bf16 *x, const float *norm, float eps, int64_t rows, const Workspace *w) {
     const int64_t width = m->width, parts = pack_parts(m, rows);
     begin_tiles(m->format != BF16, rows);
     if (rows <= FEW) {
@@ -107,10 +106,11 @@ static void *pack(const Matrix *m, const bf16 *x, const float *norm, float eps, 
         return packed;
     }
     if (norm) {
-        SHARED for (int64_t row = 0; row < rows; row++)
-            rms_norm(x + row * width, norm, width, eps, w->hidden + row * width);
+        SHARED(t, row, rows) rms_norm(x + row * width, norm, width, eps, w->hidden + row * width);
+        meet(t);
     }
-    SHARED for (int64_t part = 0; part < parts; part++) pack_part(m, norm ? w->hidden : x, rows, part, w->packed);
+    SHARED(t, part, parts) pack_part(m, norm ? w->hidden : x, rows, part, w->packed);
+    meet(t);
     return w->packed;
 }
 
@@ -126,10 +126,11 @@ static void product(const Matrix *m, int64_t out, void *packed, int64_t rows, fl
             for (int64_t i = 0; i < BLOCK; i += LANES) save(sums[row] + i, load(sums[row] + i) + load_bf16(m->bias + out + i));
 }
 
-/* Within a parallel region: y [rows, size] = packed rows times m, in bf16; with `add` [rows, size] plus these. */
-static void multiplied(const Matrix *m, void *packed, int64_t rows, const bf16 *add, bf16 *y) {
+/* y [rows, size] = packed rows times m, in bf16; with `add` [rows, size] plus these. */
+static void multiplied(Team *t, const Matrix *m, void *packed, int64_t rows, const bf16 *add, bf16 *y) {
     float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
-    SHARED for (int64_t out = 0; out < m->size; out += BLOCK) {
+    SHARED(t, block, m->size / BLOCK) {
+        const int64_t out = block * BLOCK;
         product(m, out, packed, rows, sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < BLOCK; i += LANES) {
@@ -138,40 +139,62 @@ static void multiplied(const Matrix *m, void *packed, int64_t rows, const bf16 *
                 save_bf16(y + at, add ? load_bf16(add + at) + rounded(sum) : sum);
             }
     }
+    meet(t);
 }
 
-/* Within a parallel region: hidden [rows, size] = before + packed rows times m, through the norm unless it is null. */
-static void residual(const Matrix *m, const float *norm, float eps, const Workspace *w, void *packed, int64_t rows,
+/* hidden [rows, size] = before + packed rows times m, through the norm unless it is null. */
+static void residual(Team *t, const Matrix *m, const float *norm, float eps, const Workspace *w, void *packed, int64_t rows,
                      const bf16 *before, bf16 *hidden) {
-    multiplied(m, packed, rows, norm ? 0 : before, norm ? w->beside : hidden);
+    multiplied(t, m, packed, rows, norm ? 0 : before, norm ? w->beside : hidden);
     if (!norm) return;
-    SHARED for (int64_t row = 0; row < rows; row++) {
+    SHARED(t, row, rows) {
         bf16 *y = w->beside + row * m->size;
         rms_norm(y, norm, m->size, eps, y);
         for (int64_t i = 0; i < m->size; i += LANES)
             save_bf16(hidden + row * m->size + i, load_bf16(before + row * m->size + i) + load_bf16(y + i));
     }
+    meet(t);
+}
+
+/* What a call of `linear` is for. */
+typedef struct {
+    const Matrix *m;
+    const float *norm;
+    float eps;
+    const bf16 *x;
+    int64_t rows;
+    bf16 *y;
+    float *logits;
+    Workspace w;
+} Product;
+
+static void linear_by(void *args, Team *t, int64_t rank) {
+    const Product *p = args;
+    const Matrix *m = p->m;
+    float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
+    (void)rank;
+    for (int64_t at = 0; at < p->rows; at += MOST_ROWS) {
+        const int64_t here = p->rows - at < MOST_ROWS ? p->rows - at : MOST_ROWS;
+        void *packed = pack(t, m, p->x + at * m->width, p->norm, p->eps, here, &p->w);
+        if (p->y) {
+            multiplied(t, m, packed, here, 0, p->y + at * m->size);
+            continue;
+        }
+        SHARED(t, block, m->size / BLOCK) {
+            product(m, block * BLOCK, packed, here, sums);
+            for (int64_t row = 0; row < here; row++)
+                memcpy(p->logits + (at + row) * m->size + block * BLOCK, sums[row], sizeof sums[row]);
+        }
+        meet(t);
+    }
+    end_tiles();
 }
 
 /* y [rows, size] = x [rows, width] weight^T + bias, of norm(x) unless norm is null: in bf16, or as fp32 the sums. */
-void linear(const Matrix *m, const float *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, float *logits, char *workspace) {
-    const Workspace w = parted(workspace, m->width);
-    for (int64_t at = 0; at < rows; at += MOST_ROWS) {
-        const int64_t here = rows - at < MOST_ROWS ? rows - at : MOST_ROWS;
-        const bf16 *given = x + at * m->width;
-#pragma omp parallel
-        {
-            float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
-            void *packed = pack(m, given, norm, eps, here, &w);
-            if (y) multiplied(m, packed, here, 0, y + at * m->size);
-            else SHARED for (int64_t out = 0; out < m->size; out += BLOCK) {
-                product(m, out, packed, here, sums);
-                for (int64_t row = 0; row < here; row++)
-                    memcpy(logits + (at + row) * m->size + out, sums[row], sizeof sums[row]);
-            }
-            end_tiles();
-        }
-    }
+void linear(const Matrix *m, const float *norm, float eps, const bf16 *x, int64_t rows, bf16 *y, float *logits, char *workspace,
+            Team *t, int64_t threads) {
+    Product p = {m, norm, eps, x, rows, y, logits, parted(workspace, m->width)};
+    lead(t, threads, linear_by, &p);
 }
 
 /* Halves (a, b) of a head become (a cos - b sin, b cos + a sin); cos and signed sin [dims]. */
@@ -192,32 +215,35 @@ typedef struct {
     int64_t dims;
 } Rope;
 
-/* Within a parallel region: qkv [rows, q + 2 kv] of hidden [rows, width], for at most 64 rows. */
-static void project_rows(const Layer *l, const bf16 *hidden, int64_t rows, Rope rope, bf16 *qkv, const Workspace *w) {
+/* qkv [rows, q + 2 kv] of hidden [rows, width], for at most 64 rows. */
+static void project_rows(Team *t, const Layer *l, const bf16 *hidden, int64_t rows, Rope rope, bf16 *qkv, const Workspace *w) {
     const Matrix *m = &l->qkv;
     const int64_t heads = l->heads + l->key_heads, dim = l->head_dim;
-    multiplied(m, pack(m, hidden, l->before_attention, l->eps, rows, w), rows, 0, qkv);
+    multiplied(t, m, pack(t, m, hidden, l->before_attention, l->eps, rows, w), rows, 0, qkv);
     if (l->norms_all_heads) {
-        SHARED for (int64_t i = 0; i < 2 * rows; i++) {
+        SHARED(t, i, 2 * rows) {
             bf16 *at = qkv + i / 2 * m->size + i % 2 * l->heads * dim;
             rms_norm(at, i % 2 ? l->key_norm : l->query_norm, (i % 2 ? l->key_heads : l->heads) * dim, l->eps, at);
         }
+        meet(t);
     }
-    SHARED for (int64_t i = 0; i < rows * heads; i++) {
+    SHARED(t, i, rows * heads) {
         const int64_t row = i / heads, at = i % heads;
         bf16 *head = qkv + row * m->size + at * dim;
         const float *weight = at < l->heads ? l->query_norm : l->key_norm;
         if (weight && !l->norms_all_heads) rms_norm(head, weight, dim, l->eps, head);
         if (rope.dims) rotated(head, rope.cos + row * rope.dims, rope.sin + row * rope.dims, rope.dims);
     }
+    meet(t);
 }
 
-/* Within a parallel region: w->wide [rows, mlp width] = activation(gate) * up, of packed rows. */
-static void gated(const Layer *l, const Workspace *w, void *packed, int64_t rows) {
+/* w->wide [rows, mlp width] = activation(gate) * up, of packed rows. */
+static void gated(Team *t, const Layer *l, const Workspace *w, void *packed, int64_t rows) {
     const Matrix *m = &l->gate_up;
     const int64_t wide = l->down.width;
     float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64))), gates[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
-    SHARED for (int64_t out = 0; out < wide; out += BLOCK) {
+    SHARED(t, block, wide / BLOCK) {
+        const int64_t out = block * BLOCK;
         product(m, out, packed, rows, gates);
         product(m, wide + out, packed, rows, sums);
         for (int64_t row = 0; row < rows; row++)
@@ -226,19 +252,20 @@ static void gated(const Layer *l, const Workspace *w, void *packed, int64_t rows
                 save_bf16(w->wide + row * wide + out + i, rounded(gate) * rounded(load(sums[row] + i)));
             }
     }
+    meet(t);
 }
 
-/* Within a parallel region: hidden [rows, width] after the layer, of before it and its attention [rows, heads * head_dim],
- * for at most 64 rows. Null attention: the layer's is left out; mlp 0: its MLP is. */
-static void finish_rows(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden,
+/* hidden [rows, width] after the layer, of before it and its attention [rows, heads * head_dim], for at most 64 rows. Null
+ * attention: the layer's is left out; mlp 0: its MLP is. */
+static void finish_rows(Team *t, const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden,
                         const Workspace *w) {
     if (attention) {
-        void *packed = pack(&l->output, attention, 0, 0, rows, w);
-        residual(&l->output, l->after_attention, l->eps, w, packed, rows, before, hidden);
+        void *packed = pack(t, &l->output, attention, 0, 0, rows, w);
+        residual(t, &l->output, l->after_attention, l->eps, w, packed, rows, before, hidden);
     }
     if (!mlp) return;
-    gated(l, w, pack(&l->gate_up, hidden, l->before_mlp, l->eps, rows, w), rows);
-    residual(&l->down, l->after_mlp, l->eps, w, pack(&l->down, w->wide, 0, 0, rows, w), rows, hidden, hidden);
+    gated(t, l, w, pack(t, &l->gate_up, hidden, l->before_mlp, l->eps, rows, w), rows);
+    residual(t, &l->down, l->after_mlp, l->eps, w, pack(t, &l->down, w->wide, 0, 0, rows, w), rows, hidden, hidden);
 }
 
 /* The rows from `at` on. */
@@ -246,41 +273,58 @@ static Rope from_position(Rope rope, int64_t at) {
     return rope.dims ? (Rope){rope.cos + at * rope.dims, rope.sin + at * rope.dims, rope.dims} : rope;
 }
 
+/* What a call of `project` or `finish` is for. */
+typedef struct {
+    const Layer *l;
+    const bf16 *attention, *before;
+    int64_t rows, mlp;
+    Rope rope;
+    bf16 *to;
+    Workspace w;
+} Part;
+
+static void project_by(void *args, Team *t, int64_t rank) {
+    const Part *p = args;
+    const Matrix *m = &p->l->qkv;
+    (void)rank;
+    for (int64_t at = 0; at < p->rows; at += MOST_ROWS) {
+        const int64_t here = p->rows - at < MOST_ROWS ? p->rows - at : MOST_ROWS;
+        project_rows(t, p->l, p->before + at * m->width, here, from_position(p->rope, at), p->to + at * m->size, &p->w);
+    }
+    end_tiles();
+}
+
 /* project_rows, for any number of rows. */
 void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, const bf16 *sin, int64_t dims, bf16 *qkv,
-             char *workspace) {
-    const Workspace w = parted(workspace, widest(l));
-    for (int64_t at = 0; at < rows; at += MOST_ROWS) {
-        const int64_t here = rows - at < MOST_ROWS ? rows - at : MOST_ROWS;
-        const Rope rope = from_position((Rope){cos, sin, dims}, at);
-#pragma omp parallel
-        {
-            project_rows(l, hidden + at * l->qkv.width, here, rope, qkv + at * l->qkv.size, &w);
-            end_tiles();
-        }
+             char *workspace, Team *t, int64_t threads) {
+    Part p = {l, 0, hidden, rows, 0, {cos, sin, dims}, qkv, parted(workspace, widest(l))};
+    lead(t, threads, project_by, &p);
+}
+
+static void finish_by(void *args, Team *t, int64_t rank) {
+    const Part *p = args;
+    const int64_t width = p->l->output.size;
+    (void)rank;
+    for (int64_t at = 0; at < p->rows; at += MOST_ROWS) {
+        const int64_t here = p->rows - at < MOST_ROWS ? p->rows - at : MOST_ROWS;
+        const bf16 *attended = p->attention ? p->attention + at * p->l->output.width : 0;
+        finish_rows(t, p->l, attended, p->before + at * width, here, p->mlp, p->to + at * width, &p->w);
     }
+    end_tiles();
 }
 
 /* finish_rows, for any number of rows. */
 void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden,
-            char *workspace) {
-    const Workspace w = parted(workspace, widest(l));
-    const int64_t width = l->output.size;
-    if (!attention && hidden != before) memcpy(hidden, before, (size_t)(rows * width) * sizeof *hidden);
-    for (int64_t at = 0; at < rows; at += MOST_ROWS) {
-        const int64_t here = rows - at < MOST_ROWS ? rows - at : MOST_ROWS;
-        const bf16 *attended = attention ? attention + at * l->output.width : 0;
-#pragma omp parallel
-        {
-            finish_rows(l, attended, before + at * width, here, mlp, hidden + at * width, &w);
-            end_tiles();
-        }
-    }
+            char *workspace, Team *t, int64_t threads) {
+    Part p = {l, attention, before, rows, mlp, {0, 0, 0}, hidden, parted(workspace, widest(l))};
+    if (!attention && hidden != before) memcpy(hidden, before, (size_t)(rows * l->output.size) * sizeof *hidden);
+    lead(t, threads, finish_by, &p);
 }
 
-/* Attention of the pass' rows from..to at a layer; its queries, keys and values stand in qkv, its output in `output`. */
+/* Attention of the pass' rows from..to at a layer, at most 64; its queries, keys and values stand in qkv, its output in
+ * `output`. With `output` null it is only planned, by one thread, while the others multiply. */
 typedef void Attend(const void *reading, const void *texts, int64_t count, int64_t layer, int64_t from, int64_t to,
-                    char *workspace, int64_t threads, bf16 *output);
+                    char *workspace, bf16 *output, Team *t, int64_t rank);
 
 typedef struct {
     const void *texts; /* as the layers of one window read them */
@@ -297,31 +341,40 @@ typedef struct {
     Attend *attend;
     const void *reading; /* with its queries in `qkv` */
     int64_t count, threads;
+    Team *team;
 } Pass;
+
+/* What a call of `layers` is for. */
+typedef struct {
+    const Pass *p;
+    int64_t first, last, rows;
+    bf16 *hidden, *qkv, *read;
+    char *workspace;
+} Run;
+
+static void layers_by(void *args, Team *t, int64_t rank) {
+    const Run *run = args;
+    const Pass *p = run->p;
+    for (int64_t at = 0; at < run->rows; at += MOST_ROWS)
+        for (int64_t i = run->first; i < run->last; i++) {
+            const Layer *l = p->layers[i];
+            const Workspace w = parted(run->workspace, widest(l));
+            const int64_t here = run->rows - at < MOST_ROWS ? run->rows - at : MOST_ROWS;
+            bf16 *x = run->hidden + at * l->output.size, *read = run->read + at * l->output.width;
+            if (p->parts[i] & ATTENTION) {
+                const Rope rope = p->rope_of[i] < 0 ? (Rope){0, 0, 0} : from_position(p->ropes[p->rope_of[i]], at);
+                const Read *r = p->reads + p->read_of[i];
+                if (rank == 0) p->attend(p->reading, r->texts, p->count, i, at, at + here, r->workspace, 0, t, rank);
+                project_rows(t, l, x, here, rope, run->qkv + at * l->qkv.size, &w);
+                p->attend(p->reading, r->texts, p->count, i, at, at + here, r->workspace, run->read, t, rank);
+            }
+            finish_rows(t, l, p->parts[i] & ATTENTION ? read : 0, x, here, p->parts[i] & MLP, x, &w);
+        }
+    end_tiles();
+}
 
 /* hidden [rows, width] after the layers first..last, in its own place; qkv and read hold one layer's rows. */
 void layers(const Pass *p, int64_t first, int64_t last, bf16 *hidden, int64_t rows, bf16 *qkv, bf16 *read, char *workspace) {
-    for (int64_t at = 0; at < rows; at += MOST_ROWS)
-        for (int64_t i = first; i < last; i++) {
-            const Layer *l = p->layers[i];
-            const Workspace w = parted(workspace, widest(l));
-            const int64_t here = rows - at < MOST_ROWS ? rows - at : MOST_ROWS;
-            const int attends = p->parts[i] & ATTENTION;
-            bf16 *x = hidden + at * l->output.size;
-            if (attends) {
-                const Rope rope = p->rope_of[i] < 0 ? (Rope){0, 0, 0} : from_position(p->ropes[p->rope_of[i]], at);
-                const Read *r = p->reads + p->read_of[i];
-#pragma omp parallel
-                {
-                    project_rows(l, x, here, rope, qkv + at * l->qkv.size, &w);
-                    end_tiles();
-                }
-                p->attend(p->reading, r->texts, p->count, i, at, at + here, r->workspace, p->threads, read);
-            }
-#pragma omp parallel
-            {
-                finish_rows(l, attends ? read + at * l->output.width : 0, x, here, p->parts[i] & MLP, x, &w);
-                end_tiles();
-            }
-        }
+    Run run = {p, first, last, rows, hidden, qkv, read, workspace};
+    lead(p->team, p->threads, layers_by, &run);
 }

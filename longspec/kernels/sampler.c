@@ -3,6 +3,7 @@
  * A block of columns is looked through only where its greatest is above the least that is held: of 49,152 columns some
  * eighty blocks, for eight. So a row costs hardly more than reading it.
  */
+#include "team.h"
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -97,6 +98,17 @@ static int64_t nucleus(const float *scores, int64_t count, float whole, float to
     return kept;
 }
 
+/* What a call is for. */
+typedef struct {
+    const void *logits;
+    int64_t rows, size;
+    float temperature;
+    int64_t top_k;
+    float top_p, min_p;
+    const int64_t *keys;
+    int64_t *chosen;
+} Choice;
+
 /* chosen [rows]: what each row's key chooses of its logits / temperature [rows, size] by top-k, top-p and min-p; -1
  * where they may keep more than the best MOST, or top-k is above it.
  *
@@ -104,54 +116,60 @@ static int64_t nucleus(const float *scores, int64_t count, float whole, float to
  * its exponent tells (of 49,152 some twenty).
  */
 #define CHOOSE(name, type, value, best)                                                                                \
-    void name(const type *logits, int64_t rows, int64_t size, float temperature, int64_t top_k, float top_p, float min_p, \
-              const int64_t *keys, int64_t *chosen) {                                                                  \
-        const int64_t looked = top_k ? top_k : MOST, count = looked < size ? looked : size;                            \
-        _Pragma("omp parallel for if (rows > 1)")                                                                      \
-        for (int64_t row = 0; row < rows; row++) {                                                                     \
-            const type *own = logits + row * size;                                                                     \
-            int64_t tokens[MOST], kept = 1;                                                                            \
-            float scores[MOST];                                                                                        \
-            const uint64_t key = (uint64_t)keys[row];                                                                  \
-            const int filtered = top_k || top_p < 1 || min_p > 0;                                                      \
-            chosen[row] = -1;                                                                                          \
-            if (count > MOST) continue;                                                                                \
-            best(own, 1, size, filtered ? count : 1, tokens);                                                          \
-            for (int64_t i = 0; i < (filtered ? count : 1); i++) scores[i] = value(own[tokens[i]]) / temperature;      \
-            if (filtered) {                                                                                            \
-                float sums[SUMS] = {0}, whole = 0;                                                                     \
-                if (top_p < 1 && !top_k) {                                                                             \
-                    int64_t i = 0;                                                                                     \
-                    for (; i + SUMS <= size; i += SUMS)                                                                \
-                        for (int64_t k = 0; k < SUMS; k++)                                                             \
-                            sums[k] += exponential(value(own[i + k]) / temperature - scores[0]);                       \
-                    for (; i < size; i++) sums[0] += exponential(value(own[i]) / temperature - scores[0]);             \
-                } else {                                                                                               \
-                    for (int64_t i = 0; i < count; i++) sums[0] += exponential(scores[i] - scores[0]);                 \
-                }                                                                                                      \
-                for (int64_t k = 0; k < SUMS; k++) whole += sums[k];                                                   \
-                kept = nucleus(scores, count, whole, top_p, min_p);                                                    \
-                if (kept == count && !top_k && count < size) continue;                                                 \
+    static void name##_row(const Choice *c, int64_t row) {                                                             \
+        const int64_t looked = c->top_k ? c->top_k : MOST, count = looked < c->size ? looked : c->size;                \
+        const type *own = (const type *)c->logits + row * c->size;                                                     \
+        int64_t tokens[MOST], kept = 1;                                                                                \
+        float scores[MOST];                                                                                            \
+        const uint64_t key = (uint64_t)c->keys[row];                                                                   \
+        const int filtered = c->top_k || c->top_p < 1 || c->min_p > 0;                                                 \
+        c->chosen[row] = -1;                                                                                           \
+        if (count > MOST) return;                                                                                      \
+        best(own, 1, c->size, filtered ? count : 1, tokens);                                                           \
+        for (int64_t i = 0; i < (filtered ? count : 1); i++) scores[i] = value(own[tokens[i]]) / c->temperature;       \
+        if (filtered) {                                                                                                \
+            float sums[SUMS] = {0}, whole = 0;                                                                         \
+            if (c->top_p < 1 && !c->top_k) {                                                                           \
+                int64_t i = 0;                                                                                         \
+                for (; i + SUMS <= c->size; i += SUMS)                                                                 \
+                    for (int64_t k = 0; k < SUMS; k++)                                                                 \
+                        sums[k] += exponential(value(own[i + k]) / c->temperature - scores[0]);                        \
+                for (; i < c->size; i++) sums[0] += exponential(value(own[i]) / c->temperature - scores[0]);           \
+            } else {                                                                                                   \
+                for (int64_t i = 0; i < count; i++) sums[0] += exponential(scores[i] - scores[0]);                     \
             }                                                                                                          \
-            double most = -INFINITY;                                                                                   \
-            for (int64_t i = 0; i < kept; i++) {                                                                       \
-                const double one = scores[i] + gumbel(key, (uint64_t)tokens[i]);                                       \
-                if (one > most) most = one, chosen[row] = tokens[i];                                                   \
-            }                                                                                                          \
-            for (int64_t start = 0; start < size && !filtered; start += BLOCK) {                                       \
-                const int64_t end = start + BLOCK < size ? start + BLOCK : size;                                       \
-                const float near = (float)(most - 1e-6 * fabs(most)); /* rounding, of scores too */                    \
-                int close = 0;                                                                                         \
-                for (int64_t i = start; i < end; i++)                                                                  \
-                    close |= value(own[i]) / temperature + bound(mixed(key, (uint64_t)i)) >= near;                     \
-                for (int64_t i = start; i < end && close; i++) {                                                       \
-                    const float score = value(own[i]) / temperature;                                                   \
-                    if (score + bound(mixed(key, (uint64_t)i)) < near) continue;                                       \
-                    const double one = score + gumbel(key, (uint64_t)i);                                               \
-                    if (one > most) most = one, chosen[row] = i;                                                       \
-                }                                                                                                      \
+            for (int64_t k = 0; k < SUMS; k++) whole += sums[k];                                                       \
+            kept = nucleus(scores, count, whole, c->top_p, c->min_p);                                                  \
+            if (kept == count && !c->top_k && count < c->size) return;                                                 \
+        }                                                                                                              \
+        double most = -INFINITY;                                                                                       \
+        for (int64_t i = 0; i < kept; i++) {                                                                           \
+            const double one = scores[i] + gumbel(key, (uint64_t)tokens[i]);                                           \
+            if (one > most) most = one, c->chosen[row] = tokens[i];                                                    \
+        }                                                                                                              \
+        for (int64_t start = 0; start < c->size && !filtered; start += BLOCK) {                                        \
+            const int64_t end = start + BLOCK < c->size ? start + BLOCK : c->size;                                     \
+            const float near = (float)(most - 1e-6 * fabs(most)); /* rounding, of scores too */                        \
+            int close = 0;                                                                                             \
+            for (int64_t i = start; i < end; i++)                                                                      \
+                close |= value(own[i]) / c->temperature + bound(mixed(key, (uint64_t)i)) >= near;                      \
+            for (int64_t i = start; i < end && close; i++) {                                                           \
+                const float score = value(own[i]) / c->temperature;                                                    \
+                if (score + bound(mixed(key, (uint64_t)i)) < near) continue;                                           \
+                const double one = score + gumbel(key, (uint64_t)i);                                                   \
+                if (one > most) most = one, c->chosen[row] = i;                                                        \
             }                                                                                                          \
         }                                                                                                              \
+    }                                                                                                                  \
+    static void name##_by(void *args, Team *t, int64_t rank) {                                                         \
+        (void)rank;                                                                                                    \
+        SHARED(t, row, ((const Choice *)args)->rows) name##_row(args, row);                                            \
+        meet(t);                                                                                                       \
+    }                                                                                                                  \
+    void name(const type *logits, int64_t rows, int64_t size, float temperature, int64_t top_k, float top_p, float min_p, \
+              const int64_t *keys, int64_t *chosen, Team *t, int64_t threads) {                                        \
+        Choice choice = {logits, rows, size, temperature, top_k, top_p, min_p, keys, chosen};                          \
+        lead(t, rows > 1 ? threads : 1, name##_by, &choice);                                                           \
     }
 
 CHOOSE(choose16, uint16_t, value16, best16)

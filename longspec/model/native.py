@@ -18,6 +18,7 @@ from torch import Tensor
 from longspec.attention.native_batch import Texts
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.build import library
+from longspec.kernels.team import team
 from longspec.model.config import Config, Rope
 from longspec.model.weights.quantized import FORMATS, CodedLinear, Piece, missing_kernel, tile_nbytes
 
@@ -67,6 +68,7 @@ class _Pass(ctypes.Structure):
         ("reading", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("team", ctypes.c_void_p),
     )
 
 
@@ -153,7 +155,7 @@ class Fused:
         qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
         rope = self._turn(turn, rows) if turn else (None, None, 0)
-        self._kernel.project(self._pointers[index], at, rows, *rope, qkv.data_ptr(), self.workspace())
+        self._kernel.project(self._pointers[index], at, rows, *rope, qkv.data_ptr(), self.workspace(), *team())
         return qkv
 
     def finish(self, index: int, attention: Tensor | None, hidden: Tensor, *, mlp: bool = True) -> Tensor:
@@ -166,7 +168,7 @@ class Fused:
             attention = attention.contiguous()
             read = pointer(attention, torch.bfloat16, rows, c.heads * c.head_dim)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
-        self._kernel.finish(self._pointers[index], read, at, rows, mlp, output.data_ptr(), self.workspace())
+        self._kernel.finish(self._pointers[index], read, at, rows, mlp, output.data_ptr(), self.workspace(), *team())
         return output
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class Fused:
         logits = hidden.new_empty(rows, self._head.size, dtype=torch.float32)
         at = pointer(hidden, torch.bfloat16, rows, self._config.width)
         self._kernel.linear(
-            self.head_matrix, self._norm, self._config.eps, at, rows, None, logits.data_ptr(), self.workspace()
+            self.head_matrix, self._norm, self._config.eps, at, rows, None, logits.data_ptr(), self.workspace(), *team()
         )
         return logits
 
@@ -233,8 +235,8 @@ def kernel() -> ctypes.CDLL | str:
         return found
     place, number = ctypes.c_void_p, ctypes.c_int64
     found.layer_workspace.argtypes, found.layer_workspace.restype = (place, number), number
-    found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place)
+    found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place, place, number)
     found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, place, number, place, place, place)
-    found.project.argtypes = (place, place, number, place, place, number, place, place)
-    found.finish.argtypes = (place, place, place, number, number, place, place)
+    found.project.argtypes = (place, place, number, place, place, number, place, place, place, number)
+    found.finish.argtypes = (place, place, place, number, number, place, place, place, number)
     return found

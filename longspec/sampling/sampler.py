@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from longspec.kernels.build import library
+from longspec.kernels.team import team
 from longspec.sampling.parameters import Sampling
 
 __all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
@@ -53,7 +54,7 @@ def choose(
     if kernel is None:
         return _choose(logits, sampling, keys)
     logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
-    own = torch.tensor(keys, dtype=torch.int64)
+    own, (address, threads) = torch.tensor(keys, dtype=torch.int64), team()
     kernel(
         "choose",
         logits.data_ptr(),
@@ -64,6 +65,8 @@ def choose(
         ctypes.c_float(sampling.min_p),
         own.data_ptr(),
         chosen.data_ptr(),
+        address or 0,
+        threads,
     )
     far = (chosen < 0).nonzero()[:, 0]
     if len(far):  # rows for which the kernel's candidates may not suffice

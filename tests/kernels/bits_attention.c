@@ -32,7 +32,7 @@ static void run(const Segment *segments, int64_t count, int64_t rows, float soft
     const Reading r = {queries, HEADS * GROUPS * DIM, rows, HEADS, GROUPS, DIM, 0.125f, softcap};
     char *workspace = malloc((size_t)attention_workspace(&r, segments, count, 1));
     float *kept = malloc((size_t)attention_state(&r));
-    attention_read(&r, segments, count, 1, workspace, 1, kept, output);
+    attention_read(&r, segments, count, 1, workspace, 1, kept, output, 0);
     add(output, (size_t)(rows * HEADS * GROUPS * DIM) * sizeof *output);
     free(workspace), free(kept);
 }

@@ -46,7 +46,7 @@ static void products(int64_t size, int64_t width, int64_t format, int bits, int 
     const Matrix m = {weight, bias, size, width, format, format == BF16 ? size : first, &rest};
     char *workspace = malloc((size_t)layer_workspace(0, width));
     for (int64_t rows = 1; rows <= 130; rows += rows < 20 ? 3 : 37) {
-        linear(&m, rows % 2 ? norm : 0, 1e-5f, x, rows, 0, y, workspace);
+        linear(&m, rows % 2 ? norm : 0, 1e-5f, x, rows, 0, y, workspace, 0, 1);
         add(y, (size_t)(rows * size * 4));
     }
     free(weight), free(bias), free(x), free(norm), free(y), free(workspace);

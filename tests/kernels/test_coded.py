@@ -24,6 +24,7 @@ from longspec.cache import Dense
 from longspec.engine.engine import Engine
 from longspec.engine.options import Options
 from longspec.errors import ModelError, UsageError
+from longspec.kernels.team import team
 from longspec.model import native
 from longspec.model.decoder import Chunk, Decoder, Rows, Skip
 from longspec.model.files.checkpoint import Checkpoint
@@ -128,7 +129,7 @@ class Kernel:
         made = rows.new_empty(len(rows), linear.size)
         matrix, at = native.matrix_of(linear), ctypes.addressof
         room = self._workspace.data_ptr()
-        self._kernel.linear(at(matrix), None, 0.0, rows.data_ptr(), len(rows), made.data_ptr(), None, room)
+        self._kernel.linear(at(matrix), None, 0.0, rows.data_ptr(), len(rows), made.data_ptr(), None, room, *team())
         return made
 
 

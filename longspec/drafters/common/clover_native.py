@@ -17,6 +17,7 @@ from longspec.drafters.common.tree_growth import BREADTH, likeliest
 from longspec.heads.clover2 import Clover2
 from longspec.kernels.boundary import pointer
 from longspec.kernels.build import library
+from longspec.kernels.team import team
 from longspec.model.decoder import Decoder
 from longspec.model.linear import Linear
 from longspec.model.native import matrix_of
@@ -35,6 +36,8 @@ _MOST_TABLE = 64 << 20
 class _Cell(ctypes.Structure):
     _fields_ = (
         ("linear", ctypes.c_void_p),
+        ("team", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("asks", "told", "first", "query", "join", "head")),
         *((name, ctypes.c_void_p) for name in ("feature_norm", "token_norm", "between", "norm")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "joined")),
@@ -90,6 +93,7 @@ class Cell:
         self.nbytes = sum(table.nbytes for table in tables)
         self._cell = _Cell(
             kernel.linear,
+            *team(),
             *(ctypes.addressof(each) for each in matrices),
             kernel.head_matrix,
             *(pointer(each, torch.float32, width) for each in norms),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from longspec.errors import ModelError
 from longspec.kernels.build import library
+from longspec.kernels.team import team
 from longspec.machine.system import has_large_pages
 
 __all__ = ["FORMATS", "GROUP", "STRIP", "CodedLinear", "Piece", "Room", "missing_kernel", "tile_nbytes"]
@@ -89,7 +90,7 @@ class Piece:
         at, kernel = 0, _kernel()
         for rows, heads in matrices:
             tiles = made.tiles[at : at + len(rows) // STRIP]
-            kernel.pack(FORMATS[kind], rows.contiguous().data_ptr(), len(rows), width, heads, tiles.data_ptr())
+            kernel.pack(FORMATS[kind], rows.contiguous().data_ptr(), len(rows), width, heads, tiles.data_ptr(), *team())
             at += len(tiles)
         return made
 
@@ -103,7 +104,7 @@ class Piece:
         weight = weight.contiguous()
         made, kernel = cls._empty(kind, [len(weight)], weight.shape[1], room), _kernel()
         half = weight.dtype == torch.float16
-        kernel.quantize(FORMATS[kind], weight.data_ptr(), weight.itemsize, half, *weight.shape, made.tiles.data_ptr())
+        kernel.quantize(FORMATS[kind], weight.data_ptr(), weight.itemsize, half, *weight.shape, made.tiles.data_ptr(), *team())
         return made
 
     @classmethod
@@ -119,7 +120,7 @@ class Piece:
         rows = torch.arange(self.size) if rows is None else rows.contiguous()
         made = torch.empty(len(rows), self.width)
         _kernel().values(
-            FORMATS[self.format], self.tiles.data_ptr(), self.width, rows.data_ptr(), len(rows), made.data_ptr()
+            FORMATS[self.format], self.tiles.data_ptr(), self.width, rows.data_ptr(), len(rows), made.data_ptr(), *team()
         )
         return made
 
@@ -190,7 +191,7 @@ def _library() -> ctypes.CDLL | str:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     place, number = ctypes.c_void_p, ctypes.c_int64
     found.tile_bytes.argtypes, found.tile_bytes.restype = (number, number), number
-    found.pack.argtypes = (number, place, number, number, number, place)
-    found.quantize.argtypes = (number, place, number, number, number, number, place)
-    found.values.argtypes = (number, place, number, place, number, place)
+    found.pack.argtypes = (number, place, number, number, number, place, place, number)
+    found.quantize.argtypes = (number, place, number, number, number, number, place, place, number)
+    found.values.argtypes = (number, place, number, place, number, place, place, number)
     return found
