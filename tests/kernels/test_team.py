@@ -1,4 +1,4 @@
-"""The team of threads: shared loops lose nothing, in a child process either, and a text has the same bits with any number."""
+"""The team of threads: shared loops lose nothing, in a child process either; any number gives a text the same bits."""
 
 from __future__ import annotations
 

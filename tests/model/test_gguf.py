@@ -20,6 +20,7 @@ from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.convert import converted
+from longspec.model.files.hub import find
 from longspec.model.gguf.file import read_gguf
 from longspec.model.gguf.header import read_header
 from longspec.model.weights.read import Weights
@@ -186,6 +187,36 @@ def test_the_header_is_the_packages_reading(tmp_path: Path) -> None:
         assert place.shape == tuple(tensor.shape.tolist()[::-1])
 
 
+def test_a_split_file_is_one_model(tmp_path: Path) -> None:
+    """By any of its parts; what lacks a part, or has a strange one, is refused."""
+    model = oracle("llama")
+    whole = read_gguf(write_gguf(model, tmp_path / "whole.gguf"))
+    write_gguf(model, tmp_path / "tiny.gguf", split=6)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(parts) > 2
+    for part in (parts[0], parts[-1]):
+        found = read_gguf(part)
+        assert found.names == whole.names
+        assert found.config() == whole.config()
+        assert found.nbytes == sum(path.stat().st_size for path in parts)
+        assert all(torch.equal(found.take(name), whole.take(name)) for name in found.names)
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(parts[0].read_bytes())
+    with pytest.raises(ModelError, match=r"one part of a split GGUF, and its name doesn't end"):
+        read_header(alone)
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(ModelError, match=r"doesn't say that it is part 2 of"):
+        read_header(parts[0])
+    parts[1].unlink()
+    with pytest.raises(ModelError, match=rf"{parts[1].name} isn't beside it"):
+        read_header(parts[0])
+
+
+def test_a_file_is_known_by_its_beginning(tmp_path: Path) -> None:
+    blob = write_gguf(oracle("llama"), tmp_path / "sha256-2af3b81862c6")
+    assert find(str(blob)).gguf == blob
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -196,7 +227,6 @@ def test_the_header_is_the_packages_reading(tmp_path: Path) -> None:
         ("llama.embedding_length", 0, "where a size was expected"),
         ("llama.block_count", 2**31, r"2,147,483,648 layers"),
         ("llama.expert_count", 8, "mixture of experts"),
-        ("split.count", 3, "one part of a split GGUF"),
         ("llama.rope.scaling.type", "dynamic", "'dynamic'"),
         ("llama.block_count", 3, r"holds the tensor blk\.3\.\S+, which llama models don't have"),
         ("llama.attention.head_count", 5, "48 rows for 5 heads"),

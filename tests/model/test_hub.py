@@ -136,7 +136,7 @@ def test_what_is_no_model_is_said(name: str, said: str) -> None:
 
 def test_another_file_is_no_model() -> None:
     Path("model.bin").write_bytes(b"never opened")
-    with pytest.raises(ModelError, match=r"is a file, but no \.gguf"):
+    with pytest.raises(ModelError, match=r"is a file, but no GGUF"):
         find("model.bin")
 
 

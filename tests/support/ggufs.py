@@ -25,13 +25,14 @@ def write_gguf(
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     matrices: gguf.GGMLQuantizationType | None = None,
     others: Mapping[str, gguf.GGMLQuantizationType] = {},
+    split: int = 0,
 ) -> Path:
     """The model as a GGUF file in fp32, its matrices of another kind if one is given, and of others by what stands in
-    their GGUF names. `change` may add fields before it is written.
+    their GGUF names; in files of `split` tensors if that isn't 0. `change` may add fields before it is written.
     """
     config = model.config
     kind = SUPPORTED.get(config.model_type, config.model_type)
-    writer = gguf.GGUFWriter(path, kind)
+    writer = gguf.GGUFWriter(path, kind, split_max_tensors=split)
     _add_shape(writer, config, kind)
     add_tokenizer(writer, config.vocab_size)
     change(writer)

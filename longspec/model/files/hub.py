@@ -83,8 +83,10 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
             raise ModelError(f"The folder {name} has no config.json: give a folder in Hugging Face's layout.")
         return Checkpoint(name, folder=path)
     if os.path.isfile(path):
-        if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file, but no .gguf: give a GGUF file, or a folder in Hugging Face's layout.")
+        from longspec.model.gguf.header import is_gguf
+
+        if path.suffix != ".gguf" and not is_gguf(path):
+            raise ModelError(f"{name} is a file, but no GGUF: give a GGUF file, or a folder in Hugging Face's layout.")
         return Checkpoint(name, gguf=path)
     if offline is None:
         offline = _is_offline()

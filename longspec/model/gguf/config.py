@@ -62,8 +62,6 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     fields = _Fields(header)
     architecture = architecture_of(header)
     kind = fields.kind
-    if header.fields.get("split.count", 1) > 1:
-        raise ModelError(f"{header.path} is one part of a split GGUF: join the parts with llama-gguf-split --merge.")
     if header.fields.get(f"{kind}.expert_count"):
         raise ModelError(f"{header.path} is a mixture of experts, which is not supported.")
     embedding = header.tensors.get("token_embd.weight")
@@ -214,7 +212,7 @@ def _factors(header: GgufHeader, name: str) -> list[float]:
     tensor = header.tensors.get(name)
     if tensor is None or tensor.kind != 0 or len(tensor.shape) != 1:  # 0 is F32
         raise ModelError(f"{header.path} should hold {name} as one row of 32-bit floats, and doesn't.")
-    values = header.bytes[tensor.begin : tensor.begin + tensor.nbytes].view("<f4")
+    values = tensor.bytes.view("<f4")
     return [float(str(value)) for value in values]
 
 

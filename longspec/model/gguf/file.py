@@ -87,6 +87,11 @@ class GgufFile:
     def tokenizer_config(self) -> dict[str, Any]:
         return tokenizer_config_of(self.fields) | {"model_max_length": self._config["max_position_embeddings"]}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, or of all its parts."""
+        return self._header.nbytes
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._header.tensors[self._stored[name]].shape
 
@@ -136,15 +141,12 @@ class GgufFile:
 
     def release(self, name: str) -> None:
         """Let go of the file's pages that hold a tensor: they are read again where it is taken again."""
-        place = self._header.tensors[self._stored[name]]
-        self._header.release(place)
+        self._header.tensors[self._stored[name]].release()
 
     def _rows(self, name: str) -> Tensor:
         """A tensor's bytes, row by row."""
         place = self._header.tensors[self._stored[name]]
-        return torch.from_numpy(self._header.bytes[place.begin : place.begin + place.nbytes]).view(
-            *place.shape[:-1], -1
-        )
+        return torch.from_numpy(place.bytes).view(*place.shape[:-1], -1)
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
         """None: dequantized tensors have no neighbours."""

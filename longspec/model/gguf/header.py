@@ -11,6 +11,7 @@ cores with AMX). The package's tables of types and block sizes are used.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -28,7 +29,7 @@ from gguf.constants import (
 
 from longspec.errors import ModelError
 
-__all__ = ["GgufHeader", "GgufTensor", "read_header"]
+__all__ = ["GgufHeader", "GgufTensor", "is_gguf", "read_header"]
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -44,16 +45,32 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 _DIMENSIONS = 4  # ggml's maximum
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor's position: `nbytes` bytes of type `kind` from `begin` on. The shape is in torch's order, rows first."""
+    """A tensor's position: `nbytes` bytes of type `kind` from `begin` on, in a mapped file. The shape is in torch's
+    order, rows first.
+    """
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     begin: int
     nbytes: int
+    buffer: mmap.mmap
+
+    @property
+    def bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Its bytes, which nobody may write to."""
+        return np.frombuffer(self.buffer, np.uint8, self.nbytes, self.begin)
+
+    def release(self) -> None:
+        """Let go of the pages that its bytes fill: mapped bytes count as this process's memory once read."""
+        begin = -(-self.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (self.begin + self.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0:
+            self.buffer.madvise(mmap.MADV_DONTNEED, begin, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +78,51 @@ class GgufHeader:
     path: Path
     fields: dict[str, Any]  # numbers, strings, bools, and lists of them
     tensors: dict[str, GgufTensor]
-    bytes: np.ndarray[Any, np.dtype[np.uint8]]  # the mapped file, private to this process
-    buffer: mmap.mmap  # the map itself
+    nbytes: int  # of all files
 
-    def release(self, tensor: GgufTensor) -> None:
-        """Let go of the pages that a tensor's bytes fill: mapped bytes count as this process's memory once read."""
-        begin = -(-tensor.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-        if length > 0:
-            self.buffer.madvise(mmap.MADV_DONTNEED, begin, length)
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as GGUF does, whatever its name is."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == GGUF_MAGIC.to_bytes(4, "little")
+    except OSError:
+        return False
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Parse a header. Raises ModelError where the file isn't GGUF, is truncated, or holds a tensor of a type that
-    gguf doesn't know.
+    """Parse a header; of a model that is split into files (-00001-of-00003.gguf), given by any of them, the fields of
+    the first and the tensors of all.
+
+    Raises ModelError where a file isn't GGUF, is truncated or missing, or holds a tensor of a type that gguf doesn't
+    know.
     """
+    split = _PART.fullmatch(path.name)
+    if split is None:
+        whole = _read(path)
+        if whole.fields.get("split.count") not in (None, 0, 1):
+            raise ModelError(
+                f"{path} is one part of a split GGUF, and its name doesn't end with -00001-of-0000N.gguf: give the "
+                "parts their names back, or join them with llama-gguf-split --merge."
+            )
+        return whole
+    stem, _, count = split.groups()
+    names = [path.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    if absent := [name.name for name in names if not name.is_file()]:
+        raise ModelError(f"{path} is one of {len(names)} parts, and {absent[0]} isn't beside it.")
+    parts = [_read(name) for name in names]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        if (part.fields.get("split.no"), part.fields.get("split.count")) != (number, len(parts)):
+            raise ModelError(f"{part.path} doesn't say that it is part {number + 1} of {len(parts)}. Fetch it again.")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ModelError(f"{part.path} holds {min(twice)}, which another part holds too. Fetch it again.")
+        tensors |= part.tensors
+    return GgufHeader(names[0], parts[0].fields, tensors, sum(part.nbytes for part in parts))
+
+
+def _read(path: Path) -> GgufHeader:
+    """One file's header."""
     try:
         with path.open("rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -119,7 +166,7 @@ class _Walk:
             if offset % alignment:
                 self._bad(f"the tensor {name} begins at {offset:,}, which isn't aligned to {alignment} bytes")
             tensors[name] = self._tensor(name, shape, code, start + offset)
-        return GgufHeader(self._path, fields, tensors, np.frombuffer(self._buffer, dtype=np.uint8), self._buffer)
+        return GgufHeader(self._path, fields, tensors, self._size)
 
     def _tensor(self, name: str, shape: tuple[int, ...], code: int, begin: int) -> GgufTensor:
         try:
@@ -132,7 +179,7 @@ class _Walk:
         size = prod(shape) // block * nbytes
         if begin + size > self._size:
             self._bad(f"expected at least {begin + size:,} bytes because of {name}, found {self._size:,}")
-        return GgufTensor(shape, kind, begin, size)
+        return GgufTensor(shape, kind, begin, size, self._buffer)
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

@@ -46,7 +46,7 @@ def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, coded:
             file = read_gguf(checkpoint.gguf)
             sizes = [prod(file.shape(name)) for name in file.names]
             whole = sum(sizes) * dtype.itemsize
-            return Footprint(whole, whole, max(whole, file.path.stat().st_size + _DEQUANTIZED * max(sizes)))
+            return Footprint(whole, whole, max(whole, file.nbytes + _DEQUANTIZED * max(sizes)))
         weights: Weights = Weights.of_folder(place, dtype)
     else:
         weights = checkpoint.weights(dtype, coded=coded is not None)
@@ -90,7 +90,7 @@ class _Valueless(Weights):
         run = None
         if self._gguf:
             if not self.releases:
-                self.mapped[""] = sources[0].path.stat().st_size
+                self.mapped[""] = sources[0].nbytes
             shapes = [source.shape(name) for source, name in zip(sources, names, strict=True)]
         else:  # a view of the mapped file: nothing is read
             taken = [source.take(name) for source, name in zip(sources, names, strict=True)]

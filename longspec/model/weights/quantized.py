@@ -104,7 +104,9 @@ class Piece:
         weight = weight.contiguous()
         made, kernel = cls._empty(kind, [len(weight)], weight.shape[1], room), _kernel()
         half = weight.dtype == torch.float16
-        kernel.quantize(FORMATS[kind], weight.data_ptr(), weight.itemsize, half, *weight.shape, made.tiles.data_ptr(), *team())
+        kernel.quantize(
+            FORMATS[kind], weight.data_ptr(), weight.itemsize, half, *weight.shape, made.tiles.data_ptr(), *team()
+        )
         return made
 
     @classmethod
@@ -120,7 +122,13 @@ class Piece:
         rows = torch.arange(self.size) if rows is None else rows.contiguous()
         made = torch.empty(len(rows), self.width)
         _kernel().values(
-            FORMATS[self.format], self.tiles.data_ptr(), self.width, rows.data_ptr(), len(rows), made.data_ptr(), *team()
+            FORMATS[self.format],
+            self.tiles.data_ptr(),
+            self.width,
+            rows.data_ptr(),
+            len(rows),
+            made.data_ptr(),
+            *team(),
         )
         return made
 
