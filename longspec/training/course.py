@@ -23,7 +23,7 @@ from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, UsageError
 from longspec.heads.format import Trained, load_head, new_head, save_head
 from longspec.machine.files import read_json, replaced
-from longspec.model.load import Model
+from longspec.model.load import CODED, Model
 from longspec.training.distil import Text, distil
 from longspec.training.report import accuracies, tokens_per_step, write_report
 from longspec.training.together import Together, together
@@ -174,7 +174,7 @@ def start(
     Raises:
         UsageError: fewer than two prompts, an int8 model, or a first head of another kind or model.
     """
-    if model.dtype == "int8":
+    if model.dtype in CODED:
         raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
                          "--dtype bf16.")  # fmt: skip
     if first is not None and first.resolve() == folder.resolve():
