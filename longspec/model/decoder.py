@@ -193,10 +193,14 @@ class Decoder:
         made: Tensor = self._head.weight
         return made
 
+    def table(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding table, as the checkpoint has them: [..., width]."""
+        table = self._embedding
+        return F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self.dtype)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings, scaled: [..., width]."""
-        table = self._embedding
-        hidden = F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self.dtype)
+        hidden = self.table(tokens)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
     def normed(self, hidden: Tensor) -> Tensor:

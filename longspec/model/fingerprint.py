@@ -38,10 +38,13 @@ def lineage(decoder: Decoder) -> str:
     dtype keeps. Norms that are shifted before rounding (Gemma's) are left out.
     """
     digest = hashlib.sha256(repr(decoder.config).encode())
-    embedding, *others = decoder.tensors()
-    samples = [_sample(embedding, 16)]
+    size, width = decoder.config.vocabulary * decoder.config.width, decoder.config.width
+    samples = []
+    for start in _starts(size, 16):
+        tokens = torch.arange(start // width, -(-min(size, start + _RUN) // width), device=decoder.device)
+        samples.append(decoder.table(tokens).reshape(-1)[start % width :][: min(size, _RUN)])
     if not decoder.config.norm_offset:
-        samples += [tensor for tensor in others if tensor.dim() == 1]
+        samples += [tensor for tensor in decoder.tensors() if tensor.dim() == 1]
     for sample in samples:
         digest.update(_bytes(sample.to(torch.bfloat16)))
     return digest.hexdigest()
@@ -59,8 +62,11 @@ def _weights(decoder: Decoder) -> str:
 def _sample(tensor: Tensor, runs: int) -> Tensor:
     """Evenly spread runs of a tensor's values, the first and the last among them."""
     flat = tensor.reshape(-1)
-    starts = [i * max(0, len(flat) - _RUN) // (runs - 1) for i in range(runs)]
-    return torch.cat([flat[start : start + _RUN] for start in starts])
+    return torch.cat([flat[start : start + _RUN] for start in _starts(len(flat), runs)])
+
+
+def _starts(size: int, runs: int) -> list[int]:
+    return [i * max(0, size - _RUN) // (runs - 1) for i in range(runs)]
 
 
 def _bytes(values: Tensor) -> Any:

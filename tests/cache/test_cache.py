@@ -18,7 +18,7 @@ from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "mistral"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.full), "mistral"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     with torch.inference_mode():
         yield load(write(oracle(request.param), tmp_path_factory.mktemp("cache")))

@@ -136,7 +136,7 @@ def test_wrong_commands(home: Path) -> None:
     [
         (["--drafter", "wings"], 2, "'wings'"),
         (["--cache", "shoebox"], 2, "'shoebox'"),
-        (["--dtype", "fp7"], 2, "'fp7' is not known; use one of: auto, fp32, bf16, int8."),
+        (["--dtype", "fp7"], 2, "'fp7' is not known; use one of: auto, fp32, bf16, int8, int4."),
         (["--all-rows"], 2, "the cache is auto; add --cache disk or --cache offload"),
         (["--remember", "--drafter", "ngram"], 2, "(--draft-from, --remember) have no effect with the drafter ngram"),
         (["--device", "abacus"], 2, "'abacus'"),

@@ -262,8 +262,13 @@ def _validates(schema: dict[str, Any], asked: str, **options: Any) -> None:
     jsonschema.validate(json.loads(bet.text), schema, format_checker=jsonschema.FormatChecker())
 
 
+_USUAL = (0, 3, 9)
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("place", range(len(SCHEMAS)))
+@pytest.mark.parametrize(
+    "place", [i if i in _USUAL else pytest.param(i, marks=pytest.mark.full) for i in range(len(SCHEMAS))]
+)
 def test_the_default_model_keeps_a_schema(place: int) -> None:
     options = {"temperature": 0.8, "seed": 3} if place % 2 else {}
     _validates(SCHEMAS[place], ASKED[place % len(ASKED)], **options)

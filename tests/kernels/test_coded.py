@@ -176,7 +176,9 @@ def test_another_activation_is_refused(tmp_path: Path) -> None:
         open_model(str(folder), dtype="int8")
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8, "seed": 4}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"temperature": 0}, marks=pytest.mark.full), {"temperature": 0.8, "seed": 4}]
+)
 def test_bets_change_no_token(folder: Path, options: Any) -> None:
     made = coded(folder, strict=True)
     model = Model("tiny", "int8", made, vocabulary(made.config.vocabulary), (2,), {}, {})

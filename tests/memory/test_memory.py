@@ -266,11 +266,11 @@ print(resident_bytes() - before, cache.nbytes)
 @pytest.mark.parametrize(
     ("cache", "share"),
     [
-        ("dense", 1.13),
+        pytest.param("dense", 1.13, marks=pytest.mark.full),
         pytest.param("int8", 0.55, marks=pytest.mark.full),
         ("int4", 0.32),
         pytest.param("int2", 0.2, marks=pytest.mark.full),
-        ("dual", 0.57),
+        pytest.param("dual", 0.57, marks=pytest.mark.full),
     ],
 )
 def test_the_process_grows_by_what_a_cache_reports(cache: str, share: float) -> None:

@@ -149,7 +149,10 @@ def test_full_each_family_with_more_heads_and_layers(family: str, tmp_path: Path
 CODECS = [Codec(8, symmetric=True), Codec(4), Codec(2), DualCodec()]
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    [pytest.param(each, id=str(each), marks=[pytest.mark.full] * (i in (1, 2))) for i, each in enumerate(CODECS)],
+)
 def test_codes_are_read_where_they_lie(codec: Codec, llama: Path) -> None:
     """Behind 190 rows: the near blocks move along during the passes, and rows of one pass read other codes."""
     check(decoder(llama), lambda made: Quantized(made.shape, codec), 190)

@@ -86,9 +86,12 @@ def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], str | D
     }
 
 
+_WITH_HEADS = ("dense", True, 8), ("int4", True, 8), ("dense", False, 1)
+
+
 def with_heads(caches: Iterable[str]) -> list[Any]:
-    """Parameters cache, options and texts, for heads: every cache sampled with 8 texts, the dense one in all ways; the
-    rest is left to the full matrix.
+    """Parameters cache, options and texts, for heads: the dense cache and int4 sampled with 8 texts, the dense one
+    greedily with 1; the rest is left to the full matrix.
     """
     return [
         pytest.param(
@@ -96,7 +99,7 @@ def with_heads(caches: Iterable[str]) -> list[Any]:
             {"temperature": 0.8, "top_p": 0.9, "seed": 3} if sampled else {},
             texts,
             id=f"{cache}-{'sampled' if sampled else 'greedy'}-{texts}",
-            marks=[] if cache == "dense" or (sampled and texts == 8) else pytest.mark.full,
+            marks=[] if (cache, sampled, texts) in _WITH_HEADS else pytest.mark.full,
         )
         for cache, sampled, texts in product(caches, (False, True), (1, 8))
     ]
