@@ -216,4 +216,5 @@ def kernel() -> ctypes.CDLL | str:
     found.attention_read.argtypes = (reading, segments, number, number, place, number, place, place, place)
     found.texts_workspace.argtypes, found.texts_workspace.restype = (reading, place, number, number), number
     found.texts_read.argtypes = (reading, place, number, number, number, number, place, number, place, place)
+    found.texts_attend.argtypes = (reading, place, number, number, number, number, place, place, place, number)
     return found

@@ -139,8 +139,15 @@ class _Kernel:
     """The attention kernel, called through a traced range even where another C function calls it."""
 
     def __init__(self, kernel: ctypes.CDLL, ranged: Callable[..., Callable[..., Any]]) -> None:
-        self.texts_workspace, call = kernel.texts_workspace, ranged("attention", kernel.texts_read, "step")
-        self.texts_read = ctypes.CFUNCTYPE(None, *kernel.texts_read.argtypes)(lambda *given: call(*given) and None)
+        self.texts_workspace, self.texts_read = kernel.texts_workspace, ranged("attention", kernel.texts_read, "step")
+        timed = ranged("attention", kernel.texts_attend, "step")
+
+        def attend(*given: Any) -> None:
+            """By each of the team's threads: the leader's time counts, and planning is without an output."""
+            *_, output, _, rank = given
+            (timed if output and not rank else kernel.texts_attend)(*given)
+
+        self.texts_attend = ctypes.CFUNCTYPE(None, *kernel.texts_attend.argtypes)(attend)
 
 
 def read_rate(device: torch.device) -> float:

@@ -9,7 +9,7 @@
  * Rows go in passes of at most 64. What a row computes depends on its position and what it may read, and not on the rows
  * or threads beside it, nor on the buffers that its text lies in.
  */
-#include "plan.h"
+#include "attention/plan.h"
 #include "team.h"
 
 /* Rows of one text that stand in the same place in every layer.

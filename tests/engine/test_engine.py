@@ -67,7 +67,7 @@ def _matrix() -> Iterator[Any]:
             usual = way == "sampled" or (llama and way == "greedy")
         else:
             usual = llama and (drafter, way) in _ELSEWHERE
-        marks = [] if usual and count == 3 else pytest.mark.full
+        marks: Any = [] if usual and count == 3 else pytest.mark.full
         yield pytest.param(family, drafter, kind, way, count, marks=marks)
 
 
