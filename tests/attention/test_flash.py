@@ -67,7 +67,9 @@ def test_a_whole_part_and_a_causal_square(shape: tuple[int, ...], softcap: float
     whole = reference.read(
         queries, Segment.dense(rows[0], rows[1], Bounds(torch.zeros_like(last), last + n)), 0.2, softcap
     )[0]
-    assert (together - whole).abs().max() < 2e-6
+    # A score that is off by its rounding moves the output by that, times what values differ by at most.
+    largest = 0.2 * queries.norm(dim=-1).max() * rows[0].norm(dim=-1).max()
+    assert (together - whole).abs().max() < torch.finfo(torch.float32).eps * largest * rows[1].abs().max()
 
 
 def test_a_gpu_pass_is_given_to_it_where_it_can() -> None:
