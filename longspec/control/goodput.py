@@ -68,6 +68,13 @@ class Goodput(Control):
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
 
+    @property
+    def is_new(self) -> bool:  # type: ignore[override]
+        return not self._curve.report()
+
+    def calibrate(self, rows: int, seconds: float) -> None:
+        self._curve.observe(rows, seconds)
+
     def report(self) -> dict[str, Any]:
         return {"passes": self._curve.report()}
 

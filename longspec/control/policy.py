@@ -53,6 +53,7 @@ class Control:
     """
 
     needs = Needs()
+    is_new: bool = False  # it asks for `calibrate`
 
     def __init__(self, drafter: str) -> None:
         self.drafter = drafter
@@ -67,6 +68,9 @@ class Control:
 
     def observe(self, step: Step) -> None:
         """Learn from a step."""
+
+    def calibrate(self, rows: int, seconds: float) -> None:
+        """Learn a pass's latency by its token positions, before the first step."""
 
     def report(self) -> dict[str, Any]:
         """The state for a later run to begin with, as JSON."""

@@ -82,9 +82,8 @@ class Engine(Passes):
         costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
-        """drafter: a name, as `longspec.drafters.spec` parses it, or a Drafter. options: drafters' options by drafter
-        name. control: a name, or a Control. costs_file: measured latencies on this machine, read at start and written
-        by `keep_costs`.
+        """drafter: a name (`longspec.drafters.spec`) or a Drafter. options: drafters' options by drafter name. control:
+        a name or a Control. costs_file: measured latencies on this machine, read at start, written by `keep_costs`.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
         self.plan = plan
@@ -97,6 +96,8 @@ class Engine(Passes):
         watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         rows = plan.choice.prefill_rows if plan else CHUNKS[0]
         super().__init__(model, Speculator(drafters, control, draft_tokens), watch, rows)
+        if control.is_new and model.decoder.kernel is not None:
+            self.calibrate()
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.load_seconds: dict[str, float] = {}
 

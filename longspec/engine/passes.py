@@ -15,17 +15,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from longspec.cache import BLOCK
+from longspec.cache import BLOCK, Dense
 from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
 from longspec.engine.prefix_cache import keep
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError
+from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
 from longspec.types import Commit
 
 __all__ = ["Passes", "one_at_a_time"]
+
+_CALIBRATED = (1, 2, 4, 8, 16)  # positions
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -53,6 +56,20 @@ class Passes:
         self.speculator = speculator
         self.watch = watch
         self.prefill_rows = prefill_rows
+
+    @one_at_a_time
+    @torch.inference_mode()
+    def calibrate(self) -> None:
+        """Measure passes of up to 16 positions, some ten tokens' time, so that the control doesn't learn on the first
+        text what they cost here: a further position costs from .01 (AMX) to .1 of a pass (AVX2).
+        """
+        decoder = self.model.decoder
+        for rows in (1, *_CALIBRATED):  # the first one wakes threads and touches pages
+            stage = Dense(decoder.shape).open()
+            chunk = Chunk(stage, stage.add(range(-1, rows - 1)), [0] * rows, 0, False)
+            began = perf_counter()
+            decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))
+            self.speculator.control.calibrate(rows, perf_counter() - began)
 
     def prefill(self, session: Session) -> Iterator[int]:
         """Prefill all uncached tokens but the last, chunk by chunk; yields the cache's length after each."""

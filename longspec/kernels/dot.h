@@ -44,7 +44,8 @@ INLINE void group_dot(const uint8_t *from, const int bits, const int halves, con
     UNROLL for (int h = 0; h < halves; h++)
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < PIECES; p++) sums[h][r][p] = (vi){0};
-    UNROLL for (int j = 0; j < WORDS; j++) {
+    UNROLL for (int j = 0; j < lines_of(bits); j++) __builtin_prefetch(from + 64 * j + AHEAD);
+    UNROLL for (int j = 0; j < WORDS; j++) { /* the rows' sums side by side: each waits for the one before it, 5 cycles */
         const int half = halves == 2 && j >= WORDS / 2;
         UNROLL for (int p = 0; p < PIECES; p++) {
             const vq codes = word_of(from, bits, j, p);

@@ -58,7 +58,7 @@ INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[
         vi total = {0};
         UNROLL for (int i = 16 * half; i < 16 * half + 16; i += LANES) {
             const vi whole = (vi)(load_bf16(x + i) * factor + turn) - (vi)all(turn);
-            *(vc_at *)(codes + i) = __builtin_convertvector(whole, vc_at);
+            save_int8(codes + i, whole);
             total += whole;
         }
         sums[half] = 0;
@@ -96,7 +96,7 @@ INLINE Tile tile_of(const Matrix *m, int64_t tile, const int bits, const int sca
 
 /* 2^(e - 128) of bytes e, denormal below 2. */
 INLINE vf powers_of(const uint8_t *from) {
-    const vu e = __builtin_convertvector(*(const vb_at *)from, vu);
+    const vu e = load_uint8(from);
     return choose((vi)(e < 2), (vf)((e + 1) << 21), (vf)((e - 1) << 23));
 }
 
@@ -107,7 +107,7 @@ INLINE vf scales_of(const Tile *t, int64_t g, const int half, const int p, const
     if (scales == EXPONENT) return powers_of((const uint8_t *)from + p * LANES);
     const fp16 *shared = (const fp16 *)(t->shared + g / (SHARED_BY / GROUP) * 32 * (1 + has_low)) + 16 * is_low;
     const vf factor = load_fp16(shared + p * LANES);
-    const vi whole = __builtin_convertvector(*(const vc_at *)(from + 16 * half + p * LANES), vi);
+    const vi whole = load_int8(from + 16 * half + p * LANES);
     return is_low ? to_float(whole) * -factor : to_float(whole) * factor;
 }
 

@@ -50,6 +50,27 @@ INLINE vf load(const float *x) { return *(const vf_at *)x; }
 INLINE void save(float *y, vf x) { *(vf_at *)y = x; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
+/* LANES signed or unsigned bytes as whole numbers. GCC 12 takes a conversion of vectors from bytes apart, lane by lane. */
+INLINE vi load_int8(const void *x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(x));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(x));
+#else
+    return __builtin_convertvector(*(const vc_at *)x, vi);
+#endif
+}
+INLINE vu load_uint8(const void *x) { return (vu)load_int8(x) & 255; }
+
+/* The lower bytes of LANES whole numbers. */
+INLINE void save_int8(void *y, vi x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(y, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    *(vc_at *)y = __builtin_convertvector(x, vc_at);
+#endif
+}
+
 /* a * b + c, for a and b in bf16. */
 INLINE vf fused(vf a, vf b, vf c) {
 #if defined(__AVX512F__)

@@ -36,11 +36,11 @@ INLINE int64_t in_order(const Segment *s) { return s->columns - (s->parents ? s-
 /* LANES codes as what they stand for, before the last rounding: code times step, rounded, plus low. */
 INLINE vf value(const uint8_t *codes, const uint8_t *lower, int64_t shift, const int kind, const int bits, vf step, vf low) {
     const uint32_t mask = (1u << bits) - 1;
-    if (kind == SYMMETRIC) return to_float(__builtin_convertvector(*(const vc_at *)codes, vi)) * step;
-    vu code = __builtin_convertvector(*(const vb_at *)codes, vu);
+    if (kind == SYMMETRIC) return to_float(load_int8(codes)) * step;
+    vu code = load_uint8(codes);
     if (bits < 8) code = code >> (uint32_t)shift & mask;
     if (kind == DUAL)
-        code = code << 4 | (__builtin_convertvector(*(const vb_at *)lower, vu) >> (uint32_t)shift & mask);
+        code = code << 4 | (load_uint8(lower) >> (uint32_t)shift & mask);
     return rounded(to_float((vi)code) * step) + low;
 }
 

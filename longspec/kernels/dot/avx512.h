@@ -68,20 +68,3 @@ INLINE vi add_words(vi sums, vq codes, const int8_t *x, const int bits) {
     return (vi)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
 }
-
-/* Exact sums [halves, rows, 16] of a group's codes times x [rows, 32], rows `apart` apart. */
-#define OWN_GROUP_DOT
-INLINE void group_dot(const uint8_t *from, const int bits, const int halves, const int8_t *x, int64_t apart, const int rows,
-                      vi sums[2][CODE_ROWS][PIECES]) {
-    vq words[WORDS];
-    UNROLL for (int j = 0; j < lines_of(bits); j++) _mm_prefetch((const char *)from + 64 * j + AHEAD, _MM_HINT_T0);
-    UNROLL for (int j = 0; j < WORDS; j++) words[j] = word_of(from, bits, j, 0);
-    UNROLL for (int r = 0; r < rows; r++) {
-        vi made[2] = {{0}};
-        UNROLL for (int j = 0; j < WORDS; j++) {
-            const int half = halves == 2 && j >= WORDS / 2;
-            made[half] = add_words(made[half], words[j], x + r * apart + 4 * j, bits);
-        }
-        UNROLL for (int h = 0; h < halves; h++) sums[h][r][0] = made[h];
-    }
-}

@@ -1,5 +1,6 @@
 /* NEON with the dot product of Armv8.2 (SDOT). Sixteen outputs are four registers. */
 enum { ROWS_AT_ONCE = 2, VALUE_ROWS = 4, CODE_ROWS = 4 };
+enum { AHEAD = 1024 }; /* bytes: codes are asked for so early */
 
 #include "planes.h"
 
