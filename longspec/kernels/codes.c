@@ -1,6 +1,7 @@
 /* Coded matrices: from a GGUF file's blocks, or from values, into the layout of formats.h; and back to values.
  *
  *     tile_bytes  bytes of 16 outputs
+ *     row_bytes   bytes of a row of blocks
  *     pack        a file's rows of blocks
  *     quantize    rows of fp32, bf16 or fp16 values, to Q8_0 or Q4_0
  *     values      rows as fp32
@@ -34,6 +35,12 @@ static Offsets offsets(int64_t format, int64_t width) {
 }
 
 int64_t tile_bytes(int64_t format, int64_t width) { return offsets(format, width).end; }
+
+/* Bytes of a row of a file's blocks. */
+int64_t row_bytes(int64_t format, int64_t width) {
+    const Size block = block_size(format);
+    return width / block.columns * block.bytes;
+}
 
 /* A group's codes of 16 outputs into its planes. */
 static void put_codes(const Block *blocks, int group, int bits, uint8_t *to) {
@@ -93,8 +100,7 @@ static void pack_by(void *args, Team *t, int64_t rank) {
     const Job *job = args;
     const Kind k = kind_of(job->format);
     const Offsets o = offsets(job->format, job->width);
-    const Size block = block_size(job->format);
-    const int64_t row_bytes = job->width / block.columns * block.bytes;
+    const int64_t row_size = row_bytes(job->format, job->width);
     (void)rank;
     SHARED(t, tile, job->size / TILE) {
         Block blocks[TILE];
@@ -102,7 +108,7 @@ static void pack_by(void *args, Team *t, int64_t rank) {
         memset(at, 0, (size_t)o.end);
         for (int64_t column = 0; column < job->width; column += COLUMNS) {
             for (int i = 0; i < TILE; i++) {
-                const uint8_t *row = (const uint8_t *)job->from + source_of(tile * TILE + i, job->size, job->heads) * row_bytes;
+                const uint8_t *row = (const uint8_t *)job->from + source_of(tile * TILE + i, job->size, job->heads) * row_size;
                 decode(job->format, row, column, job->width, blocks + i);
             }
             put_blocks(blocks, k, &o, column, job->width, at);

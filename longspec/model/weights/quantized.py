@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.kernels.boundary import pointer
 from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.machine.system import has_large_pages
@@ -87,10 +88,12 @@ class Piece:
         heads whose rows stand in pairs, as llama.cpp rotates them (0 for none), and are put in halves here.
         """
         made = cls._empty(kind, [len(rows) for rows, _ in matrices], width, room)
-        at, kernel = 0, _kernel()
+        at, kernel, number = 0, _kernel(), FORMATS[kind]
+        nbytes = kernel.row_bytes(number, width)
         for rows, heads in matrices:
+            source = pointer(rows, torch.uint8, len(rows), nbytes)
             tiles = made.tiles[at : at + len(rows) // STRIP]
-            kernel.pack(FORMATS[kind], rows.contiguous().data_ptr(), len(rows), width, heads, tiles.data_ptr(), *team())
+            kernel.pack(number, source, len(rows), width, heads, tiles.data_ptr(), *team())
             at += len(tiles)
         return made
 
@@ -102,11 +105,9 @@ class Piece:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             weight = weight.float()
         weight = weight.contiguous()
-        made, kernel = cls._empty(kind, [len(weight)], weight.shape[1], room), _kernel()
-        half = weight.dtype == torch.float16
-        kernel.quantize(
-            FORMATS[kind], weight.data_ptr(), weight.itemsize, half, *weight.shape, made.tiles.data_ptr(), *team()
-        )
+        made = cls._empty(kind, [len(weight)], weight.shape[1], room)
+        source = (pointer(weight, weight.dtype, *weight.shape), weight.itemsize, weight.dtype == torch.float16)
+        _kernel().quantize(FORMATS[kind], *source, *weight.shape, made.tiles.data_ptr(), *team())
         return made
 
     @classmethod
@@ -120,16 +121,10 @@ class Piece:
     def values(self, rows: Tensor | None = None) -> Tensor:
         """The dequantized matrix [size, width] in fp32, or the rows of these indices, which must be in range."""
         rows = torch.arange(self.size) if rows is None else rows.contiguous()
-        made = torch.empty(len(rows), self.width)
-        _kernel().values(
-            FORMATS[self.format],
-            self.tiles.data_ptr(),
-            self.width,
-            rows.data_ptr(),
-            len(rows),
-            made.data_ptr(),
-            *team(),
-        )
+        made, kernel, number = torch.empty(len(rows), self.width), _kernel(), FORMATS[self.format]
+        tiles = pointer(self.tiles, torch.uint8, self.size // STRIP, kernel.tile_bytes(number, self.width))
+        chosen = pointer(rows, torch.int64, None)
+        kernel.values(number, tiles, self.width, chosen, len(rows), made.data_ptr(), *team())
         return made
 
 
@@ -199,6 +194,7 @@ def _library() -> ctypes.CDLL | str:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     place, number = ctypes.c_void_p, ctypes.c_int64
     found.tile_bytes.argtypes, found.tile_bytes.restype = (number, number), number
+    found.row_bytes.argtypes, found.row_bytes.restype = (number, number), number
     found.pack.argtypes = (number, place, number, number, number, place, place, number)
     found.quantize.argtypes = (number, place, number, number, number, number, place, place, number)
     found.values.argtypes = (number, place, number, place, number, place, place, number)
