@@ -8,6 +8,7 @@ from typing import Any
 from longspec.engine.session import Session
 from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
+from longspec.model.decoder import Decoder
 
 __all__ = ["Answer", "memory", "speculation", "timing", "usage"]
 
@@ -91,16 +92,17 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
     }
 
 
-def memory(session: Session, weights: int, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
-    """Bytes of weights, drafters and cache (as allocated; per row: divided by its rows), and the plan's budget if
-    there is one.
+def memory(session: Session, decoder: Decoder, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
+    """Bytes of weights (in all, and by their format), drafters and cache (as allocated; per row: divided by its rows),
+    and the plan's budget if there is one.
 
     A drafter's bytes are its weights and tables; its notes on sequences aren't counted.
     """
     cache = session.cache
     budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}
     return {
-        "weights_bytes": weights,
+        "weights_bytes": decoder.nbytes,
+        "weights_formats": decoder.formats,
         "drafter_bytes": drafters,
         "cache_bytes": cache.nbytes,
         "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,

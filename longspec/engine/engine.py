@@ -317,7 +317,7 @@ class Engine(Passes):
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder.nbytes, self.speculator.nbytes, self.plan),
+            memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan),
         )
 
 

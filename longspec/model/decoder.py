@@ -160,12 +160,30 @@ class Decoder:
             return self.nbytes
         return self.nbytes - (table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes)
 
+    def _held(self) -> Iterator[Any]:
+        """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
+        yield self._embedding
+        yield from (getattr(layer, part.name) for layer in self._layers for part in fields(layer))
+        yield self._norm
+        yield self._head
+
     def tensors(self) -> Iterator[Tensor]:
-        """All weights, in an order that depends on the config alone."""
-        for held in (self._embedding, *(getattr(each, part.name) for each in self._layers for part in fields(each))):
+        """All weights."""
+        for held in self._held():
             yield from _tensors(held)
-        yield self._norm.weight
-        yield from _tensors(self._head)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes of weights by format: a coded matrix's (`longspec.model.weights.quantized`), or the dtype."""
+        total: dict[str, int] = {}
+        for held in {id(each): each for each in self._held()}.values():
+            pieces = held.pieces if isinstance(held, CodedLinear) else ()
+            named = {id(piece.tiles): piece.format for piece in pieces}
+            for tensor in _tensors(held):
+                if held is not self._head or tensor is not self._embedding:
+                    name = named.get(id(tensor), str(tensor.dtype).removeprefix("torch."))
+                    total[name] = total.get(name, 0) + tensor.nbytes
+        return dict(sorted(total.items(), key=lambda entry: -entry[1]))
 
     def graphs(self) -> graphs.Graphs:
         """The CUDA graphs recorded for this decoder."""

@@ -25,7 +25,7 @@ KEYS = {
     "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet bets",
     "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s draft_s verify_s time_to_first_token_s "
     "tokens_per_second",
-    "memory": "weights_bytes drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
+    "memory": "weights_bytes weights_formats drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
 }
 
 
