@@ -58,6 +58,7 @@ class Goodput(Control):
         super().__init__(drafters[0])
         self._limits = [*(limit for limit in _LIMITS if limit < most), most]
         self._curve = Curve.of((learned or {}).get("passes"))
+        self.is_new = not self._curve.report()
         self._plain = _PLAIN[1] if (learned or {}).get("passes") else _PLAIN[0]  # the next step without drafts
         self._pools = {name: Acceptance() for name in drafters}
         self._costs: dict[str, DraftCost] = {}
@@ -67,10 +68,6 @@ class Goodput(Control):
         self._brought = self._took = 1.0  # moving averages: tokens, and time in plain steps
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
-
-    @property
-    def is_new(self) -> bool:  # type: ignore[override]
-        return not self._curve.report()
 
     def calibrate(self, rows: int, seconds: float) -> None:
         self._curve.observe(rows, seconds)

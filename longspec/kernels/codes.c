@@ -44,7 +44,7 @@ int64_t row_bytes(int64_t format, int64_t width) {
 
 /* A group's codes of 16 outputs into its planes. */
 static void put_codes(const Block *blocks, int group, int bits, uint8_t *to) {
-    const int four = bits > 8 || (bits >= 4 && bits < 8), two = bits == 2 || bits == 3 || bits == 6, one = bits == 3 || bits == 5;
+    const int four = has_four(bits), two = has_two(bits), one = has_one(bits);
     uint8_t words[8][64], *pairs = to + (four ? 256 : 0), *singles = pairs + (two ? 128 : 0);
     for (int i = 0; i < TILE; i++)
         for (int j = 0; j < 8; j++) memcpy(words[j] + 4 * i, blocks[i].codes + 32 * group + 4 * j, 4);
@@ -88,40 +88,14 @@ static int64_t source_of(int64_t out, int64_t size, int64_t heads) {
     return out - at + (at < dim / 2 ? 2 * at : 2 * (at - dim / 2) + 1);
 }
 
-/* What a call of `pack` or `quantize` is for, tile by tile; of `values`, row by row. */
+/* What a call of `pack` or `quantize` is for, tile by tile; of `values`, row by row. Of values to quantize, bytes is the
+ * size of one. */
 typedef struct {
     int64_t format, size, width, heads, bytes, is_fp16;
     const void *from;
     const int64_t *chosen;
     char *to;
 } Job;
-
-static void pack_by(void *args, Team *t, int64_t rank) {
-    const Job *job = args;
-    const Kind k = kind_of(job->format);
-    const Offsets o = offsets(job->format, job->width);
-    const int64_t row_size = row_bytes(job->format, job->width);
-    (void)rank;
-    SHARED(t, tile, job->size / TILE) {
-        Block blocks[TILE];
-        char *at = job->to + tile * o.end;
-        memset(at, 0, (size_t)o.end);
-        for (int64_t column = 0; column < job->width; column += COLUMNS) {
-            for (int i = 0; i < TILE; i++) {
-                const uint8_t *row = (const uint8_t *)job->from + source_of(tile * TILE + i, job->size, job->heads) * row_size;
-                decode(job->format, row, column, job->width, blocks + i);
-            }
-            put_blocks(blocks, k, &o, column, job->width, at);
-        }
-    }
-    meet(t);
-}
-
-/* to: size / 16 tiles, of rows of blocks. */
-void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to, Team *t, int64_t threads) {
-    Job job = {.format = format, .size = size, .width = width, .heads = heads, .from = rows, .to = to};
-    lead(t, threads, pack_by, &job);
-}
 
 static float one_of(const void *rows, int64_t at, int64_t bytes, int is_fp16) {
     if (bytes == 4) return ((const float *)rows)[at];
@@ -190,7 +164,23 @@ static void quantize_4(const float *x, Block *to, int group) {
     }
 }
 
-static void quantize_by(void *args, Team *t, int64_t rank) {
+/* What output `out` says of up to 256 columns from `column` on: quantized, or as a file's blocks have it. */
+static void fill(const Job *job, int64_t out, int64_t column, Block *to) {
+    if (!job->bytes) {
+        const int64_t row = source_of(out, job->size, job->heads) * row_bytes(job->format, job->width);
+        decode(job->format, (const uint8_t *)job->from + row, column, job->width, to);
+        return;
+    }
+    for (int group = 0; group < 8 && column + 32 * group < job->width; group++) {
+        float x[32];
+        const int64_t from = out * job->width + column + 32 * group;
+        for (int c = 0; c < 32; c++) x[c] = one_of(job->from, from + c, job->bytes, (int)job->is_fp16);
+        if (job->format == FORMAT_Q4_0) quantize_4(x, to, group);
+        else quantize_8(x, to, group);
+    }
+}
+
+static void tiles_by(void *args, Team *t, int64_t rank) {
     const Job *job = args;
     const Kind k = kind_of(job->format);
     const Offsets o = offsets(job->format, job->width);
@@ -200,30 +190,29 @@ static void quantize_by(void *args, Team *t, int64_t rank) {
         char *at = job->to + tile * o.end;
         memset(at, 0, (size_t)o.end);
         for (int64_t column = 0; column < job->width; column += COLUMNS) {
-            for (int i = 0; i < TILE; i++)
-                for (int group = 0; group < 8 && column + 32 * group < job->width; group++) {
-                    float x[32];
-                    const int64_t from = (tile * TILE + i) * job->width + column + 32 * group;
-                    for (int c = 0; c < 32; c++) x[c] = one_of(job->from, from + c, job->bytes, (int)job->is_fp16);
-                    if (job->format == FORMAT_Q4_0) quantize_4(x, blocks + i, group);
-                    else quantize_8(x, blocks + i, group);
-                }
+            for (int i = 0; i < TILE; i++) fill(job, tile * TILE + i, column, blocks + i);
             put_blocks(blocks, k, &o, column, job->width, at);
         }
     }
     meet(t);
 }
 
+/* to: size / 16 tiles, of rows of blocks. */
+void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to, Team *t, int64_t threads) {
+    Job job = {.format = format, .size = size, .width = width, .heads = heads, .from = rows, .to = to};
+    lead(t, threads, tiles_by, &job);
+}
+
 /* to: size / 16 tiles of Q8_0 or Q4_0, of rows of `bytes` bytes a value. */
 void quantize(int64_t format, const void *rows, int64_t bytes, int64_t is_fp16, int64_t size, int64_t width, char *to, Team *t,
               int64_t threads) {
     Job job = {.format = format, .size = size, .width = width, .bytes = bytes, .is_fp16 = is_fp16, .from = rows, .to = to};
-    lead(t, threads, quantize_by, &job);
+    lead(t, threads, tiles_by, &job);
 }
 
 static int code_at(const uint8_t *group, int bits, int i, int c) {
     const int j = c / 4, at = 4 * i + c % 4;
-    const int four = bits > 8 || (bits >= 4 && bits < 8), two = bits == 2 || bits == 3 || bits == 6, one = bits == 3 || bits == 5;
+    const int four = has_four(bits), two = has_two(bits), one = has_one(bits);
     const uint8_t *pairs = group + (four ? 256 : 0), *singles = pairs + (two ? 128 : 0);
     if (bits == 8) return group[64 * j + at];
     int code = four ? group[64 * (j % 4) + at] >> (j / 4 * 4) & 15 : 0;

@@ -49,6 +49,9 @@ static const int8_t TABLES[2][16] = {
 enum { SHARED_BY = 256 }; /* columns */
 
 /* Of a format's bits, lines of 64 bytes that a group's codes take, and the middle of unsigned codes. */
+static inline int has_four(const int bits) { return bits >= 4 && bits != 8; } /* planes; a table's places are 4 bits */
+static inline int has_two(const int bits) { return bits == 2 || bits == 3 || bits == 6; }
+static inline int has_one(const int bits) { return bits == 3 || bits == 5; }
 static inline int lines_of(const int bits) { return bits > 8 ? 4 : bits; }
 static inline int middle_of(const int bits) { return bits >= 8 ? 128 : 1 << (bits - 1); }
 

@@ -27,7 +27,10 @@ static void *follow(void *rank) {
 }
 
 /* A child has one thread, whatever its parent had. */
-static void begin_again(void) { team_of_all = (Team){0}, started = 1; }
+static void begin_again(void) {
+    team_of_all = (Team){0}, started = 1;
+    starting = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER; /* another of the parent's threads may have held it */
+}
 
 /* The team, of at least so many threads if the system gives them; and how many it has. */
 Team *team(int64_t threads, int64_t *has) {

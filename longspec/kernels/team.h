@@ -1,8 +1,8 @@
 /* A team of threads that share loops: each takes the next few indices, and waits for the others behind a loop.
  *
  * Who waits spins for some microseconds and then sleeps, and a loop's indices go to whoever is there: a thread whose core
- * was taken away by another process holds up the others by what it has in hand, and by no more. (With OpenMP's fixed shares
- * and spinning threads a busy machine was 6 times slower with two threads than with one.)
+ * was taken away by another process holds up the others by what it has in hand, and by no more. (Beside two
+ * other processes on two cores, OpenMP's two threads wrote 27 tokens a second of the default model, these 48, and one 52.)
  *
  * A team is one process's, made by `team` of team.c, and handed to the other libraries. While one thread leads it, another
  * that asks for it works alone.

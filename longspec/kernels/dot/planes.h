@@ -22,18 +22,17 @@ INLINE vq word_of(const uint8_t *group, const int bits, const int j, const int p
         const vq codes = *(const vq_at *)(from + 64 * j);
         return is_centred(8) ? codes ^ 128 : codes;
     }
-    const int has_four = bits >= 4, has_two = bits == 2 || bits == 3 || bits == 6, has_one = bits == 3 || bits == 5;
-    const int after_four = has_four ? 256 : 0, after_two = after_four + (has_two ? 128 : 0);
+    const int after_four = has_four(bits) ? 256 : 0, after_two = after_four + (has_two(bits) ? 128 : 0);
     vq codes = {0};
-    if (has_four) codes = shifted(*(const vq_at *)(from + 64 * (j % 4)), j < 4 ? 0 : -4, 15);
+    if (has_four(bits)) codes = shifted(*(const vq_at *)(from + 64 * (j % 4)), j < 4 ? 0 : -4, 15);
     if (bits > 8) {
         codes = look_up(TABLES[bits == FP4], codes);
         return is_centred(bits) ? codes : codes ^ 128;
     }
-    if (has_two) {
-        const int to = has_four ? 4 : 0;
+    if (has_two(bits)) {
+        const int to = has_four(bits) ? 4 : 0;
         codes |= shifted(*(const vq_at *)(from + after_four + 64 * (j % 2)), to - j / 2 * 2, 3 << to);
     }
-    if (has_one) codes |= shifted(*(const vq_at *)(from + after_two), bits - 1 - j, 1 << (bits - 1));
+    if (has_one(bits)) codes |= shifted(*(const vq_at *)(from + after_two), bits - 1 - j, 1 << (bits - 1));
     return codes;
 }

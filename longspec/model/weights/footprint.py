@@ -113,14 +113,14 @@ class _Valueless(Weights):
             found = [self.blocks(name) for name in run]
             first = found[0]
             if first is not None:
-                kind, width, size = first.format, first.width, sum(len(each.rows) for each in found if each is not None)
+                form, width, size = first.format, first.width, sum(len(each.rows) for each in found if each is not None)
                 read = sum(each.rows.nbytes for each in found if each is not None)
             else:
                 shapes = [self._shape(name) for name in run]
-                width, size = shapes[0][1], sum(shape[0] for shape in shapes)
+                form, width, size = kind, shapes[0][1], sum(shape[0] for shape in shapes)
                 read = 2 * size * width * (4 if self._gguf else self.dtype.itemsize)  # joined, it stands there twice
-            tiles = torch.empty(size // STRIP, tile_nbytes(kind, width), dtype=torch.uint8, device="meta")
-            pieces.append(Piece(kind, tiles, width))
+            tiles = torch.empty(size // STRIP, tile_nbytes(form, width), dtype=torch.uint8, device="meta")
+            pieces.append(Piece(form, tiles, width))
             self.copied += tiles.nbytes
             self.peak = max(self.peak, self.copied + read)
         return CodedLinear(pieces, bias)

@@ -2,7 +2,7 @@
 
 Takes a GGUF file's blocks as they are, or values to quantize; gives layers for `layer.c`. Every format keeps a file's
 values exactly (`kernels/formats.h`): nothing is quantized twice, and memory stays within a twentieth of the file's
-bytes. Matrices of different formats that are read as one stay what they are.
+bytes (Q2_K: a fifth). Matrices of different formats that are read as one stay what they are.
 
 Activations are quantized to 8 bits, each 32 columns by their absolute maximum, as in llama.cpp. Outliers (a hundred
 times the others in some channels: LLM.int8(), 2208.07339) then cost only their own group accuracy; nothing is
