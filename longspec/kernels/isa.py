@@ -56,7 +56,12 @@ def candidates() -> list[tuple[str, tuple[str, ...]]] | str:
     """Names and compiler flags of what this processor runs, best first; a sentence where what LONGSPEC_ISA names is not
     among them. Named, it is the only one.
     """
-    asked, features = os.environ.get("LONGSPEC_ISA", ""), _features()
+    return _candidates(os.environ.get("LONGSPEC_ISA", ""))
+
+
+@cache  # every call of a kernel asks
+def _candidates(asked: str) -> list[tuple[str, tuple[str, ...]]] | str:
+    features = _features()
     runs = [(isa.name, isa.flags_for(features)) for isa in _known() if isa.needs <= features]
     if not asked:
         return runs

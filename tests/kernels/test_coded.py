@@ -31,6 +31,7 @@ from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.convert import write_texts
 from longspec.model.gguf.file import read_gguf
 from longspec.model.load import Model, open_model
+from longspec.model.weights.footprint import footprint
 from longspec.model.weights.quantized import FORMATS, GROUP, CodedLinear, Piece
 from longspec.model.weights.read import Weights
 
@@ -207,6 +208,19 @@ def test_a_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
             mixed = layer == 0 and len(part) == 3
             assert [piece.format for piece in made.pieces] == ([kind, "Q8_0", "Q6_K"] if mixed else [kind])
             assert torch.allclose(made.values(), want, atol=float(want.abs().max()) / 250 if mixed else 0, rtol=0)
+
+
+def test_a_mixed_file_takes_what_was_planned(tmp_path: Path) -> None:
+    """Values between codes are planned in the format that they are quantized to, not in their neighbours'."""
+    names = gguf.GGMLQuantizationType
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256}
+    others = {"attn_v": names.Q6_K, "attn_k": names.F32}
+    path = write_gguf(oracle("llama", **sizes), tmp_path / "tiny.gguf", matrices=names.Q4_K, others=others)
+    opened = open_model(str(path))
+    if opened.dtype != "int8":
+        pytest.skip("no kernel reads codes here")
+    planned = footprint(opened.checkpoint, opened.config, torch.bfloat16, "Q8_0")
+    assert planned.weights == opened.load().decoder.nbytes
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "Q6_K"])
