@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,13 @@ def path(parents: Sequence[int], node: int) -> list[int]:
     return [*(path(parents, parents[node]) if parents[node] >= 0 else []), node]
 
 
-def by_one(made: Decoder, codec: Any, base: Any, length: int, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
-    """Each node's logits after its path alone, token by token."""
-    found: dict[tuple[int, ...], Tensor] = {}
-    for node in range(len(tokens)):
-        words = tuple(tokens[i] for i in path(parents, node))
-        if words not in found:
-            cache = base()
-            found.update({words[: i + 1]: row for i, row in enumerate(write_text(made, cache, list(words), 1))})
-    return torch.stack([found[tuple(tokens[i] for i in path(parents, node))] for node in range(len(tokens))])
+def by_one(made: Decoder, base: Any, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+    """Each node's logits behind its path alone, token by token: plain decoding of the text that `base` holds."""
+    caches, found = {-1: base}, []
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        caches[node] = deepcopy(caches[parent])
+        found.append(write_text(made, caches[node], [token]))
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -130,14 +129,7 @@ def test_a_tree_is_plain_decoding(folder: Path, isa: str, dtype: str, name: str)
             assert len(kept) == len(tokens)
         bases.append(cache)
         spans.append((tokens, parents))
-
-        def base(length: int = length) -> Any:
-            again = cache_of(made, codec)
-            if length:
-                write_text(made, again, TEXT[:length])
-            return again
-
-        wanted.append(by_one(made, codec, base, length, tokens, parents))
+        wanted.append(by_one(made, cache, tokens, parents))
     stages = [cache.open() for cache in bases]
     together = run(made, [(stage, *span) for stage, span in zip(stages, spans, strict=True)])
     for got, want in zip(together, wanted, strict=True):
@@ -172,14 +164,9 @@ def test_forks_change_no_bit(folder: Path, isa: str) -> None:
 def test_a_tree_that_grows_in_several_passes_is_plain_decoding(folder: Path, isa: str) -> None:
     made = decoder(folder, "bf16")
     tokens, parents = tree(16, 8)
-
-    def base() -> Any:
-        cache = cache_of(made, None)
-        write_text(made, cache, TEXT[:100])
-        return cache
-
-    want = by_one(made, None, base, 100, tokens, parents)
-    cache = base()
+    cache = cache_of(made, None)
+    write_text(made, cache, TEXT[:100])
+    want = by_one(made, cache, tokens, parents)
     stage = cache.open()
     beside = cache.open()  # its rows stand apart
     for each in (stage, beside):

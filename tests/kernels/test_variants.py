@@ -11,51 +11,50 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import KERNELS, compiled
 
 from longspec.kernels import build, isa
 from longspec.kernels.build import library
 
-HERE, KERNELS = Path(__file__).parent, Path(build.__file__).parent
-FLAGS = [*(flag for flag in build._FLAGS if flag != "-fPIC"), "-I", str(KERNELS)]
+HERE = Path(__file__).parent
 SOURCES = ["layer", "attention"]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or ""
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler was found")
 
 
-def bits(
-    source: str, folder: Path, flags: tuple[str, ...], compiler: str = COMPILER, under: tuple[str, ...] = ()
-) -> str:
-    program = folder / "bits"
-    subprocess.run([compiler, *FLAGS, "-O2", *flags, str(HERE / f"bits_{source}.c"), "-o", str(program)], check=True)
+def bits(source: str, flags: tuple[str, ...], compiler: str = COMPILER, under: tuple[str, ...] = ()) -> str:
+    """By -O1 where the flags don't say otherwise: it compiles faster than -O2, and the bits must not depend on it."""
+    program = compiled(compiler, ["-O1", *flags], HERE / f"bits_{source}.c")
     done = subprocess.run([*under, str(program)], capture_output=True, text=True, check=True)
     assert not done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {source: bits(source, tmp_path_factory.mktemp(source), ()) for source in SOURCES}
+def plain() -> dict[str, str]:
+    return {source: bits(source, ()) for source in SOURCES}
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_runs_here_gives_the_bits_of_plain_c(source: str, tmp_path: Path, plain: dict[str, str]) -> None:
+def test_what_runs_here_gives_the_bits_of_plain_c(source: str, plain: dict[str, str]) -> None:
     runs = isa.candidates()
     assert not isinstance(runs, str)
     for name, flags in runs:
-        if name != "amx":  # for whose tiles the system's leave is asked: test_exact_rows has it
-            assert bits(source, tmp_path, flags) == plain[source], name
+        # `scalar` is plain C; for AMX's tiles the system's leave is asked: test_exact_rows has it.
+        if name not in ("scalar", "amx"):
+            assert bits(source, ("-O2", *flags)) == plain[source], name
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_tiles_give_the_bits_of_plain_c(source: str, tmp_path: Path, plain: dict[str, str]) -> None:
+def test_tiles_give_the_bits_of_plain_c(source: str, plain: dict[str, str]) -> None:
     """AMX's forms with its tiles in C: they are run wherever there is AVX-512."""
     runs = isa.candidates()
     assert not isinstance(runs, str)
     flags = dict(runs).get("avx512")
     if flags is None or "-mavx512vnni" not in flags:
         pytest.skip("it takes AVX-512 with VNNI")
-    emulated = ("-O2", "-DISA_AMX", "-include", str(HERE / "emulated_tiles.h"))
-    assert bits(source, tmp_path, (*flags, *emulated)) == plain[source]
+    emulated = ("-DISA_AMX", "-include", str(HERE / "emulated_tiles.h"))
+    assert bits(source, (*flags, *emulated)) == plain[source]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -66,11 +65,11 @@ def test_tiles_give_the_bits_of_plain_c(source: str, tmp_path: Path, plain: dict
         pytest.param((), id="baseline", marks=pytest.mark.full),
     ],
 )
-def test_arm_gives_the_same_bits(source: str, flags: tuple[str, ...], tmp_path: Path, plain: dict[str, str]) -> None:
+def test_arm_gives_the_same_bits(source: str, flags: tuple[str, ...], plain: dict[str, str]) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("it takes gcc-aarch64-linux-gnu and qemu-user")
-    got = bits(source, tmp_path, ("-static", *flags), compiler, (emulator, "-cpu", "max"))
+    got = bits(source, ("-static", *flags), compiler, (emulator, "-cpu", "max"))
     assert got == plain[source]
 
 
@@ -82,32 +81,29 @@ def test_no_memory_is_touched_that_is_not_theirs(
     known = isa.candidates()
     assert not isinstance(known, str), known
     runs = [flags for name, flags in known if name != "amx"]
-    flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", *runs[0])
+    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover", *runs[0])
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }")
     if subprocess.run([COMPILER, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip("this compiler has no sanitizers")
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
-    assert bits(source, tmp_path, flags) == plain[source]
+    assert bits(source, flags) == plain[source]
 
 
 @pytest.mark.parametrize("source", ["layer.c", "attention.c", "clover.c"])
 @pytest.mark.parametrize(
     "each", [isa._X86[0], isa.Isa("avx512 alone", frozenset(), isa._AVX512)], ids=lambda each: each.name
 )
-def test_they_compile_for_processors_that_are_not_here(source: str, each: isa.Isa, tmp_path: Path) -> None:
+def test_they_compile_for_processors_that_are_not_here(source: str, each: isa.Isa) -> None:
     if os.uname().machine != "x86_64":
         pytest.skip("for x86-64")
     flags = each.flags_for(frozenset(feature for feature, _ in each.more))
-    warnings = ("-Wall", "-Wextra", "-Werror")
-    done = subprocess.run(
-        [COMPILER, *FLAGS, *flags, *warnings, "-O1", "-c", str(KERNELS / source), "-o", str(tmp_path / "kernel.o")],
-        capture_output=True,
-        text=True,
-    )
-    if "unrecognized" in done.stderr or "unknown argument" in done.stderr:
-        pytest.skip(done.stderr.splitlines()[0])
-    assert not done.returncode, done.stderr
+    try:
+        compiled(COMPILER, [*flags, "-Wall", "-Wextra", "-Werror", "-O1", "-c"], KERNELS / source)
+    except subprocess.CalledProcessError as error:
+        if "unrecognized" in error.stderr or "unknown argument" in error.stderr:
+            pytest.skip(error.stderr.splitlines()[0])
+        raise AssertionError(error.stderr) from error
 
 
 def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
