@@ -15,7 +15,7 @@ RESULTS ?= build/bench
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) --editable
 
-.PHONY: help bench demo test test-full lint format types docs man clean distclean
+.PHONY: help bench demo test test-full test-arm wheel lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ test: $(VENV)/installed-dev ## the tests, without the long matrices
 
 test-full: $(VENV)/installed-dev ## every test, the long matrices too
 	$(BIN)/python -m pytest $(ONCE) -m 'full or not full'
+
+test-arm: $(VENV)/installed-dev ## the kernels for ARM under qemu (gcc-aarch64-linux-gnu, qemu-user)
+	$(BIN)/python -m pytest tests/kernels/test_variants.py -k arm
+
+wheel: $(VENV)/installed-wheel ## wheels for x86-64 and ARM with their kernels built in, into dist/ (80 MB of compiler, once)
+	$(BIN)/python docs/wheel.py x86_64 aarch64
 
 lint: $(VENV)/installed-dev ## ruff: its rules, and the layout of the code
 	$(BIN)/ruff check
@@ -88,6 +94,10 @@ $(VENV)/installed-bench: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) '.[dev]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-wheel: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) '.[wheel]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python

@@ -1,13 +1,17 @@
-"""C sources of this package as libraries: compiled when first used, kept in the user's cache, loaded by ctypes.
+"""C sources of this package as libraries: built ones of a wheel, else compiled when first used and kept in the user's
+cache; loaded by ctypes.
 
 Takes a source file, gives the library or the reason why there is none; a caller then takes torch's operators instead.
+A wheel for a kind of processor carries its sources' libraries in the folder `built` (docs/wheel.py). A name there says
+by a digest what it was built from, so that one of other sources is never taken.
 Plain C without torch's headers compiles in half a second (the sampler) to four, where torch's own loader of extensions
 takes forty.
 
 A library is compiled for one instruction set (`longspec.kernels.isa`), whose name is in its own. It is loaded only from
 a folder that belongs to the user and that nobody else can write to.
 
-LONGSPEC_COMPILER names a compiler, or is `none`: nothing is compiled or loaded then.
+LONGSPEC_COMPILER names a compiler, which is taken even where a library is built; or it is `none`: nothing is compiled
+or loaded then.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ from pathlib import Path
 from longspec.kernels.isa import candidates
 from longspec.machine.system import cache_folder
 
-__all__ = ["library"]
+__all__ = ["BUILT", "FLAGS", "built_name", "library"]
 
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-std=gnu11", "-pthread")
+FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-std=gnu11", "-pthread")
 _FOLDER = Path(__file__).parent
+BUILT = _FOLDER / "built"
+"""Where a wheel has its libraries."""
 _SECONDS = 120
 """A compiler that takes longer is given up on."""
 
@@ -59,34 +65,46 @@ def _first(source: Path, isas: tuple[tuple[str, tuple[str, ...]], ...]) -> ctype
     return reasons[0]
 
 
+def built_name(source: Path, flags: tuple[str, ...]) -> str:
+    """What the library of a source file is called among the built ones: by its text, its headers and its flags."""
+    return f"{source.stem}-{hashlib.sha256(_code(source) + repr(flags).encode()).hexdigest()[:20]}.so"
+
+
+def _code(source: Path) -> bytes:
+    headers = sorted({*_FOLDER.rglob("*.h"), *source.parent.glob("*.h")})
+    return b"".join(file.read_bytes() for file in (source, *headers))
+
+
 def _loaded(source: Path, isa: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
     name = os.environ.get("LONGSPEC_COMPILER", "")
     if name == "none":
         return "LONGSPEC_COMPILER is none"
+    try:
+        built = BUILT / built_name(source, flags)
+        return ctypes.CDLL(str(built)) if built.exists() and not name else _compiled(source, isa, flags, name)
+    except OSError as error:
+        return f"{source.name} can't be built: {error}"
+
+
+def _compiled(source: Path, isa: str, flags: tuple[str, ...], name: str) -> ctypes.CDLL | str:
     compiler = next(filter(None, map(shutil.which, (name,) if name else ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return f"no compiler named {name} was found" if name else "no C compiler (cc, gcc, clang) was found"
-    flags = (*_FLAGS, *flags)
-    try:
-        headers = sorted({*_FOLDER.rglob("*.h"), *source.parent.glob("*.h")})
-        code = b"".join(file.read_bytes() for file in (source, *headers))
-        stamp = os.stat(compiler)
-        native = platform.processor() if any("native" in flag for flag in flags) else ""
-        words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, flags, platform.machine(), native)).encode()
-        folder = cache_folder() / "kernels"
-        place = folder / f"{source.stem}-{isa}-{hashlib.sha256(code + words).hexdigest()[:20]}.so"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_trust(folder)
-        if place.exists():
-            _check_trust(place)
-            try:
-                return ctypes.CDLL(str(place))
-            except OSError:  # damaged, or made for another system: it is made anew
-                place.unlink()
-        reason = _build([compiler, *flags], compiler, source, place)
-        return f"{compiler} can't build {source.name}: {reason}" if reason else ctypes.CDLL(str(place))
-    except OSError as error:
-        return f"{source.name} can't be built: {error}"
+    flags = (*FLAGS, *flags)
+    stamp = os.stat(compiler)
+    words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, flags, platform.machine())).encode()
+    folder = cache_folder() / "kernels"
+    place = folder / f"{source.stem}-{isa}-{hashlib.sha256(_code(source) + words).hexdigest()[:20]}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_trust(folder)
+    if place.exists():
+        _check_trust(place)
+        try:
+            return ctypes.CDLL(str(place))
+        except OSError:  # damaged, or made for another system: it is made anew
+            place.unlink()
+    reason = _build([compiler, *flags], compiler, source, place)
+    return f"{compiler} can't build {source.name}: {reason}" if reason else ctypes.CDLL(str(place))
 
 
 class _DistrustError(Exception):

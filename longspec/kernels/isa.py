@@ -12,8 +12,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 
-__all__ = ["ISAS", "Isa", "candidates"]
+__all__ = ["ISAS", "Isa", "candidates", "variants"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ _X86 = (
     Isa("scalar", frozenset(), ()),
 )
 _ARM = (
-    Isa("neon", frozenset({"asimddp"}), ("-mcpu=native",)),
+    Isa("neon", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",)),
     Isa("scalar", frozenset(), ()),
 )
 _OTHER = (Isa("scalar", frozenset(), ()),)
@@ -62,7 +63,7 @@ def candidates() -> list[tuple[str, tuple[str, ...]]] | str:
 @cache  # every call of a kernel asks
 def _candidates(asked: str) -> list[tuple[str, tuple[str, ...]]] | str:
     features = _features()
-    runs = [(isa.name, isa.flags_for(features)) for isa in _known() if isa.needs <= features]
+    runs = [(isa.name, isa.flags_for(features)) for isa in _known(platform.machine()) if isa.needs <= features]
     if not asked:
         return runs
     if asked not in ISAS:
@@ -73,8 +74,17 @@ def _candidates(asked: str) -> list[tuple[str, tuple[str, ...]]] | str:
     )
 
 
-def _known() -> tuple[Isa, ...]:
-    machine = platform.machine().lower()
+def variants(machine: str) -> list[tuple[str, ...]]:
+    """Compiler flags of everything that `candidates` can ask for on processors of this kind (as uname names it)."""
+    found = []
+    for isa in _known(machine):
+        more = [frozenset(each) for n in range(len(isa.more) + 1) for each in combinations(dict(isa.more), n)]
+        found += [isa.flags_for(features) for features in more]
+    return found
+
+
+def _known(machine: str) -> tuple[Isa, ...]:
+    machine = machine.lower()
     return _X86 if machine in ("x86_64", "amd64") else _ARM if machine in ("aarch64", "arm64") else _OTHER
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from zipfile import ZipFile
 import pytest
 
 from longspec import __version__
+from longspec.kernels import build as build_module
+from longspec.kernels.isa import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
 MAPPED = {"longspec": "longspec", "cache": "longspec/cache", "cli": "longspec/cli", "prompts": "longspec/prompts"}
@@ -110,3 +113,38 @@ def test_every_module_of_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     failed, places = json.loads(result.stdout)
     assert failed == {}, "\n".join(failed.values())
     assert places == {module: str(target / name) for module, name in zip(modules, files, strict=True)}
+
+
+def test_a_built_library_is_taken_where_there_is_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/wheel.py puts into a wheel: found by its sources and flags, and by nothing else."""
+    source = Path(build_module.__file__).parent / "sampler.c"
+    flags = candidates()[0][1]
+    made = tmp_path / build_module.built_name(source, flags)
+    subprocess.run(["cc", *build_module.FLAGS, *flags, "-shared", str(source), "-o", str(made)], check=True)
+    monkeypatch.setattr(build_module, "BUILT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    build_module._first.cache_clear()
+    try:
+        found = build_module.library("sampler.c")
+        assert not isinstance(found, str)
+        assert Path(found._name) == made
+        made.rename(tmp_path / f"sampler-{'0' * 20}.so")
+        build_module._first.cache_clear()
+        assert "no C compiler" in str(build_module.library("sampler.c"))
+    finally:
+        build_module._first.cache_clear()
+
+
+@pytest.mark.full
+def test_a_wheel_with_its_kernels_needs_no_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("ziglang", reason="the extra `wheel` isn't installed")
+    machine = platform.machine()
+    subprocess.run([sys.executable, ROOT / "docs/wheel.py", machine, "--output", tmp_path], check=True)
+    (path,) = tmp_path.glob(f"*manylinux_2_17_{machine}.whl")
+    ZipFile(path).extractall(tmp_path / "tree")
+    code = "from longspec.model import native; print(native.kernel())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "tree"), "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "CDLL" in done.stdout, done.stdout

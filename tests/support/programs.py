@@ -16,7 +16,7 @@ from longspec.kernels import build
 from longspec.machine.system import cache_folder
 
 KERNELS = Path(build.__file__).parent
-FLAGS = [*(flag for flag in build._FLAGS if flag != "-fPIC"), "-I", str(KERNELS)]
+FLAGS = [*(flag for flag in build.FLAGS if flag != "-fPIC"), "-I", str(KERNELS)]
 
 
 def compiled(compiler: str, flags: Sequence[str], source: Path) -> Path:
