@@ -118,7 +118,9 @@ def test_every_module_of_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
 def test_a_built_library_is_taken_where_there_is_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/wheel.py puts into a wheel: found by its sources and flags, and by nothing else."""
     source = Path(build_module.__file__).parent / "sampler.c"
-    flags = candidates()[0][1]
+    known = candidates()
+    assert not isinstance(known, str)
+    flags = known[0][1]
     made = tmp_path / build_module.built_name(source, flags)
     subprocess.run(["cc", *build_module.FLAGS, *flags, "-shared", str(source), "-o", str(made)], check=True)
     monkeypatch.setattr(build_module, "BUILT", tmp_path)
