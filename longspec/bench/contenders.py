@@ -16,6 +16,7 @@ import torch
 from longspec.drafters import DRAFT_TOKENS
 from longspec.engine.options import check
 from longspec.errors import UsageError
+from longspec.kernels.isa import processor_features
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.convert import converted
 from longspec.model.load import DTYPES, Opened, check_dtype, end_tokens, native_dtype
@@ -24,6 +25,13 @@ __all__ = ["PEERS", "Contender", "ends", "ours", "peers"]
 
 PEERS = ("transformers", "lookup", "assistant", "llama.cpp")
 """transformers' generate plainly, with its prompt lookup, with a draft model; and llama.cpp."""
+
+_LLAMA_NAMES = {
+    "avx2": "AVX2", "fma": "FMA", "avx_vnni": "AVX_VNNI", "avx512f": "AVX512", "avx512_vnni": "AVX512_VNNI",
+    "avx512_bf16": "AVX512_BF16", "amx_int8": "AMX_INT8", "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8",
+}  # fmt: skip
+"""Instructions, by the system's names and by those of llama.cpp's report of its build: one that was built without any
+that this processor has would be measured below its best."""
 
 _LOOKUP = 10
 """Tokens that transformers' prompt lookup drafts: what its own documentation takes."""
@@ -81,7 +89,8 @@ def peers(
             elif not python and find_spec("llama_cpp") is None:
                 contenders.append("llama.cpp needs llama-cpp-python, here or in the interpreter of --llama-python")
             else:
-                settings = {"file": str(checkpoint.gguf), "threads": threads, "context": context}
+                has = [_LLAMA_NAMES[feature] for feature in _LLAMA_NAMES if feature in processor_features()]
+                settings = {"file": str(checkpoint.gguf), "threads": threads, "context": context, "instructions": has}
                 contenders.append(Contender(name, name, {**settings, "repacked": True}, False, python))
             continue
         assistant = smaller if name == "assistant" else None

@@ -151,12 +151,19 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
 
 
 def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
-    """llama.cpp. settings: file, threads, context; repacked: allow repacking the weights. It is called through the C
-    functions that llama-cpp-python wraps, whose own `generate` adds some time to each step.
+    """llama.cpp. settings: file, threads, context; instructions: what it must be built for, by its own names; repacked:
+    allow repacking the weights. It is called through the C functions that llama-cpp-python wraps, whose own `generate`
+    adds some time to each step.
     """
     numpy: Any = import_module("numpy")
     c: Any = import_module("llama_cpp.llama_cpp")
     c.llama_backend_init()
+    said = c.llama_print_system_info().decode(errors="replace").strip()
+    if lacks := [name for name in settings["instructions"] if f" {name} = 1" not in said]:
+        raise RuntimeError(
+            f"it was built without {', '.join(lacks)}, which this processor has, and would be measured below its best; "
+            "build it for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: llama-cpp-python"
+        )
     wanted = c.llama_model_default_params()
     wanted.n_gpu_layers = 0
     if not settings["repacked"]:
@@ -191,7 +198,6 @@ def llama(settings: dict[str, Any]) -> tuple[Write, Told]:
             token = after([token])
 
     write({"prompts": [{"tokens": [0] * 8}], "new": 2, "ends": []})  # warm-up: crash here rather than later
-    said = c.llama_print_system_info().decode(errors="replace").strip()
     return write, {"system": said, "versions": {"llama-cpp-python": import_module("llama_cpp").__version__}}
 
 

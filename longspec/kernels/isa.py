@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 
-__all__ = ["ISAS", "Isa", "candidates", "variants"]
+__all__ = ["ISAS", "Isa", "candidates", "processor_features", "variants"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def candidates() -> list[tuple[str, tuple[str, ...]]] | str:
 
 @cache  # every call of a kernel asks
 def _candidates(asked: str) -> list[tuple[str, tuple[str, ...]]] | str:
-    features = _features()
+    features = processor_features()
     runs = [(isa.name, isa.flags_for(features)) for isa in _known(platform.machine()) if isa.needs <= features]
     if not asked:
         return runs
@@ -89,7 +89,7 @@ def _known(machine: str) -> tuple[Isa, ...]:
 
 
 @cache
-def _features() -> frozenset[str]:
+def processor_features() -> frozenset[str]:
     """What the processor has, by Linux' names."""
     if sys.platform == "darwin":
         return _of_a_mac()

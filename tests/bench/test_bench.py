@@ -89,7 +89,23 @@ def test_what_cannot_be_measured(arguments: list[str], said: str, tiny: Path, tm
     assert result.err.count("\n") == 1
 
 
-def test_a_worker_that_fails_says_why(tiny: Path) -> None:
+def built_for_avx2(folder: Path) -> Contender:
+    """llama.cpp's worker in an interpreter whose llama_cpp says of its build what one for AVX2 alone says."""
+    package = folder / "llama_cpp"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    said = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | REPACK = 1 | "
+    (package / "llama_cpp.py").write_text(
+        f"def llama_backend_init(): pass\ndef llama_print_system_info(): return {said.encode()!r}\n"
+    )
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    settings = {"repacked": True, "instructions": ["AVX2", "FMA", "AVX512_VNNI", "AMX_INT8"]}
+    return Contender("llama.cpp", "llama.cpp", settings, False, str(python))
+
+
+def test_a_worker_that_fails_says_why(tiny: Path, tmp_path: Path) -> None:
     settings = {"model": str(tiny), "drafter": "none", "cache": "dense", "dtype": "fp32", "threads": 1}
     with pytest.raises(LongspecError, match=r"odd can't be measured: KeyError: 'draft_model'\."):
         Worker(Contender("odd", "longspec", settings, True))
@@ -98,6 +114,8 @@ def test_a_worker_that_fails_says_why(tiny: Path) -> None:
     if find_spec("llama_cpp") is None:
         with pytest.raises(LongspecError, match=r"llama.cpp can't be measured: ModuleNotFoundError: .*'llama_cpp'"):
             Worker(Contender("llama.cpp", "llama.cpp", {"repacked": True}, False, sys.executable))
+    with pytest.raises(LongspecError, match=r"built without AVX512_VNNI, AMX_INT8, .*GGML_NATIVE=ON"):
+        Worker(built_for_avx2(tmp_path))
     worker = Worker(ours(["none/dense/fp32"], str(tiny), None, 1)[0])
     worker._process.kill()
     with pytest.raises(LongspecError, match="its process ended with code -9"):
