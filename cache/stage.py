@@ -51,6 +51,11 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a window that holds no row: a kernel's columns would end before they begin."""
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"a row reads at least itself, and a window is {self.windows}")
+
     @property
     def layers(self) -> int:
         return len(self.windows)

@@ -10,7 +10,7 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["pointer", "workspace"]
+__all__ = ["pointer", "turned", "workspace"]
 
 _own = threading.local()
 
@@ -30,6 +30,17 @@ def pointer(tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> int:
     if not tensor.is_contiguous():
         raise ValueError(f"a kernel takes rows without gaps, not strides of {tensor.stride()}")
     return tensor.data_ptr()
+
+
+def turned(dims: int, head_dim: int) -> int:
+    """The dimensions of a head that a kernel turns, in pairs.
+
+    Raises:
+        ValueError: they are odd, or more than the head's.
+    """
+    if dims % 2 or not 0 <= dims <= head_dim:
+        raise ValueError(f"a kernel turns an even number of a head's {head_dim} dimensions, not {dims}")
+    return dims
 
 
 def workspace(name: str, nbytes: int) -> Tensor:

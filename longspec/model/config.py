@@ -2,16 +2,17 @@
 
 Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here; a
 property that shows in the checkpoint's tensors (biases) needs no flag. Unsupported weight quantization is refused
-here, by name, before any weight is loaded.
+here, by name, before any weight is loaded; values are held to their types and ranges by `config_values` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from longspec.errors import ModelError
+from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, turned
 
 __all__ = ["FAMILIES", "Config", "Rope"]
 
@@ -81,15 +82,16 @@ class Config:
         family = raw.get("model_type")
         if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
             outer = {name: raw[name] for name in ("tie_word_embeddings", *_QUANTIZED) if name in raw}
-            return cls.read({**outer, **raw["text_config"], "model_type": "gemma3_text"})
+            ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
+            return cls.read({**outer, **raw["text_config"], **ends, "model_type": "gemma3_text"})
         if family not in FAMILIES:
             raise ModelError(
                 f"The architecture {family!r} is not supported; longspec runs {', '.join(FAMILIES)} (text only)."
             )
         _check_plain(raw)
         try:
-            return _read(str(family), raw)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            return _read(str(family), checked(str(family), raw))
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ModelError(f"The model's config.json can't be used: {type(error).__name__} on {error}.") from error
 
 
@@ -117,32 +119,28 @@ def _check_plain(raw: Mapping[str, Any]) -> None:
 
 def _read(family: str, raw: Mapping[str, Any]) -> Config:
     gemma = family.startswith("gemma")
-    width, heads, layers = int(raw["hidden_size"]), int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
-    key_heads = int(raw.get("num_key_value_heads") or heads)
-    head_dim = int(raw.get("head_dim") or (256 if gemma else width // heads))
-    sizes = (width, heads, layers, key_heads, head_dim, int(raw["vocab_size"]), int(raw["intermediate_size"]))
-    if min(sizes) < 1 or layers > 10_000 or heads % key_heads:
-        raise ValueError(f"sizes {sizes}")
+    width, heads, layers = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
+    head_dim = raw.get("head_dim") or (256 if gemma else width // heads)
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"The activation {activation!r} is not supported; longspec knows {', '.join(_ACTIVATIONS)}.")
     if raw.get("use_bidirectional_attention"):
         raise ModelError("This checkpoint attends in both directions: it embeds texts and can't write them.")
     sliding = _sliding(family, raw, layers)
-    end = raw.get("eos_token_id")
+    ropes, context, end = _ropes(family, raw, sliding, head_dim), _context(raw), raw.get("eos_token_id")
     return Config(
         family=family,
-        vocabulary=int(raw["vocab_size"]),
+        vocabulary=raw["vocab_size"],
         width=width,
         heads=heads,
-        key_heads=key_heads,
+        key_heads=raw.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        mlp_width=int(raw["intermediate_size"]),
-        context=int(raw.get("max_position_embeddings") or 2048),
+        mlp_width=raw["intermediate_size"],
+        context=context if gemma else _lengthened(context, ropes),  # Gemma's files say the lengthened one
         eps=float(raw.get("rms_norm_eps", 1e-6)),
         activation=_ACTIVATIONS[activation],
-        windows=tuple(int(raw["sliding_window"]) if slides else None for slides in sliding),
-        ropes=_ropes(family, raw, sliding, head_dim),
+        windows=tuple(raw["sliding_window"] if slides else None for slides in sliding),
+        ropes=ropes,
         scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
         norms="both" if gemma else "after" if family == "olmo2" else "before",
         query_norm="head" if family in ("qwen3", "gemma3_text") else "width" if family == "olmo2" else None,
@@ -152,19 +150,31 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
         fused=family == "phi3",
         tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
-        end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (int(end),),
+        end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
+
+
+def _context(raw: Mapping[str, Any]) -> int:
+    return int(raw.get("max_position_embeddings") or 2048)
+
+
+def _lengthened(context: int, ropes: Sequence[Rope | None]) -> int:
+    """The context with YaRN's or linear scaling: the factor times the original one, or what the file says if that is
+    more.
+
+    Many a file keeps `max_position_embeddings` when scaling is switched on, as Qwen's model cards advise: transformers
+    only warns beyond it, and vLLM multiplies as here.
+    """
+    scaled = [rope for rope in ropes if rope is not None and rope.kind in ("linear", "yarn")]
+    longer = [rope.get("factor", 1.0) * rope.get("original_max_position_embeddings") for rope in scaled]
+    return min(max([context, *map(int, longer)]), MOST_CONTEXT)
 
 
 def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
     """Per layer: whether it attends to a sliding window only."""
-    if raw.get("sliding_window") is None or (family == "llama"):
-        return [False] * layers
-    if family in ("qwen2", "qwen3", "smollm3") and not raw.get("use_sliding_window"):
+    if raw.get("sliding_window") is None:
         return [False] * layers
     if isinstance(types := raw.get("layer_types"), list):
-        if len(types) != layers:
-            raise ValueError(f"{len(types)} layer_types for {layers} layers")
         return [kind == "sliding_attention" for kind in types]
     match family:
         case "gemma2":
@@ -204,15 +214,16 @@ def _ropes(family: str, raw: Mapping[str, Any], sliding: list[bool], head_dim: i
     return tuple(ropes)
 
 
-def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], head_dim: int) -> Rope:
-    kind = values.get("rope_type") or values.get("type") or "default"
+def _rope(raw: Mapping[str, Any], said: Any, head_dim: int) -> Rope:
+    kind = checked_rope("its kind", said).get("rope_type") or said.get("type") or "default"
     kind = {"su": "longrope"}.get(kind, kind)  # the name in Phi-3's first configs
     if kind not in _ROPES:
         raise ModelError(f"The rope kind {kind!r} is not supported; longspec knows {', '.join(_ROPES)}.")
-    context = int(raw.get("max_position_embeddings") or 2048)
+    values, context = checked_rope(kind, said), _context(raw)
     original = values.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or context
     partial = values.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     theta = values.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    dims = turned(kind, values, partial, head_dim)
     kept = {**values, "original_max_position_embeddings": original} if kind != "default" else {}
     frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
-    return Rope(kind, float(theta), int(head_dim * float(partial)), context, tuple(sorted(frozen.items())))
+    return Rope(kind, float(theta), dims, context, tuple(sorted(frozen.items())))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspec.attention.native_batch import Texts
-from longspec.kernels.boundary import pointer, workspace
+from longspec.kernels.boundary import pointer, turned, workspace
 from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.model.config import Config, Rope
@@ -183,7 +183,7 @@ class Fused:
 
     def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
         """The addresses of cosines and signed sines [r, 1, dims], and dims."""
-        dims = turn[0].shape[-1]
+        dims = turned(turn[0].shape[-1], self._config.head_dim)
         cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
         return cos, sin, dims
 

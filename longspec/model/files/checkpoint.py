@@ -7,13 +7,16 @@ where they came from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspec.errors import ModelError
-from longspec.machine.files import read_json
+from longspec.machine.files import read_bytes, read_json, read_text
+from longspec.machine.schema import FLAG, TABLE, Kind, check, mapped, number, whole
+from longspec.model.config_values import TOKENS
 from longspec.model.files.store import Report, quiet
 
 if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
@@ -26,7 +29,22 @@ if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
 __all__ = ["Checkpoint"]
 
 
-_MOST_NBYTES = 64 << 20  # of a config file
+_MOST_NBYTES = 16 << 20  # of a config file; tokenizer_config.json lists added tokens, a few thousand at most
+_MOST_TEMPLATE_NBYTES = 1 << 20  # the longest of known models has 20 KB
+_MOST_TOKENIZER_NBYTES = 64 << 20  # Gemma 3's, of 262,000 tokens, has 33 MB
+_OLDER = ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+_NUMBER = number(-1e9, 1e9)  # what is in range, the request says
+_WRITING: dict[str, Kind] = {
+    "eos_token_id": TOKENS,
+    "do_sample": FLAG,
+    "temperature": _NUMBER,
+    "top_k": whole(-(1 << 31), 1 << 31),
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+}
+_ADDED = {"added_tokens_decoder": mapped(TABLE)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +62,10 @@ class Checkpoint:
         return self._file.config() if self.folder is None else _json(self.folder / "config.json")
 
     def generation_config(self) -> dict[str, Any]:
-        """The content of generation_config.json; {} where there is none."""
-        return self._file.generation_config() if self.folder is None else self._optional("generation_config.json")
+        """The content of generation_config.json, whose values have their types; {} where there is none."""
+        found = self._file.generation_config() if self.folder is None else self._optional("generation_config.json")
+        check("The model's generation_config.json", found, _WRITING, ModelError)
+        return found
 
     def tokenizer_config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json; {} where there is none."""
@@ -54,11 +74,11 @@ class Checkpoint:
     def chat_template(self) -> str | None:
         """The Jinja template from messages to a prompt: chat_template.jinja, else the one in the tokenizer's config."""
         if self.folder is not None and (path := self.folder / "chat_template.jinja").is_file():
-            return _text(path)
+            return read_text(path, _MOST_TEMPLATE_NBYTES, "The model's chat template", error=ModelError)
         template = self.tokenizer_config().get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[-1].get("template") if named else None
         return template if isinstance(template, str) else None
 
     def tokenizer(self) -> Tokenizer:
@@ -67,6 +87,7 @@ class Checkpoint:
             return self._file.tokenizer()
         path = self.folder / "tokenizer.json"
         tokenizer = _tokenizer(path) if path.is_file() else _through_transformers(self.folder)
+        _add_tokens(tokenizer, self.tokenizer_config())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -104,13 +125,6 @@ class Checkpoint:
         return _json(path) if path.is_file() else {}
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} can't be read: {error}.") from error
-
-
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path, _MOST_NBYTES, "The model's file", error=ModelError)
 
@@ -118,16 +132,48 @@ def _json(path: Path) -> dict[str, Any]:
 def _tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
+    data = read_bytes(path, _MOST_TOKENIZER_NBYTES, "The model's file", error=ModelError)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"{path} isn't a usable tokenizer: {error}.") from error
+
+
+def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Add the tokens of tokenizer_config.json that tokenizer.json lacks, as transformers does.
+
+    Raises:
+        ModelError: one isn't a token with its content, or its number is another's.
+    """
+    from tokenizers import AddedToken
+
+    check("The model's tokenizer_config.json", config, _ADDED, ModelError)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = config.get("added_tokens_decoder") or {}
+    numbered = {int(name): token for name, token in listed.items() if name.isdecimal() and len(name) < 10}
+    for at, said in sorted(numbered.items()):
+        text = said.get("content")
+        if not isinstance(text, str) or not text:
+            raise ModelError(f"The model's tokenizer_config.json names no content for its token {at}.")
+        if text in known:
+            continue
+        found = tokenizer.token_to_id(text)
+        if (tokenizer.get_vocab_size() if found is None else found) != at:
+            raise ModelError(
+                f"The model's tokenizer_config.json has {text!r} as token {at}, which tokenizer.json lacks and has "
+                "no place for: fetch both again."
+            )
+        how = {name: bool(said.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        tokenizer.add_tokens([AddedToken(text, **how)])
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
     """The tokenizer converted by transformers from the older formats (vocab.json and merges.txt, tokenizer.model)."""
     from transformers import AutoTokenizer
 
+    for name in _OLDER:
+        if (path := folder / name).exists():  # transformers reads them whole
+            read_bytes(path, _MOST_TOKENIZER_NBYTES, "The model's file", error=ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         backend: Tokenizer = tokenizer.backend_tokenizer

@@ -18,7 +18,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.weights.quantized import STRIP, CodedLinear, Piece, tile_nbytes
-from longspec.model.weights.read import Weights
+from longspec.model.weights.read import Weights, check_matrices, check_values
 
 __all__ = ["Footprint", "footprint", "parameters"]
 
@@ -95,6 +95,7 @@ class _Valueless(Weights):
         else:  # a view of the mapped file: nothing is read
             taken = [source.take(name) for source, name in zip(sources, names, strict=True)]
             shapes = [tuple(tensor.shape) for tensor in taken]
+            check_values(names, [tensor.dtype for tensor in taken], shapes)
             self.mapped |= {name: tensor.nbytes for name, tensor in zip(names, taken, strict=True)}
             if all(source is sources[0] for source in sources):
                 run = sources[0].take_run(names)
@@ -117,6 +118,7 @@ class _Valueless(Weights):
                 read = sum(each.rows.nbytes for each in found if each is not None)
             else:
                 shapes = [self._shape(name) for name in run]
+                check_matrices(run, shapes)
                 form, width, size = kind, shapes[0][1], sum(shape[0] for shape in shapes)
                 read = 2 * size * width * (4 if self._gguf else self.dtype.itemsize)  # joined, it stands there twice
             tiles = torch.empty(size // STRIP, tile_nbytes(form, width), dtype=torch.uint8, device="meta")

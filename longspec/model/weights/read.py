@@ -6,7 +6,6 @@ checkpoint, and the decoder chooses among them. Pickled files are never opened.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,13 +15,18 @@ import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.machine.files import parse_json, read_bytes
+from longspec.machine.schema import TEXT, mapped
 from longspec.model.weights.quantized import CodedLinear, Piece, Room
 from longspec.model.weights.safetensors import Shard
 
 if TYPE_CHECKING:
     from longspec.model.gguf.file import GgufFile
 
-__all__ = ["Blocks", "Weights"]
+__all__ = ["Blocks", "Weights", "check_matrices", "check_values"]
+
+_MOST_INDEX_NBYTES = 16 << 20  # 100,000 tensors take 10 MB
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Blocks(NamedTuple):
@@ -104,11 +108,10 @@ class Weights(Mapping[str, Tensor]):
         if len(sources) == 1:
             run = next(iter(sources.values())).take_run(names)
             if run is not None:
+                check_values(names, [run.dtype], [tuple(run.shape)])
                 return self._converted(run)
         tensors = [self[name] for name in names]
-        if any(not tensor.ndim or tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
-            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(names, tensors, strict=True))
-            raise ModelError(f"These weights should have rows of one length, and don't: {shapes}.")
+        check_values(names, [tensor.dtype for tensor in tensors], [tuple(tensor.shape) for tensor in tensors])
         return torch.cat(tensors)
 
     def blocks(self, name: str) -> Blocks | None:
@@ -127,7 +130,9 @@ class Weights(Mapping[str, Tensor]):
                 rows = [(each.rows, each.heads) for each in found if each is not None]
                 pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room))
             else:
-                pieces.append(Piece.of_values(self.joined(run), kind, self._room))
+                values = self.joined(run)
+                check_matrices(run, [tuple(values.shape)])
+                pieces.append(Piece.of_values(values, kind, self._room))
             for name in run:
                 self._source(name).release(name)
         if any(piece.width != pieces[0].width for piece in pieces):
@@ -167,6 +172,30 @@ class Weights(Mapping[str, Tensor]):
 
     def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def check_values(names: Sequence[str], dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Hold weights that are taken together to be values, of rows of one length.
+
+    Raises:
+        ModelError: they are whole numbers, or FP8 without its scales, or have no rows, or rows of different lengths.
+    """
+    for dtype in dtypes:
+        if dtype not in _FLOATS:
+            raise ModelError(
+                f"The checkpoint holds {', '.join(names)} as {str(dtype).removeprefix('torch.')}, where fp32, bf16 or "
+                "fp16 was expected: it is quantized in a way that its config.json doesn't say, or damaged."
+            )
+    if any(not shape or shape[1:] != shapes[0][1:] or 0 in shape for shape in shapes):
+        said = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=False))
+        raise ModelError(f"These weights should have rows of one length, and don't: {said}.")
+
+
+def check_matrices(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise ModelError where one of the shapes isn't a matrix's."""
+    if any(len(shape) != 2 or 0 in shape for shape in shapes):
+        raise ModelError(f"{', '.join(names)}: the checkpoint has {list(map(list, shapes))}, where rows and columns "
+                         "were expected.")  # fmt: skip
 
 
 class _Held:
@@ -211,16 +240,16 @@ def _check_floats(sources: Mapping[str, Shard]) -> None:
 
 def _shards(folder: Path, index: Path) -> dict[str, Shard]:
     try:
-        files = json.loads(index.read_bytes())["weight_map"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        files = parse_json(read_bytes(index, _MOST_INDEX_NBYTES, "The index", error=ModelError))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} isn't an index of safetensors files ({error!r}). Fetch it again.") from error
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    if not mapped(TEXT).holds(files):
         raise ModelError(f"{index} has no weight_map from tensor names to file names. Fetch it again.")
     shards: dict[str, Shard] = {}
     for file in sorted(set(files.values())):
         # Cached snapshots are symbolic links to files elsewhere, so the name must be inside the folder, not the
         # target.
-        if Path(file).name != file or file in ("", "..") or not file.endswith(".safetensors"):
+        if Path(file).name != file or file in ("", "..") or "\0" in file or not file.endswith(".safetensors"):
             raise ModelError(f"{index} names the file {file!r}, which isn't a safetensors file of its folder.")
         shards[file] = Shard(folder / file)
     for name, file in files.items():

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.machine.files import opened, parse_json
+from longspec.machine.schema import shown
 from longspec.machine.system import available_bytes, has_large_pages
 
 __all__ = ["Shard", "write_shard"]
@@ -45,7 +47,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+_HEADER_LIMIT = 100_000_000  # bytes, the format's own limit, whose JSON may take 2.5 GB
+_MOST_HEADER_NBYTES = 16 << 20  # that are read; 100,000 tensors take 12 MB
 _LEAST_READ = 16 << 20  # bytes
 _ALIGNMENT = 64  # bytes, a cache line: the alignment of tensors in a file that we write
 
@@ -66,14 +69,11 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Open a file. Raises ModelError where it can't be read, or contradicts its header."""
         self.path = path
-        try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                self._spans = _read_header(path, file.read(8), file.read, size)
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise ModelError(f"{path} can't be read: {error.strerror or error}.") from error
+        with opened(path, "The model's file", error=ModelError) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            self._spans = _read_header(path, file.read(8), file.read, size)
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._map: mmap.mmap | None = buffer
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)  # [size of the file]
         self._size = size
@@ -188,11 +188,13 @@ def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: 
     length = struct.unpack("<Q", prefix)[0]
     if length > _HEADER_LIMIT:
         bad(f"its header says {length:,} bytes, more than the {_HEADER_LIMIT:,} that the format allows")
+    if length > _MOST_HEADER_NBYTES:
+        bad(f"its header says {length:,} bytes, more than the {_MOST_HEADER_NBYTES >> 20} MiB that are read")
     if 8 + length > size:
         bad(f"expected {8 + length:,} bytes up to the end of the header, found {size:,}")
     try:
-        header = json.loads(read(length), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(read(length), unique=True)
+    except ValueError as error:
         bad(f"its header can't be parsed ({error})")
     if not isinstance(header, dict):
         bad("its header isn't a JSON object")
@@ -205,11 +207,11 @@ def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: 
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype = _DTYPES.get(code) if isinstance(code, str) else None
         if dtype is None:
-            bad(f"{name!r} has the dtype {code!r}, which isn't one of {', '.join(_DTYPES)}")
-        if not _are_sizes(shape):
-            bad(f"{name!r} has the shape {shape!r}")
+            bad(f"{name!r} has the dtype {shown(code)}, which isn't one of {', '.join(_DTYPES)}")
+        if not _are_sizes(shape) or prod(size or 1 for size in shape) > 1 << 62:  # more than torch counts
+            bad(f"{name!r} has the shape {shown(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            bad(f"{name!r} has the offsets {offsets!r}")
+            bad(f"{name!r} has the offsets {shown(offsets)}")
         needed, found = prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
         if needed != found:
             bad(f"{name!r} needs {needed:,} bytes for its shape {shape} and has {found:,}")
@@ -221,11 +223,4 @@ def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: 
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return unique
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and n >= 0 for n in value)
