@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from longspec.errors import ModelError
+from longspec.machine.schema import check, number, shown, whole
+from longspec.model.config_values import MOST_LAYERS
 from longspec.model.gguf.header import GgufHeader
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_of", "generation_config_of"]
@@ -42,7 +44,8 @@ ARCHITECTURES = {
 
 _TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_MOST_LAYERS = 10_000  # bounds a list's length
+_IDS = ("bos", "eos", "eot", "eom", "padding")
+_MOST_FACTORS = 1 << 16  # of a rope's tensor
 _WIDEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 
@@ -51,7 +54,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
     name = header.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelError(
-            f"{header.path} holds the architecture {name!r}, which is not supported as GGUF; "
+            f"{header.path} holds the architecture {shown(name)}, which is not supported as GGUF; "
             f"longspec reads {', '.join(ARCHITECTURES)}."
         )
     return ARCHITECTURES[name]
@@ -71,8 +74,8 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     width, heads = fields.size("embedding_length"), fields.size("attention.head_count")
     head_dim = fields.size("attention.key_length", width // heads)
     context, layers = fields.size("context_length"), fields.size("block_count")
-    if layers > _MOST_LAYERS:
-        raise ModelError(f"{header.path} says that it has {layers:,} layers; at most {_MOST_LAYERS:,} were expected.")
+    if layers > MOST_LAYERS:
+        raise ModelError(f"{header.path} says that it has {layers:,} layers; at most {MOST_LAYERS:,} were expected.")
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "architectures": [architecture.name],
@@ -110,6 +113,8 @@ def generation_config_of(header: GgufHeader) -> dict[str, Any]:
     if isinstance(tokens, list) and isinstance(kinds, list):
         pairs = enumerate(zip(tokens, kinds, strict=False))
         ends += [i for i, (token, kind) in pairs if kind == 3 and token in _TURN_ENDS]  # 3 is a control token
+    first = {f"tokenizer.ggml.{name}_token_id": fields.get(f"tokenizer.ggml.{name}_token_id") for name in _IDS}
+    check(f"{header.path}", first, dict.fromkeys(first, whole(0, (1 << 31) - 1)), ModelError)
     unique = list(dict.fromkeys(end for end in ends if end is not None))
     return {
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
@@ -128,10 +133,11 @@ class _Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number; an fp32 value is converted to its shortest decimal (1e-05)."""
         value = self._header.fields.get(f"{self.kind}.{name}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            seen = "lacks" if value is None else f"has the value {value!r} in"
+        kind = number(-3e38, 3e38)  # fp32's range
+        if not kind.holds(value):
+            seen = "lacks" if value is None else f"has the value {shown(value)} in"
             raise ModelError(f"{self._header.path} {seen} the field {self.kind}.{name}, where a number was expected.")
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return float(str(np.float32(value))) if isinstance(value, float) else int(value)  # type: ignore[arg-type]
 
     def size(self, name: str, default: int | None = None) -> int:
         value = self.number(name, default)
@@ -139,26 +145,27 @@ class _Fields:
             raise ModelError(f"{self._header.path} says {value} in {self.kind}.{name}, where a size was expected.")
         return int(value)
 
-    def optional(self, name: str) -> float | None:
-        return self.number(name) if f"{self.kind}.{name}" in self._header.fields else None
+    def optional(self, name: str, default: float | None = None) -> float | None:
+        return self.number(name) if f"{self.kind}.{name}" in self._header.fields else default
 
 
 def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
     """The config fields that only one family has."""
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    window = fields.optional("attention.sliding_window")
+    gemma2 = fields.kind == "gemma2"  # whose first files lack what llama.cpp has as defaults
+    window = fields.optional("attention.sliding_window", 4096 if gemma2 else None)
     match fields.kind:
         case "gemma2" | "gemma3":
-            every = 2 if fields.kind == "gemma2" else 6  # llama.cpp's constants; a group's last layer is global
-            full = [window is None or (i + 1) % every == 0 for i in range(layers)]
+            every = 2 if gemma2 else 6  # llama.cpp's constants; a group's last layer is global
+            full = [not window or (i + 1) % every == 0 for i in range(layers)]
             wide = layers == _WIDEST_GEMMA[fields.kind]
             peculiar = {
                 "hidden_activation": "gelu_pytorch_tanh",
-                "sliding_window": window,
+                "sliding_window": window or None,
                 "layer_types": ["full_attention" if whole else "sliding_attention" for whole in full],
                 "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"] if wide else head_dim,
-                "attn_logit_softcapping": fields.optional("attn_logit_softcapping"),
-                "final_logit_softcapping": fields.optional("final_logit_softcapping"),
+                "attn_logit_softcapping": fields.optional("attn_logit_softcapping", 50.0 if gemma2 else None) or None,
+                "final_logit_softcapping": fields.optional("final_logit_softcapping", 30.0 if gemma2 else None) or None,
             }
             if fields.kind == "gemma3":
                 peculiar["rope_theta"] = fields.number("rope.freq_base", 1_000_000.0)
@@ -186,12 +193,17 @@ def _rope_scaling(header: GgufHeader, fields: _Fields, context: int) -> dict[str
             "original_max_position_embeddings": original,
         }
     if "rope_freqs.weight" in header.tensors:
-        return _from_frequencies(_factors(header, "rope_freqs.weight"), fields.number("rope.freq_base"), context)
+        base = fields.number("rope.freq_base", 10_000.0)
+        return _from_frequencies(_factors(header, "rope_freqs.weight"), base, context)
+    # llama.cpp's defaults: linear without a type, the older name of the factor, and 0 for none
+    factor = fields.optional("rope.scaling.factor", fields.optional("rope.scale_linear")) or 1.0
     match kind:
-        case None | "none":
+        case None | "linear":
+            whole_context = max(2, int(context / factor)) if factor > 1 else context  # the file says the lengthened one
+            scaled = {"rope_type": "linear", "factor": factor, "original_max_position_embeddings": whole_context}
+            return None if factor == 1.0 else scaled
+        case "none":
             return None
-        case "linear":
-            return {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
         case "yarn":
             values = {
                 "beta_fast": fields.optional("rope.scaling.yarn_beta_fast"),
@@ -200,19 +212,21 @@ def _rope_scaling(header: GgufHeader, fields: _Fields, context: int) -> dict[str
             }
             return {
                 "rope_type": "yarn",
-                "factor": fields.number("rope.scaling.factor"),
+                "factor": factor,
                 "original_max_position_embeddings": original,
                 **{name: value for name, value in values.items() if value is not None},
             }
         case _:
-            raise ModelError(f"{header.path} has the rope scaling {kind!r}, which is not supported.")
+            raise ModelError(f"{header.path} has the rope scaling {shown(kind)}, which is not supported.")
 
 
 def _factors(header: GgufHeader, name: str) -> list[float]:
     tensor = header.tensors.get(name)
-    if tensor is None or tensor.kind != 0 or len(tensor.shape) != 1:  # 0 is F32
+    if tensor is None or tensor.kind != 0 or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_FACTORS:  # 0 is F32
         raise ModelError(f"{header.path} should hold {name} as one row of 32-bit floats, and doesn't.")
     values = tensor.bytes.view("<f4")
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ModelError(f"{header.path} holds values in {name} that aren't above 0.")
     return [float(str(value)) for value in values]
 
 
@@ -223,6 +237,8 @@ def _from_frequencies(factors: list[float], theta: float, context: int) -> dict[
     """
     known = {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
     low, high, original = _LLAMA3.values()
+    if theta <= 1:
+        raise ModelError(f"The GGUF file says {theta} in rope.freq_base, where a number above 1 was expected.")
     turns = original * theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # within the original context
     blend = ((turns - low) / (high - low)).clip(0, 1)
     if np.allclose(1 / ((1 - blend) / max(factors) + blend), factors, rtol=1e-4):

@@ -51,7 +51,7 @@ _OTHERWISE = {
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
-_PLACE = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", re.ASCII)
 
 
 def read_gguf(path: Path) -> GgufFile:

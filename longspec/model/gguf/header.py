@@ -28,6 +28,8 @@ from gguf.constants import (
 )
 
 from longspec.errors import ModelError
+from longspec.machine.files import opened
+from longspec.machine.schema import shown
 
 __all__ = ["GgufHeader", "GgufTensor", "is_gguf", "read_header"]
 
@@ -45,6 +47,9 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 _DIMENSIONS = 4  # ggml's maximum
+_MOST_HEADER_NBYTES = 64 << 20  # 256,000 tokens and 500,000 merges take 20 MB
+_MOST_FIELDS, _MOST_TENSORS = 1 << 16, 1 << 18
+_MOST_PARTS = 1000
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -84,9 +89,9 @@ class GgufHeader:
 def is_gguf(path: Path) -> bool:
     """Whether the file begins as GGUF does, whatever its name is."""
     try:
-        with path.open("rb") as file:
+        with opened(path, "The file", error=ModelError) as file:
             return file.read(4) == GGUF_MAGIC.to_bytes(4, "little")
-    except OSError:
+    except ModelError:
         return False
 
 
@@ -107,6 +112,8 @@ def read_header(path: Path) -> GgufHeader:
             )
         return whole
     stem, _, count = split.groups()
+    if int(count) > _MOST_PARTS:
+        raise ModelError(f"{path} is one of {int(count):,} parts; at most {_MOST_PARTS:,} were expected.")
     names = [path.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
     if absent := [name.name for name in names if not name.is_file()]:
         raise ModelError(f"{path} is one of {len(names)} parts, and {absent[0]} isn't beside it.")
@@ -123,11 +130,11 @@ def read_header(path: Path) -> GgufHeader:
 
 def _read(path: Path) -> GgufHeader:
     """One file's header."""
-    try:
-        with path.open("rb") as file:
+    with opened(path, "The GGUF file", error=ModelError) as file:
+        try:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
-        raise ModelError(f"{path} can't be read as GGUF: {error}.") from error
+        except ValueError as error:  # an empty file can't be mapped
+            raise ModelError(f"{path} can't be read as GGUF: {error}.") from error
     return _Walk(path, buffer).header()
 
 
@@ -138,6 +145,7 @@ class _Walk:
         self._path = path
         self._buffer = buffer
         self._size = len(buffer)
+        self._end = min(self._size, _MOST_HEADER_NBYTES)  # of what is parsed
         self._at = 0
 
     def header(self) -> GgufHeader:
@@ -153,11 +161,17 @@ class _Walk:
             if name in fields:
                 self._bad(f"the field {name} stands in it twice")
             fields[name] = self._value(self._number("<I"))
-        infos = [self._info() for _ in range(tensor_count)]
+            if len(fields) > _MOST_FIELDS:
+                self._bad(f"it has {field_count:,} fields, and at most {_MOST_FIELDS:,} were expected")
+        infos = []
+        for _ in range(tensor_count):
+            infos.append(self._info())
+            if len(infos) > _MOST_TENSORS:
+                self._bad(f"it has {tensor_count:,} tensors, and at most {_MOST_TENSORS:,} were expected")
 
         alignment = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            self._bad(f"its alignment is {alignment!r}, and a power of two from 8 on was expected")
+        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+            self._bad(f"its alignment is {shown(alignment)}, and a power of two from 8 on was expected")
         start = -(-self._at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, code, offset in infos:
@@ -187,6 +201,8 @@ class _Walk:
         if not 1 <= count <= _DIMENSIONS:
             self._bad(f"the tensor {name} has {count} dimensions")
         shape = tuple(self._number("<Q") for _ in range(count))[::-1]
+        if 0 in shape:
+            self._bad(f"the tensor {name} has the shape {list(shape)}")
         return name, shape, self._number("<I"), self._number("<Q")
 
     def _value(self, code: int) -> Any:
@@ -196,7 +212,7 @@ class _Walk:
             return self._numbers(code, 1)[0]
         code, count = self._number("<I"), self._number("<Q")
         if code == GGUFValueType.STRING:
-            if count * 8 > self._size - self._at:  # each has a length of 8 bytes
+            if count * 8 > self._end - self._at:  # each has a length of 8 bytes
                 self._bad(f"a list of {count:,} strings doesn't fit in its {self._size:,} bytes")
             return self._strings(count)
         return self._numbers(code, count)
@@ -209,14 +225,14 @@ class _Walk:
 
     def _strings(self, count: int) -> list[str]:
         """As many times `_string`, in a third of the time: a vocabulary has 150,000 tokens and as many merges."""
-        buffer, at, end, begun = self._buffer, self._at, self._size, self._at
+        buffer, at, end, begun = self._buffer, self._at, self._end, self._at
         length_of, strings = int.from_bytes, []
         try:
             for _ in range(count):
                 begun = at
                 at += 8 + length_of(buffer[at : at + 8], "little")
                 if at > end:
-                    self._bad(f"its header needs {at:,} bytes and the file has {end:,}")
+                    self._cut(at)
                 strings.append(buffer[begun + 8 : at].decode())
         except UnicodeDecodeError:
             self._bad(f"the string at byte {begun:,} isn't UTF-8")
@@ -235,9 +251,14 @@ class _Walk:
 
     def _take(self, count: int) -> bytes:
         begin, self._at = self._at, self._at + count
-        if self._at > self._size:
-            self._bad(f"its header needs {self._at:,} bytes and the file has {self._size:,}")
+        if self._at > self._end:
+            self._cut(self._at)
         return self._buffer[begin : self._at]
+
+    def _cut(self, needed: int) -> NoReturn:
+        if needed > self._size:
+            self._bad(f"its header needs {needed:,} bytes and the file has {self._size:,}")
+        self._bad(f"its header has more than {_MOST_HEADER_NBYTES >> 20} MiB")
 
     def _bad(self, what: str) -> NoReturn:
         raise ModelError(f"{self._path} isn't a usable GGUF file: {what}. Fetch it again.")

@@ -17,9 +17,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from longspec.errors import ModelError
+from longspec.machine.schema import shown
 
 __all__ = ["build_tokenizer", "tokenizer_config_of"]
 
+_MOST_CUTS, _MOST_MERGES = 1 << 28, 1 << 21  # Gemma's 262,000 tokens have 2 * 10^7 and 5 * 10^5
+_DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # llama.cpp's for sentencepiece, where the file has none
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -72,7 +75,7 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         raise ModelError(f"The GGUF file has {len(tokens):,} tokens, and not as many token types.")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if not isinstance(kind, str) or kind not in builders:
-        raise ModelError(f"The tokenizer kind {kind!r} of the GGUF file is not supported; known are gpt2 and llama.")
+        raise ModelError(f"The GGUF file's tokenizer kind {shown(kind)} is not supported; known are gpt2 and llama.")
     try:
         tokenizer = builders[kind](fields, tokens, kinds)
     except ModelError:
@@ -140,10 +143,17 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: list[int
 def _merges(
     vocabulary: dict[str, int], tokens: list[str], scores: list[float], kinds: list[int]
 ) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece vocabulary: every pair of tokens that joins to a token, the best tokens first."""
+    """The merges of a sentencepiece vocabulary: every pair of tokens that joins to a token, the best tokens first.
+
+    Raises:
+        ModelError: the tokens are so long, or so alike, that it would take minutes and gigabytes.
+    """
+    cuts = sum(len(token) ** 2 for token in tokens)  # letters of all halves
     merges: list[tuple[str, str]] = []
     ranked = sorted((i for i, kind in enumerate(kinds) if kind == _NORMAL), key=lambda i: -scores[i])
     for token in (tokens[i] for i in ranked):
+        if cuts > _MOST_CUTS or len(merges) > _MOST_MERGES:
+            raise ModelError("The GGUF file's tokens are too long, or join in too many ways, for a tokenizer's.")
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
@@ -161,7 +171,7 @@ def _split(fields: Mapping[str, Any]) -> _Split:
     name = fields.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _SPLITS:
         raise ModelError(
-            f"The GGUF file splits text by {name!r} (tokenizer.ggml.pre), which isn't one of {', '.join(_SPLITS)}: "
+            f"The GGUF file splits text by {shown(name)} (tokenizer.ggml.pre), not by one of {', '.join(_SPLITS)}: "
             "use the model's Hugging Face folder, which has a tokenizer.json."
         )
     return _SPLITS[name]
@@ -180,14 +190,24 @@ def _add_ends(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
     used = {which: token for which, token in ends.items() if token is not None}
     if used:
         single = [token for token in (used.get("bos"), "$A", used.get("eos")) if token is not None]
-        identified = [(token, int(fields[f"tokenizer.ggml.{which}_token_id"])) for which, token in used.items()]
+        identified = [(token, _index(fields, which)) for which, token in used.items()]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=identified)
 
 
+def _index(fields: Mapping[str, Any], which: str) -> Any:
+    """The id of a token by its role, as the file or llama.cpp has it; None where neither does."""
+    index = fields.get(f"tokenizer.ggml.{which}_token_id")
+    if index is None and fields.get("tokenizer.ggml.model") == "llama":
+        index = _DEFAULT_IDS.get(which)
+        return None if index is None or index >= len(fields.get("tokenizer.ggml.tokens") or ()) else index
+    return index
+
+
 def _token(fields: Mapping[str, Any], which: str) -> str | None:
-    index, tokens = fields.get(f"tokenizer.ggml.{which}_token_id"), fields["tokenizer.ggml.tokens"]
+    index, tokens = _index(fields, which), fields.get("tokenizer.ggml.tokens")
     if index is None:
         return None
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise ModelError(f"The GGUF file's {which} token is number {index!r} of {len(tokens):,}.")
+    if type(index) is not int or not isinstance(tokens, list) or not 0 <= index < len(tokens):
+        count = len(tokens) if isinstance(tokens, list) else 0
+        raise ModelError(f"The GGUF file's {which} token is number {shown(index)} of {count:,}.")
     return str(tokens[index])
