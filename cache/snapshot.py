@@ -32,6 +32,8 @@ from torch import Tensor
 
 from longspec.cache.stage import Cache
 from longspec.errors import LongspecError, UsageError
+from longspec.machine.files import opened, parse_json
+from longspec.machine.schema import TEXT, check, listed, mapped, row, whole
 
 __all__ = ["Snapshot", "check_place", "save"]
 
@@ -41,7 +43,14 @@ VERSION = 1
 
 _HEADER = struct.Struct("<8sIQQI")  # magic, version, offset and size of the index, its checksum
 _CHECK = struct.Struct("<I")
-_INDEX_LIMIT = 1 << 28  # bytes
+_INDEX_LIMIT = 16 << 20  # bytes; a section takes 100, and a cache has at most six for each layer
+_MOST_ROWS = 1 << 30
+_COUNT, _SIZE = whole(0, _MOST_ROWS), whole(0, 1 << 62)
+_INDEX = {
+    "identity": mapped(TEXT),
+    "length": _COUNT,
+    "sections": listed(row(TEXT, TEXT, listed(_SIZE, 8), _SIZE, _SIZE, whole(0, (1 << 32) - 1)), 1 << 18),
+}
 _BEGIN = _HEADER.size + _CHECK.size
 
 
@@ -78,6 +87,8 @@ def save(path: Path, identity: Mapping[str, str], tokens: Sequence[int], cache: 
 
 def check_place(path: Path) -> None:
     """Raise UsageError if no file can be written at `path`; to be called before the prompt is prefilled."""
+    if "\0" in str(path):
+        raise UsageError(f"The prompt cache {str(path)!r} has a name that no file can have.")
     if path.exists() and not path.is_file():
         raise UsageError(f"The prompt cache {path} isn't a regular file; name a file to keep it in.")
     folder = Path(os.path.realpath(path)).parent
@@ -95,17 +106,12 @@ class Snapshot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                index = self._index(file)
-                self.identity: dict[str, str] = dict(index["identity"])
-                self.length = int(index["length"])
-                self._sections: dict[str, list[Any]] = {section[0]: section for section in index["sections"]}
-                self.tokens: list[int] = self._take(file, "tokens", (self.length,), torch.int32).tolist()
-        except OSError as error:
-            raise UsageError(f"The prompt cache {path} can't be read: {error.strerror or error}.") from error
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            self._bad(f"its index makes no sense ({type(error).__name__})")
+        with opened(path, "The prompt cache") as file:
+            index = self._index(file)
+            self.identity: dict[str, str] = index["identity"]
+            self.length: int = index["length"]
+            self._sections: dict[str, list[Any]] = {section[0]: section for section in index["sections"]}
+            self.tokens: list[int] = self._take(file, "tokens", (self.length,), torch.int32).tolist()
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Raise UsageError, with the reason, unless the snapshot has this identity."""
@@ -123,16 +129,13 @@ class Snapshot:
     def load(self, cache: Cache) -> None:
         """Fill an empty cache of the saved kind. Raises UsageError if a section is missing, damaged or left over."""
         left = set(self._sections) - {"tokens"}
-        try:
-            with self.path.open("rb") as file:
+        with opened(self.path, "The prompt cache") as file:
 
-                def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                    left.discard(name)
-                    return self._take(file, name, shape, dtype)
+            def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+                left.discard(name)
+                return self._take(file, name, shape, dtype)
 
-                cache.load_state(self.length, take)
-        except OSError as error:
-            raise UsageError(f"The prompt cache {self.path} can't be read: {error.strerror or error}.") from error
+            cache.load_state(self.length, take)
         if left:
             self._bad(f"it has {len(left)} sections too many")
 
@@ -143,19 +146,27 @@ class Snapshot:
             raise UsageError(f"{self.path} isn't a prompt cache; name another file.")
         if len(header) < _BEGIN or _CHECK.unpack_from(header, _HEADER.size)[0] != zlib.crc32(header[: _HEADER.size]):
             self._bad("its header is damaged")
-        _, version, begin, length, check = _HEADER.unpack_from(header)
+        _, version, begin, length, crc = _HEADER.unpack_from(header)
         if version != VERSION:
             self._bad(f"it is version {version} of the format, and {VERSION} was expected")
-        if begin + length != size or begin < _BEGIN or length > _INDEX_LIMIT:
+        if length > _INDEX_LIMIT:
+            self._bad(f"its index has more than {_INDEX_LIMIT >> 20} MiB")
+        if begin + length != size or begin < _BEGIN:
             self._bad(f"expected {begin + length:,} bytes, found {size:,}")
         file.seek(begin)
         text = file.read(length)
-        if zlib.crc32(text) != check:
+        if zlib.crc32(text) != crc:
             self._bad("its index is damaged")
-        index: dict[str, Any] = json.loads(text)
+        try:
+            index = parse_json(text)
+        except ValueError:
+            index = None
+        if not isinstance(index, dict):
+            self._bad("its index isn't a JSON object")
+        check(f"The prompt cache {self.path}", index, _INDEX, UsageError, needed=frozenset(_INDEX))
         at = _BEGIN
         for _, _, _, offset, nbytes, _ in index["sections"]:
-            if type(offset) is not int or type(nbytes) is not int or offset != at or nbytes < 0:
+            if offset != at:
                 self._bad("its sections don't lie behind each other")
             at += nbytes
         if at != begin:
@@ -164,14 +175,14 @@ class Snapshot:
 
     def _take(self, file: BufferedReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         wanted = [_name(dtype), list(shape), prod(shape) * dtype.itemsize]
-        _, kind, size, offset, nbytes, check = self._sections.get(name, [None] * 6)
+        _, kind, size, offset, nbytes, crc = self._sections.get(name, [None] * 6)
         if [kind, size, nbytes] != wanted:
             self._bad(f"its section {name} is {kind} {size}, and {wanted[0]} {wanted[1]} was expected")
         tensor = torch.empty(shape, dtype=dtype)
         if nbytes:
             raw = _bytes(tensor)
             file.seek(offset)
-            if file.readinto(raw) != nbytes or zlib.crc32(raw) != check:
+            if file.readinto(raw) != nbytes or zlib.crc32(raw) != crc:
                 self._bad(f"its section {name} is damaged")
         return tensor
 

@@ -21,16 +21,33 @@ from torch import Tensor
 from longspec.attention import attend
 from longspec.cache.stage import Shape
 from longspec.errors import ModelError, UsageError
+from longspec.machine.schema import listed, shown, whole
 from longspec.model.config import Config
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
 from longspec.model.rope import Rotation, rotate
+from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Eagle3", "load_eagle3"]
 
 _DEPTH = 7  # default draft depth, as in EAGLE-2's and EAGLE-3's code
 _MOST_DEPTH = 64
+_READ = (  # what of a config its one layer is made of
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +118,9 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
         ModelError: the files are damaged or missing, or pickled.
     """
     path, target = folder / "model.safetensors", model.decoder.config
-    layer = raw.get("transformer_layer_config", raw)
-    if not isinstance(layer, Mapping):
-        raise ModelError(f"{folder}/config.json is damaged: its transformer_layer_config is no object.")
-    plain = {"vocab_size": target.vocabulary, **layer, "model_type": "llama", "num_hidden_layers": 1}
+    layer = raw.get("transformer_layer_config") or raw
+    read = {name: layer[name] for name in _READ if name in layer}
+    plain = {"vocab_size": target.vocabulary, **read, "model_type": "llama", "num_hidden_layers": 1}
     config = Config.read(plain)
     if config.vocabulary != target.vocabulary:
         raise UsageError(f"The head in {folder} is for a vocabulary of {config.vocabulary:,} tokens; {model.name} has "
@@ -113,11 +129,15 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
         raise ModelError(f"{folder} holds no model.safetensors; longspec reads no pickled weights: convert them first.")
     shard = Shard(path)
     held = {_plain(name): shard.take(name) for name in shard.names}
-    layers = raw.get("eagle_aux_hidden_state_layer_ids") or (2, target.layers // 2, target.layers - 3)
-    layers = tuple(layers)
-    if not all(type(at) is int and 0 < at <= target.layers for at in layers):
-        raise UsageError(f"The head in {folder} reads the layers {list(layers)}; {model.name} has {target.layers}.")
-    size = len(held["d2t"]) if "d2t" in held else target.vocabulary
+    layers = raw.get("eagle_aux_hidden_state_layer_ids") or [2, target.layers // 2, target.layers - 3]
+    if not listed(whole(1, target.layers), 64).holds(layers):
+        raise UsageError(f"The head in {folder} reads the layers {shown(layers)}; {model.name} has {target.layers}.")
+    offsets = held.get("d2t", torch.zeros(target.vocabulary, dtype=torch.int64))
+    if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ModelError(
+            f"{path} is damaged: d2t is {list(offsets.shape)} of {offsets.dtype}, and should be a row of int64."
+        )
+    size = len(offsets)
     wanted = _shapes(config, len(layers) * target.width, size)
     for name, shape in wanted.items():
         seen = tuple(held[name].shape) if name in held else None
@@ -127,10 +147,10 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
                 f"expected {list(shape)}; take the model that it was trained for."
             )
     device, dtype = model.decoder.device, model.decoder.dtype
-    weights = {name: tensor.to(device, dtype) for name, tensor in held.items() if name not in ("d2t", "t2d")}
+    weights = {name: _values(name, held[name]).to(device, dtype) for name in held if name not in ("d2t", "t2d")}
     tokens, embedding = None, weights.pop("embed_tokens.weight", None)
     if "d2t" in held:
-        tokens = held["d2t"].long() + torch.arange(size)
+        tokens = offsets.long() + torch.arange(size)
         if int(tokens.min()) < 0 or int(tokens.max()) >= target.vocabulary or len(set(tokens.tolist())) < size:
             raise ModelError(f"{path} is damaged: d2t must name {size:,} of the target's tokens, each once.")
         tokens, order = tokens.sort()
@@ -142,7 +162,7 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
     return Eagle3(
         replace(config, context=min(config.context, target.context)),
         weights,
-        layers,
+        tuple(layers),
         _depth(raw),
         tokens,
         embedding,
@@ -154,6 +174,11 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
 def _plain(name: str) -> str:
     """A tensor's name without the layer's prefix, which differs between `speculators` and the authors' files."""
     return name.removeprefix("midlayer.").removeprefix("layers.0.")
+
+
+def _values(name: str, tensor: Tensor) -> Tensor:
+    check_values([name], [tensor.dtype], [])
+    return tensor
 
 
 def _depth(raw: Mapping[str, Any]) -> int:

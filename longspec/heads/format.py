@@ -23,8 +23,10 @@ from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.layers import Head, block_of
 from longspec.machine.files import read_json, replaced
+from longspec.machine.schema import TABLE, TEXT, check, listed, whole
 from longspec.model.config import Config
 from longspec.model.load import Model
+from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
 __all__ = [
@@ -49,6 +51,13 @@ MOST_DEPTH, MOST_WINDOW = 64, 1 << 20
 _VERSION = 1
 _LAYOUT = "0.1.0"  # of `speculators`
 _MOST_NBYTES = 64 << 10  # of the config
+_NAMES = {
+    "architectures": listed(TEXT, 64),
+    "speculators_model_type": TEXT,
+    "transformer_layer_config": TABLE,
+    "longspec": TABLE,
+}
+_SIZES = {"depth": whole(1, MOST_DEPTH), "window": whole(1, MOST_WINDOW), "draft_vocabulary": whole(1, 1 << 31)}
 _SCALE = ".scale"
 _OFFSETS, _DRAFTED = "d2t", "t2d"  # [D] target id - draft id; [V] bool, True for tokens of the draft vocabulary
 
@@ -170,12 +179,15 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read a folder's config.json, of any head format.
+    """Read a folder's config.json, of any head format, by whose names a format is known.
 
     Raises:
-        UsageError: the file is missing, too large or no JSON object.
+        UsageError: the file is missing, too large or no JSON object, or a name in it is none.
     """
-    return read_json(Path(folder) / CONFIG, _MOST_NBYTES, "The head's config", hint="`longspec train` writes one")
+    path = Path(folder) / CONFIG
+    found = read_json(path, _MOST_NBYTES, "The head's config", hint="`longspec train` writes one")
+    check(f"The head's config {path}", found, _NAMES, UsageError)
+    return found
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
@@ -185,8 +197,8 @@ def read_about(folder: str | Path) -> dict[str, Any]:
         UsageError: the config is missing, damaged or not written by this longspec.
     """
     path, found = Path(folder) / CONFIG, read_config(folder)
-    own = found.get("longspec")
-    if not isinstance(own, dict) or own.get("version") != _VERSION:
+    own = found.get("longspec") or {}
+    if own.get("version") != _VERSION:
         raise UsageError(f"{path} is no head that this longspec knows; `longspec train` writes one.")
     try:
         asked = found["speculators_config"]
@@ -199,12 +211,7 @@ def read_about(folder: str | Path) -> dict[str, Any]:
         }
     except (KeyError, IndexError, TypeError):
         about = {"kind": None}
-    if (
-        about["kind"] not in KINDS
-        or not _is_number(about["depth"], MOST_DEPTH)
-        or not _is_number(about["window"], MOST_WINDOW)
-        or not _is_number(about["draft_vocabulary"], 1 << 31)
-    ):
+    if about["kind"] not in KINDS or not all(kind.holds(about[name]) for name, kind in _SIZES.items()):
         raise UsageError(f"{path} is damaged: its kind, depth, window, vocabulary or target can't be; "
                          "fetch it again, or train anew.")  # fmt: skip
     return about
@@ -286,6 +293,10 @@ def _draft_tokens(path: Path, offsets: Tensor | None, about: Mapping[str, Any], 
 
 def _plain(path: Path, name: str, tensors: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
     held, scale = tensors.get(name), tensors.get(name + _SCALE)
+    if held is not None:
+        check_values([name], [] if scale is not None and held.dtype == torch.int8 else [held.dtype], [])
+    if scale is not None:
+        check_values([name + _SCALE], [scale.dtype], [])
     if held is None or held.shape != wanted.shape or (scale is not None and scale.shape != wanted.shape[:1]):
         seen = "nothing" if held is None else list(held.shape)
         raise ModelError(f"{path} is damaged or of another shape: {name} is {seen}, expected {list(wanted.shape)}.")
@@ -305,7 +316,3 @@ def _final_norm(model: Model) -> Tensor:
     """Weights [width] of the target's final norm: its output for a vector of ones."""
     ones = torch.ones(1, model.decoder.config.width, dtype=model.decoder.dtype, device=model.decoder.device)
     return model.decoder.normed(ones)[0].float()
-
-
-def _is_number(value: object, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.errors import ModelError, UsageError
+from longspec.machine.schema import whole
 from longspec.model.load import Model
+from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Medusa", "load_medusa"]
@@ -57,8 +59,10 @@ def load_medusa(folder: Path, raw: Mapping[str, Any], model: Model) -> Medusa:
         UsageError: the heads are for a model of other sizes.
         ModelError: the files are damaged or missing.
     """
-    target, count, blocks = model.decoder.config, raw.get("medusa_num_heads"), raw.get("medusa_num_layers", 1)
-    if type(count) is not int or type(blocks) is not int or not (1 <= count <= _MOST and 0 <= blocks <= _MOST):
+    target = model.decoder.config
+    count: Any = raw.get("medusa_num_heads")
+    blocks: Any = raw.get("medusa_num_layers", 1)
+    if not whole(1, _MOST).holds(count) or not whole(0, _MOST).holds(blocks):
         raise ModelError(
             f"{folder}/config.json is damaged: medusa_num_heads and medusa_num_layers must be 1 to {_MOST}."
         )
@@ -76,6 +80,7 @@ def load_medusa(folder: Path, raw: Mapping[str, Any], model: Model) -> Medusa:
             seen = "missing" if tensor is None else list(tensor.shape)
             raise UsageError(f"The head in {folder} doesn't fit {model.name}: its {name} is {seen}, expected "
                              f"{list(shape)}; take the model that it was trained for.")  # fmt: skip
+        check_values([name], [tensor.dtype], [])
         return tensor.to(model.decoder.device, model.decoder.dtype)
 
     width, last = target.width, f"{blocks}.weight"

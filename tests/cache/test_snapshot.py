@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from support.engines import engine, finish, tiny
 from support.passes import TOLERANCE, continuation, filled
 
-from longspec.cache import BLOCK, CACHES
+from longspec.cache import BLOCK, CACHES, snapshot
 from longspec.cache.snapshot import Snapshot
 from longspec.errors import LongspecError, UsageError
 from longspec.model.load import Model
@@ -195,6 +196,18 @@ def test_an_index_that_lies_is_refused(llama: Model, tmp_path: Path, monkeypatch
     lies: list[Callable[[Any], Any]] = [
         lambda index: {**index, "length": 1 << 40},
         lambda index: {**index, "length": -1},
+        lambda index: {**index, "length": float("inf")},
+        lambda index: {**index, "length": float("nan")},
+        lambda index: {**index, "length": str(index["length"])},
+        lambda index: {**index, "length": [index["length"]]},
+        lambda index: {**index, "length": True},
+        lambda index: {**index, "identity": {"model": 5}},
+        lambda index: {**index, "identity": [["model"]]},
+        lambda index: {
+            **index,
+            "sections": [[*section[:3], section[3] + 0.0, *section[4:]] for section in index["sections"]],
+        },
+        lambda index: {**index, "sections": {"tokens": 1}},
         lambda index: {**index, "identity": 5},
         lambda index: {**index, "sections": []},
         lambda index: {**index, "sections": [["tokens"]]},
@@ -211,6 +224,15 @@ def test_an_index_that_lies_is_refused(llama: Model, tmp_path: Path, monkeypatch
         made.save(session, path)
         with pytest.raises(UsageError, match="rows"):
             made.open(PROMPT, raw=True, prompt_cache=path)
+
+
+def test_an_index_is_bounded(tmp_path: Path) -> None:
+    text = b"[" + b"[]," * (6 << 20) + b"[]]"
+    header = snapshot._HEADER.pack(b"longspec", 1, snapshot._BEGIN, len(text), zlib.crc32(text))
+    path = tmp_path / "rows"
+    path.write_bytes(header + snapshot._CHECK.pack(zlib.crc32(header)) + text)
+    with pytest.raises(UsageError, match="its index has more than 16 MiB"):
+        Snapshot(path)
 
 
 def test_a_file_is_whole_or_the_old_one(llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +268,8 @@ def test_a_full_disk_costs_the_file_and_not_the_answer(
 
 def test_a_place_without_room_for_a_file(llama: Model, tmp_path: Path) -> None:
     made = engine(llama)
-    for path, said in ((tmp_path, "isn't a regular file"), (tmp_path / "no" / "rows", "doesn't exist")):
+    places = ((tmp_path, "isn't a regular file"), (tmp_path / "no" / "rows", "doesn't exist"))
+    for path, said in (*places, (tmp_path / "a\0b", "a name that no file can have")):
         with pytest.raises(UsageError, match=said):
             made.open(PROMPT, raw=True, prompt_cache=path)
 
