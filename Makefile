@@ -15,7 +15,11 @@ RESULTS ?= build/bench
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) --editable
 
-.PHONY: help bench demo test test-full test-arm wheel lint format types docs man clean distclean
+# What `make fuzz` tries: mutants of each kind of file, by this seed.
+SEED ?= $(shell date +%s)
+MUTANTS ?= 6000
+
+.PHONY: help bench demo fuzz guided test test-full test-arm wheel lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +42,13 @@ test-arm: $(VENV)/installed-dev ## the kernels for ARM under qemu (gcc-aarch64-l
 
 wheel: $(VENV)/installed-wheel ## wheels for x86-64 and ARM with their kernels built in, into dist/ (80 MB of compiler, once)
 	$(BIN)/python docs/wheel.py x86_64 aarch64
+
+fuzz: $(VENV)/installed-dev ## damaged and hostile files, for ten minutes (make fuzz SEED=0 tries those of the tests)
+	$(BIN)/python -m pytest tests/hostile -m full -s --seed $(SEED) --mutants $(MUTANTS)
+
+guided: $(VENV)/installed-fuzz ## coverage-guided fuzzing of what parses files, two minutes for each kind, into build/fuzz
+	for kind in gguf safetensors snapshot head config; do mkdir -p build/fuzz/$$kind && \
+	  $(BIN)/python tests/hostile/guided.py $$kind -max_total_time=120 -rss_limit_mb=2048 -timeout=10 build/fuzz/$$kind || exit 1; done
 
 lint: $(VENV)/installed-dev ## ruff: its rules, and the layout of the code
 	$(BIN)/ruff check
@@ -99,6 +110,10 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 $(VENV)/installed-wheel: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) '.[wheel]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-fuzz: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) '.[dev,fuzz]'
+	@touch $@ $(VENV)/installed-dev
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) '.[docs]'

@@ -15,6 +15,11 @@ import torch
 torch.set_num_threads(1)  # tiny models lose time to threads, and a test machine has few cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", default="0", help="of the mutants that tests/hostile tries")
+    parser.addoption("--mutants", type=int, default=2000, help="of each kind, in the tests marked full")
+
+
 SETTINGS = ("LONGSPEC_", "XDG_", "HF_", "OMP_", "HOME", "PATH", "CC", "PYTHON", "NO_COLOR", "TERM", "LC_", "LANG")
 
 

@@ -1,0 +1,40 @@
+"""Mutants of files from elsewhere are read or refused: nothing crashes, hangs, or grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hostile import targets
+from support.hostile import survey, survey_here
+from support.sanitized import sanitized
+
+TARGETS = ["ggufs", "folders", "heads", "snapshots"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_hundred_mutants_are_read_or_refused(name: str, home: Path, tmp_path: Path) -> None:
+    assert survey_here(getattr(targets, name), tmp_path, range(100)).failures == {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", TARGETS)
+def test_thousands_of_mutants_are_read_or_refused(
+    name: str, home: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    made = survey(f"hostile.targets:{name}", tmp_path, pytestconfig.option.mutants, pytestconfig.option.seed)
+    print(f"\n{name}: {made}")
+    assert made.failures == {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["ggufs", "folders"])
+def test_kernels_under_the_sanitizers_find_nothing_in_mutants(
+    name: str, home: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    environment = sanitized(tmp_path)
+    (folder := tmp_path / "mutants").mkdir()
+    count = pytestconfig.option.mutants
+    made = survey(f"hostile.targets:{name}", folder, count, pytestconfig.option.seed, environment)
+    print(f"\n{name} under the sanitizers: {made}")
+    assert made.failures == {}
