@@ -24,7 +24,7 @@ from longspec.cli.io.progress import Progress
 from longspec.cli.io.prompt_input import checked, read_prompt
 from longspec.cli.io.run_request import Call, make_form
 from longspec.cli.io.stdout import Output
-from longspec.cli.io.stream_answer import UNSAID, Local, Policy, load, statistics, stream, unsaid
+from longspec.cli.io.stream_answer import CUT, UNSAID, Local, Policy, is_cut, load, statistics, stream, unsaid
 from longspec.cli.options.groups import argument, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
@@ -178,6 +178,8 @@ def _answer(call: Call) -> None:
         call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
     if call.policy.hide and unsaid(answer):
         call.progress.say(UNSAID)
+    if is_cut(answer, call.writing):
+        call.progress.say(CUT)
     if call.stats:
         call.progress.say(statistics(answer))
     if interrupted is not None and answer.finish_reason == "interrupted":

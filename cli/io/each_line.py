@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from longspec.cli import BEGAN
 from longspec.cli.io.progress import printable
 from longspec.cli.io.prompt_input import joined, read_head, read_lines, text_of
-from longspec.cli.io.stream_answer import UNSAID, Local, load, statistics, stream, unsaid
+from longspec.cli.io.stream_answer import CUT, UNSAID, Local, is_cut, load, statistics, stream, unsaid
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def answer_lines(call: Call) -> LongspecError | None:
             written = _object(answer.report()) if call.as_json else one_line(text)
             output.write(written + "\n")
         hidden = [UNSAID] if call.policy.hide and unsaid(answer) else []
+        hidden += [CUT] if is_cut(answer, call.writing) else []
         for note in [*session.notes, *hidden, *([statistics(answer)] if call.stats else [])]:
             progress.say(f"line {number}: {note}")
         if interrupted is not None:

@@ -6,7 +6,7 @@ A source is an engine loaded in this process (`Local`), or a running server (`lo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
-__all__ = ["UNSAID", "Local", "Policy", "load", "statistics", "stream", "unsaid"]
+__all__ = ["CUT", "UNSAID", "Local", "Policy", "is_cut", "load", "statistics", "stream", "unsaid"]
 
+CUT = "the answer was cut off by its limit, so it isn't whole; allow more with --max-new-tokens"
 UNSAID = (
     "the tokens were used up by reasoning, which is hidden; allow more of them with --max-new-tokens, or bound the "
     "reasoning with --reasoning-budget"
@@ -177,6 +178,11 @@ def load(model: str, options: dict[str, Any], began: float, progress: Progress) 
 def unsaid(answer: Answer | Reported) -> bool:
     """Whether it ended within its reasoning, before the answer began."""
     return bool(answer.finish_reason == "length" and answer.usage["reasoning_tokens"] and not answer.text.strip())
+
+
+def is_cut(answer: Answer | Reported, options: Mapping[str, Any]) -> bool:
+    """Whether an answer that is held to a schema or an expression ended before its grammar did."""
+    return answer.finish_reason == "length" and any(options.get(name) is not None for name in ("json_schema", "regex"))
 
 
 def statistics(answer: Answer | Reported) -> str:

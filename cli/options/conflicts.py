@@ -12,7 +12,7 @@ import typer
 
 from longspec.cli.options.typer_classes import given
 from longspec.errors import UsageError
-from longspec.sampling.parameters import without_idle
+from longspec.sampling.parameters import is_greedy, without_idle
 
 __all__ = ["settle_loading", "settle_reporting", "settle_writing"]
 
@@ -39,7 +39,7 @@ def settle_writing(ctx: typer.Context, options: dict[str, Any], template: Mappin
             else:
                 flag = f"--{idle.replace('_', '-')}"
                 raise UsageError(f"--raw leaves the chat template out, which {flag} needs; leave one out.")
-    if options["temperature"] == 0 and (given(ctx, "temperature") or "temperature" in chosen):
+    if is_greedy(options["temperature"]) and (given(ctx, "temperature") or "temperature" in chosen):
         # Greedy: settings of sampling are dropped, and the template's too where a flag says greedy.
         kept = chosen if "temperature" in chosen else {}
         effective = without_idle(options, keep={*kept, *(name for name in options if given(ctx, name))})

@@ -8,10 +8,12 @@ unknown where it has a variable, a substitution or a pattern. Knows no program a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
+
+from longspec.cli.shell.quoting import continued, readable, substitutions, unescaped
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -44,8 +46,8 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """A redirection. operator: `>`, `>>`, `<`, `<<<` and so on. target: None for a closed descriptor or a
-    here-document.
+    """A redirection. operator: `>`, `>>`, `<`, `<<<` and so on. target: None for a closed descriptor; of a
+    here-document its text.
     """
 
     operator: str
@@ -56,7 +58,7 @@ class Redirect:
 class Call:
     """One command. words is empty for redirections or assignments alone. fed: its input is a pipe.
 
-    feeder: the commands before it in the pipeline.
+    feeder: the commands before it in the pipeline. around: the redirections of groups that it stands in.
     """
 
     words: tuple[Word, ...] = ()
@@ -64,6 +66,7 @@ class Call:
     assigned: tuple[tuple[str, Word], ...] = ()
     fed: bool = False
     feeder: tuple[Call, ...] = ()
+    around: tuple[Redirect, ...] = ()
 
 
 @cache
@@ -159,7 +162,9 @@ def _bytes(node: Node) -> bytes:
     return node.text or b""
 
 
-def calls(node: Node, fed: bool = False, feeder: tuple[Call, ...] = ()) -> Iterator[Call]:
+def calls(
+    node: Node, fed: bool = False, feeder: tuple[Call, ...] = (), around: tuple[Redirect, ...] = ()
+) -> Iterator[Call]:
     """Every command below a node, also inside substitutions and functions, in the order of the text.
 
     Raises:
@@ -168,42 +173,80 @@ def calls(node: Node, fed: bool = False, feeder: tuple[Call, ...] = ()) -> Itera
     if node.type == "pipeline":
         before = feeder
         for child in node.named_children:
-            found = list(calls(child, fed, before))
+            found = list(calls(child, fed, before, around))
             yield from found
             fed, before = True, (*before, *found)
         return
     if node.type in _SUBSTITUTES:
-        fed, feeder = False, ()
-    if node.type in ("redirected_statement", "command", "declaration_command", "unset_command", "variable_assignment"):
-        body, around = node, []
-        if node.type == "redirected_statement":
-            around = [child for child in node.named_children if child.type.endswith("_redirect")]
-            inside = [child for child in node.named_children if not child.type.endswith("_redirect")]
-            body = inside[0] if inside else node
-        call = _call(body, around)
-        if call is None:  # a loop or a group with redirections around it
-            redirects, _ = _redirects(around)
-            yield Call(redirects=redirects, fed=fed, feeder=feeder)
-            yield from calls(body, fed, feeder)
-        else:
-            yield replace(call, fed=fed, feeder=feeder)
-            for child in body.children if body is not node else ():
-                yield from _within(child)
+        fed, feeder, around = False, (), ()
+        if _source(node).startswith("`") and "\\" in _source(node):
+            yield from _hidden(_source(node))
+            return
+    if node.type not in _COMMANDS:
+        yield from _within(node) if not node.children else ()
         for child in node.children:
-            if child.id != body.id:
-                yield from _within(child)
+            yield from calls(child, fed, feeder, around)
         return
+    body, redirecting = node, []
+    if node.type == "redirected_statement":
+        redirecting = [child for child in node.named_children if child.type.endswith("_redirect")]
+        inside = [child for child in node.named_children if not child.type.endswith("_redirect")]
+        body = inside[0] if inside else node
+    call = _call(body, redirecting)
+    if call is None:  # a loop or a group with redirections around it
+        redirects, _ = _redirects(redirecting)
+        call = Call(redirects=redirects, fed=fed, feeder=feeder)
+        yield call
+        yield from calls(body, fed, feeder, (*around, *redirects))
+    else:
+        call = replace(call, fed=fed, feeder=feeder, around=around)
+        yield call
+        for child in body.children if body is not node else ():
+            yield from _within(child)
     for child in node.children:
-        yield from calls(child, fed, feeder)
+        if child.id != body.id:
+            yield from _within(child)
+    for behind in (each for child in redirecting if child.type == "heredoc_redirect" for each in child.named_children):
+        if behind.type == "pipeline":  # `cat <<E | sh`
+            yield from calls(behind, True, (call,))
+        elif not behind.type.startswith(("heredoc", "file_")):
+            yield from calls(behind)
+
+
+_COMMANDS = {
+    "redirected_statement", "command", "declaration_command", "unset_command", "variable_assignment"
+}  # fmt: skip
 
 
 def _within(node: Node) -> Iterator[Call]:
     """The commands in the substitutions of a word."""
     if node.type in _SUBSTITUTES:
         yield from calls(node)
-        return
-    for child in node.children:
-        yield from _within(child)
+    elif node.type == "heredoc_redirect":
+        yield from _hidden("" if _is_quoted(node) else _document(node)[0])
+        for child in node.children:
+            yield from _within(child) if not child.type.startswith("heredoc") else ()
+    elif node.type in ("word", "regex", "extglob_pattern") and "`" in _source(node):
+        yield from _hidden(_source(node))
+    else:
+        for child in node.children:
+            yield from _within(child)
+
+
+def _hidden(text: str) -> Iterator[Call]:
+    """The commands in the substitutions of a text that the grammar takes for a plain one."""
+    for code in substitutions(text):
+        root = parse(readable(unescaped(continued(code))))
+        if root is not None:
+            yield from calls(root)
+        elif code.strip():
+            yield Call((Word(code, known=False),))
+
+
+def _is_quoted(redirect: Node) -> bool:
+    """Whether nothing is expanded in a here-document."""
+    start = next((child for child in redirect.children if child.type == "heredoc_start"), None)
+    return start is not None and bool(set(_source(start)) & set("'\"\\"))
 
 
 def _call(node: Node, around: list[Node]) -> Call | None:
@@ -212,6 +255,7 @@ def _call(node: Node, around: list[Node]) -> Call | None:
     redirecting = list(around)
     if node.type in ("declaration_command", "unset_command"):
         words = [literal(child) if child.is_named else Word(_source(child)) for child in node.children]
+        assigned += [_assignment(child) for child in node.children if child.type == "variable_assignment"]
     elif node.type == "variable_assignment":
         assigned.append(_assignment(node))
     elif node.type == "command":
@@ -228,7 +272,7 @@ def _call(node: Node, around: list[Node]) -> Call | None:
     return Call((*words, *rest), redirects, tuple(assigned))
 
 
-def _redirects(nodes: list[Node]) -> tuple[tuple[Redirect, ...], list[Word]]:
+def _redirects(nodes: Sequence[Node]) -> tuple[tuple[Redirect, ...], list[Word]]:
     """The redirections, and the words after a file's name, which the grammar assigns to the redirection: `> file
     command`.
     """
@@ -236,12 +280,26 @@ def _redirects(nodes: list[Node]) -> tuple[tuple[Redirect, ...], list[Word]]:
     for node in nodes:
         operator = next((_source(child) for child in node.children if not child.is_named), "<<")
         if node.type == "heredoc_redirect":
-            found.append(Redirect(operator, None))
+            text, behind = _document(node)
+            text = re.sub(r"^\t+", "", text, flags=re.MULTILINE) if operator == "<<-" else text
+            more, words = _redirects([child for child in behind if child.type == "file_redirect"])
+            found += [Redirect(operator, Word(text, _is_quoted(node) or not _EXPANDED.search(text))), *more]
+            rest += [literal(child) for child in behind if child.type in _ARGUMENTS] + words
             continue
         targets = [literal(child) for child in node.named_children if child.type != "file_descriptor"]
         found.append(Redirect(operator, targets[0] if targets else None))
         rest += targets[1:]
     return tuple(found), rest
+
+
+def _document(node: Node) -> tuple[str, list[Node]]:
+    """A here-document's text, and what stands behind its start."""
+    body = next((_source(child) for child in node.children if child.type == "heredoc_body"), "")
+    return body, [child for child in node.named_children if not child.type.startswith("heredoc_")]
+
+
+_EXPANDED = re.compile(r"(?<!\\)[$`]")
+_ARGUMENTS = {"word", "string", "raw_string", "concatenation", "number", "simple_expansion", "expansion"}
 
 
 def _assignment(node: Node) -> tuple[str, Word]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
+from longspec.cli.io.progress import printable
 from longspec.cli.shell.danger import programs
 
 __all__ = ["explained"]
@@ -25,7 +26,7 @@ def explained(line: str) -> Iterator[str]:
         if match is None and re.fullmatch(r"[\w.:\[]+", name):
             said = _said(["bash", "--norc", "--noprofile", "-c", 'help -d -- "$1"', "help", name])
             match = re.search(r" - (.+)", said or "")
-        yield f"{name}: {match[1].strip()}" if match else f"{name}: see {name} --help"
+        yield printable(f"{name}: {match[1].strip()}" if match else f"{name}: see {name} --help")
 
 
 def _said(arguments: list[str]) -> str | None:

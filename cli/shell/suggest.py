@@ -22,6 +22,7 @@ from longspec.cli.shell.danger import judge, programs
 from longspec.cli.shell.environment import Place
 from longspec.cli.shell.examples import Pair, names, nearest, template
 from longspec.cli.shell.harms import HARMS
+from longspec.cli.shell.usage import interpreters
 
 if TYPE_CHECKING:
     from longspec.engine.engine import Engine
@@ -144,12 +145,12 @@ def _built_like(line: str, near: Sequence[tuple[float, Pair]]) -> float:
 
 
 def _programs(known: Sequence[Pair], request: str, place: Place) -> set[str]:
-    """The programs that a line may call: those of the examples and of the danger table, and those that the request
-    names.
+    """The programs that a line may call: those of the examples, of the danger table and of other languages, and those
+    that the request names.
     """
     told = {word.text for _, command in known for word in programs(command)}
     asked = set(re.findall(r"[a-z][\w.+-]+", request))
-    return {name for name in told | set(HARMS) | asked if place.has(name)}
+    return {name for name in told | set(HARMS) | interpreters() | asked if place.has(name)}
 
 
 def _messages(request: str, place: Place, shown: Sequence[Pair]) -> list[dict[str, str]]:

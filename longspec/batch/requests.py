@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from longspec.batch.template import Template
 from longspec.requests.fields import OPTIONS, RequestError, messages, named_options, typed
-from longspec.sampling.parameters import SAMPLED_ONLY
+from longspec.sampling.parameters import SAMPLED_ONLY, is_greedy
 
 if TYPE_CHECKING:
     from longspec.engine.options import Options
@@ -87,7 +87,7 @@ def checked_id(value: object, default: Id | None, name: str) -> Id:
 def over(defaults: Options, item: Item) -> Options:
     """The record's options over the command line's; a command-line option that contradicts a record's is dropped."""
     own = item.options
-    gives_way: tuple[str, ...] = tuple(SAMPLED_ONLY) if own.get("temperature") == 0 else ()
+    gives_way: tuple[str, ...] = tuple(SAMPLED_ONLY) if is_greedy(own.get("temperature")) else ()
     if own.get("raw") or _has_system(item.prompt):
         gives_way += ("system",)
     if own.get("raw"):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from longspec.constraints.json_schema import prepared
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 
@@ -21,8 +23,10 @@ __all__ = ["LIMITS", "MOST_BYTES", "grammar_of"]
 MOST_BYTES = 1 << 20
 """Of a schema or an expression: a stranger's file is not read further."""
 
-LIMITS = LLParserLimits(verbose_errors=False)
-"""The library's own bounds on grammar, lexer and parser; the text that was written is kept out of its errors."""
+LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=100_000)
+"""The library's own bounds on grammar, lexer and parser, with a tenth of its work ahead: `(a{1000}){1000}` took nine
+seconds. The text that was written is kept out of its errors.
+"""
 
 # One spelling, that of json.dumps. With free white space a small model could write blanks for ever, and no token
 # between two values would be forced.
@@ -35,7 +39,7 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
     A string that begins with a brace is JSON, any other one a file name.
 
     Raises:
-        UsageError: both are given, one is too large, or it can't be read or compiled.
+        UsageError: both are given, one is too large, it can't be read or compiled, or nothing fits it.
     """
     if json_schema is None and regex is None:
         return None
@@ -59,7 +63,10 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
         raise UsageError("The JSON schema is not a JSON object; write it in braces.")
     schema.pop("x-guidance", None)  # llguidance's switches, which an untrusted schema must not set
     try:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPELLING)  # type: ignore[arg-type]
+        text = json.dumps(prepared(schema))
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides=_SPELLING)  # type: ignore[arg-type]
+    except RecursionError:
+        raise UsageError("The JSON schema is nested too deeply; make it flatter.") from None
     except ValueError as error:
         raise UsageError(f"The JSON schema can't be used: {_reason(str(error))}.") from None
     return _checked(grammar, "The JSON schema")
@@ -77,7 +84,22 @@ def _checked(grammar: str, what: str) -> str:
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     if wrong:
         raise UsageError(f"{what} can't be used: {_reason(messages[0])}.")
+    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+        if matcher.is_stopped() and matcher.is_error() and not matcher.get_error().startswith("NoExtension"):
+            raise UsageError(f"{what} can't be used: {_reason(matcher.get_error())}.")
+        if matcher.is_stopped() and not matcher.is_accepting():
+            raise UsageError(f"{what} can't be used: nothing fits it.")
+    else:
+        raise UsageError(f"{what} can't be used: {_reason(matcher.get_error())}.")
     return grammar
+
+
+@cache
+def _bytes() -> LLTokenizer:
+    """A vocabulary of the 256 bytes, over which a grammar is tried before a model is there."""
+    return LLTokenizer("byte")
 
 
 def _reason(message: str) -> str:

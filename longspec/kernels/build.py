@@ -8,7 +8,7 @@ Plain C without torch's headers compiles in half a second (the sampler) to four,
 takes forty.
 
 A library is compiled for one instruction set (`longspec.kernels.isa`), whose name is in its own. It is loaded only from
-a folder that belongs to the user and that nobody else can write to.
+a folder that belongs to the user and that nobody else can write to, and if its bytes have the checksum in its name.
 
 LONGSPEC_COMPILER names a compiler, which is taken even where a library is built; or it is `none`: nothing is compiled
 or loaded then.
@@ -22,7 +22,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -94,17 +96,19 @@ def _compiled(source: Path, isa: str, flags: tuple[str, ...], name: str) -> ctyp
     stamp = os.stat(compiler)
     words = repr((compiler, stamp.st_size, stamp.st_mtime_ns, flags, platform.machine())).encode()
     folder = cache_folder() / "kernels"
-    place = folder / f"{source.stem}-{isa}-{hashlib.sha256(_code(source) + words).hexdigest()[:20]}.so"
+    known = f"{source.stem}-{isa}-{hashlib.sha256(_code(source) + words).hexdigest()[:20]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_trust(folder)
-    if place.exists():
+    for place in sorted(folder.glob(f"{known}-*.so")):
         _check_trust(place)
-        try:
-            return ctypes.CDLL(str(place))
-        except OSError:  # damaged, or made for another system: it is made anew
-            place.unlink()
-    reason = _build([compiler, *flags], compiler, source, place)
-    return f"{compiler} can't build {source.name}: {reason}" if reason else ctypes.CDLL(str(place))
+        if place.stem == f"{known}-{_sum(place)}":
+            with suppress(OSError):  # made for another system: it is made anew
+                return ctypes.CDLL(str(place))
+        else:
+            print(f"longspec: the kernel library {place} is damaged, and is built anew", file=sys.stderr)
+        place.unlink(missing_ok=True)
+    built = _build([compiler, *flags], compiler, source, folder / known)
+    return f"{compiler} can't build {source.name}: {built}" if isinstance(built, str) else ctypes.CDLL(str(built))
 
 
 class _DistrustError(Exception):
@@ -120,9 +124,18 @@ def _check_trust(path: Path) -> None:
         raise _DistrustError(f"others can write to {path}: no kernel is loaded from it (chmod go-w)")
 
 
-def _build(command: list[str], compiler: str, source: Path, place: Path) -> str:
-    """Compile and link to `place`, which is there whole or not at all. What went wrong, or nothing."""
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+def _sum(path: Path) -> str:
+    """The checksum of a library, which its name ends with: one that was cut short would end the process at its first
+    call (SIGBUS), so it is read before it is loaded.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+def _build(command: list[str], compiler: str, source: Path, name: Path) -> Path | str:
+    """Compile and link to a file of this name, with its checksum, which is there whole or not at all. What went wrong
+    else.
+    """
+    with tempfile.TemporaryDirectory(dir=name.parent) as folder:
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
         for step in (
             [*command, "-I", str(_FOLDER), "-c", str(source), "-o", str(compiled)],
@@ -137,5 +150,6 @@ def _build(command: list[str], compiler: str, source: Path, place: Path) -> str:
         linked.chmod(0o700)
         with linked.open("rb+") as file:
             os.fsync(file.fileno())
+        place = name.with_name(f"{name.name}-{_sum(linked)}.so")
         os.replace(linked, place)
-    return ""
+    return place

@@ -13,10 +13,23 @@ from typing import Any, TypedDict
 
 from longspec.errors import UsageError
 
-__all__ = ["MOST_TEMPERATURE", "PARAMETERS", "SAMPLED_ONLY", "Bounds", "Sampling", "SamplingOptions", "without_idle"]
+__all__ = [
+    "LEAST_TEMPERATURE",
+    "MOST_TEMPERATURE",
+    "PARAMETERS",
+    "SAMPLED_ONLY",
+    "Bounds",
+    "Sampling",
+    "SamplingOptions",
+    "without_idle",
+]
 
 MOST_TEMPERATURE = 2.0
 """Upper bound of the temperature, as in OpenAI's API: a higher one is more likely a typo (7 for 0.7)."""
+
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it decoding is greedy: the noise would decide between exact ties only, and logits divided by 1e-38 overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +77,9 @@ class Sampling:
     """Sampling parameters, applied in the order of transformers, as here.
 
     repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the sequence holds;
-    temperature divides logits, and 0 is greedy; top_k keeps that many tokens (0: all); top_p keeps the smallest set
-    with this much probability; min_p keeps tokens with at least this fraction of the best one's probability.
+    temperature divides logits, and below LEAST_TEMPERATURE is greedy; top_k keeps that many tokens (0: all); top_p
+    keeps the smallest set with this much probability; min_p keeps tokens with at least this fraction of the best one's
+    probability.
     """
 
     temperature: float = _parameter(0.0, least=0, most=MOST_TEMPERATURE)
@@ -100,7 +114,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def penalises(self) -> bool:
@@ -128,7 +142,12 @@ SAMPLED_ONLY = frozenset(each.name for each in fields(Sampling) if each.metadata
 """Parameters that have no effect in greedy decoding."""
 
 
+def is_greedy(temperature: float | None) -> bool:
+    """Whether this temperature is given and leaves nothing to the noise."""
+    return temperature is not None and 0 <= temperature < LEAST_TEMPERATURE
+
+
 def without_idle(options: Mapping[str, Any], keep: Container[str] = ()) -> dict[str, Any]:
-    """The options without those that have no effect if the temperature is 0; those in `keep` stay."""
-    idle = SAMPLED_ONLY if options.get("temperature") == 0 else frozenset()
+    """The options without those that have no effect if the temperature is greedy; those in `keep` stay."""
+    idle = SAMPLED_ONLY if is_greedy(options.get("temperature")) else frozenset()
     return {name: value for name, value in options.items() if name not in idle or name in keep}

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from support.commands import inside
+from support.commands import inside, write_tiny
 from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
@@ -177,6 +177,18 @@ def test_rows_are_masked_by_their_own_paths() -> None:
         ({"json_schema": {"not": {}}}, "Unimplemented"),
         ({"json_schema": "no-such-file.json"}, "can't be read"),
         ({"json_schema": '{"title": "%s"}' % ("x" * MOST_BYTES)}, "larger"),
+        ({"json_schema": {"enum": []}}, "anyOf is empty"),
+        ({"json_schema": {"type": "string", "pattern": "[^\\s\\S]"}}, "can't be used"),
+        ({"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "nothing fits it"),
+        ({"json_schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "nothing fits it"),
+        ({"json_schema": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}, "nothing fits it"),
+        ({"regex": "[^\\s\\S]"}, "nothing fits it"),
+        ({"json_schema": {"nmae": "x", "skeema": {}}}, "nmae, skeema, and no keyword"),
+        (
+            {"json_schema": {"type": "object", "requird": ["a"]}},
+            "requird, which is no keyword of JSON Schema; write required",
+        ),
+        ({"json_schema": {"type": "object", "properties": {"a": {"tpye": "string"}}}}, "write type"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(given: dict[str, Any], said: str) -> None:
@@ -185,6 +197,36 @@ def test_what_is_wrong_is_said_in_a_sentence(given: dict[str, Any], said: str) -
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_what_an_api_wraps_is_unwrapped() -> None:
+    inner = {"type": "object", "properties": {"schema": {"type": "string"}, "nmae": {"type": "boolean"}}}
+    wrapped = {"name": "x", "strict": True, "schema": inner}
+    assert grammar_of(wrapped) == grammar_of({"type": "json_schema", "json_schema": wrapped}) == grammar_of(inner)
+
+
+def test_a_schema_may_hold_itself_where_it_can_end() -> None:
+    tree = {
+        "type": "object",
+        "properties": {"left": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["left"],
+    }
+    assert grammar_of(tree)
+    assert grammar_of({"type": "object", "properties": {"next": {"$ref": "#"}}})
+    assert grammar_of({"title": "anything", "x-order": 1})
+
+
+def test_integers_are_bounded(llama: Model) -> None:
+    kind = {"type": "integer"}
+    bounds = {"minimum": -(2**53) + 1, "maximum": 2**53 - 1}
+    assert grammar_of(kind) == grammar_of(kind | bounds)
+    assert grammar_of(_object(type=kind, a={"type": ["integer", "null"]})) == grammar_of(
+        _object(type=kind | bounds, a={"type": ["integer", "null"], **bounds})
+    )
+    assert grammar_of(kind | {"minimum": 3}) == grammar_of(kind | {"minimum": 3, "maximum": bounds["maximum"]})
+    assert grammar_of(kind | {"minimum": 2**60}) != grammar_of(kind)
+    answer = engine(llama).generate("What?", raw=True, json_schema=kind, max_new_tokens=60)
+    assert (answer.finish_reason, len(answer.text) < 19) == ("stop", True)
 
 
 def test_a_schema_is_read_from_a_file(tmp_path: Path) -> None:
@@ -207,6 +249,15 @@ def test_the_command_refuses_before_it_looks_for_a_model(tmp_path: Path) -> None
         result = inside(["run", "--no-stdin", "-m", "no/such/model", *given, "Hello"], tmp_path)
         assert result.code == 2, result.err
         assert result.err.count("\n") == 1
+
+
+def test_an_answer_that_is_cut_off_is_said_to_be(tmp_path: Path) -> None:
+    asked = ["run", "--no-stdin", "-m", str(write_tiny(tmp_path / "tiny")), "--dtype", "fp32", "--raw", "--json", "B"]
+    for limit, said in ((3, True), (9, False)):
+        done = inside([*asked, "--regex", "[B-D]{5}", "--max-new-tokens", str(limit)], tmp_path)
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["finish_reason"] == ("length" if said else "stop")
+        assert ("the answer was cut off by its limit" in done.err) == said
 
 
 def _object(**properties: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspec.errors import UsageError
 from longspec.sampling import sampler
-from longspec.sampling.parameters import PARAMETERS, Bounds, Sampling, SamplingOptions
+from longspec.sampling.parameters import LEAST_TEMPERATURE, PARAMETERS, Bounds, Sampling, SamplingOptions, without_idle
 from longspec.sampling.sampler import choose, gumbel, noise_key, rank
 
 DRAWS = 40_000
@@ -237,3 +237,26 @@ def test_bounds_say_what_they_hold(bounds: Bounds, words: str) -> None:
     assert bounds.hold(1) == (not bounds.open_above)
     assert not bounds.hold(math.inf)
     assert not bounds.hold(math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {}])
+def test_tiny_temperatures_do_not_overflow(dtype: torch.dtype, options: dict[str, float]) -> None:
+    logits = torch.randn(3, 500, dtype=dtype) * 30
+    best = logits.float().argmax(-1)
+    keys = [noise_key(1, "a", position) for position in range(3)]
+    for temperature in (5e-324, 1e-38, 1e-10, 9.9e-4, LEAST_TEMPERATURE):
+        sampling = Sampling(temperature=temperature, **options)  # type: ignore[arg-type]
+        assert sampling.is_greedy == (temperature < LEAST_TEMPERATURE)
+        for chosen in (
+            choose(logits, sampling, keys),
+            sampler._choose(logits, Sampling(LEAST_TEMPERATURE, **options), keys),
+        ):  # type: ignore[arg-type]
+            assert (
+                logits.float().gather(1, chosen[:, None])[:, 0].tolist()
+                == logits.float().gather(1, best[:, None])[:, 0].tolist()
+            )
+        tokens, chances = rank(logits, sampling, keys, None, 4)
+        assert torch.isfinite(chances).all()
+        assert logits.gather(1, tokens)[:, 0].tolist() == logits.gather(1, best[:, None])[:, 0].tolist()
+    assert without_idle({"temperature": 1e-9, "top_p": 0.5}) == {"temperature": 1e-9}

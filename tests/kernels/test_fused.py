@@ -112,6 +112,35 @@ def test_a_library_says_whether_the_processor_lacks_what_it_needs(
     assert isinstance(found, str) == bool(lacks)
 
 
+def test_a_library_that_was_cut_short_is_built_anew_with_one_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "short.c"
+    source.write_text("int many[40000] = {1}; int seven(void) { return 7; }")
+    if isinstance(first := library(source), str):
+        pytest.skip(first)
+    assert capsys.readouterr().err == ""
+    for cut in (0, 100, 5000, 20_000):
+        (made,) = (tmp_path / "longspec" / "kernels").glob("short-*.so")
+        data = made.read_bytes()
+        made.unlink()  # the loaded one keeps its file
+        made.write_bytes(data[:cut])
+        made.chmod(0o700)
+        build._first.cache_clear()
+        again = library(source)
+        assert not isinstance(again, str)
+        assert again.seven() == 7
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "is damaged, and is built anew" in err
+        assert len(list((tmp_path / "longspec" / "kernels").glob("short-*.so"))) == 1
+    build._first.cache_clear()
+    library(source)
+    assert capsys.readouterr().err == ""
+    build._first.cache_clear()
+
+
 def test_a_damaged_library_is_made_anew_and_a_bad_source_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
