@@ -211,7 +211,9 @@ def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:
         "template": files.template,
         "order": "the input's" if files.in_order else "as they finish",
         **writing,
-        "stop_loops": writing["stop_loops"] or None,  # None as in metadata older than this option
+        # None as in metadata older than these options.
+        "stop_loops": writing["stop_loops"] or None,
+        "allow_special_tokens": writing["allow_special_tokens"] or None,
     }
 
 

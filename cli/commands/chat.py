@@ -51,7 +51,7 @@ class Showing:
 
 def chat(
     ctx: typer.Context,
-    framing: Annotated[Framing, Only("system")],
+    framing: Annotated[Framing, Only("system", "allow_special_tokens")],
     loading: Annotated[Loading, Without("draft_from", "remember")],
     sampling: SamplingOptions,
     reasoning: Reasoning,

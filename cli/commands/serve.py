@@ -73,6 +73,12 @@ class Serving:
         metavar="SECONDS",
         parser=number(Bounds(float, 0, open_below=True)),
     )
+    allow_special_tokens: bool = option(
+        False,
+        "Let every client's messages hold special tokens, so that a text can end a turn and begin another. Else they "
+        "are plain text.",
+        once=True,
+    )
 
 
 def serve(
@@ -119,7 +125,15 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
         worker = Worker(lambda: _load(model, options, progress), width)
         worker.loaded.result()
         desk = Desk(worker, width + serving.max_waiting, serving.time_limit)
-        doors = [(open_to_clients(desk, model, names(serving.host), serving.api_key or None, progress.say), door)]
+        clients = open_to_clients(
+            desk,
+            model,
+            names(serving.host),
+            serving.api_key or None,
+            progress.say,
+            allow_special_tokens=serving.allow_special_tokens,
+        )
+        doors = [(clients, door)]
         home = None if path is None else stack.enter_context(bound_unix(path))
         if home is not None:
             doors.append((at_home(desk, progress.say), home))

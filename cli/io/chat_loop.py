@@ -136,7 +136,11 @@ class Dialogue:
 
     def _load(self, name: str) -> None:
         path = os.path.expanduser(name)
-        self.conversation = type(self.conversation).load(self.conversation.engine, path)
+        self.conversation = type(self.conversation).load(
+            self.conversation.engine,
+            path,
+            allow_special_tokens=self.conversation.settings.get("allow_special_tokens", False),
+        )
         session = self.conversation.session
         rows = _count(session.cached if session is not None else 0, "token")
         self._tell(f"{_count(self.conversation.turns, 'turn')} from {path}, {rows} of it in the cache")

@@ -128,6 +128,8 @@ def write(
     """
     if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
         return None  # these options concern this process
+    if writing.get("allow_special_tokens"):
+        return None  # which a server refuses
     place = folder()
     if place is None:
         return None

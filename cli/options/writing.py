@@ -28,6 +28,12 @@ class Framing:
 
     system: str | None = option(None, "The system message before the prompt.", short="-s", metavar="TEXT")
     raw: bool = option(False, "Let the model go on from the prompt as it is, without the chat template.")
+    allow_special_tokens: bool = option(
+        False,
+        "Let the names of special tokens in messages be special tokens, so that a text can end a turn and begin "
+        "another. Else they are plain text.",
+        once=True,
+    )
 
 
 def _sampling(name: str, what: str) -> Any:

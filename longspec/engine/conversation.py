@@ -98,8 +98,8 @@ class Conversation:
             session.interrupt()
         if session.finish_reason == "interrupted" and not session.text:
             return False
-        ends = self.engine.model.end_tokens
-        tokens = session.answer[:-1] if session.answer and session.answer[-1] in ends else session.answer
+        ended = session.answer and session.answer[-1] in session.end_tokens
+        tokens = session.answer[:-1] if ended else session.answer
         self.messages = [*self._asked, {"role": "assistant", "content": session.text, "tokens": tokens}]
         return True
 
@@ -156,14 +156,17 @@ class Conversation:
             raise LongspecError(f"The conversation {path} can't be written: {error.strerror or error}.") from error
 
     @classmethod
-    def load(cls, engine: Engine, path: str | Path) -> Conversation:
+    def load(cls, engine: Engine, path: str | Path, *, allow_special_tokens: bool = False) -> Conversation:
         """Read a saved conversation, with its cached rows if this model made them; else `notes` says why not.
+
+        allow_special_tokens: as an option of answers. No file can set it.
 
         Raises:
             UsageError: the file can't be read, or isn't a conversation.
         """
         saved = _read(Path(path))
-        made = cls(engine, **saved["settings"])
+        allowed: dict[str, Any] = {"allow_special_tokens": True} if allow_special_tokens else {}
+        made = cls(engine, **saved["settings"], **allowed)
         made.messages = saved["messages"]
         if saved["model"] != engine.model.name:
             made.notes.append(f"it was held with {saved['model']}, and goes on with {engine.model.name}")

@@ -266,7 +266,7 @@ class Engine(Passes):
         sampling = Sampling.over(self.model.defaults, asked(options))
         planned = self.plan.request.tokens if self.plan else None
         limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
-        stop = options.get("stop", ())
+        stops = [stop] if isinstance(stop := options.get("stop", ()), str) else list(stop)
         long = decoder.first_context is not None and limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
         if (after := options.get("after")) is not None:
@@ -276,10 +276,10 @@ class Engine(Passes):
         session = Session(
             tokens,
             cache,
-            Transcript(self.model.vocabulary, [stop] if isinstance(stop, str) else stop),
+            Transcript(self.model.vocabulary, stops),
             key=options.get("key", ""),
             sampling=sampling,
-            end_tokens=self.model.end_tokens,
+            end_tokens=[*self.model.end_tokens, *self.model.vocabulary.special_ids(stops)],
             limit=limit,
             long=long,
             cache_name=after.cache_name if after is not None and cache.length else self.cache_name,

@@ -48,6 +48,7 @@ class Options(SamplingOptions, total=False):
     after: Session | None  # a finished session, whose cache is reused for the common prefix
     system: str | None  # a system message before the prompt
     raw: bool  # no chat template
+    allow_special_tokens: bool  # messages may hold special tokens; else what they hold is plain text
     key: str  # key of the sequence's sampling noise
     max_new_tokens: int | None  # None: until end of text or the model's context
     stop: str | Sequence[str]
@@ -144,7 +145,8 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[
         UsageError: it has none, or the options make no sense with it.
     """
     told = variables(vocabulary, options.get("effort"))
-    return encode(vocabulary, prompt, options.get("system"), raw=options.get("raw", False), variables=told)
+    raw, allow = options.get("raw", False), options.get("allow_special_tokens", False)
+    return encode(vocabulary, prompt, options.get("system"), raw=raw, variables=told, allow_special=allow)
 
 
 def check_tokens(tokens: Sequence[int], rows: int) -> None:

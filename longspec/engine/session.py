@@ -85,7 +85,7 @@ class Session:
         self.said = ""  # the answer part of `text`; all of it without a reasoning section
         self._loops = loops
         self._transcript = transcript
-        self._end_tokens = frozenset(end_tokens)
+        self.end_tokens = frozenset(end_tokens)
 
     @contextmanager
     def keeping_error(self) -> Iterator[None]:
@@ -141,7 +141,7 @@ class Session:
         for token in tokens:
             self.tokens.append(token)
             self.seen.add(token)
-            if token in self._end_tokens:
+            if token in self.end_tokens:
                 self.finish_reason = "stop"
                 break
             shown += self._transcript.push(token)

@@ -144,7 +144,9 @@ def open_model(
     kind = choose_dtype(dtype, place, checkpoint, config, fit)
     began = perf_counter()
     special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
-    vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template())
+    # A GGUF file's add_bos_token holds for chats too; in a folder the template alone decides, as for transformers.
+    begins = checkpoint.gguf is not None and checkpoint.tokenizer_config().get("add_bos_token") is True
+    vocabulary = Vocabulary(checkpoint.tokenizer(), special, checkpoint.chat_template(), begins=begins)
     seconds = perf_counter() - began
     return Opened(checkpoint, config, vocabulary, kind, place, seconds, fit)
 
@@ -213,9 +215,12 @@ def native_dtype(device: torch.device) -> str:
 
 
 def end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """All tokens that end a text: those of the generation config, the config and the tokenizer."""
+    """All tokens that end a text: those of the generation config, the config and the tokenizer, and those that are
+    known by name.
+    """
     named = defaults.get("eos_token_id")
     ends = list(named) if isinstance(named, list) else [] if named is None else [named]
     ends += config.end_tokens
     ends += [i for i in [vocabulary.id_of("eos_token")] if i is not None]
+    ends += vocabulary.turn_ends
     return tuple(dict.fromkeys(int(end) for end in ends))

@@ -22,6 +22,7 @@ OPTIONS: Mapping[str, type] = {
     **{name: bounds.kind for name, bounds in PARAMETERS.items()},
     "system": str,
     "raw": bool,
+    "allow_special_tokens": bool,
     "reasoning_budget": int,
     "effort": str,
     "stop_loops": bool,

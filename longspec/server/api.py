@@ -41,7 +41,13 @@ _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def open_to_clients(
-    desk: Desk, model: str, hosts: frozenset[str] | None, key: str | None, say: Callable[[str], None]
+    desk: Desk,
+    model: str,
+    hosts: frozenset[str] | None,
+    key: str | None,
+    say: Callable[[str], None],
+    *,
+    allow_special_tokens: bool = False,
 ) -> ASGIApp:
     """OpenAI's API, for requests whose Host is one of these (any, if None) and that have the API key, if there is
     one.
@@ -58,7 +64,8 @@ def open_to_clients(
 
     async def answer(request: Request) -> Response:
         chat = request.url.path == CHAT
-        wanted = ask(await _object(request), model, desk.most, chat=chat)
+        body = await _object(request)
+        wanted = ask(body, model, desk.most, chat=chat, allow_special_tokens=allow_special_tokens)
         reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", int(time()), model)
         texts = desk.take(wanted.texts, request.receive)
         await texts.opened()

@@ -36,8 +36,10 @@ class Ask:
         return [options.get("seed") for _, options in self.texts]
 
 
-def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
+def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool, allow_special_tokens: bool = False) -> Ask:
     """Parse a request to /v1/chat/completions or /v1/completions, for at most `most` answers.
+
+    allow_special_tokens: the server was started so; no request can ask for it.
 
     Raises:
         RequestError: a field isn't supported, or isn't what it should be.
@@ -55,6 +57,8 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
     # A repeated request gets another answer, unless it sets the seed; the response's longspec.seed names the one
     # used.
     options: dict[str, Any] = {"seed": secrets.randbits(32), **request.options}
+    if allow_special_tokens:
+        options["allow_special_tokens"] = True
     if not chat:
         options.setdefault("max_new_tokens", _COMPLETION_TOKENS)
     # The first answer has the key of `longspec run`; each other answer has its own noise.
@@ -66,7 +70,8 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool) -> Ask:
 def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:
     """Parse a request of `longspec run`: the prompt, its options, and when it began on `perf_counter`'s clock."""
     options = {name: value for name, value in typed(body, "options", dict, {}).items() if value is not None}
-    if unknown := sorted(options.keys() - OPTIONS.keys() - {"stop"}):
+    known = {"stop", *OPTIONS} - ({"allow_special_tokens"} if options.get("allow_special_tokens") else set())
+    if unknown := sorted(options.keys() - known):
         raise RequestError(f"{unknown[0]} isn't known to this server.", param=unknown[0])
     stops(options, MOST_STOPS)
     return typed(body, "prompt", str), named_options(options), typed(body, "began", float, None)

@@ -9,13 +9,20 @@ decoder would replace the whole run of them. Offsets are in characters, from the
 from __future__ import annotations
 
 import codecs
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from longspec.errors import UsageError
 from longspec.text.tokenizer import Vocabulary
 
-__all__ = ["StopFinder", "TextStream", "Transcript", "decode"]
+__all__ = ["LONGEST_STOP", "MOST_STOPS", "StopFinder", "TextStream", "Transcript", "decode"]
+
+MOST_STOPS = 100
+"""Stop strings of one answer."""
+
+LONGEST_STOP = 1000
+"""Letters of a stop string."""
 
 
 def decode(vocabulary: Vocabulary, tokens: Iterable[int]) -> str:
@@ -57,18 +64,23 @@ class StopFinder:
     """Finds the first stop string in a text that comes in pieces, and holds back text that may belong to one.
 
     The first stop string is the one that ends first, and of several that end together the longest, however the text is
-    cut into pieces. Without stop strings it passes all text.
+    cut into pieces. Without stop strings it passes all text. Its memory is some bytes for each of their letters.
 
     Raises:
-        UsageError: a stop string is empty.
+        UsageError: a stop string is empty or too long, or there are too many.
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = sorted(set(stops), key=len, reverse=True)
-        if "" in self._stops:
+        every = set(stops)
+        if "" in every:
             raise UsageError("A stop string is empty, which would end every text at once; give at least one character.")
-        beginnings = {stop[:n] for stop in self._stops for n in range(1, len(stop))}
-        self._beginnings = sorted(beginnings, key=len, reverse=True)
+        longest = max(map(len, every), default=0)
+        if len(every) > MOST_STOPS or longest > LONGEST_STOP:
+            raise UsageError(
+                f"There are {len(every):,} stop strings of up to {longest:,} letters; {MOST_STOPS} of {LONGEST_STOP:,} "
+                "are the most."
+            )
+        self._searches = [_Search(stop) for stop in every]
         self._held = ""
         self._shown = 0
         self.found: int | None = None  # offset of the stop string's first character, where the text ends
@@ -77,16 +89,17 @@ class StopFinder:
         """Add text; returns the text that may be shown now, empty once a stop string was found."""
         if self.found is not None:
             return ""
+        ends = [(end, -len(each.stop)) for each in self._searches if (end := each.push(text)) is not None]
+        held = len(self._held)
         text = self._held + text
-        ends = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
         if ends:
-            end, stop = min(ends, key=lambda each: each[0])  # of equal ends the longest, since `_stops` is sorted
-            self.found = self._shown + end - len(stop)
-            keep = end - len(stop)
+            end, length = min(ends)  # of equal ends the longest
+            keep = held + end + length
+            self.found = self._shown + keep
             self._held = ""
         else:
-            self._held = next((each for each in self._beginnings if text.endswith(each)), "")
-            keep = len(text) - len(self._held)
+            keep = len(text) - max((each.matched for each in self._searches), default=0)
+            self._held = text[keep:]
         self._shown += keep
         return text[:keep]
 
@@ -95,6 +108,36 @@ class StopFinder:
         held, self._held = self._held, ""
         self._shown += len(held)
         return held
+
+
+class _Search:
+    """Search of one stop string in a text that comes in pieces, by Knuth, Morris and Pratt."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched = 0  # letters of the stop string that the text ends with
+        self._borders = array("H", [0])  # of each beginning: its longest proper beginning that also ends it
+        for letter in stop[1:]:
+            self._borders.append(self._next(self._borders[-1], letter))
+
+    def push(self, text: str) -> int | None:
+        """The offset in the piece at which the stop string first ends; None if it doesn't."""
+        at = 0
+        while at < len(text):
+            if not self.matched:
+                at = text.find(self.stop[0], at)
+                if at < 0:
+                    break
+            self.matched = self._next(self.matched, text[at])
+            at += 1
+            if self.matched == len(self.stop):
+                return at
+        return None
+
+    def _next(self, matched: int, letter: str) -> int:
+        while matched and self.stop[matched] != letter:
+            matched = self._borders[matched - 1]
+        return matched + (self.stop[matched] == letter)
 
 
 class Transcript:

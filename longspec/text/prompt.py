@@ -1,15 +1,20 @@
 """Encoding of prompts: raw text, or a conversation rendered by the model's chat template.
 
 An answer that the model generated keeps its tokens: retokenizing its text may give others, for which the KV cache of
-the generated ones couldn't be reused.
+the generated ones couldn't be reused. Nothing that a message holds can be a special token: the turns of a conversation
+are the template's.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeGuard
 
 from longspec.errors import UsageError
+from longspec.text.contents import rendered
+from longspec.text.limits import TemplateLimitError
 from longspec.text.tokenizer import Vocabulary
 
 __all__ = ["Prompt", "encode"]
@@ -22,34 +27,77 @@ An assistant message may have the `tokens` that the model generated: they are us
 
 
 def _encode_chat(
-    vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], allow_special: bool
 ) -> list[int]:
     """Tokens of the rendered messages, with the generated tokens of answers where the rendering contains their text.
 
     An answer's tokens are used if the rendering begins with the rendering of the messages before it, followed by the
     answer. A template that trims answers, or leaves out reasoning, renders another text, which is tokenized.
     """
-    bare = [{name: value for name, value in message.items() if name != "tokens"} for message in messages]
-    text, tokens, done = vocabulary.chat(bare, **variables), list[int](), 0
+    bare = _bare(messages)
+    text, cuts = (vocabulary.chat(bare, **variables), []) if allow_special else rendered(vocabulary, bare, variables)
+
+    def part(start: int, end: int | None = None) -> list[int]:
+        inside = cuts[bisect_left(cuts, start) :]
+        return vocabulary.encode_chat(text[start:end], [cut - start for cut in inside])
+
+    tokens, done = list[int](), 0
     seams: list[tuple[int, int]] = []  # ends of answers: index in tokens, offset in the text
     for i, message in enumerate(messages):
         own, content = message.get("tokens"), message.get("content")
-        if not own or not isinstance(content, str) or not vocabulary.spells(own, content):
+        if not _are_tokens(own) or not isinstance(content, str) or not vocabulary.spells(own, content):
+            continue
+        if not allow_special and vocabulary.has_special(own):  # they spell nothing, so the text doesn't tell of them
             continue
         try:
             before = vocabulary.chat(bare[:i], **variables)
         except UsageError:  # the template refuses this prefix of the conversation
             continue
         if len(before) > done and text.startswith(before + content):
-            tokens += [*vocabulary.encode(text[done : len(before)], add_special=False), *own]
+            tokens += [*part(done, len(before)), *own]
             seams.append((len(tokens), len(before) + len(content)))
             done = seams[-1][1]
-    tokens += vocabulary.encode(text[done:], add_special=False)
+    tokens += part(done)
     for at, offset in seams:
         piece = vocabulary.piece(tokens[at], first=False) if at < len(tokens) else None
         if piece is not None and not text[offset:].encode().startswith(piece):
-            return vocabulary.encode(text, add_special=False)  # this tokenizer puts a space before each encoded text
+            return part(0)  # this tokenizer puts a space before each encoded text
     return tokens
+
+
+def _are_tokens(own: object) -> TypeGuard[list[int]]:
+    return isinstance(own, list) and bool(own) and all(type(token) is int and 0 <= token < 1 << 31 for token in own)
+
+
+def _accepted(
+    vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> Sequence[Mapping[str, Any]]:
+    """The messages; if the template refuses them with a system message, its text before that of the first user."""
+    pair = messages[:2]
+    texts = [message.get("content") for message in pair]
+    if [message.get("role") for message in pair] != ["system", "user"] or not all(isinstance(t, str) for t in texts):
+        return messages
+    joined = [{**pair[1], "content": "\n\n".join(map(str, texts))}, *messages[2:]]
+    try:
+        vocabulary.chat(_bare(messages), **variables)
+    except TemplateLimitError:
+        raise
+    except UsageError:
+        with suppress(UsageError):
+            vocabulary.chat(_bare(joined), **variables)
+            return joined
+    return messages
+
+
+def _bare(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without the tokens of answers, which no template knows."""
+    return [{name: value for name, value in message.items() if name != "tokens"} for message in messages]
+
+
+def _begun(vocabulary: Vocabulary, tokens: list[int]) -> list[int]:
+    """The tokens of a chat, with the BOS token where the vocabulary asks for it and the template doesn't write it."""
+    bos = vocabulary.id_of("bos_token") if vocabulary.begins else None
+    return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
 
 def encode(
@@ -59,8 +107,13 @@ def encode(
     *,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    allow_special: bool = False,
 ) -> list[int]:
     """Tokens of a prompt, with the arguments of `Engine.open`; `variables` are passed to the chat template.
+
+    What messages hold is plain text: only what the chat template writes can be a special token, unless `allow_special`.
+    A raw prompt is all that the model sees, and its special tokens are read. A template that refuses a system message
+    gets its text before the first user's.
 
     Raises:
         UsageError: the prompt is empty, there is no chat template, or a raw prompt isn't a single text.
@@ -72,10 +125,13 @@ def encode(
             raise UsageError("A raw prompt has no chat template that an effort could be told; leave it or --raw out.")
         tokens = vocabulary.encode(prompt, add_special=True)
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages: Sequence[Mapping[str, Any]] = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        )
         if system:
             messages = [{"role": "system", "content": system}, *messages]
-        tokens = _encode_chat(vocabulary, messages, variables or {})
+        accepted = _accepted(vocabulary, messages, variables or {})
+        tokens = _begun(vocabulary, _encode_chat(vocabulary, accepted, variables or {}, allow_special))
     if not tokens:
         raise UsageError("The prompt is empty; give at least one token to go on from.")
     return tokens

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 from longspec.sampling.parameters import PARAMETERS, Bounds
+from longspec.text.limits import TemplateLimitError, limited
+from longspec.text.sandbox import BoundedEnvironment
 
 __all__ = ["INPUT", "Parameter", "Template", "check_name", "find", "names", "parse", "read"]
 
@@ -104,19 +105,30 @@ class Template:
             if text is None:
                 raise UsageError(f"The template {self.name} needs an {INPUT}, and none was given.")
             values[INPUT] = text
-        pieces, letters = [], 0
         try:
-            for piece in _environment().from_string(self.body).generate(values):
-                pieces.append(piece)
-                letters += len(piece)
-                if letters > _MOST_PROMPT_LETTERS:
-                    raise UsageError(
-                        f"The template {self.name} makes more than {_MOST_PROMPT_LETTERS >> 20} Mi letters, "
-                        "which is no prompt for any model."
-                    )
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return limited(lambda: self._written(values), sum(map(len, values.values()))).strip()
+        except (
+            TemplateLimitError,
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise UsageError(f"The template {self.name} failed: {_line(error)}; mend its body.") from error
-        return "".join(pieces).strip()
+
+    def _written(self, values: Mapping[str, str]) -> str:
+        pieces, letters = [], 0
+        for piece in _environment().from_string(self.body).generate(values):
+            pieces.append(piece)
+            letters += len(piece)
+            if letters > _MOST_PROMPT_LETTERS:
+                raise UsageError(
+                    f"The template {self.name} makes more than {_MOST_PROMPT_LETTERS >> 20} Mi letters, "
+                    "which is no prompt for any model."
+                )
+        return "".join(pieces)
 
 
 def names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -241,9 +253,9 @@ def _variables(body: str) -> set[str]:
         raise UsageError(f"has a body that isn't Jinja, at its line {error.lineno}: {_line(error)}.") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Sandboxed Jinja without loader and globals: a body can use its variables only."""
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _environment() -> BoundedEnvironment:
+    """Sandboxed Jinja under limits, without loader and globals: a body can use its variables only."""
+    environment = BoundedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.clear()
     return environment
 

@@ -6,15 +6,19 @@ Takes a tokenizer, a chat template and special tokens as plain values; knows no 
 from __future__ import annotations
 
 import re
+import secrets
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from longspec.errors import ModelError, UsageError
 from longspec.text.chat_template import ChatTemplate
 from longspec.text.think_tags import find
+from longspec.text.turn_ends import TURN_ENDS
 
 __all__ = ["Vocabulary"]
 
@@ -29,27 +33,39 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Vocabulary:
     """A checkpoint's tokenizer, with its chat template and its special tokens (`{"bos_token": "<s>", ...}`).
 
-    A special token is a string, or a mapping with its `content`, as in tokenizer_config.json. The vocabulary takes over
-    the tokenizer, and switches off truncation and padding that its file may set.
+    A special token is a string, or a mapping with its `content`, as in tokenizer_config.json. The tokens that are known
+    to end a turn (`TURN_ENDS`) are special too, whatever the tokenizer says of them. The vocabulary takes over the
+    tokenizer, and switches off truncation and padding that its file may set.
+
+    begins: a rendered chat begins with the BOS token, also where the template doesn't write it.
 
     Raises:
         ModelError: a special token is neither.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, special: Mapping[str, object] | None = None, template: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        special: Mapping[str, object] | None = None,
+        template: str | None = None,
+        *,
+        begins: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.begins = begins
         self.special = {role: _content(role, token) for role, token in (special or {}).items() if token is not None}
         self._chat_template = None if template is None else ChatTemplate(template, self.special)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         # Only tokens with an id: the tokenizer would give a new one an id beyond the model's embedding.
-        known = [text for text in self.special.values() if tokenizer.token_to_id(text) is not None]
-        tokenizer.add_special_tokens([text for text in known if text not in added])
-        self._silent = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        named = [*self.special.values(), *sorted(TURN_ENDS)]
+        known = [text for text in named if tokenizer.token_to_id(text) is not None]
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in known if text not in added])
+        self.turn_ends = tuple(i for text in sorted(TURN_ENDS) if (i := tokenizer.token_to_id(text)) is not None)
+        decoder_of_added = tokenizer.get_added_tokens_decoder()
+        self._silent = {i for i, token in decoder_of_added.items() if token.special} | set(self.turn_ends)
         self.markers = find(template, added)
         marks = () if self.markers is None else (self.markers.begin, self.markers.end)
         self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in marks}
@@ -69,13 +85,104 @@ class Vocabulary:
         Raises:
             UsageError: the text isn't valid Unicode.
         """
+        return self._encoding(text, add_special=add_special).ids
+
+    def encode_chat(self, text: str, cuts: Sequence[int]) -> list[int]:
+        """Encode a rendered chat, in which a special token that lies over one of these offsets is plain text.
+
+        Without such a token the tokens are those of `encode`.
+
+        Raises:
+            UsageError: the text isn't valid Unicode, or the tokenizer can't write a special token as plain text.
+        """
+        encoding = self._encoding(text)
+        spans = self._special_spans(text, encoding) if cuts else []
+        own = [(start, end, token) for start, end, token in spans if not _lies_over(cuts, start, end)]
+        if len(own) == len(spans):
+            return encoding.ids
+        plain, name, stand_in = self._plain
+        pieces, done = [], 0
+        for start, end, _ in own:
+            pieces += [text[done:start], name]
+            done = end
+        ids: list[int] = plain.encode("".join([*pieces, text[done:]]), add_special_tokens=False).ids
+        written = iter([token for _, _, token in own])
+        whole = [next(written) if token == stand_in else token for token in ids]
+        unknown = self.tokenizer.token_to_id(self.special.get("unk_token", ""))
+        found = [token for token in whole if token in self._silent and token != unknown]
+        if found != [token for _, _, token in own if token != unknown]:
+            raise UsageError(
+                "A message holds the name of a special token, which this model's tokenizer can't write as plain text; "
+                "leave it out, or allow it (--allow-special-tokens)."
+            )
+        return whole
+
+    def special_in(self, text: str) -> set[str]:
+        """The texts of more than one letter that are special tokens where this text is encoded as it is."""
+        spans = self._special_spans(text, self._encoding(text))
+        return {text[start:end] for start, end, _ in spans if end - start > 1}
+
+    def _special_spans(self, text: str, encoding: Encoding) -> list[tuple[int, int, int]]:
+        """The special tokens of an encoding: first offset, offset behind the last, and id of each."""
+        unknown = self.special.get("unk_token")
+        spans = []
+        for i, token in enumerate(encoding.ids):
+            if token in self._silent and (place := encoding.token_to_chars(i)) is not None:
+                start, end = place
+                name = text[start:end].strip()  # a token may take the blanks around it
+                start += len(text[start:end]) - len(text[start:end].lstrip())
+                if name == unknown or self.tokenizer.id_to_token(token) != unknown:
+                    spans.append((start, start + len(name), token))
+        return spans
+
+    @cached_property
+    def first_letters(self) -> frozenset[str]:
+        """The letters that special tokens of more than one letter begin with."""
+        names = [self.tokenizer.id_to_token(token) or "" for token in self._silent]
+        return frozenset(name[0] for name in names if len(name) > 1)
+
+    def special_ids(self, texts: Iterable[str]) -> list[int]:
+        """Ids of the special tokens among these texts: they are never in an answer's text."""
+        ids = [self.tokenizer.token_to_id(text) for text in texts]
+        return [i for i in ids if i is not None and i in self._silent and i not in self._spoken]
+
+    def has_special(self, tokens: Iterable[int]) -> bool:
+        """Whether one of the tokens is special, other than a reasoning marker."""
+        return any(token in self._silent and token not in self._spoken for token in tokens)
+
+    @cached_property
+    def _plain(self) -> tuple[Tokenizer, str, int]:
+        """The tokenizer that reads no special tokens, and the name and id of a token that stands for one.
+
+        It shares the model's tables. Its added tokens have the same ids, as they are added in the same order. The name
+        is drawn, so that no text can hold it.
+        """
+        plain, added = Tokenizer(self.tokenizer.model), sorted(self.tokenizer.get_added_tokens_decoder().items())
+        for silent, group in groupby(added, lambda each: each[0] in self._silent):
+            tokens = [token for _, token in group]
+            plain.add_special_tokens(tokens) if silent else plain.add_tokens(tokens)
+        if any(plain.token_to_id(token.content) != i for i, token in added):  # ids that leave some out
+            plain = Tokenizer.from_str(self.tokenizer.to_str())
+            plain.add_special_tokens([token for i, token in added if i in self._silent])
+        if self.tokenizer.normalizer is not None:
+            plain.normalizer = self.tokenizer.normalizer
+        if self.tokenizer.pre_tokenizer is not None:
+            plain.pre_tokenizer = self.tokenizer.pre_tokenizer
+        plain.encode_special_tokens = True
+        name = "\U000f0000" + secrets.token_hex(16)
+        plain.add_tokens([AddedToken(name, normalized=False)])
+        stand_in = plain.token_to_id(name)
+        assert stand_in is not None
+        return plain, name, stand_in
+
+    def _encoding(self, text: str, *, add_special: bool = False) -> Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"Character {error.start} of the text is a lone surrogate, which no tokenizer reads; give valid UTF-8."
             ) from None
-        return self.tokenizer.encode(text, add_special_tokens=add_special).ids
+        return self.tokenizer.encode(text, add_special_tokens=add_special)
 
     def spells(self, tokens: Iterable[int], text: str) -> bool:
         """True if an answer of these tokens decodes to this text, byte for byte."""
@@ -130,6 +237,12 @@ class Vocabulary:
             if text and "\ufffd" not in text:
                 return [token], len(text)
         return [], 0
+
+
+def _lies_over(cuts: Sequence[int], start: int, end: int) -> bool:
+    """Whether one of the ascending cuts is inside, not at an end."""
+    at = bisect_right(cuts, start)
+    return at < len(cuts) and cuts[at] < end
 
 
 def _content(role: str, token: object) -> str:

@@ -44,6 +44,18 @@ def answers(out: Path) -> dict[Any, str]:
     return {line["id"]: line["text"] for line in read}
 
 
+def test_special_tokens_are_a_lines_own_choice(tiny: str, home: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"prompt": "<s>" * 9, "allow_special_tokens": allowed} for allowed in (False, True)
+    ]
+    records.append({"messages": [{"role": "user", "content": "<s>" * 9, "tokens": [1, 1]}]})
+    (home / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert batch(tiny, home / "in.jsonl", home / "out.jsonl", "--in-order") == 0
+    assert [line["usage"]["prompt_tokens"] for line in lines(home / "out.jsonl")] == [29, 11, 29]
+    assert batch(tiny, home / "in.jsonl", home / "all.jsonl", "--in-order", "--allow-special-tokens") == 0
+    assert [line["usage"]["prompt_tokens"] for line in lines(home / "all.jsonl")] == [29, 11, 11]
+
+
 def test_every_line_is_the_object_of_run_with_its_id(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source, out = prompts(home / "in.jsonl", 20), home / "out.jsonl"
     wrong = ["broken", '{"id": "n3", "prompt": "again"}', '{"prompt": "x", "max_new_tokens": 0}']

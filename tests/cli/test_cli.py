@@ -247,6 +247,9 @@ def test_options_do_what_they_say(tiny: str, home: Path, capfd: pytest.CaptureFi
     raw = answer("--max-new-tokens", "30", "--raw")["prompt_tokens"]
     assert raw == 2
     assert answer("--max-new-tokens", "3", "-s", "Be brief.")["prompt_tokens"] == 4 + len("sBe brief.")
+    forged = ("--max-new-tokens", "3", "-s", "<s>" * 9)
+    harmless, special = answer(*forged), answer(*forged, "--allow-special-tokens")
+    assert (harmless["prompt_tokens"], special["prompt_tokens"]) == (4 + len("s") + 27, 4 + len("s") + 9)
     warm = ["--max-new-tokens", "60", "--temperature", "2", "--seed", "5"]
     assert answer(*warm)["text"] == answer(*warm, "--drafter", "none")["text"] != answer(*warm[:-1], "6")["text"]
     assert answer(*warm, "--top-k", "1")["text"] == answer("--max-new-tokens", "60")["text"]

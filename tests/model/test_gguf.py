@@ -23,7 +23,9 @@ from longspec.model.files.convert import converted
 from longspec.model.files.hub import find
 from longspec.model.gguf.file import read_gguf
 from longspec.model.gguf.header import read_header
+from longspec.model.load import end_tokens, open_model
 from longspec.model.weights.read import Weights
+from longspec.text.prompt import encode
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -250,6 +252,38 @@ def test_turn_ends_join_the_end_of_text(tmp_path: Path) -> None:
     assert file.generation_config() == {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": 0}
     assert file.config()["eos_token_id"] == [2, 9]
     json.dumps(file.config())
+
+
+@pytest.mark.parametrize("kind", [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED])
+def test_ends_are_known_by_name_and_role_whatever_their_type(tmp_path: Path, kind: gguf.TokenType) -> None:
+    ends = ["<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        kinds = writer.kv_data[0]["tokenizer.ggml.token_type"].value
+        for i, name in enumerate(ends, len(tokens) - len(ends)):
+            tokens[0] = "[OTHER]"
+            tokens[i], kinds[i] = name, kind
+        writer.add_uint32("tokenizer.ggml.fim_sep_token_id", 5)
+
+    opened = open_model(str(write_gguf(oracle("llama"), tmp_path / "a.gguf", change)))
+    ids = [opened.vocabulary.tokenizer.token_to_id(name) for name in ends]
+    found = end_tokens(opened.config, opened.checkpoint.generation_config(), opened.vocabulary)
+    assert set(found) == {2, 5, *ids}
+    assert [opened.vocabulary.piece(token, first=False) for token in ids if token is not None] == [None] * len(ends)
+    assert opened.vocabulary.encode("".join(ends), add_special=False) == ids
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+def test_a_chat_begins_as_the_file_says(tmp_path: Path, said: bool | None) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+        if said is not None:
+            writer.add_add_bos_token(said)
+
+    vocabulary = open_model(str(write_gguf(oracle("llama"), tmp_path / "a.gguf", change))).vocabulary
+    assert encode(vocabulary, "abc").count(1) == bool(said)
+    assert encode(vocabulary, "abc", raw=True).count(1) == bool(said)
 
 
 def _one_tensor(path: Path, data: Any, kind: gguf.GGMLQuantizationType | None = None) -> Path:

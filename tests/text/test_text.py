@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import tracemalloc
 from itertools import groupby
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from longspec.errors import ModelError, UsageError
-from longspec.text.detokenizer import StopFinder, TextStream, Transcript
+from longspec.text.detokenizer import LONGEST_STOP, MOST_STOPS, StopFinder, TextStream, Transcript
 from longspec.text.detokenizer import decode as text_of
 from longspec.text.tokenizer import Vocabulary
 
@@ -223,6 +224,19 @@ def test_the_stop_string_that_ends_first_wins_and_the_longest_of_those() -> None
         assert finder.found == end
     with pytest.raises(UsageError, match="empty"):
         StopFinder(["a", ""])
+
+
+def test_stop_strings_cost_what_they_are_long() -> None:
+    text = "ab" * (LONGEST_STOP // 2)
+    tracemalloc.start()
+    finder = StopFinder([f"{i}{text}"[:LONGEST_STOP] for i in range(MOST_STOPS)])
+    size = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size < 20 * MOST_STOPS * LONGEST_STOP
+    assert finder.push("x" * 100_000 + "7" + text) == "x" * 100_000
+    for stops in (["a" * 60_000], [f"{i:03}" for i in range(MOST_STOPS + 1)]):
+        with pytest.raises(UsageError, match=f"{MOST_STOPS} of {LONGEST_STOP:,} are the most"):
+            StopFinder(stops)
 
 
 @settings(deadline=None)

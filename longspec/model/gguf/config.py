@@ -42,9 +42,9 @@ ARCHITECTURES = {
 }
 """By `general.architecture`."""
 
-_TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>")
+_END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_IDS = ("bos", "eos", "eot", "eom", "padding")
+_IDS = ("bos", "padding", *_END_ROLES)
 _MOST_FACTORS = 1 << 16  # of a rope's tensor
 _WIDEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
@@ -103,18 +103,14 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
 
 
 def generation_config_of(header: GgufHeader) -> dict[str, Any]:
-    """The generation_config.json: the tokens that begin and end a text.
+    """The generation_config.json: the tokens that begin and end a text, by their roles.
 
-    llama.cpp recognizes end-of-turn tokens by their names, and many files rely on that.
+    Those that end one by their name are added when the model is loaded (`longspec.text.turn_ends`).
     """
     fields = header.fields
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens, kinds = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.token_type", [])
-    if isinstance(tokens, list) and isinstance(kinds, list):
-        pairs = enumerate(zip(tokens, kinds, strict=False))
-        ends += [i for i, (token, kind) in pairs if kind == 3 and token in _TURN_ENDS]  # 3 is a control token
     first = {f"tokenizer.ggml.{name}_token_id": fields.get(f"tokenizer.ggml.{name}_token_id") for name in _IDS}
     check(f"{header.path}", first, dict.fromkeys(first, whole(0, (1 << 31) - 1)), ModelError)
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in _END_ROLES]
     unique = list(dict.fromkeys(end for end in ends if end is not None))
     return {
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),

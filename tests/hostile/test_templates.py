@@ -1,0 +1,197 @@
+"""Chat templates from strangers: each is rendered within its limits, or refused in a sentence."""
+
+from __future__ import annotations
+
+import random
+import re
+import resource
+from time import perf_counter
+from typing import Any
+
+import pytest
+from support.commands import ROOT
+
+from longspec.errors import UsageError
+from longspec.text import limits
+from longspec.text.chat_template import ChatTemplate
+from longspec.text.detokenizer import LONGEST_STOP, MOST_STOPS
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is <b>this</b>?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is bold.", "tool_calls": [{"name": "f", "n": 1.5}]},
+    {"role": "user", "content": " And that? "},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+DOUBLING = "{{% set ns = namespace(x={}) %}}{{% for i in range(99) %}}{{% set ns.x = {} %}}{{% endfor %}}{{{{ ns.x }}}}"
+
+BOMBS = {
+    "power": "{{ 10**10000000 }}",
+    "product": "{{ 'a'*5000000000 }}",
+    "product of a float": "{{ 'a'*5e9 }}",
+    "list": "{{ messages*1000000000 }}",
+    "lipsum": "{{ lipsum(n=100000) }}",
+    "indent": "{{ 'a'|indent(5000000000, true) }}",
+    "indent of JSON": "{{ [1]|tojson(indent=1000000000) }}",
+    "center": "{{ 'a'|center(5000000000) }}",
+    "method": "{{ 'a'.ljust(5000000000) }}",
+    "format": "{{ '{:>5000000000}'.format(1) }}",
+    "format of a long text": "{{ '{' ~ ':' * 3000000 }}{{ ('{' ~ ':' * 3000000).format(1) }}",
+    "nested format": "{{ '{:>{}}'.format(1, 5000000000) }}",
+    "percent": "{{ '%5000000000d' % 1 }}",
+    "filter format": "{{ '%*d'|format(1000000000, 1) }}",
+    "date": "{{ strftime_now('%1000000000Y') }}",
+    "replace": "{{ ('a'*100000)|replace('a', 'a'*100000) }}",
+    "method replace": "{{ ('a'*100000).replace('a', 'a'*100000) }}",
+    "join": "{{ ('a'*100000).join(['']*100000) }}",
+    "round": "{{ 1.5|round(100000000, 'ceil') }}",
+    "bytes": "{{ (1).to_bytes(100000000000, 'big') }}",
+    "doubled": DOUBLING.format("'a'", "ns.x ~ ns.x"),
+    "added": DOUBLING.format("'a'", "ns.x + ns.x"),
+    "nested": DOUBLING.format("[1]", "[ns.x, ns.x]"),
+    "nested tables": DOUBLING.format("[1]", "{'a': ns.x, 'b': ns.x}"),
+    "nested calls": DOUBLING.format("[1]", "dict(a=ns.x, b=ns.x)"),
+    "block": "{% set x %}{% for i in range(99999) %}{{ 'a'*100000 }}{% endfor %}{% endset %}{{ x }}",
+    "output": "{% for i in range(99999) %}{{ 'a'*100000 }}{% endfor %}",
+    "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "loop": "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "parentheses": "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}",
+    "sum": "{{ 1" + "+1" * 5000 + " }}",
+    "namespace": "{% set a = namespace() %}{% set a.a = a %}{{ [a] }}",
+    "source": "x" * (limits.MOST_SOURCE + 1),
+}
+SLOW = {
+    "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "copies": "{% for i in range(99999) %}{{ (range(99999)|list)[0] }}{% endfor %}",
+    "arguments": "{% macro f(a) %}{{ varargs }}{{ f(varargs, varargs, varargs) }}{% endmacro %}{{ f(1, 2, 3) }}",
+    "filtered": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
+def test_what_wants_too_much_is_refused_at_once(source: str) -> None:
+    began = perf_counter()
+    with pytest.raises(UsageError, match="chat template failed") as caught:
+        ChatTemplate(source, {}).render(MESSAGES)
+    assert perf_counter() - began < limits.MOST_SECONDS + 2
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("source", [pytest.param(each, id=name) for name, each in SLOW.items()])
+def test_what_takes_too_long_is_left(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
+    with pytest.raises(limits.TemplateLimitError, match=r"0\.3 seconds|steps"):
+        ChatTemplate(source, {}).render(MESSAGES)
+
+
+def test_work_that_comes_back_late_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from threading import Event
+
+    monkeypatch.setattr(limits, "MOST_SECONDS", -0.9)
+    with pytest.raises(limits.TemplateLimitError, match="more than"):
+        limits.limited(lambda: Event().wait(2), 0)
+
+
+def test_long_conversations_are_within_the_limits() -> None:
+    for content in ("word " * 400, "<" * 2000):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i in range(1000)]
+        for source in SEEDS:
+            assert len(ChatTemplate(source, {}).render(messages, tools=TOOLS)) > 1_900_000
+
+
+def test_messages_as_deep_as_json_may_be_are_refused() -> None:
+    deep: Any = "a"
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(UsageError, match="nested more than"):
+        ChatTemplate("{{ messages }}", {}).render([{"role": "user", "content": "a", "more": deep}])
+
+
+def test_the_page_says_the_numbers_of_the_code() -> None:
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "limits.md").read_text(encoding="utf-8"))
+    for words in (
+        f"has at most {limits.MOST_SOURCE >> 10} Ki letters",
+        f"{limits.MOST_SECONDS:g} seconds",
+        f"{limits.MOST_STEPS:,} steps",
+        f"{limits.MOST_LETTERS >> 20} Mi letters and {limits.LETTERS_PER_LETTER} times what it was given",
+        f"{limits.MOST_ELEMENTS:,} elements",
+        f"{MOST_STOPS} stop strings, each of at most {LONGEST_STOP:,} letters",
+    ):
+        assert words in page
+
+
+# --- mutants
+
+SEEDS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{%- set ns = namespace(last=messages|length - 1, many=false) %}{%- for message in messages[::-1] %}"
+    "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.many and message.role == 'user' %}"
+    "{%- set ns.many = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
+    "{%- if tools %}{%- for tool in tools %}{{ tool | tojson(indent=2) }}{%- endfor %}{%- endif %}"
+    "{%- for message in messages %}{%- set content = message.content %}{%- if message.role == 'assistant' and "
+    "'</think>' in content %}{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>' ~ message.role ~ '\n' ~ content ~ '<|im_end|>\n' }}{%- endfor %}",
+    "{% macro show(items, depth=0) %}{% for name, value in items | dictsort %}{{ name | upper }}: {{ value | string | "
+    "replace('\n', ' ') | indent(2) }}{% if not loop.last %}, {% endif %}{% endfor %}{% endmacro %}"
+    "{% for message in messages %}{{ show(message) }}{{ '%s|%d' | format(message.role, loop.index) }}"
+    "{{ [message.role, loop.index ** 2] | join('-') }}{% endfor %}{{ strftime_now('%d %b %Y') }}",
+)
+WORDS = """
+    {{ }} {% %} {# #} | ~ * ** + % ( ) [ ] { } ' " , . 999999999 -1 0 1e308 5e9 '' 'a' none true messages tools
+    loop self caller range(99999) namespace(a=1) dict(a=1) cycler(1,2) joiner() varargs kwargs m.content
+    |indent(99999) |tojson |list |join |replace('a','aa') |sum |map('upper') |sort |batch(9) |format(9)
+    |round(99) |int |float |string |length |groupby('role') .format(1) .join('ab') {{f(1)}} \x00 \ud800
+"""
+PIECES = [
+    *WORDS.split(),
+    *("{% for i in range(99999) %}", "{% endfor %}", "{% if 1 %}", "{% endif %}", "{% set x = x ~ x %}", "{% break %}"),
+    *("{% set x = 'a' %}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}", "{% set x %}", "{% endset %}", " recursive "),
+    *("{% set ns.x = [ns.x, ns.x] %}", "{% call f() %}", "{% endcall %}", "{% raw %}", "{% include 'a' %}"),
+]
+
+
+def mutant(draw: random.Random) -> str:
+    """A seed with some places changed: pieces put in, spans taken out, repeated, moved, nested."""
+    source = draw.choice(SEEDS)
+    for _ in range(draw.randint(1, 8)):
+        start, end = sorted(draw.randint(0, len(source)) for _ in range(2))
+        end = min(end, start + draw.choice((1, 5, 30, 200)))
+        span = source[start:end]
+        change = draw.choice(("in", "in", "out", "again", "other", "letter", "nested"))
+        match change:
+            case "in":
+                span += draw.choice(PIECES)
+            case "out":
+                span = ""
+            case "again":
+                span *= draw.choice((2, 3, 50))
+            case "other":
+                span = draw.choice(SEEDS)[start:end]
+            case "letter":
+                span = span[:-1] + chr(draw.randrange(32, 0x500))
+            case "nested":
+                depth = draw.choice((2, 60))
+                span = "{% for i in range(99999) %}" * depth + span + "{% endfor %}" * depth
+        source = (source[:start] + span + source[end:])[: limits.MOST_SOURCE]
+    return source
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20))])
+def test_mutants_are_rendered_or_refused(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
+    draw = random.Random(seed)
+    ends, sentences = {"rendered": 0, "refused": 0}, set[str]()
+    for _ in range(100):
+        source, began = mutant(draw), perf_counter()
+        try:
+            ChatTemplate(source, {"bos_token": "<s>"}).render(MESSAGES, tools=TOOLS)
+            ends["rendered"] += 1
+        except UsageError as error:
+            sentences.add(str(error))
+            ends["refused"] += 1
+        assert perf_counter() - began < 10, source
+    assert not [sentence for sentence in sentences if "\n" in sentence]
+    assert min(ends.values()) >= 5  # neither all nonsense nor all unchanged
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20
