@@ -100,8 +100,10 @@ def survey(target: str, folder: Path, count: int, seed: str = "0", environment: 
         process.stdout.close()
         if code := process.wait():
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            made.failures[number] = f"failed: {how}: {words[-1500:]}"
-            assert code < 0 or "Sanitizer" in words, words  # else the harness itself is broken
+            at = words.find("runtime error:")  # of the sanitizer of undefined behaviour
+            said = words[max(0, at - 80) :]
+            made.failures[number] = f"failed: {how}: {said[:1500]}"
+            assert code < 0 or "Sanitizer" in words or at >= 0, words  # else the harness itself is broken
             number += 1
     return made
 
