@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RefusedError", "encoded"]
+__all__ = ["BUSY", "RefusedError", "encoded"]
+
+BUSY: Mapping[str, Any] = {"code": "rate_limit_exceeded", "headers": {"retry-after": "5"}}
+"""Of status 429. When one who was sent away may ask again: about what a short answer takes on a processor."""
 
 
 class RefusedError(Exception):

@@ -16,7 +16,7 @@ from support.engines import engine, prompts, tiny
 from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
-from longspec.server.api import MOST_NBYTES
+from longspec.server.bodies import MOST_NBYTES
 
 LONG = 100_000  # tokens that nobody waits for
 
