@@ -1,7 +1,7 @@
 """What opening a text takes of a model's vocabulary and limits: tokens, sampling, grammar.
 
-Takes a prompt and options; gives a `Prepared`. It holds no lock and knows no cache and no drafter, so that a long prompt
-or a large grammar is read in one thread while another runs passes.
+Takes a prompt and options; gives a `Prepared`. It holds no lock and knows no cache and no drafter, so that a long
+prompt or a large grammar is read in one thread while another runs passes.
 """
 
 from __future__ import annotations

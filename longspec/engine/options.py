@@ -138,11 +138,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: int) -> list[int]:
+def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: int | None = None) -> list[int]:
     """The tokens of a prompt, rendered with these options.
 
     Raises:
-        ContextError: its text is too long to have at most `room` tokens, whatever they are.
+        ContextError: its text is too long to have at most `room` tokens (any number, if None), whatever they are.
         UsageError: it has none, or the options make no sense with it.
     """
     told, system = variables(vocabulary, options.get("effort")), options.get("system")

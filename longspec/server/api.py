@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter, time
-from typing import Any
 from uuid import uuid4
 
 from starlette.applications import Starlette

@@ -24,8 +24,8 @@ BODY_SECONDS = 30.0
 """In which a body has to arrive: a client that sends a byte now and then must not keep a place for good."""
 
 MOST_VALUES = 1 << 19
-"""Commas and opening brackets of a body, more than any context holds: 8 MiB of `[],` would take the event loop 2.5 s, and a
-gigabyte.
+"""Commas and opening brackets of a body, more than any context holds: 8 MiB of `[],` would keep the event loop for
+2.5 s, and take a gigabyte.
 """
 
 ALL_NBYTES = 64 << 20
@@ -66,7 +66,9 @@ class Bodies:
                     data += piece
                     self._held += len(piece)
                     if len(data) > MOST_NBYTES:
-                        raise RefusedError(413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt.")
+                        raise RefusedError(
+                            413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt."
+                        )
                     if len(data) > SMALL_NBYTES and self._held > ALL_NBYTES:
                         raise RefusedError(429, "Too many large requests are being read; try again later.", **BUSY)
         except TimeoutError:

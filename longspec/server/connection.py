@@ -1,7 +1,8 @@
 """One client's connection: uvicorn's HTTP/1.1, with limits on what may be kept waiting.
 
-uvicorn waits for ever for a request's head, and for the rest of a body that was answered early. Here both have a deadline,
-and where too many connections are open, the one that has waited longest for a head gives way: slow ones lock nobody out.
+uvicorn waits for ever for a request's head, and for the rest of a body that was answered early. Here both have a
+deadline, and where too many connections are open, the one that has waited longest for a head gives way: slow ones lock
+nobody out.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from longspec.engine.options import Options
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
+from longspec.server.lane import Lane
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
@@ -86,9 +87,8 @@ class Worker:
         self._load = load
         self._sessions: dict[Order, Session] = {}
         self._orders: dict[Session, Order] = {}
-        self._unread: set[Order] = set()
-        self._short: SimpleQueue[Order] = SimpleQueue()
-        self._long: SimpleQueue[Order] = SimpleQueue()
+        self._unread: set[Order] = set()  # whoever removes an order from it has it: it is opened, ended or dropped once
+        self._short, self._long = Lane[Order](), Lane[Order]()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._going = True
         self._thread = Thread(target=self._run, name="longspec engine", daemon=True)
@@ -100,7 +100,7 @@ class Worker:
 
     def write(self, order: Order) -> None:
         self._unread.add(order)
-        (self._long if order.is_long else self._short).put(order)
+        self._lane(order).put(order)
 
     def end(self, order: Order) -> None:
         """End a sequence with its answer so far."""
@@ -108,13 +108,26 @@ class Worker:
 
     def drop(self, order: Order) -> None:
         """Abandon a sequence, without further events."""
-        self._unread.discard(order)
-        self._inbox.put(partial(self._forget, order))
+        if self._was_unread(order):
+            self._lane(order).discard(order)
+        else:
+            self._inbox.put(partial(self._forget, order))
 
     def stop(self, seconds: float | None = None) -> None:
         """End the thread after the current pass; waits at most `seconds` for it."""
         self._inbox.put(self._halt)
         self._thread.join(seconds)
+
+    def _lane(self, order: Order) -> Lane[Order]:
+        return self._long if order.is_long else self._short
+
+    def _was_unread(self, order: Order) -> bool:
+        """Whether the order was unread; it isn't any more."""
+        try:
+            self._unread.remove(order)
+        except KeyError:
+            return False
+        return True
 
     def _run(self) -> None:
         try:
@@ -123,20 +136,18 @@ class Worker:
             self.loaded.set_exception(error)
             return
         self._schedule = Schedule(self._engine, self.width)
-        for queue in (self._short, self._long):
-            Thread(target=self._read, args=[queue], name="longspec reading", daemon=True).start()
+        for lane in (self._short, self._long):
+            Thread(target=self._read, args=[lane], name="longspec reading", daemon=True).start()
         self.loaded.set_result(self._engine)
         while self._going:
             self._take()
             if self._schedule:
                 self._pass()
 
-    def _read(self, queue: SimpleQueue[Order]) -> None:
+    def _read(self, lane: Lane[Order]) -> None:
         """Read prompts, one after the other, for as long as the process lives."""
         while True:
-            order = queue.get()
-            if order not in self._unread:
-                continue
+            order = lane.get()
             try:
                 read: Prepared | LongspecError = self._engine.prepare(order.prompt, **order.options)
             except Exception as error:  # noqa: BLE001  whatever a stranger's prompt brings about is told to him alone
@@ -166,9 +177,8 @@ class Worker:
                 self._close(order)
 
     def _open(self, order: Order, read: Prepared | LongspecError) -> None:
-        if order not in self._unread:  # abandoned or ended meanwhile
+        if not self._was_unread(order):  # abandoned or ended meanwhile
             return
-        self._unread.discard(order)
         session = read if isinstance(read, LongspecError) else self._schedule.join(read)
         if isinstance(session, LongspecError):  # an invalid prompt: report it and continue
             order.tell(session)
@@ -179,9 +189,9 @@ class Worker:
     def _end(self, order: Order) -> None:
         session = self._sessions.get(order)
         if session is None:
-            if order in self._unread:
-                self._unread.discard(order)
-                order.tell(UnreadError("The text was ended while its prompt was being read; send a shorter prompt."))
+            if self._was_unread(order):
+                self._lane(order).discard(order)
+                order.tell(UnreadError("The text was ended while its prompt was being read; ask later, or shorter."))
             return
         self._schedule.drop(session)
         order.tell(session.interrupt())
