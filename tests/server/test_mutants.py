@@ -15,7 +15,7 @@ from support.engines import engine, tiny
 from support.mutants import mutants
 
 from longspec.batch.inputs import _objects, _openai
-from longspec.batch.job import Job
+from longspec.batch.job import Job, Result
 from longspec.batch.lines import read_lines
 from longspec.batch.records import line
 from longspec.batch.requests import Fault
@@ -99,7 +99,7 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
 
     async def run() -> list[int]:
         desk = Desk(worker, 8, SECONDS)
-        app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), []
+        app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), list[int]()
         for number, body in enumerate(mutants([CHAT, COMPLETION], NAMES, count, seed=count)):
             path = "/v1/completions" if b"prompt" in body and number % 9 else "/v1/chat/completions"
             status, answer = await ask(app, path, body)
@@ -126,7 +126,7 @@ def test_every_record_has_its_line(made: Engine, count: int) -> None:
         records = [data.replace(b"\n", b" ") for data in mutants(good, NAMES, count // 2, seed=count)]
         wanted = sum(bool(data.strip()) for data in records)
         job = Job(made, read(read_lines(BytesIO(b"\n".join(records))), None), {"max_new_tokens": 3})
-        results = []
+        results: list[Result] = []
         while job.admitting or job.running:
             results += [*job.admit(), *job.step()]
         assert sorted(result.index for result in results) == list(range(wanted))
@@ -151,7 +151,7 @@ def test_every_record_has_its_line(made: Engine, count: int) -> None:
 def test_a_record_of_wrong_types_is_its_own_error(made: Engine, wrong: dict[str, Any]) -> None:
     lines = b"\n".join(json.dumps(each).encode() for each in (LINE, wrong, {**LINE, "id": "b"}))
     job = Job(made, _objects(read_lines(BytesIO(lines)), None), {})
-    results = []
+    results: list[Result] = []
     while job.admitting or job.running:
         results += [*job.admit(), *job.step()]
     assert [isinstance(each, Fault) for each in sorted(results, key=lambda each: each.index)] == [False, True, False]
