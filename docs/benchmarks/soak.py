@@ -64,14 +64,14 @@ async def one(port: int, body: bytes, seen: Seen, leaves: float | None = None) -
                 seen.refused += status[1:2] == [b"429"]
                 seen.lost += [] if status[1:2] == [b"429"] else [str(status)]
                 return
-            last = b""
+            done = False
             while line := await reader.readline():
                 if first is None and b'"text":"' in line:
                     first = perf_counter() - began
                     seen.first.append(first)
-                last = line if line.strip() else last
-            seen.answered += last == b"data: [DONE]\n"
-            seen.lost += [] if last == b"data: [DONE]\n" else [f"it ended with {last!r}"]
+                done |= line == b"data: [DONE]\n"
+            seen.answered += done
+            seen.lost += [] if done else ["its stream had no end"]
     except TimeoutError:
         seen.left += 1
     except ConnectionError as error:

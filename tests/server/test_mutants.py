@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import string
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -56,7 +55,7 @@ COUNTS = [100, pytest.param(2000, marks=pytest.mark.full)]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return engine(tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=64), "ngram")
+    return engine(tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=256), "ngram")
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +99,16 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
     async def run() -> list[int]:
         desk = Desk(worker, 8, SECONDS)
         app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), list[int]()
-        for number, body in enumerate(mutants([CHAT, COMPLETION], NAMES, count, seed=count)):
-            path = "/v1/completions" if b"prompt" in body and number % 9 else "/v1/chat/completions"
+        good = [CHAT, COMPLETION]
+        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, NAMES, count, seed=count)]
+        for number, body in enumerate(asked):
+            path = "/v1/completions" if b'"prompt"' in body and number % 9 else "/v1/chat/completions"
             status, answer = await ask(app, path, body)
             statuses.append(status)
             assert status == 200 or 400 <= status < 500, (body, answer)
             if status != 200:
                 said = json.loads(answer)["error"]["message"]
                 assert said.endswith((".", "...")), said
-                assert set(said) <= {*string.printable} or not said.isascii()
             assert b'"server_error"' not in answer
             assert len(desk) == 0
         return statuses
@@ -123,7 +123,8 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
 def test_every_record_has_its_line(made: Engine, count: int) -> None:
     """A failed record is its own line, and those beside it are written."""
     for read, good in ((_objects, [LINE, TALK]), (_openai, [REQUEST])):
-        records = [data.replace(b"\n", b" ") for data in mutants(good, NAMES, count // 2, seed=count)]
+        records = [json.dumps(each).encode() for each in good]
+        records += [data.replace(b"\n", b" ") for data in mutants(good, NAMES, count // 2, seed=count)]
         wanted = sum(bool(data.strip()) for data in records)
         job = Job(made, read(read_lines(BytesIO(b"\n".join(records))), None), {"max_new_tokens": 3})
         results: list[Result] = []
