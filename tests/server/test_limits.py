@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import select
 import socket
 from collections.abc import Iterator
@@ -13,13 +12,11 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support.commands import ROOT, SECONDS
+from support.commands import SECONDS
 from support.engines import engine, tiny
 from support.servers import Served, serving, until
 
-from longspec.cli.commands import serve
 from longspec.engine.engine import Engine
-from longspec.requests.openai import MOST_STOPS
 from longspec.server import bodies, connection, listen, worker
 from longspec.text.tokenizer import Vocabulary
 
@@ -213,31 +210,3 @@ def test_a_server_ends_while_a_prompt_is_read(made: Engine, monkeypatch: pytest.
         go.set()
         for each in half:
             each.close()
-
-
-# --- what is said of limits
-
-
-def said(page: str) -> str:
-    return re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text())
-
-
-def test_the_pages_name_the_limits_that_hold() -> None:
-    mib, kib = 1 << 20, 1 << 10
-    last = serve._GRACE_SECONDS + listen.LAST_SECONDS + serve._PASS_SECONDS
-    numbers = {
-        "the head's time": f"{connection.HEAD_SECONDS:g} seconds for its head",
-        "the head's size": f"{connection.HEAD_NBYTES // kib} KiB",
-        "connections": f"{connection.MOST_CONNECTIONS} connections",
-        "a body's size": f"{bodies.MOST_NBYTES // mib} MiB",
-        "a body's time": f"{bodies.BODY_SECONDS:g} seconds to arrive",
-        "a body's values": f"{bodies.MOST_VALUES:,} commas and opening brackets",
-        "all bodies": f"{bodies.ALL_NBYTES // mib} MiB together",
-        "small bodies": f"{bodies.SMALL_NBYTES // kib} KiB are always taken",
-        "stop strings": f"{MOST_STOPS} stop strings",
-        "the grace": f"running answers get {serve._GRACE_SECONDS:g} seconds",
-        "the end": f"{last:g} seconds after the signal",
-    }
-    page = said("serve.md")
-    assert [name for name, words in numbers.items() if words not in page] == []
-    assert "serve.md#limits" in said("limits.md")
