@@ -125,8 +125,9 @@ def test_every_record_has_its_line(made: Engine, count: int) -> None:
     for read, good in ((_objects, [LINE, TALK]), (_openai, [REQUEST])):
         records = [json.dumps(each).encode() for each in good]
         records += [data.replace(b"\n", b" ") for data in mutants(good, NAMES, count // 2, seed=count)]
-        wanted = sum(bool(data.strip()) for data in records)
-        job = Job(made, read(read_lines(BytesIO(b"\n".join(records))), None), {"max_new_tokens": 3})
+        whole = b"\n".join(records)
+        wanted = sum(not each.is_blank for each in read_lines(BytesIO(whole)))
+        job = Job(made, read(read_lines(BytesIO(whole)), None), {"max_new_tokens": 3})
         results: list[Result] = []
         while job.admitting or job.running:
             results += [*job.admit(), *job.step()]
