@@ -181,7 +181,7 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
             after = [(token, next(successors)) for token in (one.lacking[-1], *one.draft)]
         if needs.entropy:
             entropy = [next(entropies) for _ in range(one.choosing)][verdict.kept[-1] + 1 if verdict.kept else 0]
-        chosen = [max(choice, 0) for choice in verdict.choices]  # a drafter may continue any of them
+        chosen = tuple(max(choice, 0) for choice in verdict.choices)  # a drafter may continue any of them
         verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy))
     return verdicts
 
