@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from random import Random
 from typing import Any
 
 import pytest
 from support.commands import SECONDS
 from support.engines import engine, tiny
-from support.mutants import mutants
+from support.mutants import VALUES, of_bytes, of_json
 
 from longspec.batch.inputs import _objects, _openai
 from longspec.batch.job import Job, Result
@@ -51,6 +52,17 @@ NAMES = [
     *["prompt", "messages", "model", "logprobs", "tools", "response_format", "system", "raw", "effort", "id", "tokens"],
 ]
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.full)]
+
+
+def mutants(good: Sequence[Any], count: int, seed: int) -> Iterator[bytes]:
+    """Good requests with values, names and shapes changed, fields added, and one of five torn as bytes."""
+    random = Random(seed)
+    for _ in range(count):
+        value = of_json(random.choice(good), random)
+        if isinstance(value, dict) and random.random() < 0.5:
+            value[random.choice(NAMES)] = random.choice(VALUES)()
+        data = json.dumps(value).encode()
+        yield of_bytes(data, random) if random.random() < 0.2 else data
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +112,7 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
         desk = Desk(worker, 8, SECONDS)
         app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), list[int]()
         good = [CHAT, COMPLETION]
-        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, NAMES, count, seed=count)]
+        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, seed=count)]
         for number, body in enumerate(asked):
             path = "/v1/completions" if b'"prompt"' in body and number % 9 else "/v1/chat/completions"
             status, answer = await ask(app, path, body)
@@ -124,7 +136,7 @@ def test_every_record_has_its_line(made: Engine, count: int) -> None:
     """A failed record is its own line, and those beside it are written."""
     for read, good in ((_objects, [LINE, TALK]), (_openai, [REQUEST])):
         records = [json.dumps(each).encode() for each in good]
-        records += [data.replace(b"\n", b" ") for data in mutants(good, NAMES, count // 2, seed=count)]
+        records += [data.replace(b"\n", b" ") for data in mutants(good, count // 2, seed=count)]
         whole = b"\n".join(records)
         wanted = sum(not each.is_blank for each in read_lines(BytesIO(whole)))
         job = Job(made, read(read_lines(BytesIO(whole)), None), {"max_new_tokens": 3})
