@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspec import __version__
-from longspec.batch import FORMATS
+from longspec.batch import FORMATS, beside, meta_path
 from longspec.cli import BEGAN
 from longspec.cli.io import signals
+from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.stream_answer import load
 from longspec.cli.options.groups import Only, Without, argument, group, option
@@ -29,7 +30,6 @@ from longspec.errors import UsageError
 if TYPE_CHECKING:
     from longspec.batch.inputs import Input
     from longspec.batch.marks import Marks
-    from longspec.batch.output import Output
     from longspec.batch.requests import Fault, Item
     from longspec.batch.tally import Tally
     from longspec.cli.io.batch_loop import Loop
@@ -121,6 +121,11 @@ class Files:
             raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
         return Path(self.output)
 
+    def check(self, *read: str | None) -> None:
+        """Raise UsageError where a file that is written is another one too; `read`: those that others name."""
+        written = {"the output": self.path, "the output's record": meta_path(self.path), "its copy": beside(self.path)}
+        refuse_same_files({**written, "the summary": self.summary}, [*(self.inputs or []), self.files_from, *read])
+
 
 def batch(
     ctx: typer.Context,
@@ -143,6 +148,7 @@ def batch(
     path = files.path
     writing = text_options(ctx, framing, sampling, reasoning)
     options = loading.engine_options(ctx)
+    files.check(loading.model, loading.skip_set)
     width = files.batch_size
     if (
         loading.memory is not None
@@ -155,7 +161,6 @@ def batch(
         Progress(loading.model, quiet=reporting.quiet) as progress,
         Output(path) as out,
     ):
-        _refuse_output_as_input(files, out)
         about = About(out.path, empty=out.is_empty, anyway=files.continue_anyway)
         settings = _settings(files, source, writing)
         about.check(settings)
@@ -195,12 +200,6 @@ def _run(loop: Loop, summary: str | None) -> None:
             sentence = tally.sentence(drafter)
             loop.progress.say(f"{sentence}; why they failed stands in {loop.out.path}" if tally.failed else sentence)
             _summarise(summary, tally, drafter, complete=complete)
-
-
-def _refuse_output_as_input(files: Files, out: Output) -> None:
-    for name in [*(files.inputs or []), *filter(None, [files.files_from, files.summary])]:
-        if out.is_same(name):
-            raise UsageError(f"{name} is the output too; name another one with -o.")
 
 
 def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, expanded, group, option
@@ -38,8 +39,9 @@ class Results:
     output: Path | None = option(None, "Write the results as JSON.", metavar="FILE", once=True)
     plot: Path | None = option(None, "Draw them (.svg or .png).", metavar="FILE")
 
-    def check(self) -> None:
-        """Raise UsageError where a file can't be written, before an hour of measuring."""
+    def check(self, *read: str | Path | None) -> None:
+        """Raise UsageError where a file can't be written, or is one of those read, before an hour of measuring."""
+        refuse_same_files({"the report": self.output, "the plot": self.plot}, read)
         for path in filter(None, (self.output, self.plot)):
             if not path.parent.is_dir():
                 raise UsageError(
@@ -81,7 +83,7 @@ class CacheOptions:
 @expanded
 def cache(options: CacheOptions, loading: Annotated[Loading, Only("model", "dtype")], results: Results) -> None:
     """Compare the kinds of cache: bytes per token, perplexity, a needle test, tokens per second."""
-    results.check()
+    results.check(options.text, loading.model)
     from longspec.bench.cache import KINDS, CacheWorkload
     from longspec.engine.engine import Engine
 
@@ -124,7 +126,7 @@ def drafters(
     results: Results,
 ) -> None:
     """Compare drafters with plain decoding, prompt by prompt in turns, by category."""
-    results.check()
+    results.check(options.suite, loading.model, loading.draft_model)
     from longspec.bench.contenders import peers
     from longspec.bench.drafters import DrafterWorkload
     from longspec.bench.harness import read_suite, sample
@@ -204,7 +206,7 @@ def engines(
     """Compare this engine with transformers and llama.cpp on the CPU, each in a process of its own, in turns."""
     if options.suite is None and options.text is None:
         raise UsageError("There is nothing to write: give --suite for chats, --text for long contexts, or both.")
-    results.check()
+    results.check(options.suite, options.text, loading.model)
     with Progress(loading.model, quiet=reporting.quiet) as progress, ExitStack() as stack:
         progress.report("reading the prompts")
         from longspec.bench.contenders import PEERS

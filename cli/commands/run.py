@@ -18,6 +18,7 @@ from longspec.cli import BEGAN
 from longspec.cli.commands.prompts import NAME, PARAM
 from longspec.cli.io import server_client as remote
 from longspec.cli.io import signals
+from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.each_line import answer_lines
 from longspec.cli.io.output_file import OutputFile
 from longspec.cli.io.progress import Progress
@@ -128,6 +129,14 @@ def run(
     options = loading.engine_options(ctx)
     quiet, stats = reporting.settled(ctx)
     unanswered = None
+    written = {
+        "the output": delivery.output,
+        "a part of the output": delivery.output and f"{delivery.output}.part",
+        "the prompt cache": delivery.prompt_cache,
+        "the profile": tracing.profile,
+    }
+    others = [loading.model, loading.skip_set, constraints.json_schema]
+    refuse_same_files(written, [*(asking.file or []), *(loading.draft_from or []), *others])
     if tracing.profile is not None and asking.each_line:
         raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
     with (

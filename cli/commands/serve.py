@@ -42,6 +42,9 @@ what they have.
 _GRACE_SECONDS = 10.0
 """For answers that are being written when the process is asked to end."""
 
+_PASS_SECONDS = 2.0
+"""For the pass that runs then; the process doesn't wait for a longer one."""
+
 _PLANNED = "under a memory budget its cache may be another than the one that run would choose"
 _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
 
@@ -143,7 +146,7 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
         shown = f"[{serving.host}]" if ":" in serving.host else serving.host
         sentence = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
         asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(sentence)))
-        worker.stop(_GRACE_SECONDS)
+        worker.stop(_PASS_SECONDS)
 
 
 def _load(model: str, options: dict[str, Any], progress: Progress) -> Engine:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, Without, argument, group, option
@@ -80,6 +81,7 @@ def train(
     reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
     """Train a head that drafts for a model, on what the model answers."""
+    refuse_same_files({"the head": training.output}, [training.prompts])
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {loading.model}")
         from longspec.heads import KINDS

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, Without, group, option
@@ -83,6 +84,7 @@ def tune(
 ) -> None:
     """Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves out."""
     model = loading.model
+    refuse_same_files({"the set": search.output}, [model])
     with Progress(model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {model}")
         from longspec.bench import fit as fits

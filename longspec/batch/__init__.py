@@ -5,5 +5,17 @@
 Nothing here prints, draws or catches signals.
 """
 
+from pathlib import Path
+
 FORMATS = ("jsonl", "openai", "csv", "tsv", "lines", "files")
 """What an input may be."""
+
+
+def meta_path(output: Path) -> Path:
+    """The file of the settings that an output was begun with."""
+    return output.with_name(f"{output.name}.meta.json")
+
+
+def beside(output: Path) -> Path:
+    """The file that an output is copied to without its error lines."""
+    return output.with_name(f"{output.name}.tmp")

@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longspec.batch import meta_path
 from longspec.errors import LongspecError, UsageError
 from longspec.machine.files import read_json, replaced
 
-__all__ = ["About", "meta_path", "write_json"]
+__all__ = ["About", "write_json"]
 
 _MOST_NBYTES = 1 << 20
-
-
-def meta_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.meta.json")
 
 
 class About:

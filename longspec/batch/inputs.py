@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from longspec.batch import FORMATS
 from longspec.batch.lines import LINE_NBYTES, Line, as_text, names, read_lines
 from longspec.batch.openai import is_openai, openai_request
-from longspec.batch.requests import Fault, Id, Item, checked_id, request
+from longspec.batch.requests import Fault, Id, Item, checked_id, fault, request
 from longspec.batch.template import Template
 from longspec.errors import UsageError
 from longspec.requests.fields import RequestError, parse_object
@@ -214,8 +214,8 @@ def _row(index: int, fields: dict[str, str], cells: dict[str, str], template: Te
         prompt = cells["prompt"] if template is None else template.fill(cells)
         if not prompt.strip():
             raise ValueError("'prompt' is empty")
-    except ValueError as wrong:
-        return Fault(index, name, str(wrong))
+    except Exception as wrong:  # noqa: BLE001  no record may end the batch
+        return fault(index, name, wrong)
     return Item(index, name, prompt, {})
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from longspec.batch.records import Written
 from longspec.batch.requests import Fault, Item, over
 from longspec.engine.scheduler import WIDTH, Schedule
-from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+from longspec.errors import BudgetError, ContextError, LongspecError, UsageError, reported
 
 if TYPE_CHECKING:
     from longspec.engine.engine import Engine
@@ -94,7 +94,10 @@ class Job:
         return self._order is None or len(self._order) < AHEAD * self.width
 
     def _open(self, item: Item) -> list[Result]:
-        session = self._schedule.begin(item.prompt, over(self.defaults, item))
+        try:
+            session = self._schedule.begin(item.prompt, over(self.defaults, item))
+        except Exception as error:  # noqa: BLE001  as in the schedule: no record may end the batch
+            session = reported(error)
         if isinstance(session, LongspecError):
             return self._done(_fault(item, session))
         self._running[session] = item

@@ -10,8 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from longspec.batch.requests import Fault, Id, Item, checked_id
-from longspec.requests.fields import RequestError
+from longspec.batch.requests import Fault, Id, Item, checked_id, fault
 from longspec.requests.openai import CHAT, COMPLETIONS, read_request
 from longspec.requests.replies import Reply
 
@@ -41,8 +40,8 @@ def openai_request(index: int, fields: Mapping[str, Any]) -> Item | Fault:
         request = read_request(body, chat=url == CHAT)
         if request.stream or request.choices * len(request.prompts) > 1:
             raise ValueError("a line of a batch is one text, whole: leave stream out, and n and prompts at one")
-    except (ValueError, RequestError) as wrong:
-        return Fault(index, name, str(wrong))
+    except Exception as wrong:  # noqa: BLE001  no record may end the batch
+        return fault(index, name, wrong)
     return Item(index, name, request.prompts[0], request.options, url)
 
 

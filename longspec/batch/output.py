@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from longspec.batch import beside
 from longspec.batch.marks import Marks
 from longspec.batch.records import Past, past
 from longspec.errors import LongspecError, UsageError
@@ -48,12 +49,6 @@ class Output:
     @property
     def is_empty(self) -> bool:
         return self._size == 0
-
-    def is_same(self, name: str) -> bool:
-        """Whether that name is this file."""
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(self._fd), os.stat(name))
-        return False
 
     def finished(self, *, retry_errors: bool = False) -> tuple[Marks, int]:
         """The records already there, and the number of error lines among them; a partial last line is removed.
@@ -133,8 +128,8 @@ class Output:
 
     def _without_errors(self) -> None:
         """Replace the file by a copy without the error lines, locked before it is renamed."""
-        beside = self.path.with_name(f"{self.path.name}.tmp")
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        place = beside(self.path)
+        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
@@ -143,13 +138,13 @@ class Output:
                     if not said.failed:
                         file.write(data)
             os.fsync(fd)
-            os.replace(beside, self.path)
+            os.replace(place, self.path)
         except OSError as error:
             os.close(fd)
             with suppress(OSError):
-                beside.unlink()
+                place.unlink()
             raise LongspecError(
-                f"{beside} can't be written: {error.strerror}; make room, or leave the errors."
+                f"{place} can't be written: {error.strerror}; make room, or leave the errors."
             ) from error
         old, self._fd = self._fd, fd
         os.close(old)

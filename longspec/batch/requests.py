@@ -17,7 +17,7 @@ from longspec.sampling.parameters import SAMPLED_ONLY, is_greedy
 if TYPE_CHECKING:
     from longspec.engine.options import Options
 
-__all__ = ["Fault", "Id", "Item", "checked_id", "over", "request"]
+__all__ = ["Fault", "Id", "Item", "checked_id", "fault", "over", "request"]
 
 Id = str | int
 
@@ -66,8 +66,15 @@ def request(index: int, number: int, fields: Mapping[str, Any], template: Templa
             raise ValueError("'system' contradicts 'raw', or a system message in 'messages'; leave one out")
         unknown = tuple(field for field in fields if field not in _KNOWN)
         return Item(index, name, text, options, unknown=unknown)
-    except (ValueError, RequestError) as wrong:
+    except Exception as wrong:  # noqa: BLE001  no record may end the batch
+        return fault(index, name, wrong)
+
+
+def fault(index: int, name: Id | None, wrong: Exception) -> Fault:
+    """The Fault of a record whose fields brought about this exception."""
+    if isinstance(wrong, ValueError | RequestError):
         return Fault(index, name, str(wrong))
+    return Fault(index, name, f"the record can't be read: {type(wrong).__name__}: {str(wrong)[:500]}")
 
 
 def checked_id(value: object, default: Id | None, name: str) -> Id:

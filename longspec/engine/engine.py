@@ -26,18 +26,8 @@ from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
-from longspec.engine.options import (
-    Options,
-    asked,
-    check,
-    check_options,
-    check_tokens,
-    drafter_options,
-    guidance,
-    kind,
-    most_tokens,
-    tokens_of,
-)
+from longspec.engine.opening import Prepared, prepare
+from longspec.engine.options import Options, check, check_options, drafter_options, kind
 from longspec.engine.passes import Passes, one_at_a_time
 from longspec.engine.prefix_cache import keep, resume, take_over
 from longspec.engine.scheduler import WIDTH, Schedule
@@ -46,8 +36,6 @@ from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.load import Model, open_model
-from longspec.sampling.sampler import Sampling
-from longspec.text.detokenizer import Transcript
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Commit, Drafter
@@ -248,7 +236,6 @@ class Engine(Passes):
                 elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
-    @one_at_a_time
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """Open a session for this prompt; nothing is computed yet.
 
@@ -258,33 +245,34 @@ class Engine(Passes):
             for.
             TypeError: an option has no such name.
         """
-        began = perf_counter()
-        check_options(options)
-        decoder = self.model.decoder
-        tokens = tokens_of(self.model.vocabulary, prompt, options)
-        check_tokens(tokens, decoder.config.vocabulary)
-        sampling = Sampling.over(self.model.defaults, asked(options))
-        planned = self.plan.request.tokens if self.plan else None
-        limit = most_tokens(len(tokens), options.get("max_new_tokens"), self.context, planned)
-        stops = [stop] if isinstance(stop := options.get("stop", ()), str) else list(stop)
-        long = decoder.first_context is not None and limit > decoder.first_context
+        return self.begin(self.prepare(prompt, **options))
+
+    def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
+        """The first half of `open`: read the prompt and compile its grammar, beside another thread's passes."""
+        return prepare(self.model, prompt, options, self.plan.request.tokens if self.plan else None)
+
+    @one_at_a_time
+    def begin(self, prepared: Prepared) -> Session:
+        """The second half of `open`, once for each `prepared`: a session with a cache."""
+        tokens, options, decoder = prepared.tokens, prepared.options, self.model.decoder
+        long = decoder.first_context is not None and prepared.limit > decoder.first_context
         cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
         if (after := options.get("after")) is not None:
             cache = take_over(after, cache, tokens, long=long)
         if path is not None and not cache.length:
-            resume(cache, self.cache_name, self.model, Path(path), tokens, limit=limit, long=long)
+            resume(cache, self.cache_name, self.model, Path(path), tokens, limit=prepared.limit, long=long)
         session = Session(
             tokens,
             cache,
-            Transcript(self.model.vocabulary, stops),
+            prepared.transcript,
             key=options.get("key", ""),
-            sampling=sampling,
-            end_tokens=[*self.model.end_tokens, *self.model.vocabulary.special_ids(stops)],
-            limit=limit,
+            sampling=prepared.sampling,
+            end_tokens=prepared.end_tokens,
+            limit=prepared.limit,
             long=long,
             cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
-            began=began,
-            **guidance(self.model, tokens, options),
+            began=prepared.began,
+            **prepared.guidance,
         )
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)

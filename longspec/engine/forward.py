@@ -181,12 +181,15 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
             after = [(token, next(successors)) for token in (one.lacking[-1], *one.draft)]
         if needs.entropy:
             entropy = [next(entropies) for _ in range(one.choosing)][verdict.kept[-1] + 1 if verdict.kept else 0]
-        verdicts.append(Verdict(verdict.kept, verdict.bonus, verdict.choices, after, entropy))
+        chosen = tuple(max(choice, 0) for choice in verdict.choices)  # a drafter may continue any of them
+        verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy))
     return verdicts
 
 
 def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
-    """The target's token after every choosing position, input by input, in one copy to the host."""
+    """The target's token after every choosing position, input by input, in one copy to the host; -1 where a logit is
+    NaN or infinite, which its row's sum is too then: 5 us of a row of 49,152.
+    """
     chosen, start = [], 0
     for _, alike in groupby(inputs, _sampled_alike):
         group = list(alike)
@@ -198,7 +201,8 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
         contexts = [session.seen.union(path) for path in group[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
-    flat, ends = torch.cat(chosen).tolist(), list(accumulate(one.choosing for one in inputs))
+    sound = logits.sum(-1, dtype=torch.float32) < float("inf")
+    flat, ends = torch.cat(chosen).where(sound, -1).tolist(), list(accumulate(one.choosing for one in inputs))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 

@@ -138,15 +138,16 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options) -> list[int]:
+def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: int | None = None) -> list[int]:
     """The tokens of a prompt, rendered with these options.
 
     Raises:
+        ContextError: its text is too long to have at most `room` tokens (any number, if None), whatever they are.
         UsageError: it has none, or the options make no sense with it.
     """
-    told = variables(vocabulary, options.get("effort"))
+    told, system = variables(vocabulary, options.get("effort")), options.get("system")
     raw, allow = options.get("raw", False), options.get("allow_special_tokens", False)
-    return encode(vocabulary, prompt, options.get("system"), raw=raw, variables=told, allow_special=allow)
+    return encode(vocabulary, prompt, system, raw=raw, variables=told, allow_special=allow, room=room)
 
 
 def check_tokens(tokens: Sequence[int], rows: int) -> None:

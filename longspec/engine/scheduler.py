@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Unpack
 
 from longspec.cache.stage import BLOCK, Cache
+from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
@@ -60,8 +61,12 @@ class _Trunk:
 class Passes(Protocol):
     """The engine's part: opens sessions, and steps them in one forward pass."""
 
-    def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
-        """Open a session for this prompt."""
+    def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
+        """Read a prompt; any thread may."""
+        ...
+
+    def begin(self, prepared: Prepared) -> Session:
+        """Open a session for it."""
         ...
 
     def step(
@@ -98,8 +103,16 @@ class Schedule:
     def begin(self, prompt: Prompt, options: Options) -> Session | LongspecError:
         """Open a session and add it; returns the error, of any kind, where the prompt or its options are invalid."""
         try:
-            session = self.engine.open(prompt, **options)
+            prepared = self.engine.prepare(prompt, **options)
         except Exception as error:  # noqa: BLE001  a wrong type in one prompt must not end the other sequences
+            return reported(error)
+        return self.join(prepared)
+
+    def join(self, prepared: Prepared) -> Session | LongspecError:
+        """Begin a session whose prompt has been read; returns the error where that fails."""
+        try:
+            session = self.engine.begin(prepared)
+        except Exception as error:  # noqa: BLE001  as above
             return reported(error)
         self.add(session)
         return session

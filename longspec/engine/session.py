@@ -17,6 +17,7 @@ from torch import Tensor
 from longspec.cache.stage import Cache
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
+from longspec.errors import LongspecError
 from longspec.sampling.sampler import Sampling, noise_key, rank
 from longspec.text.detokenizer import Transcript
 from longspec.text.reasoning import Section
@@ -135,7 +136,16 @@ class Session:
         return rank(logits, self.sampling, keys, contexts, count, vocabulary)
 
     def take(self, verdict: Verdict, draft: Sequence[int]) -> Commit:
-        """Append the kept tokens and the bonus, up to the end of the answer."""
+        """Append the kept tokens and the bonus, up to the end of the answer.
+
+        Raises:
+            LongspecError: the model chose no token, as its logits aren't numbers.
+        """
+        if verdict.bonus < 0:
+            raise LongspecError(
+                f"After {len(self.tokens):,} tokens of prompt and answer the model's logits aren't finite numbers (NaN "
+                "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."
+            )
         tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
         before, shown = len(self.tokens), ""
         for token in tokens:

@@ -39,6 +39,7 @@ _KINDS: dict[type, str] = {
     dict: "an object",
 }
 _MISSING = object()
+_SHOWN = 60
 
 
 class RequestError(UsageError):
@@ -133,6 +134,10 @@ def _message(message: object, place: str, any_role: bool) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A value as quoted in an error message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    """A value as quoted in an error message: its first 60 characters, without spelling out the rest of a large one."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):
+        text += piece[: _SHOWN + 1]
+        if len(text) > _SHOWN:
+            return f"{text[:_SHOWN]}..."
+    return text

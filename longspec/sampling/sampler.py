@@ -32,6 +32,9 @@ _SOURCE = "sampler.c"
 _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
 """Suffix of the C functions by dtype, and the largest `count` of the C kernel."""
 
+_MOST_LOGIT = 1e30
+"""Of a penalised token: it stays finite when it is divided by the least temperature."""
+
 _LOOKS = (128, 4096)
 """Candidates that top-p and min-p sort at first and second try, before the whole vocabulary: a full sort is slow."""
 
@@ -186,7 +189,7 @@ def _penalised(logits: Tensor, penalty: float, contexts: Sequence[Collection[int
     for row, context in zip(logits, contexts, strict=True):
         seen = torch.tensor(sorted(context), dtype=torch.int64, device=row.device)
         held = row[seen]
-        row[seen] = torch.where(held > 0, held / penalty, held * penalty)
+        row[seen] = torch.where(held > 0, held / penalty, held * penalty).clamp(max=_MOST_LOGIT)
     return logits
 
 

@@ -5,10 +5,8 @@ Takes untrusted HTTP requests; gives answers, streams and refusals. Every error 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter, time
-from typing import Any
 from uuid import uuid4
 
 from starlette.applications import Starlette
@@ -20,22 +18,17 @@ from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
-from longspec.requests.fields import RequestError, parse_object
+from longspec.requests.fields import RequestError
 from longspec.requests.openai import CHAT, COMPLETIONS
 from longspec.requests.replies import Reply
 from longspec.server.asks import Ask, ask, local
+from longspec.server.bodies import Bodies
 from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.guard import Guard
 from longspec.server.refusals import RefusedError, encoded
-from longspec.server.worker import Ended
+from longspec.server.worker import Ended, UnreadError
 
-__all__ = ["MOST_NBYTES", "at_home", "open_to_clients"]
-
-MOST_NBYTES = 8 << 20
-"""Of a body: ten times what a context of 128k tokens holds."""
-
-_BODY_SECONDS = 30.0
-"""In which a body has to arrive: a client that sends a byte now and then must not keep a place for good."""
+__all__ = ["at_home", "open_to_clients"]
 
 _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -52,7 +45,7 @@ def open_to_clients(
     """OpenAI's API, for requests whose Host is one of these (any, if None) and that have the API key, if there is
     one.
     """
-    created = int(time())
+    created, bodies = int(time()), Bodies()
 
     async def models(request: Request) -> Response:
         listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
@@ -64,11 +57,11 @@ def open_to_clients(
 
     async def answer(request: Request) -> Response:
         chat = request.url.path == CHAT
-        body = await _object(request)
-        wanted = ask(body, model, desk.most, chat=chat, allow_special_tokens=allow_special_tokens)
         reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", int(time()), model)
-        texts = desk.take(wanted.texts, request.receive)
-        await texts.opened()
+        async with bodies.object(request) as body:
+            wanted = ask(body, model, desk.most, chat=chat, allow_special_tokens=allow_special_tokens)
+            texts = desk.take(wanted.texts, request.receive)
+            await texts.opened()
         if wanted.stream:
             events = _events(wanted, reply, texts, say)
             return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)
@@ -90,10 +83,11 @@ def open_to_clients(
 def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
     """The API of `longspec run`, over a socket that only this user can open."""
     running: dict[str, Texts] = {}
+    bodies = Bodies()
 
     async def run(request: Request) -> Response:
-        body = await _object(request)
-        prompt, options, began = local(body)
+        async with bodies.object(request) as body:
+            prompt, options, began = local(body)
         began = None if began is None else min(began, perf_counter())
         texts = desk.take([(prompt, options)], request.receive, began=began, local=True)
         return StreamingResponse(lines(str(body.get("id")), texts), media_type="application/x-ndjson")
@@ -119,7 +113,8 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
             del running[name]
 
     async def end(request: Request) -> Response:
-        texts = running.get(str((await _object(request)).get("id")))
+        async with bodies.object(request) as body:
+            texts = running.get(str(body.get("id")))
         if texts is not None:
             texts.end()
         return _json({})
@@ -182,6 +177,8 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error))
         case BudgetError():
             return RefusedError(400, str(error), code="memory_budget_exceeded")
+        case UnreadError():
+            return RefusedError(503, str(error), code="ended")
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette re-raises such an error and uvicorn then drops the connection: the client must not reuse it.
@@ -191,27 +188,6 @@ def _refusal(error: Exception) -> RefusedError:
 
 def _failure(error: Exception) -> str:
     return str(error) if isinstance(error, LongspecError) else f"a request failed: {type(error).__name__}: {error}"
-
-
-async def _body(request: Request) -> bytes:
-    """The whole body: JSON, within the size and time limits."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a foreign page may make a browser send other types without a preflight request
-        raise RefusedError(415, f"The content type is {kind!r}; send application/json.")
-    data = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for piece in request.stream():
-                data += piece
-                if len(data) > MOST_NBYTES:
-                    raise RefusedError(413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt.")
-    except TimeoutError:
-        raise RefusedError(408, f"The body didn't arrive within {_BODY_SECONDS:g} seconds.") from None
-    return bytes(data)
-
-
-async def _object(request: Request) -> dict[str, Any]:
-    return parse_object(await _body(request), "The body")
 
 
 def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from longspec.engine.options import Options
-from longspec.server.refusals import RefusedError
+from longspec.server.refusals import BUSY, RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
@@ -20,9 +20,6 @@ from longspec.types import Commit
 __all__ = ["Desk", "GoneError", "Texts"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-_RETRY_SECONDS = 5
-"""When one who was sent away may ask again: about what a short answer takes on a processor."""
 
 
 class GoneError(Exception):
@@ -62,7 +59,7 @@ class Desk:
             raise RefusedError(503, "This server is closing; ask another, or later.", code="closing")
         if len(self) + len(texts) > self.most:
             sentence = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
-            raise RefusedError(429, sentence, code="rate_limit_exceeded", headers={"retry-after": str(_RETRY_SECONDS)})
+            raise RefusedError(429, sentence, **BUSY)
         taken = Texts(self, texts, receive, began, None if local else self.seconds)
         self._open.add(taken)
         return taken

@@ -19,12 +19,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from longspec.errors import UsageError
+from longspec.server.connection import HEAD_NBYTES, Connection
 from longspec.server.desk import Desk
 
-__all__ = ["Listener", "bind", "bound_unix", "listen"]
+__all__ = ["LAST_SECONDS", "Listener", "bind", "bound_unix", "listen"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LAST_SECONDS = 5.0
+LAST_SECONDS = 3.0
 """After the answers were told to end: a pass may be running, and a slow reader has to get the rest."""
 
 
@@ -71,14 +72,15 @@ async def listen(
 def _config(app: ASGIApp, grace: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
+        h11_max_incomplete_event_size=HEAD_NBYTES,
         ws="none",
         lifespan="off",
         log_config=None,
         log_level=100,  # above CRITICAL: the application reports errors itself
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(grace + _LAST_SECONDS),
+        timeout_graceful_shutdown=int(grace + LAST_SECONDS),
     )
 
 

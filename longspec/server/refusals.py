@@ -6,7 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RefusedError", "encoded"]
+__all__ = ["BUSY", "RefusedError", "encoded"]
+
+BUSY: Mapping[str, Any] = {"code": "rate_limit_exceeded", "headers": {"retry-after": "5"}}
+"""Of status 429. When one who was sent away may ask again: about what a short answer takes on a processor."""
+
+_MOST_SAID = 1000
 
 
 class RefusedError(Exception):
@@ -29,7 +34,9 @@ class RefusedError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        said, param = str(self), self.param  # they may quote what a stranger sent, of any length
+        said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]}..."
+        return {"error": {"message": said, "type": kind, "param": param and param[:_MOST_SAID], "code": self.code}}
 
 
 def encoded(value: object) -> bytes:

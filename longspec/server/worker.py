@@ -1,7 +1,13 @@
 """The thread that owns the engine and decodes the sequences of all requests side by side.
 
 Takes orders from any thread, through a queue; reports each order's events: Opened, Commits, and finally Ended or an
-exception. Callbacks run in this thread: the receiver forwards them to its own. Knows no HTTP and no event loop.
+exception. Callbacks run in its threads: the receiver forwards them to its own. Knows no HTTP and no event loop.
+
+    order -> a reading thread: tokens, grammar -> the engine's thread: passes -> events
+
+Prompts are read in threads of their own, short and long ones apart: a prompt of megabytes takes seconds, in which no
+text that is written waits, and no short prompt. A reading that hangs holds back nobody's end: nothing waits for these
+threads, and what was abandoned meanwhile is dropped.
 
 The engine is loaded here too: torch's thread settings belong to the thread that first used them.
 """
@@ -17,14 +23,23 @@ from threading import Thread
 
 from longspec.engine.answer import Answer
 from longspec.engine.engine import Engine
+from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
-from longspec.errors import LongspecError
+from longspec.errors import LongspecError, reported
+from longspec.server.lane import Lane
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
-__all__ = ["Ended", "Event", "Opened", "Order", "Worker"]
+__all__ = ["LONG_PROMPT", "Ended", "Event", "Opened", "Order", "UnreadError", "Worker"]
+
+LONG_PROMPT = 1 << 16
+"""Characters of a prompt that others aren't kept waiting for: reading so many takes .1 s."""
+
+
+class UnreadError(LongspecError):
+    """The text was ended while its prompt was being read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,12 @@ class Order:
     tell: Callable[[Event], None]
     began: float | None = None
 
+    @property
+    def is_long(self) -> bool:
+        """Whether reading the prompt takes so long that others aren't kept waiting for it."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else [each["content"] for each in self.prompt]
+        return sum(map(len, texts)) > LONG_PROMPT
+
 
 class Worker:
     """Loads the engine by `load`, then decodes at most `width` sequences at a time until it is stopped."""
@@ -66,6 +87,8 @@ class Worker:
         self._load = load
         self._sessions: dict[Order, Session] = {}
         self._orders: dict[Session, Order] = {}
+        self._unread: set[Order] = set()  # whoever removes an order from it has it: it is opened, ended or dropped once
+        self._short, self._long = Lane[Order](), Lane[Order]()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._going = True
         self._thread = Thread(target=self._run, name="longspec engine", daemon=True)
@@ -76,7 +99,8 @@ class Worker:
         return len(self._orders)
 
     def write(self, order: Order) -> None:
-        self._inbox.put(partial(self._open, order))
+        self._unread.add(order)
+        self._lane(order).put(order)
 
     def end(self, order: Order) -> None:
         """End a sequence with its answer so far."""
@@ -84,12 +108,26 @@ class Worker:
 
     def drop(self, order: Order) -> None:
         """Abandon a sequence, without further events."""
-        self._inbox.put(partial(self._forget, order))
+        if self._was_unread(order):
+            self._lane(order).discard(order)
+        else:
+            self._inbox.put(partial(self._forget, order))
 
     def stop(self, seconds: float | None = None) -> None:
         """End the thread after the current pass; waits at most `seconds` for it."""
         self._inbox.put(self._halt)
         self._thread.join(seconds)
+
+    def _lane(self, order: Order) -> Lane[Order]:
+        return self._long if order.is_long else self._short
+
+    def _was_unread(self, order: Order) -> bool:
+        """Whether the order was unread; it isn't any more."""
+        try:
+            self._unread.remove(order)
+        except KeyError:
+            return False
+        return True
 
     def _run(self) -> None:
         try:
@@ -98,11 +136,23 @@ class Worker:
             self.loaded.set_exception(error)
             return
         self._schedule = Schedule(self._engine, self.width)
+        for lane in (self._short, self._long):
+            Thread(target=self._read, args=[lane], name="longspec reading", daemon=True).start()
         self.loaded.set_result(self._engine)
         while self._going:
             self._take()
             if self._schedule:
                 self._pass()
+
+    def _read(self, lane: Lane[Order]) -> None:
+        """Read prompts, one after the other, for as long as the process lives."""
+        while True:
+            order = lane.get()
+            try:
+                read: Prepared | LongspecError = self._engine.prepare(order.prompt, **order.options)
+            except Exception as error:  # noqa: BLE001  whatever a stranger's prompt brings about is told to him alone
+                read = reported(error)
+            self._inbox.put(partial(self._open, order, read))
 
     def _take(self) -> None:
         """Handle the queued orders; without an open sequence, block for the next one."""
@@ -126,8 +176,10 @@ class Worker:
             if event.finish_reason is not None:
                 self._close(order)
 
-    def _open(self, order: Order) -> None:
-        session = self._schedule.begin(order.prompt, order.options)
+    def _open(self, order: Order, read: Prepared | LongspecError) -> None:
+        if not self._was_unread(order):  # abandoned or ended meanwhile
+            return
+        session = read if isinstance(read, LongspecError) else self._schedule.join(read)
         if isinstance(session, LongspecError):  # an invalid prompt: report it and continue
             order.tell(session)
             return
@@ -137,6 +189,9 @@ class Worker:
     def _end(self, order: Order) -> None:
         session = self._sessions.get(order)
         if session is None:
+            if self._was_unread(order):
+                self._lane(order).discard(order)
+                order.tell(UnreadError("The text was ended while its prompt was being read; ask later, or shorter."))
             return
         self._schedule.drop(session)
         order.tell(session.interrupt())

@@ -27,7 +27,11 @@ An assistant message may have the `tokens` that the model generated: they are us
 
 
 def _encode_chat(
-    vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], allow_special: bool
+    vocabulary: Vocabulary,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    allow_special: bool,
+    room: int | None,
 ) -> list[int]:
     """Tokens of the rendered messages, with the generated tokens of answers where the rendering contains their text.
 
@@ -36,6 +40,7 @@ def _encode_chat(
     """
     bare = _bare(messages)
     text, cuts = (vocabulary.chat(bare, **variables), []) if allow_special else rendered(vocabulary, bare, variables)
+    vocabulary.check_length(text, room)
 
     def part(start: int, end: int | None = None) -> list[int]:
         inside = cuts[bisect_left(cuts, start) :]
@@ -108,14 +113,16 @@ def encode(
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
     allow_special: bool = False,
+    room: int | None = None,
 ) -> list[int]:
     """Tokens of a prompt, with the arguments of `Engine.open`; `variables` are passed to the chat template.
 
     What messages hold is plain text: only what the chat template writes can be a special token, unless `allow_special`.
     A raw prompt is all that the model sees, and its special tokens are read. A template that refuses a system message
-    gets its text before the first user's.
+    gets its text before the first user's. A text that must have more tokens than `room` isn't tokenized.
 
     Raises:
+        ContextError: it is such a text.
         UsageError: the prompt is empty, there is no chat template, or a raw prompt isn't a single text.
     """
     if raw:
@@ -123,6 +130,7 @@ def encode(
             raise UsageError("A raw prompt is one text, without a system message or roles.")
         if variables:
             raise UsageError("A raw prompt has no chat template that an effort could be told; leave it or --raw out.")
+        vocabulary.check_length(prompt, room)
         tokens = vocabulary.encode(prompt, add_special=True)
     else:
         messages: Sequence[Mapping[str, Any]] = (
@@ -131,7 +139,7 @@ def encode(
         if system:
             messages = [{"role": "system", "content": system}, *messages]
         accepted = _accepted(vocabulary, messages, variables or {})
-        tokens = _begun(vocabulary, _encode_chat(vocabulary, accepted, variables or {}, allow_special))
+        tokens = _begun(vocabulary, _encode_chat(vocabulary, accepted, variables or {}, allow_special, room))
     if not tokens:
         raise UsageError("The prompt is empty; give at least one token to go on from.")
     return tokens

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from longspec.errors import ModelError, UsageError
+from longspec.errors import ContextError, ModelError, UsageError
 from longspec.text.chat_template import ChatTemplate
 from longspec.text.think_tags import find
 from longspec.text.turn_ends import TURN_ENDS
@@ -105,7 +105,7 @@ class Vocabulary:
         for start, end, _ in own:
             pieces += [text[done:start], name]
             done = end
-        ids: list[int] = plain.encode("".join([*pieces, text[done:]]), add_special_tokens=False).ids
+        ids: list[int] = plain.encode_batch_fast(["".join([*pieces, text[done:]])], add_special_tokens=False)[0].ids
         written = iter([token for _, _, token in own])
         whole = [next(written) if token == stand_in else token for token in ids]
         unknown = self.tokenizer.token_to_id(self.special.get("unk_token", ""))
@@ -182,7 +182,16 @@ class Vocabulary:
             raise UsageError(
                 f"Character {error.start} of the text is a lone surrogate, which no tokenizer reads; give valid UTF-8."
             ) from None
-        return self.tokenizer.encode(text, add_special_tokens=add_special)
+        # Unlike `encode`, this one lets other threads run meanwhile: 4 MB take seconds.
+        return self.tokenizer.encode_batch([text], add_special_tokens=add_special)[0]
+
+    def check_length(self, text: str, room: int | None) -> None:
+        """Raise ContextError where a text must have more than `room` tokens, as the longest token is short."""
+        if room is not None and len(text) > room and len(text) > room * self._longest:
+            raise ContextError(
+                f"The prompt has {len(text):,} characters; the {room:,} tokens that there is room for hold at most "
+                f"{room * self._longest:,}."
+            )
 
     def spells(self, tokens: Iterable[int], text: str) -> bool:
         """True if an answer of these tokens decodes to this text, byte for byte."""
@@ -228,6 +237,14 @@ class Vocabulary:
             return self.tokenizer.decode([token]).encode()
         anchor, width = self._anchor
         return self.tokenizer.decode([*anchor, token])[width:].encode()
+
+    @cached_property
+    def _longest(self) -> int:
+        """The most characters that a token stands for. A normaliser may merge characters before tokens are found: four
+        at the most where they mean one.
+        """
+        longest = max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        return longest if self.tokenizer.normalizer is None else 4 * longest
 
     @cached_property
     def _anchor(self) -> tuple[list[int], int]:

@@ -22,8 +22,10 @@ from longspec.cli.main import guarded
 SETTINGS = ["--threads", "1", "--dtype", "fp32", "--max-new-tokens", "12"]
 
 
-def prompts(path: Path, count: int, **options: Any) -> Path:
-    lines = [{"id": f"n{i}", "prompt": f"Line {i * 7919 % 997} of {i % 13}.", **options} for i in range(count)]
+def prompts(path: Path, count: int, times: int = 1, **options: Any) -> Path:
+    """times: how often a prompt says the same."""
+    texts = [f"Line {i * 7919 % 997} of {i % 13}." * times for i in range(count)]
+    lines = [{"id": f"n{i}", "prompt": text, **options} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -220,10 +222,11 @@ def test_memory_is_planned_for_all_texts_of_a_pass(tiny: str, home: Path, capfd:
 # --- ends that nobody asked for
 
 
-def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int) -> None:
-    source, out = prompts(home / "in.jsonl", count), home / "out"
-    assert batch(tiny, source, home / "whole", "--temperature", "1") == 0
-    arguments = ["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, "--temperature", "1", "-q"]
+def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int, *more: str, times: int = 1) -> None:
+    source, out = prompts(home / "in.jsonl", count, times), home / "out"
+    more = (*more, "--temperature", "1")
+    assert batch(tiny, source, home / "whole", *more) == 0
+    arguments = ["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, *more, "-q"]
     generator, lived = random.Random(seed), 0
     for _ in range(kills):
         with started(arguments, home) as process:
@@ -237,7 +240,7 @@ def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int) ->
             process.kill()
             process.wait()
     assert lived, "every run had ended before it was killed"
-    assert batch(tiny, source, out, "--temperature", "1") == 0
+    assert batch(tiny, source, out, *more) == 0
     assert answers(out) == answers(home / "whole")
 
 
@@ -248,6 +251,57 @@ def test_killed_four_times(tiny: str, home: Path) -> None:
 @pytest.mark.full
 def test_killed_twenty_times(tiny: str, home: Path) -> None:
     kill_and_resume(tiny, home, count=600, kills=20, seed=2)
+
+
+@pytest.mark.full
+def test_killed_twenty_times_while_it_speculates_over_codes(tiny: str, home: Path) -> None:
+    """Prompts of three blocks, of which codes of four bits are read, and which repeat themselves for the drafter."""
+    speculating = ["--drafter", "ngram", "--control", "fixed", "--cache", "int4"]
+    kill_and_resume(tiny, home, 300, 20, 3, *speculating, times=14)
+    for line in lines(home / "out"):
+        assert line["cache"] == "int4"
+        assert line["usage"]["prompt_tokens"] > 3 * 64 - 20
+    assert sum(line["speculation"]["accepted"] for line in lines(home / "out")) > 0
+
+
+def test_no_file_is_two_things_at_once(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is read, what is written and what lies beside it are compared before anything is written."""
+    source, out = prompts(home / "in.jsonl", 2), home / "out"
+    (home / "link.jsonl").symlink_to(source)
+    (home / "hard.jsonl").hardlink_to(source)
+    (home / "set.json").write_text("{}")
+    before = {path: path.read_bytes() for path in (source, home / "set.json")}
+    wrong: list[tuple[list[str], str]] = [
+        (["--summary", str(source)], "is the summary too"),
+        (["--summary", str(home / "link.jsonl")], "is the summary too"),
+        (["--summary", str(home / "hard.jsonl")], "is the summary too"),
+        (["--summary", f"{home}/./out.meta.json"], "is the output's record too"),
+        (["--summary", f"{out}"], "is the output too"),
+        (["--summary", f"{out}.tmp"], "is its copy too"),
+        (["--summary", str(home / "set.json"), "--skip-set", str(home / "set.json")], "is the summary too"),
+    ]
+    for more, said in wrong:
+        assert batch(tiny, source, out, *more) == 2
+        assert said in capfd.readouterr().err
+    listed = home / "out.meta.json"
+    assert guarded(["batch", "--files-from", str(listed), "-o", str(out), "-m", tiny]) == 2
+    assert "is the output's record too" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in home.glob("out*")) == []
+    others = {
+        "is the output too": ["run", "-f", str(source), "-o", str(home / "link.jsonl"), "x"],
+        "is the prompt cache too": ["run", "-f", str(source), "--prompt-cache", str(source), "x"],
+        "is the profile too": ["run", "--profile", str(source), "-f", str(source), "x"],
+        "is a part of the output too": ["run", "-o", str(out), "--prompt-cache", f"{out}.part", "x"],
+        "is the plot too": ["bench", "cache", "--text", str(source), "--plot", str(source)],
+        "is the report too": ["bench", "drafters", "--suite", str(source), "--output", str(source)],
+        "is the set too": ["tune", "-m", str(source), "--output", str(source)],
+        "is the head too": ["train", "clover", "--prompts", str(source), "-o", str(source)],
+    }
+    for said, arguments in others.items():
+        assert guarded([*arguments, *([] if "-m" in arguments else ["-m", tiny])]) == 2, arguments
+        assert said in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def limited(arguments: Sequence[str], home: Path, nbytes: int) -> subprocess.CompletedProcess[bytes]:

@@ -154,6 +154,32 @@ def test_a_token_without_an_embedding_is_refused(model: Model) -> None:
         engine(model).open("ABC~beyond~", raw=True)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}])
+def test_logits_that_are_no_numbers_end_their_text_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch, wrong: float, options: dict[str, Any]
+) -> None:
+    """One column is enough, which no sampler would have chosen; the text beside it goes on."""
+    made, texts = engine(model, "lookahead"), prompts(2, 40)
+    alone = made.generate(texts[1], raw=True, max_new_tokens=8, **options).tokens
+    logits, rows = model.decoder.logits, iter([None, None, 0])
+
+    def broken(hidden: Any) -> Any:
+        found = logits(hidden)
+        if (row := next(rows, 0)) is not None:
+            found[row, 7] = wrong
+        return found
+
+    monkeypatch.setattr(model.decoder, "logits", broken)
+    asked: list[Any] = [(text, {"key": ""}) for text in texts]
+    answers = dict(made.generate_many(asked, raw=True, max_new_tokens=8, **options))
+    said = "tokens of prompt and answer the model's logits aren't finite numbers"
+    assert isinstance(answers[0], LongspecError)
+    assert said in str(answers[0])
+    assert isinstance(answers[1], Answer | LongspecError)
+    assert said in str(answers[1]) if isinstance(answers[1], LongspecError) else answers[1].tokens == alone
+
+
 def test_errors_as_they_are_reported() -> None:
     assert reported(error := UsageError("said")) is error
     memory = reported(MemoryError())

@@ -261,3 +261,14 @@ def test_tiny_temperatures_do_not_overflow(dtype: torch.dtype, options: dict[str
         assert torch.isfinite(chances).all()
         assert logits.gather(1, tokens)[:, 0].tolist() == logits.gather(1, best[:, None])[:, 0].tolist()
     assert without_idle({"temperature": 1e-9, "top_p": 0.5}) == {"temperature": 1e-9}
+
+
+def test_a_tiny_penalty_does_not_overflow() -> None:
+    """What is divided by 1e-38 would be infinite, and the difference of two such logits NaN."""
+    logits = torch.linspace(-50, 90, 700)[torch.randperm(700)].repeat(64, 1)
+    seen = [[3, 4]] * 64
+    keys = [noise_key(1, "", i) for i in range(64)]
+    sampling = Sampling(temperature=LEAST_TEMPERATURE, top_p=0.9, repetition_penalty=1e-38)
+    likely = {token for token in (3, 4) if logits[0, token] > 0} or set(range(700))
+    assert {*choose(logits, sampling, keys, seen).tolist()} <= likely
+    assert bool(rank(logits, sampling, keys, seen, 1)[1].isfinite().all())

@@ -8,12 +8,14 @@ import pytest
 from support.commands import ROOT
 
 from longspec.batch.job import AHEAD
+from longspec.cli.commands import serve
 from longspec.cli.io import prompt_input
 from longspec.constraints.grammar import MOST_BYTES
 from longspec.drafters import DRAFT_TOKENS
 from longspec.engine.memory_guard import STEPS
 from longspec.engine.scheduler import WIDTH
-from longspec.server import api, asks
+from longspec.requests.openai import MOST_STOPS
+from longspec.server import asks, bodies, connection, listen
 from longspec.text import prompt_template, repetition
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -37,9 +39,17 @@ SAID = {
         f"what it makes {prompt_template._MOST_PROMPT_LETTERS / MIB:.0f} Mi letters"
     ],
     "docs/serve.md": [
-        f"may have {api.MOST_NBYTES / MIB:.0f} MiB and {api._BODY_SECONDS:.0f} seconds to arrive",
+        f"may have {bodies.MOST_NBYTES / MIB:.0f} MiB and {bodies.BODY_SECONDS:.0f} seconds to arrive",
+        f"{bodies.MOST_VALUES:,} commas and opening brackets",
+        f"{bodies.ALL_NBYTES / MIB:.0f} MiB together; bodies of {bodies.SMALL_NBYTES / KIB:.0f} KiB are always taken",
+        f"{connection.HEAD_SECONDS:.0f} seconds for its head to arrive, {connection.HEAD_NBYTES / KIB:.0f} KiB",
+        f"{connection.MOST_CONNECTIONS} connections at each socket",
+        f"{MOST_STOPS} stop strings",
+        f"running answers get {serve._GRACE_SECONDS:.0f} seconds",
+        f"over {serve._GRACE_SECONDS + listen.LAST_SECONDS + serve._PASS_SECONDS:.0f} seconds after the signal",
         f"{asks._COMPLETION_TOKENS} tokens unless `max_tokens` says more",
     ],
+    "docs/limits.md": ["(serve.md#limits)"],
     "docs/man/longspec-batch.1": [f"Write N texts side by side; {WIDTH} if left out."],
     "docs/man/longspec-run.1": [f"drafted in a step: 1 to 64, {DRAFT_TOKENS} if left out."],
     "docs/cli.md": [f"each part may have {prompt_input._MOST_NBYTES / MIB:.0f} MiB"],

@@ -16,7 +16,7 @@ from support.engines import engine, prompts, tiny
 from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
-from longspec.server.api import MOST_NBYTES
+from longspec.server.bodies import MOST_NBYTES
 
 LONG = 100_000  # tokens that nobody waits for
 
@@ -173,6 +173,7 @@ def test_a_client_that_leaves_frees_its_session(served: Served, stream: bool) ->
     connection.close()
     until(lambda: len(served.worker) == 0)
     assert len(served.desk) == 0
+    assert served.said == []
 
 
 def test_too_many_are_told_to_come_again(made: Engine) -> None:

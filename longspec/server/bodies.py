@@ -1,0 +1,81 @@
+"""Request bodies, read within limits: the size, time and values of each, and the bytes of all together.
+
+Takes untrusted requests; gives JSON objects. Knows no field of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.requests import Request
+
+from longspec.requests.fields import parse_object
+from longspec.server.refusals import BUSY, RefusedError
+
+__all__ = ["ALL_NBYTES", "BODY_SECONDS", "MOST_NBYTES", "MOST_VALUES", "SMALL_NBYTES", "Bodies"]
+
+MOST_NBYTES = 8 << 20
+"""Of a body: ten times what a context of 128k tokens holds."""
+
+BODY_SECONDS = 30.0
+"""In which a body has to arrive: a client that sends a byte now and then must not keep a place for good."""
+
+MOST_VALUES = 1 << 19
+"""Commas and opening brackets of a body, more than any context holds: 8 MiB of `[],` would keep the event loop for
+2.5 s, and take a gigabyte.
+"""
+
+ALL_NBYTES = 64 << 20
+"""Of all bodies that are being read, or whose prompts are; beyond it only small ones are taken."""
+
+SMALL_NBYTES = 64 << 10
+"""Of a body that is always taken, so that those who send large ones slowly keep nobody out."""
+
+
+class Bodies:
+    """The bodies of one application."""
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    @asynccontextmanager
+    async def object(self, request: Request) -> AsyncIterator[dict[str, Any]]:
+        """The body's JSON object, which counts as held while the block runs.
+
+        Raises:
+            RefusedError: it isn't JSON by its type, is too large or too slow, or the server holds too much.
+            RequestError: it isn't a JSON object.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a foreign page may make a browser send other types without a preflight
+            raise RefusedError(415, f"The content type is {kind!r}; send application/json.")
+        data = bytearray()
+        try:
+            await self._read(request, data)
+            yield _parsed(bytes(data))
+        finally:
+            self._held -= len(data)
+
+    async def _read(self, request: Request, data: bytearray) -> None:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    data += piece
+                    self._held += len(piece)
+                    if len(data) > MOST_NBYTES:
+                        raise RefusedError(
+                            413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt."
+                        )
+                    if len(data) > SMALL_NBYTES and self._held > ALL_NBYTES:
+                        raise RefusedError(429, "Too many large requests are being read; try again later.", **BUSY)
+        except TimeoutError:
+            raise RefusedError(408, f"The body didn't arrive within {BODY_SECONDS:g} seconds.") from None
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise RefusedError(413, f"The body has more than {MOST_VALUES:,} commas and brackets; send a shorter prompt.")
+    return parse_object(data, "The body")
