@@ -10,6 +10,7 @@ import torch
 from support.commands import inside
 from support.engines import engine, prompts
 from support.engines import tiny as tiny_model
+from support.real import default
 
 from longspec.bench.profile import profiled, read_rate, table
 from longspec.engine.engine import Engine
@@ -86,7 +87,7 @@ def test_what_a_pass_reads(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_kernel_that_runs_all_layers_is_looked_into() -> None:
-    made = Engine.load("smollm2", drafter="none")
+    made = Engine(default("auto"), drafter="none")
     session = made.open("Why is the sky blue?", max_new_tokens=8, temperature=0)
     with profiled(made) as times:
         for _ in made.write(session):

@@ -133,11 +133,11 @@ def test_forks_with_room_to_spare_do_not_write_to_each_other(model: Decoder, kin
 
 
 def differently(model: Decoder, kind: Any) -> Iterator[torch.Tensor]:
-    """Logits [500, V] of the same text around eight blocks' borders: as one prefill chunk, in chunks of other sizes,
+    """Logits [260, V] of the same text around five blocks' borders: as one prefill chunk, in chunks of other sizes,
     and as trees of up to 13 rows of which a path is kept.
     """
-    tokens, generator = (TOKENS * 2)[:560], random.Random(3)
-    sizes: list[Callable[[], int]] = [lambda: 560, lambda: 64, lambda: 200, lambda: generator.randint(1, 90)]
+    tokens, generator = (TOKENS * 2)[:320], random.Random(3)
+    sizes: list[Callable[[], int]] = [lambda: 320, lambda: 64, lambda: 200, lambda: generator.randint(1, 90)]
     for size in sizes:
         cache, logits = kind(model.shape), []
         while cache.length < len(tokens):

@@ -19,6 +19,7 @@ import torch
 from support.commands import inside, write_tiny
 from support.engines import engine as made_engine
 from support.engines import tiny
+from support.real import default
 
 from longspec.cli.shell.bash_ast import joined
 from longspec.cli.shell.command_regex import form
@@ -307,7 +308,7 @@ def test_a_model_that_babbles_gives_nothing(tmp_path: Path) -> None:
 
 @cache
 def engine() -> Engine:
-    return Engine.load("smollm2")
+    return Engine(default("auto"))
 
 
 def suggested(request: str, folder: Path) -> str | None:

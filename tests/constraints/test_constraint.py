@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.commands import inside, write_tiny
 from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
+from support.real import default
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
 from longspec.constraints.matcher import Constraint
@@ -301,8 +302,7 @@ ASKED = [
 
 @cache
 def real(drafter: str) -> Engine:
-    torch.set_num_threads(2)
-    return Engine.load("smollm2", dtype="fp32", drafter=drafter)
+    return Engine(default("fp32"), drafter=drafter)
 
 
 def _validates(schema: dict[str, Any], asked: str, **options: Any) -> None:

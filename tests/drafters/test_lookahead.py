@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from support.engines import engine, prompts, tiny
+from support.real import default
 
 from longspec.cache import CACHES
 from longspec.drafters.lookahead import Lookahead
 from longspec.model.decoder import Chunk, Rows
-from longspec.model.load import Model, open_model
+from longspec.model.load import Model
 
 Choose = Callable[[Sequence[int]], int]
 
@@ -113,7 +114,7 @@ def test_a_prompt_of_one_token_will_do(model: Model) -> None:
 @pytest.mark.real
 @pytest.mark.full
 def test_counts_on_a_text_of_the_default_model() -> None:
-    real = open_model("smollm2", dtype="fp32").load()
+    real = default("fp32")
     made = stepped(real, Lookahead(4, 4, 4), "Count from one to five.", 16, 24, raw=False)
     tokens = engine(real).open("Count from one to five.").tokens
     assert made == simulated(chooser(real), tokens, 16, 24, 4, 4, 4)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from support.engines import finish
+from support.real import default
 
 from longspec.drafters import DRAFTERS
 from longspec.engine.engine import Engine
 from longspec.engine.options import Options
 from longspec.model.files.hub import find
-from longspec.model.load import Model, open_model
 
 pytestmark = pytest.mark.real
 
@@ -43,14 +43,9 @@ def spec_bench(count: int) -> list[str]:
     return [json.loads(line)["turns"][0] for line in lines[:: len(lines) // count]][:count]
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)  # given back by conftest
-
-
 @cache
 def engine(drafter: str, dtype: str = "fp32", strict: bool = False) -> Engine:
-    return Engine.load("smollm2", dtype=dtype, drafter=drafter, strict=strict)
+    return Engine(default(dtype, strict), drafter=drafter)
 
 
 def by_transformers(prompts: list[str], new: int) -> list[list[int]]:
@@ -111,7 +106,7 @@ def test_bets_do_not_change_a_token(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_no_draft_and_no_company_changes_a_token_in_the_kernels(dtype: str, options: dict[str, Any]) -> None:
     """Trees of fifteen nodes in every step, alone and three texts at a time, against plain decoding one by one."""
-    model = open_model("smollm2", dtype="bf16" if dtype == "bf16" else "auto").load()
+    model = default("bf16" if dtype == "bf16" else "auto")
     if model.dtype != dtype or not model.decoder.is_exact:
         pytest.skip(f"no kernels for {dtype} here: {model.decoder.slow}")
     prompts: Any = [(prompt, Options(key=str(i), max_new_tokens=20)) for i, prompt in enumerate(PROMPTS[:3])]
@@ -145,11 +140,6 @@ def test_full_bets_do_not_change_a_token(seed: int | None) -> None:
 
 
 @cache
-def loaded() -> Model:
-    return open_model("smollm2", dtype="fp32").load()
-
-
-@cache
 def shortest(count: int) -> list[str]:
     """First turns of Spec-Bench, the shortest one of each category."""
     folder = Path(os.environ.get("LONGSPEC_TEST_DATA", "."))
@@ -174,9 +164,9 @@ def test_full_every_drafter_writes_what_none_writes(kind: str, way: str) -> None
     prompts = [(prompt, Options(key=str(i), max_new_tokens=20, **WAYS[way])) for i, prompt in enumerate(shortest(12))]
     texts = {}
     for name in [*DRAFTERS, "recycle+ngram", "skip+ngram", "model+ngram"]:
-        smaller = loaded() if "model" in name else None
+        smaller = default("fp32") if "model" in name else None
         made = Engine(
-            loaded(),
+            default("fp32"),
             drafter=name,
             cache=kind,
             options={"draft": smaller} if smaller else {},
@@ -196,7 +186,7 @@ def test_full_prompts_are_answered_alike_in_any_company(way: str) -> None:
     prompts = [(prompt, Options(key=str(i), max_new_tokens=16, **WAYS[way])) for i, prompt in enumerate(spec_bench(64))]
     texts = {}
     for name in ("none", "auto"):
-        made = Engine(loaded(), drafter=name)
+        made = Engine(default("fp32"), drafter=name)
         for width in (1, 4, 16):
             answers = dict(made.generate_many(prompts, width=width))
             texts[name, width] = [answers[i].tokens for i in range(len(prompts))]  # type: ignore[union-attr]

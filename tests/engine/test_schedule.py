@@ -48,7 +48,7 @@ def _combinations() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("cache", "drafter", "sampling"), list(_combinations()))
 def test_companions_change_nothing(model: Model, cache: str, drafter: str, sampling: dict[str, Any]) -> None:
-    texts = prompts(7)
+    texts = prompts(5)
     texts[3] = texts[2][:130] + texts[3]  # two that begin alike
     plain = engine(model, "none", cache=cache)
     alone = [finish(plain, [session])[0] for session in opened(plain, texts, **sampling)]

@@ -13,6 +13,7 @@ from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny, vocabulary, with_heads
 from support.heads import shaken
 from support.native import SIZES, coded
+from support.real import default
 
 from longspec.cache import CACHES
 from longspec.drafters.clover import Head
@@ -20,7 +21,7 @@ from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
 from longspec.heads.layers import unroll
-from longspec.model.load import Model, load_model
+from longspec.model.load import Model
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +212,13 @@ def test_damaged_heads_are_refused(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_head_never_changes_the_default_model_s_text(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
-    model = load_model("smollm2", dtype="fp32")
+    model = default("fp32")
     tokens = torch.arange(0, model.decoder.config.vocabulary, 24)[:2048]
     save_head(tmp_path, shaken("clover2", model, tokens=tokens), model, int8=True)
     texts = []
     for drafter in ("none", str(tmp_path)):
         made = engine(model, drafter)
-        session = made.open("Why is the sky blue?", max_new_tokens=24, temperature=0.8, seed=1)
+        session = made.open("Why is the sky blue?", max_new_tokens=16, temperature=0.8, seed=1)
         texts += finish(made, [session])
     assert texts[0] == texts[1]
     assert session.stats.drafted > 0

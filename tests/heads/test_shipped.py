@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
-import torch
 from support.engines import engine, finish
+from support.real import default
 
 from longspec.cache import CACHES
 from longspec.engine.engine import Engine
-from longspec.model.load import Model, load_model
 
 pytestmark = pytest.mark.real
 
@@ -28,12 +26,6 @@ PROMPTS = [
     "Write a Python function that counts the words of a file.",
 ]
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
-
-
-@cache
-def model(dtype: str) -> Model:
-    torch.set_num_threads(2)
-    return load_model("smollm2", dtype=dtype)
 
 
 def written(made: Engine, prompts: list[str], new: int, **options: Any) -> tuple[list[list[int]], float]:
@@ -56,22 +48,23 @@ def _matrix() -> Iterator[Any]:
 @pytest.mark.parametrize(("kind", "options", "drafter"), list(_matrix()))
 def test_it_changes_no_token(kind: str, options: dict[str, Any], drafter: str) -> None:
     """In fp32, 1 and 8 texts at once."""
-    plain, _ = written(engine(model("fp32"), cache=kind), PROMPTS, 24, **options)
-    made = engine(model("fp32"), drafter, cache=kind, draft_tokens=6)
-    assert written(made, PROMPTS, 24, **options)[0] == plain
+    model = default("fp32")
+    plain, _ = written(engine(model, cache=kind), PROMPTS, 14, **options)
+    made = engine(model, drafter, cache=kind, draft_tokens=6)
+    assert written(made, PROMPTS, 14, **options)[0] == plain
     for prompt, text in zip(PROMPTS[:2], plain, strict=False):
-        assert written(made, [prompt], 24, **options)[0] == [text]
+        assert written(made, [prompt], 14, **options)[0] == [text]
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.full), "int8"])
 def test_a_step_brings_more_than_a_token(dtype: str) -> None:
-    made = engine(model(dtype), "clover2", draft_tokens=6)
+    made = engine(default(dtype), "clover2", draft_tokens=6)
     assert written(made, PROMPTS, 64)[1] > 1.4
 
 
 def test_auto_takes_it_where_it_pays() -> None:
-    made = Engine(model("bf16"))
+    made = Engine(default("bf16"))
     assert list(made.speculator.drafters) == ["recycle+ngram+clover2"]
     held = made.generate("Say a word.", max_new_tokens=2).memory["drafter_bytes"]
     assert 40 << 20 < held < 90 << 20  # the head as it is and as codes, its tables, and what recycle keeps
-    assert list(Engine(model("int8")).speculator.drafters) == ["recycle+ngram"]
+    assert list(Engine(default("int8")).speculator.drafters) == ["recycle+ngram"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import inside, write_tiny
-from support.engines import engine, tiny
+from support.commands import SECONDS, inside, write_tiny
+from support.engines import engine, of_folder, tiny
 
 from longspec.drafters.clover import Head
 from longspec.errors import UsageError
@@ -42,8 +42,13 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return tiny(tmp_path_factory.mktemp("target"), end_tokens=(2, 5), num_hidden_layers=2)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("target")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return tiny(folder, end_tokens=(2, 5), num_hidden_layers=2)
 
 
 def written(model: Model, path: Path, tokens: int, **options: Any) -> list[Text]:
@@ -186,15 +191,15 @@ def test_the_cross_entropy_and_its_gradient_are_those_of_torch(cap: float | None
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_kill_changes_no_bit(model: Model, tmp_path: Path) -> None:
+def test_a_kill_changes_no_bit(model: Model, folder: Path, tmp_path: Path) -> None:
     """Kill -9 while texts are written and while steps are made; then the same weights as without."""
     said = start(model, RECIPE, tmp_path / "whole", PROMPTS, SAMPLED).run(silent)
     for stage in ("writing texts", "training", "validating"):
         process = subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "target"), str(tmp_path / "killed"), stage],
+            [sys.executable, __file__, str(folder), str(tmp_path / "killed"), stage],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(SECONDS) == -signal.SIGKILL
     again = start(model, RECIPE, tmp_path / "killed", PROMPTS, SAMPLED).run(silent)
     assert again == said
     one, other = (load_head(tmp_path / name, model) for name in ("whole", "killed"))
@@ -226,13 +231,13 @@ def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_processes_train_as_one_does(model: Model, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(model: Model, folder: Path, tmp_path: Path) -> None:
     """Under torchrun, over gloo: the same loss at every validation, the same worth, one report."""
     alone = start(model, RECIPE, tmp_path / "alone", PROMPTS, SAMPLED).run(silent)
     assert alone is not None
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
     done = subprocess.run(
-        [*command, str(tmp_path / "target"), str(tmp_path / "two"), "together"],
+        [*command, str(folder), str(tmp_path / "two"), "together"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -267,7 +272,7 @@ def die(folder: Path, out: Path, stage: str) -> None:
 
 
 def course(folder: Path, out: Path) -> Course:
-    return start(tiny(folder, end_tokens=(2, 5), num_hidden_layers=2), RECIPE, out, PROMPTS, SAMPLED)
+    return start(of_folder(folder, (2, 5)), RECIPE, out, PROMPTS, SAMPLED)
 
 
 def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
@@ -284,11 +289,11 @@ def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
 def test_the_command_trains_a_head_that_run_takes(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", context=2000)
     (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    train = ["train", "clover", "-m", str(folder), "--prompts", str(tmp_path / "prompts"), "--tokens", "900"]
+    train = ["train", "clover", "-m", str(folder), "--prompts", str(tmp_path / "prompts"), "--tokens", "400"]
     train += ["-o", str(tmp_path / "head"), "--steps", "3", "--draft-vocab", "64", "--int8", "--threads", "1"]
     planned = inside([*train, "--dry-run"], tmp_path)
     assert (planned.code, planned.out) == (0, b"")
-    assert "900 tokens to write" in planned.err
+    assert "400 tokens to write" in planned.err
     assert not (tmp_path / "head").exists()
     done = inside([*train, "--json", "--quiet"], tmp_path)
     assert (done.code, done.err) == (0, "")

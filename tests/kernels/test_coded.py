@@ -18,6 +18,7 @@ from support.engines import engine, prompts, vocabulary
 from support.ggufs import write_gguf
 from support.native import SHAPES, SIZES, TOKENS, coded, logits
 from support.passes import write as feed
+from support.real import default
 from torch import Tensor
 
 from longspec.cache import Dense
@@ -183,9 +184,9 @@ def test_another_activation_is_refused(tmp_path: Path) -> None:
 def test_bets_change_no_token(folder: Path, options: Any) -> None:
     made = coded(folder, strict=True)
     model = Model("tiny", "int8", made, vocabulary(made.config.vocabulary), (2,), {}, {})
-    want = engine(model).generate(prompts(1)[0], raw=True, max_new_tokens=40, **options)
+    want = engine(model).generate(prompts(1)[0], raw=True, max_new_tokens=24, **options)
     for drafter in ("ngram", "recycle+ngram", "skip", "exit"):
-        got = engine(model, drafter).generate(prompts(1)[0], raw=True, max_new_tokens=40, **options)
+        got = engine(model, drafter).generate(prompts(1)[0], raw=True, max_new_tokens=24, **options)
         assert got.tokens == want.tokens
 
 
@@ -270,7 +271,7 @@ def _pieces(made: Decoder) -> Iterator[Piece]:
 
 @pytest.fixture(scope="module")
 def real() -> dict[str, Model]:
-    return {dtype: open_model("smollm2", dtype=dtype).load() for dtype in ("bf16", "int8")}
+    return {dtype: default(dtype) for dtype in ("bf16", "int8")}
 
 
 @pytest.mark.real

@@ -17,6 +17,7 @@ from support.commands import write_tiny
 from support.engines import engine, finish, tiny
 from support.ggufs import write_gguf
 from support.passes import TOKENS, filled
+from support.real import default
 
 from longspec.cache import BLOCK, CACHES, Dense
 from longspec.cache.quantized import Quantized
@@ -400,7 +401,7 @@ def test_a_plan_counts_a_head_that_is_named() -> None:
 
 @pytest.mark.real
 def test_auto_takes_the_head_where_the_plan_leaves_room() -> None:
-    model = loading.load_model("smollm2", dtype="bf16")
+    model = default("bf16")
     asked = request(tokens=1000)
     assert heads_for(model) == ["clover2"]
     assert heads_for(model, asked.tokens, 95 * MIB) == ["clover2"]

@@ -14,6 +14,7 @@ from urllib.request import urlopen
 import openai
 import pytest
 from support.commands import SECONDS, call, inside, started, write_tiny
+from support.real import default
 from support.servers import loads, server, until
 
 from longspec.cli.io import server_client as remote
@@ -180,7 +181,7 @@ def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -
 
 @pytest.mark.real
 def test_the_default_model(home: Path) -> None:
-    alone = Engine.load("smollm2", dtype="fp32").generate("Why is the sky blue?", max_new_tokens=24)
+    alone = Engine(default("fp32")).generate("Why is the sky blue?", max_new_tokens=24)
     pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
     with server(["--dtype", "fp32"], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
         asked = client.chat.completions.create(
