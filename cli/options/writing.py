@@ -93,6 +93,7 @@ class Reasoning:
         f"How much to think, where the model's chat template knows of it: {', '.join(EFFORTS)}.",
         metavar="LEVEL",
         parser=_effort,
+        autocompletion=lambda incomplete: [name for name in EFFORTS if name.startswith(incomplete)],
     )
     stop_loops: bool = option(False, "End a text that only repeats itself.")
 
