@@ -66,7 +66,7 @@ def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -
             value = _stored(setting.value, value)  # 6GiB rather than its bytes
         if value is not None and name in _HIDDEN:
             value = "***"
-        rows[name] = {"value": value, "from": _from(name, setting), "commands": _users(ctx, name)}
+        rows[name] = {"value": value, "from": _from(name, setting)}
     if reporting.as_json:
         typer.echo(json.dumps({"path": str(config_path()), "settings": rows}, ensure_ascii=False))
         return
@@ -77,8 +77,8 @@ def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -
         return
     widths = max(map(len, table)), max(len(value) for value, _ in table.values())
     groups: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        groups.setdefault(", ".join(row["commands"]), []).append(name)
+    for name in rows:
+        groups.setdefault(", ".join(_users(ctx, name)), []).append(name)
     for users, names in sorted(
         groups.items(), key=lambda group: -group[0].count(",")
     ):  # what most commands share first

@@ -63,24 +63,21 @@ def _catalogue(as_json: bool) -> None:
     ]
     if as_json:
         keys = ("about", "repository", "file", "licence", "nbytes", "context", "need", "drafter", "family")
-        own = [{"name": one.name, "state": "here" if one.here else "pull", "about": one.description} for one in default]
-        _json(
-            [
-                *own,
-                *(
-                    {"name": one.name, "state": state, **{key: getattr(one, key) for key in keys}}
-                    | {"settings": dict(one.settings)}
-                    for one, state in entries
-                ),
-            ]
-        )
+        own: list[dict[str, Any]] = [
+            {"name": one.name, "state": "here" if one.here else "pull", "about": one.description} for one in default
+        ]
+        for one, state in entries:
+            known = {key: getattr(one, key) for key in keys}
+            own.append({"name": one.name, "state": state, **known, "settings": dict(one.settings)})
+        _json(own)
     elif not os.isatty(1):
         _tabbed([(one.name, "here" if one.here else "pull", one.nbytes, one.description) for one in default])
         _tabbed([(one.name, state, one.nbytes, f"{one.about} ({one.licence})") for one, state in entries])
     else:
         rows = [("NAME", "STATE", "FILE", "MEMORY", "CONTEXT", "DRAFTER", "WHAT")]
-        for one in default:
-            rows.append((one.name, "here" if one.here else "pull", "0.1 GB", "", "8,192", "", one.description))
+        for model in default:
+            state = "here" if model.here else "pull"
+            rows.append((model.name, state, "0.1 GB", "", "8,192", "", model.description))
         for one, state in entries:
             sizes = (f"{one.nbytes / 1e9:.1f} GB", shown(one.need), f"{one.context:,}")
             rows.append((one.name, state, *sizes, one.drafter or "", f"{one.about} ({one.licence})"))

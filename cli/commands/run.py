@@ -186,7 +186,7 @@ def _answer(call: Call) -> None:
     prompt, system = _prompt(call), call.writing["system"]
     text: Prompt = prompt
     if call.earlier:
-        text, system = _going_on(call, text)
+        text, system = _going_on(call, prompt)
     began = BEGAN + perf_counter() - started  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
     served = None

@@ -104,7 +104,7 @@ class Together:
             self._coming.clear()
             self._going.clear()
         for text in going:
-            if text.session is not None and self._texts.pop(text.session, None):
+            if text.session is not None and self._texts.pop(text.session, None) is not None:
                 self._schedule.drop(text.session)
         for text in coming:
             self._begin(text)
