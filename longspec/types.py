@@ -13,7 +13,18 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Needs", "Stats", "Verdict", "Writing"]
+__all__ = [
+    "Begun",
+    "Commit",
+    "Draft",
+    "Drafter",
+    "FinishReason",
+    "Needs",
+    "Stats",
+    "TokenLogprob",
+    "Verdict",
+    "Writing",
+]
 
 FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
@@ -76,6 +87,15 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer with its log-probability in nats, and those of the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest first
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The target's verdict on a draft: the kept path, and the bonus token."""
 
@@ -85,6 +105,7 @@ class Verdict:
     # The last token and each draft token, with the target's top-k tokens after it; for drafters that need them.
     successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
     entropy: float | None = field(default=None, compare=False)  # of the bonus token's distribution, in nats
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), compare=False)  # of the kept tokens and the bonus, if asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +124,13 @@ class Commit:
     finish_reason: FinishReason | None = None
     thought: str = ""
     said: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the session asks for them
 
     def __add__(self, other: Commit) -> Commit:
         """Concatenate with a later commit of the same step."""
         joined = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "finish_reason")
-        tokens, text, drafted, accepted, thought, said = joined
-        return Commit(tokens, text, drafted, accepted, other.finish_reason, thought, said)
+        tokens, text, drafted, accepted, *rest = joined
+        return Commit(tokens, text, drafted, accepted, other.finish_reason, *rest)
 
 
 @dataclass(frozen=True, slots=True)

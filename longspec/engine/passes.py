@@ -21,7 +21,7 @@ from longspec.engine.memory_guard import Watch
 from longspec.engine.prefix_cache import keep
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
-from longspec.errors import LongspecError
+from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
 from longspec.types import Commit
@@ -38,6 +38,7 @@ def one_at_a_time(method: _Method) -> _Method:
 
     @wraps(method)
     def locked(self: Passes, *args: Any, **kwargs: Any) -> Any:
+        self.check_open()
         with self.model.lock:
             return method(self, *args, **kwargs)
 
@@ -56,6 +57,16 @@ class Passes:
         self.speculator = speculator
         self.watch = watch
         self.prefill_rows = prefill_rows
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `Writer.close` let go of the model."""
+        return "model" not in vars(self)
+
+    def check_open(self) -> None:
+        """Raise UsageError where it is closed."""
+        if self.is_closed:
+            raise UsageError("This engine is closed; load another one.")
 
     @one_at_a_time
     @torch.inference_mode()
