@@ -106,6 +106,9 @@ class Opened:
         """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
         began = perf_counter()
         dtype, coded = DTYPES[self.dtype], CODED.get(self.dtype)
+        if report is not None and coded is not None and (kinds := self.checkpoint.recoded):
+            bits = self.dtype.removeprefix("int")
+            report(f"quantizing {', '.join(kinds)} to {bits} bits, as no kernel reads these codes", 0, 0)
         weights = self.checkpoint.weights(dtype, report or quiet, coded=coded is not None)
         is_read = self.device.type == "cpu" and (coded is not None or weights.read())
         decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
