@@ -14,7 +14,7 @@ from longspec.cli.options.reporting import Reporting
 __all__ = ["EPILOG", "models"]
 
 EPILOG = """\b
-In a pipe: one line per model; name, state, bytes and description, with tabs between them.
+In a pipe: one line per model; name, state, bytes, description and the format of its weights, with tabs between them.
 """
 
 
@@ -24,19 +24,21 @@ def models(reporting: Annotated[Reporting, Only("as_json")]) -> None:
 
     listed = installed()
     if reporting.as_json:
-        keys = ("name", "description", "here", "nbytes")
+        keys = ("name", "description", "here", "nbytes", "format")
         typer.echo(json.dumps([{key: getattr(model, key) for key in keys} for model in listed], ensure_ascii=False))
         return
     if not os.isatty(1):
         for model in listed:
             state = "here" if model.here else "pull"
-            typer.echo("\t".join((model.name, state, str(model.nbytes), model.description)))
+            typer.echo("\t".join((model.name, state, str(model.nbytes), model.description, model.format or "")))
         return
-    rows = [("NAME", "STATE", "DESCRIPTION")]
-    rows += [(model.name, _state(model.here, model.nbytes, model.name), model.description) for model in listed]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for name, state, description in rows:
-        typer.echo(f"{name:{widths[0]}}  {state:{widths[1]}}  {description}".rstrip())
+    rows = [("NAME", "STATE", "WEIGHTS", "DESCRIPTION")]
+    for model in listed:
+        rows.append((model.name, _state(model.here, model.nbytes, model.name), model.format or "", model.description))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for *cells, description in rows:
+        padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
+        typer.echo(f"{'  '.join(padded)}  {description}".rstrip())
 
 
 def _state(here: bool, nbytes: int, name: str) -> str:
