@@ -17,7 +17,7 @@ from torch import Tensor
 from longspec.errors import ModelError
 from longspec.machine.files import parse_json, read_bytes
 from longspec.machine.schema import TEXT, mapped
-from longspec.model.weights.packed import packed
+from longspec.model.weights.packed import Packed, packed
 from longspec.model.weights.quantized import FP8, Blocks, CodedLinear, Piece, Room
 from longspec.model.weights.safetensors import Shard
 from longspec.model.weights.scheme import Scheme
@@ -70,10 +70,9 @@ class Weights(Mapping[str, Tensor]):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if single.is_file() or index.is_file():
             sources = _single(single) if single.is_file() else _shards(folder, index)
-            if scheme is not None:
-                return cls(packed(sources, scheme, dtype), dtype)
-            _check_floats(sources)
-            return cls(sources, dtype)
+            made: Mapping[str, Shard | Packed] = sources if scheme is None else packed(sources, scheme, dtype)
+            _check_floats({name: source for name, source in made.items() if isinstance(source, Shard)})
+            return cls(made, dtype)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
 
     @classmethod
@@ -229,7 +228,7 @@ def _single(path: Path) -> dict[str, Shard]:
 
 
 def _check_floats(sources: Mapping[str, Shard]) -> None:
-    """Raise ModelError where a tensor is FP8 and config.json doesn't say so: its values mean nothing without scales."""
+    """Raise ModelError where a tensor is in FP8 that config.json says nothing of: it means nothing without scales."""
     for name, shard in sources.items():
         if (dtype := shard.dtype(name)).is_floating_point and dtype.itemsize == 1:
             raise ModelError(
