@@ -86,9 +86,8 @@ def changed(folder: Path, **tensors: Any) -> Path:
     kept = load_file(path)
     for part, change in tensors.items():
         name = f"model.layers.0.mlp.up_proj.{part}"
-        kept[name] = change(kept[name])
-        if kept[name] is None:
-            del kept[name]
+        if (made := change(kept.pop(name))) is not None:
+            kept[name] = made.contiguous()
     save_file(kept, path, {"format": "pt"})
     return folder
 
