@@ -163,6 +163,7 @@ def _model() -> dict[str, Any]:
     return {
         "name": default,
         "state": "here" if model.here else f"not here: longspec pull {default}, or the first longspec run, fetches it",
+        "weights": model.format or "none",
         "disk_bytes": model.nbytes,
     }
 

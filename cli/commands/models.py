@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspec.cli.options.groups import Only, group, option
 from longspec.cli.options.reporting import Reporting
 
+if TYPE_CHECKING:
+    from longspec.model.files.hub import Installed
+
 __all__ = ["EPILOG", "models"]
 
 EPILOG = """\b
-In a pipe: one line per model; name, state, bytes and description, with tabs between them.
+In a pipe: one line per model; name, state, bytes, description and the format of its weights, with tabs between them.
 The state is here, pull, or unsupported where longspec doesn't read the architecture yet.
 """
 
@@ -38,13 +41,13 @@ def models(listing: Listing, reporting: Annotated[Reporting, Only("as_json")]) -
 
     listed = installed()
     if reporting.as_json:
-        keys = ("name", "description", "here", "nbytes")
+        keys = ("name", "description", "here", "nbytes", "format")
         _json([{key: getattr(model, key) for key in keys} for model in listed])
     elif not os.isatty(1):
-        _tabbed([(one.name, "here" if one.here else "pull", one.nbytes, one.description) for one in listed])
+        _tabbed([_fields(one) for one in listed])
     else:
-        rows = [("NAME", "STATE", "DESCRIPTION")]
-        rows += [(one.name, _state(one.here, one.nbytes, one.name), one.description) for one in listed]
+        rows = [("NAME", "STATE", "WEIGHTS", "DESCRIPTION")]
+        rows += [(m.name, _state(m.here, m.nbytes, m.name), m.format or "", m.description) for m in listed]
         _aligned(rows)
         typer.echo(
             "longspec models --all lists what can be pulled; longspec pull --fit takes the best for this machine."
@@ -71,8 +74,8 @@ def _catalogue(as_json: bool) -> None:
             own.append({"name": one.name, "state": state, **known, "settings": dict(one.settings)})
         _json(own)
     elif not os.isatty(1):
-        _tabbed([(one.name, "here" if one.here else "pull", one.nbytes, one.description) for one in default])
-        _tabbed([(one.name, state, one.nbytes, f"{one.about} ({one.licence})") for one, state in entries])
+        _tabbed([_fields(one) for one in default])
+        _tabbed([(one.name, state, one.nbytes, f"{one.about} ({one.licence})", "") for one, state in entries])
     else:
         rows = [("NAME", "STATE", "FILE", "MEMORY", "CONTEXT", "DRAFTER", "WHAT")]
         for model in default:
@@ -82,6 +85,10 @@ def _catalogue(as_json: bool) -> None:
             sizes = (f"{one.nbytes / 1e9:.1f} GB", shown(one.need), f"{one.context:,}")
             rows.append((one.name, state, *sizes, one.drafter or "", f"{one.about} ({one.licence})"))
         _aligned(rows)
+
+
+def _fields(model: Installed) -> tuple[object, ...]:
+    return model.name, "here" if model.here else "pull", model.nbytes, model.description, model.format or ""
 
 
 def _json(value: Any) -> None:

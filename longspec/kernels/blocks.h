@@ -1,4 +1,5 @@
-/* Blocks of GGUF's formats, decoded to codes, steps and lows as they stand there (the gguf package has the reference). */
+/* Blocks of GGUF's formats, decoded to codes, steps and lows as they stand there (the gguf package has the reference); and
+ * of the formats with zero points, whose blocks are longspec's own: an fp32 step, the zero point, and codes in pairs. */
 #ifndef BLOCKS_H
 #define BLOCKS_H
 
@@ -10,7 +11,8 @@ enum { COLUMNS = 256, TILE = 16 };
 /* Some columns of one output: what a block of a file says. A step is for 16 columns; with PLAIN and EXPONENT two in a
  * row are the same. */
 typedef struct {
-    uint8_t codes[COLUMNS], steps[16], lows[16], exponents[8];
+    uint8_t codes[COLUMNS], steps[16], lows[16], exponents[8], zeros[8];
+    float whole_steps[8];
     fp16 plain_steps[8], plain_lows[8], shared[2];
 } Block;
 
@@ -33,6 +35,8 @@ static Size block_size(int64_t format) {
         case FORMAT_Q6_K: return (Size){210, 256};
         case FORMAT_IQ4_NL: return (Size){18, 32};
         case FORMAT_IQ4_XS: return (Size){136, 256};
+        case FORMAT_INT4_32: return (Size){21, 32};
+        case FORMAT_INT4_128: return (Size){69, 128};
         default: return (Size){17, 32};
     }
 }
@@ -132,6 +136,16 @@ static void decode_iq4(const uint8_t *from, Block *to) {
     }
 }
 
+/* A group of a block with a zero point; `part` is its place among the block's groups. */
+static void decode_zero(const uint8_t *from, int part, int group, Block *to) {
+    memcpy(to->whole_steps + group, from, 4);
+    to->zeros[group] = from[4];
+    for (int i = 0; i < 16; i++) {
+        const uint8_t both = from[5 + 16 * part + i];
+        to->codes[32 * group + 2 * i] = both & 15, to->codes[32 * group + 2 * i + 1] = both >> 4;
+    }
+}
+
 /* The columns from `column` on, at most 256. */
 static void decode(int64_t format, const uint8_t *row, int64_t column, int64_t width, Block *to) {
     const Size size = block_size(format);
@@ -143,6 +157,13 @@ static void decode(int64_t format, const uint8_t *row, int64_t column, int64_t w
         case FORMAT_Q5_K: decode_q4(from, 1, to); break;
         case FORMAT_Q6_K: decode_q6(from, to); break;
         case FORMAT_IQ4_XS: decode_iq4(from, to); break;
+        case FORMAT_INT4_32:
+        case FORMAT_INT4_128:
+            for (int group = 0; group < 8 && column + 32 * group < width; group++) {
+                const int in_block = (int)size.columns / 32;
+                decode_zero(from + group / in_block * size.bytes, group % in_block, group, to);
+            }
+            break;
         default:
             for (int group = 0; group < 8 && column + 32 * group < width; group++)
                 decode_32(format, from + group * size.bytes, group, to);

@@ -2,7 +2,7 @@
  *
  *     tile_bytes  bytes of 16 outputs
  *     row_bytes   bytes of a row of blocks
- *     pack        a file's rows of blocks
+ *     pack        rows of a file's blocks
  *     quantize    rows of fp32, bf16 or fp16 values, to Q8_0 or Q4_0
  *     values      rows as fp32
  *
@@ -34,10 +34,13 @@ static Offsets offsets(int64_t format, int64_t width) {
     return offsets_of(width, k.bits, k.scales, k.has_low);
 }
 
-int64_t tile_bytes(int64_t format, int64_t width) { return offsets(format, width).end; }
+int64_t tile_bytes(int64_t format, int64_t width) {
+    return format == FORMAT_FP8 ? float8_tile(width) : offsets(format, width).end;
+}
 
 /* Bytes of a row of a file's blocks. */
 int64_t row_bytes(int64_t format, int64_t width) {
+    if (format == FORMAT_FP8) return width + (width + SCALED_BY - 1) / SCALED_BY * 4;
     const Size block = block_size(format);
     return width / block.columns * block.bytes;
 }
@@ -60,14 +63,18 @@ static void put_codes(const Block *blocks, int group, int bits, uint8_t *to) {
 /* What 16 outputs' blocks say of up to 256 columns from `column` on, into their tile. */
 static void put_blocks(const Block *blocks, Kind k, const Offsets *o, int64_t column, int64_t width, char *tile) {
     for (int group = 0; group < 8 && column + 32 * group < width; group++) {
-        const int64_t g = column / 32 + group, size = scale_bytes(k.scales);
-        char *steps = tile + o->steps + g * size, *lows = tile + o->lows + g * size;
+        const int64_t g = column / 32 + group, place = g / groups_of(k.scales), size = scale_bytes(k.scales);
+        char *steps = tile + o->steps + place * size, *lows = tile + o->lows + place * (has_zeros(k.scales) ? 16 : size);
         put_codes(blocks, group, k.bits, (uint8_t *)tile + g * 64 * lines_of(k.bits));
         for (int i = 0; i < TILE && k.scales == PLAIN; i++) {
             memcpy(steps + 2 * i, blocks[i].plain_steps + group, 2);
             if (k.has_low) memcpy(lows + 2 * i, blocks[i].plain_lows + group, 2);
         }
         for (int i = 0; i < TILE && k.scales == EXPONENT; i++) steps[i] = (char)blocks[i].exponents[group];
+        for (int i = 0; i < TILE && has_zeros(k.scales); i++) {
+            memcpy(steps + 4 * i, blocks[i].whole_steps + group, 4);
+            lows[i] = (char)blocks[i].zeros[group];
+        }
         for (int half = 0; half < (k.scales == BY_16 ? 2 : k.scales == BY_32); half++)
             for (int i = 0; i < TILE; i++) {
                 steps[16 * half + i] = (char)blocks[i].steps[2 * group + half];
@@ -180,6 +187,26 @@ static void fill(const Job *job, int64_t out, int64_t column, Block *to) {
     }
 }
 
+/* Tiles of FP8 (float8.h), of rows that are their bytes and then their scales. */
+static void float8_by(void *args, Team *t, int64_t rank) {
+    const Job *job = args;
+    const int64_t width = job->width, bytes = row_bytes(FORMAT_FP8, width);
+    (void)rank;
+    SHARED(t, tile, job->size / TILE) {
+        char *at = job->to + tile * float8_tile(width);
+        for (int64_t k = 0; k < width; k += SCALED_BY) {
+            const int64_t count = width - k < SCALED_BY ? width - k : SCALED_BY;
+            for (int64_t i = 0; i < TILE; i++) {
+                const char *row = (const char *)job->from + (tile * TILE + i) * bytes;
+                memcpy(at + i * count, row + k, (size_t)count);
+                memcpy(at + TILE * count + 4 * i, row + width + k / SCALED_BY * 4, 4);
+            }
+            at += TILE * count + TILE * 4;
+        }
+    }
+    meet(t);
+}
+
 static void tiles_by(void *args, Team *t, int64_t rank) {
     const Job *job = args;
     const Kind k = kind_of(job->format);
@@ -200,7 +227,7 @@ static void tiles_by(void *args, Team *t, int64_t rank) {
 /* to: size / 16 tiles, of rows of blocks. */
 void pack(int64_t format, const uint8_t *rows, int64_t size, int64_t width, int64_t heads, char *to, Team *t, int64_t threads) {
     Job job = {.format = format, .size = size, .width = width, .heads = heads, .from = rows, .to = to};
-    lead(t, threads, tiles_by, &job);
+    lead(t, threads, format == FORMAT_FP8 ? float8_by : tiles_by, &job);
 }
 
 /* to: size / 16 tiles of Q8_0 or Q4_0, of rows of `bytes` bytes a value. */
@@ -231,12 +258,42 @@ static float power_of(uint8_t e) {
 
 /* The step, or the low, of a group's half `half` for output i of the tile. */
 static float scale_at(const char *tile, const Offsets *o, Kind k, int64_t g, int half, int i, int is_low) {
-    const char *at = tile + (is_low ? o->lows : o->steps) + g * scale_bytes(k.scales);
+    const char *at = tile + (is_low ? o->lows : o->steps) + g / groups_of(k.scales) * scale_bytes(k.scales);
+    if (has_zeros(k.scales)) return ((const float *)at)[i];
     if (k.scales == PLAIN) return one_fp16(half_at((const uint8_t *)at + 2 * i));
     if (k.scales == EXPONENT) return power_of((uint8_t)at[i]);
     const char *shared = tile + o->shared + g / 8 * 32 * (1 + k.has_low) + 32 * is_low;
     const int8_t whole = (int8_t)at[(k.scales == BY_16 ? 16 * half : 0) + i];
     return one_fp16(half_at((const uint8_t *)shared + 2 * i)) * (float)whole * (is_low ? -1.0f : 1.0f);
+}
+
+/* A byte of e4m3; codes for no number are 480. */
+static float float8_value(uint8_t byte) {
+    const int size = byte & 127;
+    const uint32_t bits = ((uint32_t)size << 20) + (120u << 23);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    if (size < 8) value = (float)size * 0x1p-9f; /* below 2^-6 the exponent is 0 */
+    return byte & 128 ? -value : value;
+}
+
+static void float8_values_by(void *args, Team *t, int64_t rank) {
+    const Job *job = args;
+    const int64_t width = job->width;
+    (void)rank;
+    SHARED(t, n, job->size) {
+        const char *at = (const char *)job->from + job->chosen[n] / TILE * float8_tile(width);
+        const int64_t i = job->chosen[n] % TILE;
+        for (int64_t k = 0; k < width; k += SCALED_BY) {
+            const int64_t count = width - k < SCALED_BY ? width - k : SCALED_BY;
+            float scale;
+            memcpy(&scale, at + TILE * count + 4 * i, 4);
+            for (int64_t c = 0; c < count; c++)
+                ((float *)job->to)[n * width + k + c] = float8_value((uint8_t)at[i * count + c]) * scale;
+            at += TILE * count + TILE * 4;
+        }
+    }
+    meet(t);
 }
 
 static void values_by(void *args, Team *t, int64_t rank) {
@@ -255,6 +312,7 @@ static void values_by(void *args, Team *t, int64_t rank) {
             for (int at = 0; at < 16; at++) {
                 int code = code_at(codes, k.bits, i, 16 * half + at);
                 if (k.bits > 8) code = TABLES[k.bits == FP4][code];
+                else if (has_zeros(k.scales)) code -= (uint8_t)tile[o.lows + g / groups_of(k.scales) * 16 + i];
                 else if (!k.has_low) code -= middle_of(k.bits);
                 const float value = (float)code * step;
                 ((float *)job->to)[n * job->width + c + at] = k.has_low ? value + low : value;
@@ -268,5 +326,5 @@ static void values_by(void *args, Team *t, int64_t rank) {
 void values(int64_t format, const char *tiles, int64_t width, const int64_t *chosen, int64_t count, float *to, Team *t,
             int64_t threads) {
     Job job = {.format = format, .size = count, .width = width, .from = tiles, .chosen = chosen, .to = (char *)to};
-    lead(t, count > 64 ? threads : 1, values_by, &job);
+    lead(t, count > 64 ? threads : 1, format == FORMAT_FP8 ? float8_values_by : values_by, &job);
 }

@@ -5,20 +5,23 @@
  *
  *     PLAIN     fp16 numbers
  *     EXPONENT  step 2^(e - 128), of a byte e
+ *     ZERO_32   step an fp32 number; in place of the middle its own whole number, a zero point of 8 bits
+ *     ZERO_128  the same, for each 128 columns
  *     BY_32     whole numbers of 8 bits, times fp16 numbers that 256 columns share; low is subtracted
  *     BY_16     the same, for each 16 columns
  *
- * These are the formats of GGUF files, value for value. A tile is 16 outputs. Its codes stand first, group by group: 8
+ * These are the formats of GGUF files, value for value, and under ZERO_32 and ZERO_128 those of GPTQ, AWQ and
+ * compressed-tensors in 4 bits, whose steps may be bf16. A tile is 16 outputs. Its codes stand first, group by group: 8
  * words, which are 4 columns by 16 outputs, in planes of 4, 2 or 1 bits. Words 0..3 are the lower halves of the plane of
  * 4 bits, and 4..7 the upper ones; of a plane of 2 bits, word j is in line j % 2; of one of 1 bit, it is bit j. Behind all
- * codes stand the groups' steps, then their lows, then what 256 columns share; tiles begin at multiples of 64 bytes.
+ * codes stand the groups' steps, then their lows or zero points, then what 256 columns share; tiles begin at multiples of 64 bytes.
  */
 #ifndef FORMATS_H
 #define FORMATS_H
 
 #include <stdint.h>
 
-enum { PLAIN, EXPONENT, BY_32, BY_16 };
+enum { PLAIN, EXPONENT, ZERO_32, ZERO_128, BY_32, BY_16 };
 enum { IQ4 = 16, FP4 = 32 }; /* in place of bits: a table's */
 
 /* number, name, bits, scales, whether there are lows */
@@ -35,7 +38,9 @@ enum { IQ4 = 16, FP4 = 32 }; /* in place of bits: a table's */
     X(10, Q6_K, 6, BY_16, 0)  \
     X(11, IQ4_NL, IQ4, PLAIN, 0) \
     X(12, IQ4_XS, IQ4, BY_32, 0) \
-    X(13, MXFP4, FP4, EXPONENT, 0)
+    X(13, MXFP4, FP4, EXPONENT, 0) \
+    X(14, INT4_32, 4, ZERO_32, 0)  \
+    X(15, INT4_128, 4, ZERO_128, 0)
 
 #define NAMED(number, name, bits, scales, low) FORMAT_##name = number,
 enum { FORMATS(NAMED) };
@@ -48,6 +53,10 @@ static const int8_t TABLES[2][16] = {
 
 enum { SHARED_BY = 256 }; /* columns */
 
+/* FP8, which isn't codes: bytes of e4m3, and for each 128 columns of an output a scale in fp32 (float8.h). */
+enum { FORMAT_FP8 = 16, SCALED_BY = 128 };
+static inline int64_t float8_tile(int64_t width) { return 16 * width + (width + SCALED_BY - 1) / SCALED_BY * 64; }
+
 /* Of a format's bits, lines of 64 bytes that a group's codes take, and the middle of unsigned codes. */
 static inline int has_four(const int bits) { return bits >= 4 && bits != 8; } /* planes; a table's places are 4 bits */
 static inline int has_two(const int bits) { return bits == 2 || bits == 3 || bits == 6; }
@@ -55,8 +64,13 @@ static inline int has_one(const int bits) { return bits == 3 || bits == 5; }
 static inline int lines_of(const int bits) { return bits > 8 ? 4 : bits; }
 static inline int middle_of(const int bits) { return bits >= 8 ? 128 : 1 << (bits - 1); }
 
-/* Bytes of a group's steps or lows for 16 outputs. */
-static inline int64_t scale_bytes(const int scales) { return scales == PLAIN || scales == BY_16 ? 32 : 16; }
+static inline int has_zeros(const int scales) { return scales == ZERO_32 || scales == ZERO_128; }
+
+/* Groups of 32 columns that share a step, and bytes of steps or lows for 16 outputs; zero points are bytes. */
+static inline int groups_of(const int scales) { return scales == ZERO_128 ? 4 : 1; }
+static inline int64_t scale_bytes(const int scales) {
+    return has_zeros(scales) ? 64 : scales == PLAIN || scales == BY_16 ? 32 : 16;
+}
 
 /* Where in a tile steps, lows and what is shared begin, and where the tile ends. */
 typedef struct {
@@ -64,11 +78,11 @@ typedef struct {
 } Offsets;
 
 static inline Offsets offsets_of(int64_t width, const int bits, const int scales, const int has_low) {
-    const int64_t groups = width / 32;
+    const int64_t groups = width / 32, steps = groups / groups_of(scales);
     Offsets o;
     o.steps = groups * 64 * lines_of(bits);
-    o.lows = o.steps + groups * scale_bytes(scales);
-    o.shared = o.lows + has_low * groups * scale_bytes(scales);
+    o.lows = o.steps + steps * scale_bytes(scales);
+    o.shared = o.lows + (has_zeros(scales) ? steps * 16 : has_low * steps * scale_bytes(scales));
     o.end = o.shared + (scales >= BY_32 ? width / SHARED_BY * 32 * (1 + has_low) : 0);
     o.end = (o.end + 63) / 64 * 64;
     return o;

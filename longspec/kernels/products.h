@@ -1,4 +1,4 @@
-/* Products of a pass' rows with a whole matrix, bf16's or coded, which a team shares.
+/* Products of a pass' rows with a whole matrix, of bf16, FP8 or codes, which a team shares.
  *
  * Rows are packed or coded once, then each thread multiplies them with some blocks of 32 outputs. What a row sums up, and
  * in which order, is the same whatever rows stand beside it.
@@ -8,7 +8,7 @@
 
 #include <stdlib.h>
 
-#include "quantized.h"
+#include "float8.h"
 #include "team.h"
 
 enum { BLOCK = 32, MOST_ROWS = 64, MOST_SUMS = MOST_ROWS + TILE, FEW = 4 };
@@ -43,12 +43,16 @@ static char *own_memory(int64_t bytes) {
 /* Part `part` of rows x as matrix m's product reads them, and how many parts there are. */
 static void pack_part(const Matrix *m, const bf16 *x, int64_t rows, int64_t part, void *packed) {
     const int64_t width = m->width, places = width / DEEP;
-    if (m->format != BF16) {
+    if (is_coded(m->format)) {
         const Coded to = coded_in(packed, rows, width);
         code_rows(x, rows, width, part, &to);
         return;
     }
     const int64_t first = part / places * TILE, live = rows - first < TILE ? rows - first : TILE;
+    if (m->format == FORMAT_FP8) {
+        pack_float8(x, rows, width, first, part % places * DEEP, packed);
+        return;
+    }
     const bf16 *of[TILE];
     for (int64_t i = 0; i < live; i++) of[i] = x + (first + i) * width;
     pack_columns(of, live, width, part % places * DEEP, (char *)packed + first / TILE * packed_bytes(width));
@@ -59,7 +63,7 @@ static int64_t pack_parts(const Matrix *m, int64_t rows) { return (rows + TILE -
  * takes less time than waiting for each other. */
 static void *pack(Team *t, const Matrix *m, const bf16 *x, const float *norm, float eps, int64_t rows, const Workspace *w) {
     const int64_t width = m->width, parts = pack_parts(m, rows);
-    begin_tiles(m->format != BF16, rows);
+    begin_tiles(is_coded(m->format), rows);
     if (rows <= FEW) {
         bf16 *normed = (bf16 *)own_memory((2 * FEW + 5 * TILE) * width);
         void *packed = normed + FEW * width;
@@ -78,10 +82,12 @@ static void *pack(Team *t, const Matrix *m, const bf16 *x, const float *norm, fl
 
 /* Sums [rows, 32] of the outputs from `out` on, with the bias. */
 static void product(const Matrix *m, int64_t out, void *packed, int64_t rows, float (*sums)[BLOCK]) {
-    if (m->format != BF16) {
+    if (is_coded(m->format)) {
         const Coded x = coded_in(packed, rows, m->width);
         for (int64_t i = 0; i < BLOCK; i += TILE) product_codes(m, (out + i) / TILE, &x, rows, sums[0] + i, BLOCK);
-    } else
+    } else if (m->format == FORMAT_FP8)
+        for (int64_t i = 0; i < BLOCK; i += TILE) product_float8(m, (out + i) / TILE, packed, rows, sums[0] + i, BLOCK);
+    else
         product_pair((const bf16 *)m->weight + out * m->width, m->width, m->width, packed, rows, sums[0], BLOCK);
     if (m->bias)
         for (int64_t row = 0; row < rows; row++)

@@ -12,6 +12,7 @@
 #include "dot.h"
 
 enum { BF16 = 0 }; /* as a format's number */
+static inline int is_coded(int64_t format) { return format != BF16 && format != FORMAT_FP8; } /* its rows are, too */
 
 typedef struct Matrix {
     const void *weight; /* [size, width] bf16, or tiles */
@@ -105,13 +106,21 @@ INLINE vf powers_of(const uint8_t *from) {
 
 /* Steps of a group's half, or its lows, for the outputs of piece p. A product of fp16 and 8 bits is exact. */
 INLINE vf scales_of(const Tile *t, int64_t g, const int half, const int p, const int scales, const int has_low, const int is_low) {
-    const char *from = (is_low ? t->lows : t->steps) + g * scale_bytes(scales);
+    const char *from = (is_low ? t->lows : t->steps) + g / groups_of(scales) * scale_bytes(scales);
+    if (has_zeros(scales)) return load((const float *)from + p * LANES);
     if (scales == PLAIN) return load_fp16((const fp16 *)from + p * LANES);
     if (scales == EXPONENT) return powers_of((const uint8_t *)from + p * LANES);
     const fp16 *shared = (const fp16 *)(t->shared + g / (SHARED_BY / GROUP) * 32 * (1 + has_low)) + 16 * is_low;
     const vf factor = load_fp16(shared + p * LANES);
     const vi whole = load_int8(from + 16 * half + p * LANES);
     return is_low ? to_float(whole) * -factor : to_float(whole) * factor;
+}
+
+/* What a group's codes stand above, of the outputs of piece p: their middle or their zero points, where products aren't
+ * centred and there is no low. */
+INLINE vi middles_of(const Tile *t, int64_t g, const int p, const int bits, const int scales) {
+    if (!has_zeros(scales)) return (vi){0} + middle_of(bits);
+    return (vi)load_uint8(t->lows + g / groups_of(scales) * TILE + p * LANES);
 }
 
 /* What a group gives to a row's outputs: the codes' sums of its halves (or of all of it, in the first), without the middle.
@@ -140,6 +149,7 @@ INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int ro
         group_dot(t.codes + g * 64 * lines_of(bits), bits, halves, x->codes + g * GROUP, m->width, rows, dots);
         UNROLL for (int p = 0; p < PIECES; p++) {
             vf steps[2], lows[2];
+            const vi middles = middles_of(&t, g, p, bits, scales);
             UNROLL for (int h = 0; h < halves; h++) {
                 steps[h] = scales_of(&t, g, h, p, scales, has_low, 0);
                 lows[h] = has_low ? scales_of(&t, g, h, p, scales, has_low, 1) : steps[h];
@@ -151,7 +161,7 @@ INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int ro
                 UNROLL for (int h = 0; h < halves; h++) {
                     const int32_t of_row = halves == 1 ? both[0] + both[TILE] : both[h * TILE];
                     centred[h] = dots[h][r][p];
-                    if (!has_low && !is_centred(bits)) centred[h] -= of_row * middle_of(bits);
+                    if (!has_low && !is_centred(bits)) centred[h] -= of_row * middles;
                 }
                 made[r][p] = add_group(made[r][p], centred, steps, lows, halves, has_low, x->scales[at], x->totals[at], both);
             }

@@ -2,7 +2,8 @@
 
 Takes the dict, gives a frozen `Config`; knows no file and no tensor. Families differ from Llama by the flags here; a
 property that shows in the checkpoint's tensors (biases) needs no flag. Unsupported weight quantization is refused
-here, by name, before any weight is loaded; values are held to their types and ranges by `config_values` first.
+here, by name, before any weight is loaded (`longspec.model.weights.scheme`); values are held to their types and
+ranges by `config_values` first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from longspec.errors import ModelError
 from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, turned
+from longspec.model.weights.scheme import QUANTIZED, scheme_of
 
 __all__ = ["FAMILIES", "Config", "Rope"]
 
@@ -81,40 +83,18 @@ class Config:
         """The Config of a config.json. ModelError names what isn't supported or inconsistent."""
         family = raw.get("model_type")
         if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
-            outer = {name: raw[name] for name in ("tie_word_embeddings", *_QUANTIZED) if name in raw}
+            outer = {name: raw[name] for name in ("tie_word_embeddings", *QUANTIZED) if name in raw}
             ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
             return cls.read({**outer, **raw["text_config"], **ends, "model_type": "gemma3_text"})
         if family not in FAMILIES:
             raise ModelError(
                 f"The architecture {family!r} is not supported; longspec runs {', '.join(FAMILIES)} (text only)."
             )
-        _check_plain(raw)
+        scheme_of(raw)
         try:
             return _read(str(family), checked(str(family), raw))
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ModelError(f"The model's config.json can't be used: {type(error).__name__} on {error}.") from error
-
-
-_QUANTIZED = ("quantization_config", "compression_config")
-
-
-def _check_plain(raw: Mapping[str, Any]) -> None:
-    """Raise ModelError where config.json says that the weights are quantized.
-
-    Their scales would be missing from the product otherwise: FP8 weights would be thousands of times too large.
-    """
-    for name in _QUANTIZED:
-        if not (said := raw.get(name)):
-            continue
-        what = f"{said!s:.100}"
-        if isinstance(said, Mapping):
-            parts = ("format", "fmt", "bits", "group_size")
-            details = ", ".join(f"{part} {said[part]}" for part in parts if said.get(part) is not None)
-            what = str(said.get("quant_method", "an unnamed method")) + (f" ({details})" if details else "")
-        raise ModelError(
-            f"The checkpoint's weights are quantized as {what}, which isn't supported; longspec reads fp32, fp16 and "
-            "bf16 weights from safetensors, and GGUF files: take one of these of the same model."
-        )
 
 
 def _read(family: str, raw: Mapping[str, Any]) -> Config:

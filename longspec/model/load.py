@@ -23,6 +23,7 @@ from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.hub import find
+from longspec.model.files.keep import kept
 from longspec.model.files.store import Report, quiet
 from longspec.model.fingerprint import fingerprint, lineage
 from longspec.model.native import missing
@@ -106,6 +107,9 @@ class Opened:
         """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
         began = perf_counter()
         dtype, coded = DTYPES[self.dtype], CODED.get(self.dtype)
+        if report is not None and coded is not None and (kinds := self.checkpoint.recoded):
+            bits = self.dtype.removeprefix("int")
+            report(f"quantizing {', '.join(kinds)} to {bits} bits, as no kernel reads these codes", 0, 0)
         weights = self.checkpoint.weights(dtype, report or quiet, coded=coded is not None)
         is_read = self.device.type == "cpu" and (coded is not None or weights.read())
         decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
@@ -142,6 +146,8 @@ def open_model(
     config = Config.read(checkpoint.config())
     fit = read_fit(fit_path(config, str(place), coded=checkpoint.coded))
     kind = choose_dtype(dtype, place, checkpoint, config, fit)
+    if kind == "int4" and (folder := kept(checkpoint)) is not None:
+        checkpoint = Checkpoint(name, folder)
     began = perf_counter()
     special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
     # A GGUF file's add_bos_token holds for chats too; in a folder the template alone decides, as for transformers.

@@ -20,7 +20,7 @@ from longspec.kernels.boundary import pointer, turned, workspace
 from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.model.config import Config, Rope
-from longspec.model.weights.quantized import FORMATS, CodedLinear, Piece, missing_kernel, tile_nbytes
+from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel, tile_nbytes
 
 __all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
@@ -219,7 +219,7 @@ def matrix_of(linear: Any) -> Matrix:
     chain: list[Matrix] = []
     for piece in reversed(linear.pieces):
         following = ctypes.addressof(chain[-1]) if chain else None
-        chain.append(Matrix(_tiles(piece), bias, size, width, FORMATS[piece.format], piece.size, following))
+        chain.append(Matrix(_tiles(piece), bias, size, width, piece.number, piece.size, following))
     linear.chain = chain  # the struct points to it
     return chain[-1]
 

@@ -25,7 +25,7 @@ KEYS = {
     "speculation": "drafter steps drafted accepted tokens_per_step steps_without_a_bet bets",
     "timing": "load_s import_s tokenizer_s weights_s prefill_s decode_s draft_s verify_s time_to_first_token_s "
     "tokens_per_second",
-    "memory": "weights_bytes weights_formats drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
+    "memory": "weights_bytes weights_formats weights_bits drafter_bytes cache_bytes cache_bytes_per_token peak_bytes",
 }
 
 
@@ -533,12 +533,12 @@ def test_a_wrong_variable(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
 def test_models(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert guarded(["models"]) == 0
-    name, state, nbytes, description = capfd.readouterr().out.rstrip("\n").split("\t")
-    assert (name, state, nbytes) == ("smollm2", "pull", "0")
+    name, state, nbytes, description, stored = capfd.readouterr().out.rstrip("\n").split("\t")
+    assert (name, state, nbytes, stored) == ("smollm2", "pull", "0", "")
     assert "SmolLM2" in description
     assert guarded(["models", "--json"]) == 0
     [model] = json.loads(capfd.readouterr().out)
-    assert set(model) == {"name", "description", "here", "nbytes"}
+    assert set(model) == {"name", "description", "here", "nbytes", "format"}
 
 
 def test_pull_refuses(tiny: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,16 +28,34 @@ static void draw_tile(uint8_t *tile, int64_t width, int bits, int scales, int ha
         const fp16 value = (fp16)(drawn() & 0x8000) | drawn() % 0x3c00;
         memcpy(tile + i, &value, 2);
     }
+    for (int64_t i = o.steps; has_zeros(scales) && i < o.lows; i += 4) {
+        const float value = number() / 100;
+        memcpy(tile + i, &value, 4);
+    }
     for (int64_t i = o.steps; scales == EXPONENT && i < o.lows; i++) tile[i] = 100 + drawn() % 40;
 }
 
+/* 16 outputs of FP8: any bytes, and scales that are numbers. */
+static void draw_float8(uint8_t *tile, int64_t width) {
+    for (int64_t k = 0; k < width; k += SCALED_BY) {
+        const int64_t count = width - k < SCALED_BY ? width - k : SCALED_BY;
+        for (int64_t i = 0; i < TILE * count; i++) *tile++ = (uint8_t)drawn();
+        for (int i = 0; i < TILE; i++, tile += 4) {
+            const float value = number() / 100;
+            memcpy(tile, &value, 4);
+        }
+    }
+}
+
 static void products(int64_t size, int64_t width, int64_t format, int bits, int scales, int has_low) {
-    const int64_t bytes = format == BF16 ? 32 * width : offsets_of(width, bits, scales, has_low).end;
+    const int64_t codes = offsets_of(width, bits, scales, has_low).end;
+    const int64_t bytes = format == BF16 ? 32 * width : format == FORMAT_FP8 ? float8_tile(width) : codes;
     uint8_t *weight = calloc(1, (size_t)(size / TILE * bytes + 65536));
     bf16 *bias = malloc((size_t)(2 * size)), *x = malloc((size_t)(130 * width * 2));
     float *norm = malloc((size_t)(4 * width)), *y = malloc((size_t)(130 * size * 4));
     for (int64_t i = 0; format == BF16 && i < size * width; i++) ((bf16 *)weight)[i] = brief(number());
-    for (int64_t i = 0; format != BF16 && i < size / TILE; i++) draw_tile(weight + i * bytes, width, bits, scales, has_low);
+    for (int64_t i = 0; format == FORMAT_FP8 && i < size / TILE; i++) draw_float8(weight + i * bytes, width);
+    for (int64_t i = 0; is_coded(format) && i < size / TILE; i++) draw_tile(weight + i * bytes, width, bits, scales, has_low);
     for (int64_t i = 0; i < size; i++) bias[i] = brief(number());
     for (int64_t i = 0; i < 130 * width; i++) x[i] = brief(number() * (i % 7 ? 1 : 40));
     for (int64_t i = 0; i < width; i++) norm[i] = number();
@@ -56,8 +74,9 @@ int main(void) {
     const int64_t widths[] = {32, 96, 256, 576, 768};
     for (int i = 0; i < 5; i++) {
         products(96, widths[i], BF16, 0, 0, 0);
+        products(96, widths[i], FORMAT_FP8, 0, 0, 0);
 #define PRODUCTS(number, name, bits, scales, low) \
-    if (scales < BY_32 || widths[i] % SHARED_BY == 0) products(96, widths[i], number, bits, scales, low);
+    if ((scales < BY_32 || widths[i] % SHARED_BY == 0) && widths[i] % (32 * groups_of(scales)) == 0) products(96, widths[i], number, bits, scales, low);
         FORMATS(PRODUCTS)
     }
     for (int i = 0; i < 1024; i += LANES) {

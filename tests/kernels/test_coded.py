@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from support.blocks import random_blocks, values
+from support.blocks import ZERO_POINTS, random_blocks, values
 from support.checkpoints import load, oracle, write
 from support.engines import engine, prompts, vocabulary
 from support.ggufs import write_gguf
@@ -33,7 +33,7 @@ from longspec.model.files.convert import write_texts
 from longspec.model.gguf.file import read_gguf
 from longspec.model.load import Model, open_model
 from longspec.model.weights.footprint import footprint
-from longspec.model.weights.quantized import FORMATS, GROUP, CodedLinear, Piece
+from longspec.model.weights.quantized import FORMATS, FP8, GROUP, CodedLinear, Piece
 from longspec.model.weights.read import Weights
 
 
@@ -63,7 +63,7 @@ def test_a_files_values_are_kept_exactly(kind: str, width: int) -> None:
         assert piece.tiles.nbytes <= 1.06 * file_bytes
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "INT4_32"])
 @pytest.mark.parametrize("width", [32, 96, 576])
 def test_groups_of_32_may_have_any_number(kind: str, width: int) -> None:
     blocks = random_blocks(kind, 16, width)
@@ -114,6 +114,29 @@ def test_the_kernel_multiplies_as_torch_does(kind: str, width: int) -> None:
     assert ((whole.float() - want).abs() <= want.abs() / 128 + want.abs().max(1, keepdim=True)[0] * 1e-4).all()
     for count in (1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 16, 17, 24, 25, 27, 28, 31, 33, 63):
         assert torch.equal(kernel(linear, rows[:count]), whole[:count])  # by words and by tiles, bit for bit
+    assert torch.equal(kernel(linear, rows[5:6]), whole[5:6])
+
+
+@pytest.mark.parametrize("width", [32, 96, 576, 1536])
+def test_fp8_is_multiplied_without_a_rounding(width: int) -> None:
+    """Bytes and scales are the file's, rows stay in bf16; in any number of rows the same bits."""
+    generator = torch.Generator().manual_seed(7)
+    chunks = -(-width // 128)
+    codes = (torch.randn(96, width, generator=generator) * 20).to(torch.float8_e4m3fn)
+    codes[0, :4] = torch.tensor([448.0, -448.0, 2.0**-9, -7 * 2.0**-9])
+    scales = torch.rand(96, chunks, generator=generator) / 100
+    want = codes.float() * scales.repeat_interleave(128, 1)[:, :width]
+    blocks = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)), 1)
+    pieces = [Piece.of_blocks(FP8, [(part, 0)], width) for part in (blocks[:16], blocks[16:])]
+    linear = CodedLinear(pieces, randn(96).bfloat16())
+    assert torch.equal(linear.values(), want)
+    rows, kernel = randn(64, width, seed=5).bfloat16(), Kernel(width)
+    rows[3] *= 1000
+    exact = linear(rows).float()
+    whole = kernel(linear, rows)
+    assert ((whole.float() - exact).abs() <= exact.abs() / 128 + exact.abs().max(1, keepdim=True)[0] * 1e-4).all()
+    for count in (1, 2, 3, 4, 5, 9, 15, 16, 17, 31, 33, 63):
+        assert torch.equal(kernel(linear, rows[:count]), whole[:count])
     assert torch.equal(kernel(linear, rows[5:6]), whole[5:6])
 
 
@@ -190,7 +213,7 @@ def test_bets_change_no_token(folder: Path, options: Any) -> None:
         assert got.tokens == want.tokens
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in ZERO_POINTS])
 def test_a_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
     """Every matrix is what the file stands for, its rows where Hugging Face has them, joined or alone; keys in fp32 are
     quantized, and values of another format stay what they are.
@@ -209,6 +232,22 @@ def test_a_gguf_file_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
             mixed = layer == 0 and len(part) == 3
             assert [piece.format for piece in made.pieces] == ([kind, "Q8_0", "Q6_K"] if mixed else [kind])
             assert torch.allclose(made.values(), want, atol=float(want.abs().max()) / 250 if mixed else 0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_codes_that_no_kernel_reads_are_quantized_anew(kind: str, tmp_path: Path) -> None:
+    """To 8 bits, with a line that says so; the file's name is no GGUF's."""
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    path = write_gguf(oracle("llama", **sizes), tmp_path / "tiny.gguf", matrices=gguf.GGMLQuantizationType[kind])
+    opened = open_model(str(path.rename(tmp_path / "tiny.weights")))
+    if opened.dtype != "int8":
+        pytest.skip("no kernel reads codes here")
+    said: list[str] = []
+    made = opened.load(report=lambda stage, done, total: said.append(stage)).decoder
+    assert said == [f"quantizing {kind} to 8 bits, as no kernel reads these codes"]
+    assert made.formats.keys() == {"Q8_0", "bfloat16"}
+    want = opened.checkpoint.weights(torch.float32)["model.layers.1.mlp.down_proj.weight"]
+    assert (made._layers[1].down.values() - want).abs().max() <= want.abs().max() / 160  # bf16, then 8 bits
 
 
 def test_a_mixed_file_takes_what_was_planned(tmp_path: Path) -> None:

@@ -188,6 +188,8 @@ def test_of_a_hub_model_only_the_config_is_fetched(
     assert asked == [("nobody/nothing-at-all", "config.json")]
     here = planned(["-m", tiny, "--memory", "2GiB", *TINY], capfd)
     assert fetched["weights_bytes"] == pytest.approx(here["weights_bytes"], rel=0.05)
+    assert (fetched["format"], here["format"]) == (None, "float32, 32 bits a weight")
+    assert here["weights_bits"] == pytest.approx(fetched["weights_bits"], rel=0.05)
     assert [one["cache_bytes"] for one in fetched["caches"]] == [one["cache_bytes"] for one in here["caches"]]
 
 

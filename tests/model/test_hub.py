@@ -293,6 +293,7 @@ def test_models_are_listed(folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "hub", "owner/name", folder)
     assert [(model.name, model.here) for model in installed()] == [("smollm2", False), ("owner/name", True)]
     assert installed()[1].nbytes > 100_000
+    assert installed()[1].format == "float32, 32 bits a weight"
 
 
 def test_listing_models_needs_no_torch() -> None:

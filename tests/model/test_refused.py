@@ -10,17 +10,54 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import load, oracle, write
+from support.commands import inside
 from support.passes import feed
 
 from longspec.cache import Dense
 from longspec.errors import ModelError
 from longspec.model.config import Config
-from longspec.model.load import open_model
 from longspec.model.weights.read import Weights
 from longspec.model.weights.safetensors import write_shard
+from longspec.model.weights.scheme import scheme_of
 
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-PACKED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+E5M2 = {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+
+
+def compressed(kind: str = "pack-quantized", more: Any = None, **weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": {**INT4, **weights}}}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": groups, **(more or {})}
+
+
+BITS_AND_BYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+MIXED = {f"group_{bits}": {"weights": INT4 | {"num_bits": bits}} for bits in (4, 8)}
+REFUSED: list[tuple[Any, str]] = [
+    (E5M2, r"fp8 \(fmt e5m2\)"),
+    (GPTQ | {"bits": 8}, r"gptq \(bits 8, group_size 128\)"),
+    (GPTQ | {"desc_act": True}, r"gptq \(bits 4, group_size 128, desc_act True\)"),
+    (GPTQ | {"group_size": 16}, r"gptq \(bits 4, group_size 16\)"),
+    (GPTQ | {"checkpoint_format": "marlin"}, r"gptq \(checkpoint_format marlin, bits 4, group_size 128\)"),
+    (GPTQ | {"dynamic": {"+:lm_head": {"bits": 8}}}, "gptq"),
+    ({"quant_method": "gptq"}, "gptq,"),
+    (AWQ | {"version": "gemv"}, r"awq \(version gemv, bits 4, group_size 128\)"),
+    (AWQ | {"bits": 3}, r"awq \(version gemm, bits 3, group_size 128\)"),
+    (compressed(num_bits=8), r"compressed-tensors \(format pack-quantized, num_bits 8, group_size 128, strategy"),
+    (compressed(actorder="group"), "compressed-tensors"),
+    (compressed("nvfp4-pack-quantized", type="float"), r"compressed-tensors \(format nvfp4-pack-quantized"),
+    (compressed("int-quantized", num_bits=8), r"compressed-tensors \(format int-quantized"),
+    (compressed(more={"config_groups": MIXED}), r"compressed-tensors \(format pack-quantized\)"),
+    (compressed(more={"sparsity_config": {"format": "sparse-24-bitmask"}}), "compressed-tensors"),
+    (compressed(more={"transform_config": {"config_groups": {"R1": {}}}}), "compressed-tensors"),
+    (BITS_AND_BYTES, "bitsandbytes,"),
+    *(({"quant_method": name}, f"{name},") for name in (
+        "hqq", "aqlm", "quanto", "torchao", "eetq", "higgs", "spqr", "vptq", "bitnet", "mxfp4", "modelopt", "exl2",
+        "exl3", "auto-round", "quark", "fp_quant",
+    )),
+    ({"group_size": 64, "bits": 4}, r"an unnamed method \(bits 4, group_size 64\)"),
+    (["odd"], r"\['odd'\],"),
+]  # fmt: skip
 TOKENS = [3, 14, 15, 92, 65]
 
 
@@ -30,25 +67,24 @@ def changed(folder: Path, **values: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"quantization_config": FP8}, r"quantized as fp8 \(fmt e4m3\)"),
-        ({"quantization_config": PACKED}, r"quantized as compressed-tensors \(format float-quantized\)"),
-        (
-            {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
-            r"awq \(bits 4, group_size 128\)",
-        ),
-        ({"compression_config": {"quant_method": "sparseml"}}, "quantized as sparseml,"),
-        ({"quantization_config": ["odd"]}, r"quantized as \['odd'\],"),
-    ],
-)
-def test_quantized_weights_are_refused_by_name(tmp_path: Path, values: dict[str, Any], said: str) -> None:
-    folder = changed(write(oracle("llama"), tmp_path), **values)
-    (folder / "model.safetensors").unlink()  # no weight is looked at
-    with pytest.raises(ModelError, match=said) as refused:
-        open_model(str(folder))
+@pytest.mark.parametrize(("quantized", "said"), REFUSED)
+def test_quantized_weights_are_refused_by_name(quantized: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=f"quantized as {said}") as refused:
+        scheme_of({"quantization_config": quantized})
     assert refused.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config", "quantization", "quantize_config.json"])
+def test_they_are_refused_before_weights_load(tmp_path: Path, name: str) -> None:
+    folder = write(oracle("llama"), tmp_path / "model")
+    if name.endswith(".json"):
+        (folder / name).write_text(json.dumps({"bits": 3, "group_size": 128}))
+    else:
+        changed(folder, **{name: BITS_AND_BYTES})
+    (folder / "model.safetensors").unlink()  # no weight is looked at
+    done = inside(["run", "hello", "-m", str(folder)], tmp_path)
+    assert (done.code, done.out) == (3, b"")
+    assert ("gptq (bits 3, group_size 128)" if name.endswith(".json") else "bitsandbytes") in done.err
 
 
 def test_the_outer_config_of_gemma3_counts(tmp_path: Path) -> None:
@@ -56,7 +92,7 @@ def test_the_outer_config_of_gemma3_counts(tmp_path: Path) -> None:
     outer = {"model_type": "gemma3", "text_config": raw}
     assert Config.read(outer | {"tie_word_embeddings": False}).tied is False
     with pytest.raises(ModelError, match="quantized as fp8"):
-        Config.read(outer | {"quantization_config": FP8})
+        Config.read(outer | {"quantization_config": E5M2})
 
 
 def test_fp8_tensors_are_refused_where_nothing_says_so(tmp_path: Path) -> None:

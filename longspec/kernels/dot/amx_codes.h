@@ -55,17 +55,16 @@ INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *all_rows, int64
                 for (int r = 0; r < AT_ONCE; r++) total[r] = start ? load(to + r * stride) : all(0);
                 for (int64_t g = 0; g < count; g++) {
                     vf steps[2], lows[2];
-                    UNROLL for (int h = 0; h < halves; h++) {
-                        steps[h] = scales_of(&t, start + g, h, 0, scales, has_low, 0);
-                        lows[h] = has_low ? scales_of(&t, start + g, h, 0, scales, has_low, 1) : steps[h];
-                    }
+                    const vi middles = has_low ? (vi){0} : middles_of(&t, start + g, 0, bits, scales);
+                    UNROLL for (int h = 0; h < halves; h++) steps[h] = scales_of(&t, start + g, h, 0, scales, has_low, 0);
+                    UNROLL for (int h = 0; h < halves; h++) lows[h] = scales_of(&t, start + g, h, 0, scales, has_low, has_low);
                     UNROLL for (int r = 0; r < AT_ONCE; r++) {
                         const int64_t at = (start + g) * TILE + row + r;
                         const int32_t *both = x.sums + 2 * (start + g) * TILE + row + r;
                         vi dots[2];
                         UNROLL for (int h = 0; h < halves; h++) {
                             const int32_t of_row = halves == 1 ? both[0] + both[TILE] : both[h * TILE];
-                            dots[h] = *(const vi_at *)made[g * halves + h][row + r] - (has_low ? 0 : of_row * middle_of(bits));
+                            dots[h] = *(const vi_at *)made[g * halves + h][row + r] - of_row * middles;
                         }
                         total[r] = add_group(total[r], dots, steps, lows, halves, has_low, x.scales[at], x.totals[at], both);
                     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `longspec models` lists checkpoints without torch
 
     from longspec.model.gguf.file import GgufFile
     from longspec.model.weights.read import Weights
+    from longspec.model.weights.scheme import Scheme
 
 __all__ = ["Checkpoint"]
 
@@ -45,6 +46,8 @@ _WRITING: dict[str, Kind] = {
     "repetition_penalty": _NUMBER,
 }
 _ADDED = {"added_tokens_decoder": mapped(TABLE)}
+_QUANTIZED = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where older tools say how weights are quantized, and what tool it then was."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,24 @@ class Checkpoint:
     advised: Mapping[str, Any] = field(default_factory=dict, compare=False)  # sampling that the file doesn't name
 
     def config(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return self._file.config() if self.folder is None else _json(self.folder / "config.json")
+        """The content of config.json, with the `quantization_config` of a file of its own."""
+        if self.folder is None:
+            return self._file.config()
+        made = _json(self.folder / "config.json")
+        for name, method in _QUANTIZED.items():
+            if "quantization_config" not in made and (said := self._optional(name)):
+                made["quantization_config"] = {"quant_method": method} | said
+        return made
+
+    def scheme(self) -> Scheme | None:
+        """How a folder's matrices are quantized; None where they are plain, or a GGUF file holds them. ModelError names
+        what isn't supported.
+        """
+        if self.folder is None or self.gguf is not None:
+            return None
+        from longspec.model.weights.scheme import scheme_of
+
+        return scheme_of(self.config())
 
     def generation_config(self) -> dict[str, Any]:
         """The content of generation_config.json, whose values have their types, over the sampling that is advised; {}
@@ -98,7 +117,31 @@ class Checkpoint:
     @property
     def coded(self) -> bool:
         """Whether the weights are codes that can be used as they are (`longspec.model.weights.quantized`)."""
-        return self.gguf is not None and self._file.coded
+        if self.gguf is not None:
+            return self._file.coded
+        scheme = self.scheme()
+        return scheme is not None and scheme.coded
+
+    @property
+    def recoded(self) -> list[str]:
+        """What the file holds matrices in and no kernel reads: those are quantized anew."""
+        if self.gguf is not None:
+            return self._file.recoded
+        scheme = self.scheme()
+        return [] if scheme is None or scheme.coded else ["FP8"]
+
+    @property
+    def format(self) -> str:
+        """What the files hold weights as, and bits per weight. Imports no torch."""
+        if self.gguf is not None:
+            from longspec.model.gguf.header import read_header
+
+            header = read_header(self.gguf)
+            return f"{next(iter(header.formats))}, {header.bits:.1f} bits a weight"
+        config = self.config()
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        scheme = self.scheme()
+        return f"{dtype}, {32 if dtype == 'float32' else 16} bits a weight" if scheme is None else str(scheme)
 
     def weights(self, dtype: torch.dtype, report: Report = quiet, *, coded: bool = False) -> Weights:
         """The weights in `dtype`, or the file's codes. A pulled model is converted on the first use of its values;
@@ -110,7 +153,7 @@ class Checkpoint:
             return Weights.of_gguf(self._file, dtype)
         assert self.folder is not None
         if self.gguf is None:
-            return Weights.of_folder(self.folder, dtype)
+            return Weights.of_folder(self.folder, dtype, self.scheme())
         from longspec.model.files.convert import converted
 
         return Weights.of_folder(converted(self.folder, dtype, report), dtype)

@@ -54,12 +54,15 @@ class Installed:
     description: str
     here: bool  # its files are on this machine
     nbytes: int  # on disk
+    format: str | None = None  # of its weights, with bits per weight; None where it isn't here, or isn't known
 
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FILES = [  # the files of a Hugging Face folder that longspec may read
     "config.json",
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
@@ -128,7 +131,7 @@ def installed() -> list[Installed]:
 
     folder = smollm2_folder()
     found = [
-        Installed(name, f"{short.description} ({short.licence})", folder is not None, _size(folder))
+        Installed(name, f"{short.description} ({short.licence})", folder is not None, _size(folder), _format(folder))
         for name, short in SHORT_NAMES.items()
     ]
     try:
@@ -139,7 +142,9 @@ def installed() -> list[Installed]:
     for model in sorted(models, key=lambda model: model.repo_id):
         names = [one.name for one in catalogue().values() if one.repository == model.repo_id and is_here(one)]
         said = f"{', '.join(names)}: " if names else ""
-        found.append(Installed(model.repo_id, f"{said}in Hugging Face's cache", True, model.size_on_disk))
+        newest = max(model.revisions, key=lambda revision: revision.last_modified, default=None)
+        stored = _format(None if newest is None else newest.snapshot_path)
+        found.append(Installed(model.repo_id, f"{said}in Hugging Face's cache", True, model.size_on_disk, stored))
     return found
 
 
@@ -156,6 +161,18 @@ def _catalogued(entry: Entry, offline: bool, report: Report | None) -> Checkpoin
     entry.check()
     path = _fetched(entry.repository, entry.file, offline, report)
     return Checkpoint(entry.name, gguf=path, advised=entry.settings)
+
+
+def _format(folder: Path | None) -> str | None:
+    """What a folder's weights are held as; of several GGUF files the first one's."""
+    if folder is None:
+        return None
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    try:
+        configured = (folder / "config.json").is_file()
+        return Checkpoint(folder.name, folder, gguf).format if configured or gguf is not None else None
+    except ModelError:
+        return None
 
 
 def _pulled(name: str, offline: bool, report: Report | None) -> Checkpoint:

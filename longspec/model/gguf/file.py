@@ -7,7 +7,6 @@ undone: the rows of q and k are put back in halves (Llama, SmolLM3), 1 is subtra
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from longspec.errors import ModelError
 from longspec.model.gguf.config import architecture_of, config_of, generation_config_of
 from longspec.model.gguf.header import GgufHeader, read_header
 from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
-from longspec.model.weights.quantized import FORMATS, STRIP, Piece, missing_kernel
-from longspec.model.weights.read import Blocks
+from longspec.model.weights.quantized import FORMATS, STRIP, Blocks, Piece, missing_kernel
 
 __all__ = ["GgufFile", "read_gguf"]
 
@@ -50,6 +48,7 @@ _OTHERWISE = {
     "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
+_PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
 _PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", re.ASCII)
 
@@ -103,8 +102,8 @@ class GgufFile:
         """One tensor in fp32. Raises ModelError where its type can't be dequantized."""
         place = self._header.tensors[self._stored[name]]
         blocks = self.blocks(name) if missing_kernel() is None else None
-        if blocks is not None and not blocks.rows.shape[0] % STRIP:
-            return Piece.of_blocks(blocks.format, [(blocks.rows, blocks.heads)], blocks.width).values()
+        if blocks is not None and not blocks.size % STRIP:
+            return Piece.of_blocks(blocks.format, [(blocks.read(), blocks.heads)], blocks.width).values()
         rows = self._rows(name).numpy()
         try:
             tensor = torch.from_numpy(gguf.dequantize(rows, place.kind)).view(place.shape)
@@ -121,23 +120,25 @@ class GgufFile:
     @property
     def formats(self) -> dict[str, int]:
         """Bytes by the type's name, the largest first."""
-        total: Counter[str] = Counter()
-        for place in self._header.tensors.values():
-            total[place.kind.name] += place.nbytes
-        return dict(total.most_common())
+        return self._header.formats
 
     @property
     def coded(self) -> bool:
-        """Whether most of its bytes are codes that the kernels read as they are."""
+        """Whether most of its bytes are codes."""
         formats = self.formats
-        return 2 * sum(nbytes for name, nbytes in formats.items() if name in FORMATS) > sum(formats.values())
+        return 2 * sum(nbytes for name, nbytes in formats.items() if name not in _PLAIN) > sum(formats.values())
+
+    @property
+    def recoded(self) -> list[str]:
+        """Types of codes that no kernel reads: matrices in these are quantized anew from their values."""
+        return sorted(self.formats.keys() - FORMATS.keys() - _PLAIN)
 
     def blocks(self, name: str) -> Blocks | None:
         """A matrix in the file's own codes; None where it holds values, or a type that has no kernel."""
         place = self._header.tensors[self._stored[name]]
         if len(place.shape) != 2 or place.kind.name not in FORMATS:
             return None
-        return Blocks(place.kind.name, self._rows(name), place.shape[1], self._rotated_heads(name))
+        return Blocks(place.kind.name, *place.shape, lambda: self._rows(name), self._rotated_heads(name))
 
     def release(self, name: str) -> None:
         """Let go of the file's pages that hold a tensor: they are read again where it is taken again."""

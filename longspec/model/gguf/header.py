@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -84,6 +85,19 @@ class GgufHeader:
     fields: dict[str, Any]  # numbers, strings, bools, and lists of them
     tensors: dict[str, GgufTensor]
     nbytes: int  # of all files
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes by the type's name, the largest first."""
+        total: Counter[str] = Counter()
+        for place in self.tensors.values():
+            total[place.kind.name] += place.nbytes
+        return dict(total.most_common())
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return 8 * sum(self.formats.values()) / sum(prod(place.shape) for place in self.tensors.values())
 
 
 def is_gguf(path: Path) -> bool:

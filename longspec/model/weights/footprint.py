@@ -19,6 +19,7 @@ from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.weights.quantized import STRIP, CodedLinear, Piece, tile_nbytes
 from longspec.model.weights.read import Weights, check_matrices, check_values
+from longspec.model.weights.safetensors import Shard
 
 __all__ = ["Footprint", "footprint", "parameters"]
 
@@ -88,13 +89,12 @@ class _Valueless(Weights):
     def joined(self, names: Sequence[str]) -> Tensor:
         sources: list[Any] = [self._source(name) for name in names]
         run = None
+        shapes = [source.shape(name) for source, name in zip(sources, names, strict=True)]
         if self._gguf:
             if not self.releases:
                 self.mapped[""] = sources[0].nbytes
-            shapes = [source.shape(name) for source, name in zip(sources, names, strict=True)]
-        else:  # a view of the mapped file: nothing is read
+        elif all(isinstance(source, Shard) for source in sources):  # a view of the mapped file: nothing is read
             taken = [source.take(name) for source, name in zip(sources, names, strict=True)]
-            shapes = [tuple(tensor.shape) for tensor in taken]
             check_values(names, [tensor.dtype for tensor in taken], shapes)
             self.mapped |= {name: tensor.nbytes for name, tensor in zip(names, taken, strict=True)}
             if all(source is sources[0] for source in sources):
@@ -110,14 +110,13 @@ class _Valueless(Weights):
 
     def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
         pieces = []
-        for run in self._runs(names):
-            found = [self.blocks(name) for name in run]
+        for run, found in self._runs(names):
             first = found[0]
             if first is not None:
-                form, width, size = first.format, first.width, sum(len(each.rows) for each in found if each is not None)
-                read = sum(each.rows.nbytes for each in found if each is not None)
+                form, width, size = first.format, first.width, sum(each.size for each in found if each is not None)
+                read = sum(each.nbytes for each in found if each is not None)
             else:
-                shapes = [self._shape(name) for name in run]
+                shapes = [self._source(name).shape(name) for name in run]
                 check_matrices(run, shapes)
                 form, width, size = kind, shapes[0][1], sum(shape[0] for shape in shapes)
                 read = 2 * size * width * (4 if self._gguf else self.dtype.itemsize)  # joined, it stands there twice
@@ -126,7 +125,3 @@ class _Valueless(Weights):
             self.copied += tiles.nbytes
             self.peak = max(self.peak, self.copied + read)
         return CodedLinear(pieces, bias)
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        source: Any = self._source(name)
-        return tuple(source.shape(name)) if self._gguf else tuple(source.take(name).shape)

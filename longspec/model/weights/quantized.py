@@ -1,6 +1,6 @@
 """Coded weights: quantized matrices in the layout that the C kernels read, and linear layers of them.
 
-Takes a GGUF file's blocks as they are, or values to quantize; gives layers for `layer.c`. Every format keeps a file's
+Takes a file's blocks as they are, or values to quantize; gives layers for `layer.c`. Every format keeps a file's
 values exactly (`kernels/formats.h`): nothing is quantized twice, and memory stays within a twentieth of the file's
 bytes (Q2_K: a fifth). Matrices of different formats that are read as one stay what they are.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,7 +30,18 @@ from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.machine.system import has_large_pages
 
-__all__ = ["FORMATS", "GROUP", "STRIP", "CodedLinear", "Piece", "Room", "missing_kernel", "tile_nbytes"]
+__all__ = [
+    "FORMATS",
+    "FP8",
+    "GROUP",
+    "STRIP",
+    "Blocks",
+    "CodedLinear",
+    "Piece",
+    "Room",
+    "missing_kernel",
+    "tile_nbytes",
+]
 
 GROUP = 32
 """Columns whose activations share a scale."""
@@ -38,11 +49,32 @@ GROUP = 32
 STRIP = 16
 """Outputs whose codes the kernel reads together."""
 
-_NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4"  # as formats.h numbers them
+# As formats.h numbers them:
+_NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 INT4_32 INT4_128"
 FORMATS = {name: number for number, name in enumerate(_NAMES.split(), 1)}
-"""Formats by the names that GGUF files give them, and their numbers in C."""
+"""Formats of codes by the names that GGUF files give them, or of 4 bits with zero points, and their numbers in C."""
+
+FP8 = "FP8"
+"""e4m3 with a scale for each 128 columns of an output: no codes, as the rows stay in bf16."""
+
+_NUMBERS = FORMATS | {FP8: len(FORMATS) + 1}
 
 _CHUNK = 128 << 20  # bytes of a room's parts
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A file's own codes of a matrix [size, width], which are read when they are asked for."""
+
+    format: str  # a key of FORMATS, or FP8
+    size: int
+    width: int
+    read: Callable[[], Tensor]  # rows of blocks [size, bytes] uint8
+    heads: int = 0  # whose rows stand in pairs, as llama.cpp rotates them
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * int(_kernel().row_bytes(_NUMBERS[self.format], self.width))
 
 
 class Room:
@@ -80,15 +112,20 @@ class Piece:
     def size(self) -> int:
         return len(self.tiles) * STRIP
 
+    @property
+    def number(self) -> int:
+        """The format's, in C."""
+        return _NUMBERS[self.format]
+
     @classmethod
     def of_blocks(
         cls, kind: str, matrices: Sequence[tuple[Tensor, int]], width: int, room: Room | None = None
     ) -> Piece:
-        """Matrices of a GGUF file, one below the other: each its rows of blocks [out, bytes] uint8, and the number of
+        """Matrices of a file, one below the other: each its rows of blocks [out, bytes] uint8, and the number of
         heads whose rows stand in pairs, as llama.cpp rotates them (0 for none), and are put in halves here.
         """
         made = cls._empty(kind, [len(rows) for rows, _ in matrices], width, room)
-        at, kernel, number = 0, _kernel(), FORMATS[kind]
+        at, kernel, number = 0, _kernel(), _NUMBERS[kind]
         nbytes = kernel.row_bytes(number, width)
         for rows, heads in matrices:
             source = pointer(rows, torch.uint8, len(rows), nbytes)
@@ -121,7 +158,7 @@ class Piece:
     def values(self, rows: Tensor | None = None) -> Tensor:
         """The dequantized matrix [size, width] in fp32, or the rows of these indices, which must be in range."""
         rows = torch.arange(self.size) if rows is None else rows.contiguous()
-        made, kernel, number = torch.empty(len(rows), self.width), _kernel(), FORMATS[self.format]
+        made, kernel, number = torch.empty(len(rows), self.width), _kernel(), self.number
         tiles = pointer(self.tiles, torch.uint8, self.size // STRIP, kernel.tile_bytes(number, self.width))
         chosen = pointer(rows, torch.int64, None)
         kernel.values(number, tiles, self.width, chosen, len(rows), made.data_ptr(), *team())
@@ -132,7 +169,7 @@ class CodedLinear:
     """y = x W^T + b with coded W, for x [r, in]: the tensors of the C kernel, and the definition in torch."""
 
     def __init__(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> None:
-        """pieces: one below the other, all of one width."""
+        """pieces: one below the other, all of one width; of FP8 all of them are, or none."""
         self.pieces, self.bias = tuple(pieces), bias
         self.chain: list[ctypes.Structure] = []  # the kernel's structs, which point to each other
         self.size, self.width = sum(piece.size for piece in pieces), pieces[0].width
@@ -157,19 +194,24 @@ class CodedLinear:
         return self.pieces[0].values(flat).to(dtype).view(*chosen.shape, self.width)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        groups = rows.float().view(len(rows), -1, GROUP)
-        largest = groups.abs().amax(2, keepdim=True)
-        # `127 / largest` would be a reciprocal times 127, which rounds twice.
-        factor = torch.where(largest > 0, torch.full_like(largest, 127).div(largest), 0.0)
-        coded = ((groups * factor).round() * (largest / 127)).flatten(1)
+        coded = rows if self.pieces[0].format == FP8 else self._coded(rows)
         made = coded.double() @ self.values().double().T
         made = made if self.bias is None else made + self.bias.double()
         return made.to(rows.dtype)
 
+    @staticmethod
+    def _coded(rows: Tensor) -> Tensor:
+        """What the rows' codes stand for."""
+        groups = rows.float().view(len(rows), -1, GROUP)
+        largest = groups.abs().amax(2, keepdim=True)
+        # `127 / largest` would be a reciprocal times 127, which rounds twice.
+        factor = torch.where(largest > 0, torch.full_like(largest, 127).div(largest), 0.0)
+        return ((groups * factor).round() * (largest / 127)).flatten(1)
+
 
 def tile_nbytes(kind: str, width: int) -> int:
     """Bytes of 16 outputs of a format."""
-    return int(_kernel().tile_bytes(FORMATS[kind], width))
+    return int(_kernel().tile_bytes(_NUMBERS[kind], width))
 
 
 def missing_kernel() -> str | None:

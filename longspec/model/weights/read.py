@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,25 +17,18 @@ from torch import Tensor
 from longspec.errors import ModelError
 from longspec.machine.files import parse_json, read_bytes
 from longspec.machine.schema import TEXT, mapped
-from longspec.model.weights.quantized import CodedLinear, Piece, Room
+from longspec.model.weights.packed import Packed, packed
+from longspec.model.weights.quantized import FP8, Blocks, CodedLinear, Piece, Room
 from longspec.model.weights.safetensors import Shard
+from longspec.model.weights.scheme import Scheme
 
 if TYPE_CHECKING:
     from longspec.model.gguf.file import GgufFile
 
-__all__ = ["Blocks", "Weights", "check_matrices", "check_values"]
+__all__ = ["Weights", "check_matrices", "check_values"]
 
 _MOST_INDEX_NBYTES = 16 << 20  # 100,000 tensors take 10 MB
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Blocks(NamedTuple):
-    """A file's own codes of a matrix, in a format of `weights.quantized`."""
-
-    format: str
-    rows: Tensor  # [out, bytes] uint8
-    width: int
-    heads: int = 0  # whose rows stand in pairs, as llama.cpp rotates them
 
 
 class _Source(Protocol):
@@ -43,8 +36,7 @@ class _Source(Protocol):
 
     path: Path
 
-    @property
-    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
     def take(self, name: str) -> Tensor: ...
 
@@ -69,17 +61,18 @@ class Weights(Mapping[str, Tensor]):
         self._room = Room()
 
     @classmethod
-    def of_folder(cls, folder: Path, dtype: torch.dtype) -> Weights:
+    def of_folder(cls, folder: Path, dtype: torch.dtype, scheme: Scheme | None = None) -> Weights:
         """The weights of a Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its
-        shards.
+        shards. scheme: how its matrices are quantized.
 
         Raises ModelError where there are none, or one is missing, damaged or outside the folder.
         """
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if single.is_file() or index.is_file():
             sources = _single(single) if single.is_file() else _shards(folder, index)
-            _check_floats(sources)
-            return cls(sources, dtype)
+            made: Mapping[str, Shard | Packed] = sources if scheme is None else packed(sources, scheme, dtype)
+            _check_floats({name: source for name, source in made.items() if isinstance(source, Shard)})
+            return cls(made, dtype)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
 
     @classmethod
@@ -123,11 +116,10 @@ class Weights(Mapping[str, Tensor]):
         to `kind`. Neighbours of one format become one piece.
         """
         pieces: list[Piece] = []
-        for run in self._runs(names):
-            found = [self.blocks(name) for name in run]
+        for run, found in self._runs(names):
             first = found[0]
             if first is not None:
-                rows = [(each.rows, each.heads) for each in found if each is not None]
+                rows = [(each.read(), each.heads) for each in found if each is not None]
                 pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room))
             else:
                 values = self.joined(run)
@@ -139,14 +131,22 @@ class Weights(Mapping[str, Tensor]):
             raise ModelError(f"{', '.join(names)} should have rows of one length, and don't.")
         return CodedLinear(pieces, bias)
 
-    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """The names, neighbours of one format and width together."""
+    def _runs(self, names: Sequence[str]) -> Iterator[tuple[list[str], list[Blocks | None]]]:
+        """The names, neighbours of one format and width together, and the file's codes of each. FP8 beside another
+        format counts as values: their products take other rows.
+        """
+        found = {name: self.blocks(name) for name in names}
+        formats = {None if blocks is None else blocks.format for blocks in found.values()}
+        if FP8 in formats and len(formats) > 1:
+            found = dict.fromkeys(names)
 
         def kind(name: str) -> tuple[str, int] | None:
-            blocks = self.blocks(name)
+            blocks = found[name]
             return None if blocks is None else (blocks.format, blocks.width)
 
-        return (list(run) for _, run in groupby(names, kind))
+        for _, run in groupby(names, kind):
+            together = list(run)
+            yield together, [found[name] for name in together]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._converted(self._source(name).take(name))
@@ -206,9 +206,8 @@ class _Held:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._tensors)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
 
     def take(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -229,12 +228,12 @@ def _single(path: Path) -> dict[str, Shard]:
 
 
 def _check_floats(sources: Mapping[str, Shard]) -> None:
-    """Raise ModelError where a tensor is FP8: its values mean nothing without scales, which aren't read."""
+    """Raise ModelError where a tensor is in FP8 that config.json says nothing of: it means nothing without scales."""
     for name, shard in sources.items():
         if (dtype := shard.dtype(name)).is_floating_point and dtype.itemsize == 1:
             raise ModelError(
-                f"{shard.path} holds {name} in FP8 ({str(dtype).removeprefix('torch.')}), which isn't supported; take "
-                "the model in bf16, or as a GGUF file."
+                f"{shard.path} holds {name} in FP8 ({str(dtype).removeprefix('torch.')}), and config.json doesn't "
+                "say by quantization_config where its scales are; take the model in bf16, or as a GGUF file."
             )
 
 

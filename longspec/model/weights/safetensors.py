@@ -85,6 +85,9 @@ class Shard:
     def dtype(self, name: str) -> torch.dtype:
         return self._spans[name].dtype
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._spans[name].shape
+
     @property
     def dtypes(self) -> set[torch.dtype]:
         return {span.dtype for span in self._spans.values()}
