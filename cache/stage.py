@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspec.errors import LongspecError
 
-__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "Room", "Segment", "Shape", "Stage", "Take"]
+__all__ = ["BLOCK", "Bounds", "Cache", "Codec", "Room", "RowSpec", "Segment", "Shape", "Stage", "StateSpec", "Take"]
 
 BLOCK = 64
 """Rows in a block: the one unit of growth, quantization, paging, offload, sharing and snapshots."""
@@ -42,14 +42,52 @@ _MAPPED_NBYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
+class RowSpec:
+    """What a token position leaves in a layer under one name: [heads, dim]."""
+
+    name: str
+    heads: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.heads * self.dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """Layers that keep a state in place of all rows (`longspec.cache.recurrent`), all alike."""
+
+    layers: int
+    rows: tuple[RowSpec, ...]
+    tail: int  # positions before a block whose `x` is read in it
+    state: tuple[int, int, int] | None = None  # [heads, key dim, value dim] in fp32; None: rows and tail are all
+    key_of: tuple[int, ...] = ()  # of each of the state's heads: the key's head
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position's rows in all layers."""
+        return self.layers * sum(row.nbytes for row in self.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states and tails at one position, of all layers."""
+        tail = self.tail * sum(row.nbytes for row in self.rows if row.name == "x")
+        return self.layers * (tail + (4 * prod(self.state) if self.state is not None else 0))
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """What a cache must know of the model that fills it."""
 
     key_heads: int
     head_dim: int
-    windows: tuple[int | None, ...]  # per layer: how many positions back a row reads, itself included; None is all
+    # Per attention layer: how many positions back a row reads, itself included; None is all.
+    windows: tuple[int | None, ...]
     dtype: torch.dtype
     device: torch.device
+    states: StateSpec | None = None  # of the layers that aren't attention
 
     def __post_init__(self) -> None:
         """Raise ValueError for a window that holds no row: a kernel's columns would end before they begin."""
@@ -237,6 +275,9 @@ class Stage(ABC):
     length: int
     """Rows of the text before the stage."""
 
+    states: Any = None
+    """The staged rows of layers with a state (`longspec.cache.recurrent.StateStage`); None where there are none."""
+
     by_layer: bool = True
     """Whether runs differ between layers of one window."""
 
@@ -333,6 +374,11 @@ class Cache(ABC):
         growing takes.
 
         It depends on the shape alone: asked of an empty cache, on torch's `meta` device too.
+        """
+
+    def mark(self) -> None:
+        """The text up to here will be continued more than once: a cache that can't be cut anywhere keeps what it needs
+        to be cut back to about here.
         """
 
     def take_rows(self, other: Any) -> None:

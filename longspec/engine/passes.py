@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from longspec.cache import BLOCK, Dense
+from longspec.cache import BLOCK, CACHES
 from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
 from longspec.engine.prefix_cache import keep
@@ -65,7 +65,7 @@ class Passes:
         """
         decoder = self.model.decoder
         for rows in (1, *_CALIBRATED):  # the first one wakes threads and touches pages
-            stage = Dense(decoder.shape).open()
+            stage = CACHES["dense"](decoder.shape).open()
             chunk = Chunk(stage, stage.add(range(-1, rows - 1)), [0] * rows, 0, False)
             began = perf_counter()
             decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))

@@ -31,6 +31,7 @@ from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
+from longspec.model.layer import shape_of
 from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import Footprint, footprint
 from longspec.types import Drafter
@@ -88,8 +89,7 @@ class Request:
 
     @property
     def shape(self) -> Shape:
-        c = self.config
-        return Shape(c.key_heads, c.head_dim, c.windows, DTYPES[self.dtype], self.device)
+        return shape_of(self.config, DTYPES[self.dtype], self.device)
 
 
 @dataclass(frozen=True, slots=True)

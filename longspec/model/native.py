@@ -9,24 +9,23 @@ positions.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.attention.native_batch import Texts
 from longspec.kernels.boundary import pointer, turned, workspace
 from longspec.kernels.build import library
 from longspec.kernels.team import team
-from longspec.model.config import Config, Rope
+from longspec.model.config import Config
+from longspec.model.rows import Pass
 from longspec.model.weights.quantized import FORMATS, CodedLinear, Piece, missing_kernel, tile_nbytes
 
 __all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 32
-Turns = Mapping[Rope, tuple[Tensor, Tensor]]
 _BF16 = 0
 
 
@@ -42,7 +41,7 @@ class Matrix(ctypes.Structure):
     )
 
 
-_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+_NORMS = ("before_mixer", "after_mixer", "before_mlp", "after_mlp", "query_norm", "key_norm")
 
 
 class _Layer(ctypes.Structure):
@@ -77,6 +76,8 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     c = config
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
+    if c.mixers:
+        return f"it doesn't know the layers of {c.family}"
     if c.activation not in _ACTIVATIONS:
         return f"it doesn't know the activation {c.activation} of {c.family}"
     if any(size % _UNIT for size in (c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim)):
@@ -121,11 +122,12 @@ class Fused:
         """The address of the calling thread's workspace, large enough for any product of this decoder."""
         return workspace("layer", self._workspace_nbytes).data_ptr()
 
-    def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
-        """Hidden states [r, width] after layers first..last, in one call. parts: a bit mask per layer: 1 attention, 2
-        MLP, 3 both.
+    def layers(self, first: int, last: int, hidden: Tensor, run: Pass, parts: Sequence[int]) -> Tensor:
+        """Hidden states [r, width] after layers first..last, in one call; the attention kernel takes all spans of the
+        pass. parts: a bit mask per layer: 1 attention, 2 MLP, 3 both.
         """
-        c, rows = self._config, len(hidden)
+        c, rows, turns, texts = self._config, len(hidden), run.turns, run.texts
+        assert texts is not None
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
         read = hidden.new_empty(rows, c.heads * c.head_dim)
@@ -146,6 +148,15 @@ class Fused:
         )
         self._kernel.layers(whole, first, last, at, rows, qkv.data_ptr(), read.data_ptr(), self.workspace())
         return hidden
+
+    def layer(self, index: int, hidden: Tensor, run: Pass, mixer: Any, *, mlp: bool) -> Tensor:
+        """Hidden states [r, width] after a layer, whose attention reads a cache that the kernel doesn't. mixer None
+        skips the attention, mlp False the MLP.
+        """
+        read = None
+        if mixer is not None:
+            read = mixer.read_cache(self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None), run)
+        return self.finish(index, read, hidden, mlp=mlp)
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D] of hidden [r, width], with norms and rotation
@@ -190,11 +201,13 @@ class Fused:
     def _layer(self, layer: Any) -> _Layer:
         c = self._config
         all_heads = c.query_norm == "width"
-        norms = [getattr(layer, name) for name in _NORMS]
+        mixer, mlp = layer.mixer, layer.mlp
+        norms = [layer.before_mixer, layer.after_mixer, layer.before_mlp, layer.after_mlp]
+        norms += [mixer.query_norm, mixer.key_norm]
         queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
         widths = (c.width, c.width, c.width, c.width, queries, keys)
         return _Layer(
-            *(matrix_of(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+            *(matrix_of(linear) for linear in (mixer.qkv, mixer.output, mlp.gate_up, mlp.down)),
             *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
             all_heads,
             c.heads,
