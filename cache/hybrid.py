@@ -51,9 +51,7 @@ class Hybrid(Cache):
         self.states.truncate(reached)
 
     def fork(self, length: int) -> Hybrid:
-        if not 0 <= length <= self.length:
-            raise ValueError(f"can't share {length} of {self.length} rows")
-        reached = self.states.reach(length)
+        reached = self.states.reach(min(length, self.length))
         rows = self.rows.fork(reached)
         while rows.length != (reached := self.states.reach(rows.length)):
             rows = self.rows.fork(reached)
