@@ -1,15 +1,13 @@
 """The cache of a hybrid: rows of its attention layers in any kind of cache, and the states of the others.
 
-Takes a cache of rows; gives one that answers for both. Attention's keys and values may be codes or lie elsewhere; states
-are fp32 in every kind. What a text can be cut back to is what both can.
+Takes a cache of rows; gives one that answers for both. Attention's keys and values may be codes or lie elsewhere;
+states are fp32 in every kind. What a text can be cut back to is what both can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from longspec.cache.recurrent import States

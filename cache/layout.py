@@ -77,9 +77,7 @@ class Layout:
         return self.text + self.stop - self.first
 
     @classmethod
-    def of(
-        cls, tree: Tree, borders: Sequence[int], rows: slice, first: int, text: int, spec: StateSpec
-    ) -> Layout:
+    def of(cls, tree: Tree, borders: Sequence[int], rows: slice, first: int, text: int, spec: StateSpec) -> Layout:
         """Of the staged `rows`, where the stage holds rows from `first` on and the newest block `text` rows."""
         own: dict[int, list[int]] = {}
         for row in range(rows.start, rows.stop):
@@ -111,7 +109,7 @@ class Layout:
 def _window(tree: Tree, rows: slice, first: int, text: int, tail: int) -> Tensor:
     window = []
     for row in range(rows.start, rows.stop):
-        back = []
+        back: list[int] = []
         while row >= 0 and len(back) <= tail:
             back.append(tail + text + row - first)
             row = tree.parents[row]

@@ -176,6 +176,12 @@ class StateStage:
         self._stop = [0] * cache.spec.layers
         self._states: list[dict[int, Tensor]] = [{} for _ in range(cache.spec.layers)]  # by the row before the block
 
+    @staticmethod
+    def room(spec: StateSpec, rows: int) -> int:
+        """Bytes of a pass of so many rows: those of a long chain that stay, two states, and a layer's rows at work."""
+        kept = min(rows, 2 * BLOCK + spec.tail)
+        return kept * spec.row_bytes + 2 * spec.state_bytes + 2 * (rows + BLOCK) * spec.row_bytes // spec.layers
+
     def add(self, parents: Sequence[int]) -> slice:
         rows = self._tree.add(parents)
         for row in range(rows.start, rows.stop):
@@ -292,8 +298,8 @@ class History:
             return found
         before = self._state(stage._borders[border])
         block = self.layout.block_before(border)
-        ingredients = [self.rows[name][block] for name in ("k", "u", "decay")]
-        state = fold(before, *ingredients, stage.cache.spec.key_of)
+        k, u, decay = (self.rows[name][block] for name in ("k", "u", "decay"))
+        state = fold(before, k, u, decay, stage.cache.spec.key_of)
         stage.keep_state(self.layer, border, state)
         return state
 
@@ -326,15 +332,15 @@ class _Path:
             return found
         before = self._state(layer, at - BLOCK)
         assert before is not None
-        ingredients = [self._block(layer, name, at - BLOCK) for name in ("k", "u", "decay")]
-        return fold(before, *ingredients, cache.spec.key_of)
+        k, u, decay = (self._block(layer, name, at - BLOCK) for name in ("k", "u", "decay"))
+        return fold(before, k, u, decay, cache.spec.key_of)
 
     def _block(self, layer: int, name: str, at: int) -> Tensor:
         """The 64 rows from position `at` on."""
         cache = self._cache
         first = at - cache.length
         own = self._stage.rows(layer, name, self._rows[max(0, first) : first + BLOCK])
-        return own if first >= 0 else torch.cat((cache.rows[name][layer, : -first], own))
+        return own if first >= 0 else torch.cat((cache.rows[name][layer, :-first], own))
 
 
 def fold(state: Tensor, k: Tensor, u: Tensor, decay: Tensor, key_of: Sequence[int]) -> Tensor:

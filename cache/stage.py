@@ -376,7 +376,7 @@ class Cache(ABC):
         It depends on the shape alone: asked of an empty cache, on torch's `meta` device too.
         """
 
-    def mark(self) -> None:
+    def mark(self) -> None:  # noqa: B027 - most caches have nothing to do
         """The text up to here will be continued more than once: a cache that can't be cut anywhere keeps what it needs
         to be cut back to about here.
         """

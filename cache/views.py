@@ -142,7 +142,7 @@ class ViewedStage(Stage):
         return self._stage.depths
 
     @property
-    def states(self) -> Any:  # type: ignore[override]
+    def states(self) -> Any:
         return self._stage.states
 
     @property

@@ -142,6 +142,7 @@ class Passes:
             self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
         if session.unfed[1:]:
             return
+        session.cache.mark()
         if session.prompt_cache is not None:
             path, session.prompt_cache = session.prompt_cache, None
             try:

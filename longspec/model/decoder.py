@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspec.attention import attend, attend_strictly
 from longspec.attention import native as cpu
 from longspec.attention.native_batch import Texts, reads
 from longspec.cache.stage import Shape
@@ -80,6 +81,7 @@ class Decoder:
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
         # Gemma rounds the factor to the model's dtype before multiplying.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
+        self._attend = attend_strictly if strict else attend
         self.slow = missing(config, self.dtype, device)  # the reason why the native kernel isn't used
         self._fused = Fused(config, self._layers, self._norm.weight, self._head) if self.slow is None else None
         self._coded = coded is not None
@@ -193,7 +195,7 @@ class Decoder:
         if hidden is None:
             hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        run, fused = Pass(rows, turns, self._texts(rows)), self._fused
+        run, fused = Pass(rows, turns, self._texts(rows), self._attend), self._fused
         if fused is not None and run.by_kernel:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, run, parts)

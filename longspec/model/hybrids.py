@@ -46,7 +46,17 @@ class Delta:
     @property
     def channels(self) -> int:
         """Of the convolution: queries, keys and values."""
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        return 2 * self.keys + self.values
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values."""
+        return self.value_heads * self.value_dim
 
     @property
     def key_of(self) -> tuple[int, ...]:
@@ -76,7 +86,7 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
         return {**fields, "convolution": _sizes(raw, conv_L_cache=3)[0]}
     if family == "qwen3_next":
         _refuse_experts(raw, layers)
-    sizes = _sizes(
+    keys, heads, key_dim, value_dim, width = _sizes(
         raw,
         linear_num_key_heads=16,
         linear_num_value_heads=32,
@@ -84,9 +94,11 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
         linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
     )
-    if sizes[1] % sizes[0]:
-        raise ValueError(f"{sizes[1]} value heads over {sizes[0]} key heads of linear attention")
-    delta = Delta(*sizes, by_key_head=family == "qwen3_next", tiled=bool(raw.get("linear_value_heads_tiled")))
+    if heads % keys:
+        raise ModelError(f"config.json says {heads} value heads of linear attention over {keys} key heads.")
+    delta = Delta(
+        keys, heads, key_dim, value_dim, width, family == "qwen3_next", bool(raw.get("linear_value_heads_tiled"))
+    )
     return {**fields, "delta": delta, "output_gate": True}
 
 

@@ -61,9 +61,7 @@ def read_layer(reader: Reader, i: int) -> Layer:
 
 def shape_of(config: Config, dtype: torch.dtype, device: torch.device) -> Shape:
     """What a cache must know of a decoder: the rows of its attention layers, and the states of the others."""
-    windows = tuple(
-        window for window, spec in zip(config.windows, config.specs, strict=True) if spec.is_attention
-    )
+    windows = tuple(window for window, spec in zip(config.windows, config.specs, strict=True) if spec.is_attention)
     others = [spec.mixer for spec in config.specs if not spec.is_attention]
     states: StateSpec | None = MIXERS[others[0]].states(config, dtype, len(others)) if others else None
     return Shape(config.key_heads, config.head_dim, windows, dtype, device, states)

@@ -5,7 +5,7 @@ Takes each sequence's stage and tokens; knows no layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,7 @@ class Pass:
     rows: Rows
     turns: Mapping[Rope, tuple[Tensor, Tensor]]  # cosines and signed sines [r, 1, dims] of each kind of rope
     texts: Texts | None  # the spans that the batched attention kernel takes; None where it takes none
+    attend: Callable[..., Tensor]  # of `longspec.attention`, for the others
 
     @property
     def by_kernel(self) -> bool:

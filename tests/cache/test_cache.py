@@ -17,7 +17,6 @@ from longspec.cache import BLOCK, CACHES, Dense, Shape
 from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder
 
-
 _HYBRIDS = [pytest.param(family, marks=pytest.mark.full) for family in ("qwen3_5", "lfm2")]  # see test_hybrid.py
 
 

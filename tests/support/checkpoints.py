@@ -83,7 +83,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {}),
     "qwen3_5": ("Qwen3_5", {**_DELTA, "head_dim": 16}),
-    "qwen3_5-wide": ("Qwen3_5", {**_DELTA, "head_dim": 32, "linear_num_value_heads": 6, "tie_word_embeddings": True}),
+    "qwen3_5-wide": (
+        "Qwen3_5",
+        {**_DELTA, "layer_types": None, "linear_num_value_heads": 6, "head_dim": 32, "tie_word_embeddings": True},
+    ),
     "qwen3_next": ("Qwen3Next", {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "num_experts": 0}),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16}),
 }
@@ -94,7 +97,9 @@ def oracle(name: str, **changes: Any) -> Any:
     import transformers
 
     family, extra = FAMILIES[name]
-    config_class = getattr(transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5") else f"{family}Config")
+    config_class = getattr(
+        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5") else f"{family}Config"
+    )
     config = config_class(**{**_COMMON, **extra, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(len(name))

@@ -201,7 +201,9 @@ class Graphs:
         hidden, x = self._added(hidden, None, norms[0])
         for i, (layer, rotation) in enumerate(zip(self._layers, self._rotations, strict=True)):
             turn = None if rotation is None else turns[id(rotation)]
-            x = layer.mixer.output(self._attention(i, self._normed_heads(layer.mixer, layer.mixer.qkv(x)), turn, inputs))
+            x = layer.mixer.output(
+                self._attention(i, self._normed_heads(layer.mixer, layer.mixer.qkv(x)), turn, inputs)
+            )
             if layer.after_mixer:
                 _, x = self._added(x, None, layer.after_mixer)
             hidden, x = self._added(hidden, x, layer.before_mlp)

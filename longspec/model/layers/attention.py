@@ -9,14 +9,12 @@ Shapes: H query heads, K key heads, D head dimension. Queries, keys and values a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.attention import attend, attend_strictly
 from longspec.attention.native_batch import reads
 from longspec.cache.stage import RowSpec
 from longspec.model.config import Config, Rope
@@ -39,7 +37,6 @@ class Attention:
     query_norm: Norm | None
     key_norm: Norm | None
     output: Any
-    attend: Callable[..., Tensor]
 
     @classmethod
     def rows(cls, config: Config, dtype: torch.dtype) -> tuple[RowSpec, ...]:
@@ -61,8 +58,12 @@ class Attention:
             query_norm=reader.norm(f"{at}.q_norm", queries) if queries else None,
             key_norm=reader.norm(f"{at}.k_norm", keys) if keys else None,
             output=reader.linear([f"{at}.o_proj"], c.width, q),
-            attend=attend_strictly if reader.strict else attend,
         )
+
+    @classmethod
+    def workspace(cls, config: Config, rows: int) -> int:
+        """Bytes of a pass's temporary tensors beside those that every plan counts."""
+        return rows * 4 * config.heads * config.head_dim if config.output_gate else 0
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -82,7 +83,7 @@ class Attention:
         sizes = (c.heads * c.head_dim * (1 + c.output_gate), c.key_heads * c.head_dim)
         queries, keys, values = made.tensor_split((sizes[0], sum(sizes)), -1)
         if c.output_gate:
-            queries, gate = (half.flatten(1) for half in queries.unflatten(1, (c.heads, -1)).chunk(2, -1))
+            queries, gate = (half.flatten(1) for half in queries.view(len(made), c.heads, -1).chunk(2, -1))
         if c.query_norm == "width":  # OLMo 2: over all heads at once
             queries, keys = self.query_norm(queries), self.key_norm(keys)  # type: ignore[misc]
         queries, keys = (t.view(len(made), -1, c.head_dim) for t in (queries, keys))  # [r, heads, D]
@@ -108,5 +109,5 @@ class Attention:
             own = queries[span.at]
             span.stage.put(self.place, span.staged, keys[span.at], values[span.at])
             parts = span.stage.parts(self.place, span.staged, own)
-            output[span.at] = self.attend(own, parts, c.scale, c.attention_softcap).flatten(1)
+            output[span.at] = run.attend(own, parts, c.scale, c.attention_softcap).flatten(1)
         return output

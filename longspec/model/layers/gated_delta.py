@@ -7,12 +7,12 @@ value dim] at the parent p of position i, a decay a, a strength b in 0..1, and q
     S_i = a_i S_p + k_i u_i^T              o_i = S_i^T q_i
 
 A position stages k, u, the sum d of log a since its block's start, and the convolution's input: S_i is a sum over the
-block's rows on its path (`longspec.cache.recurrent`), so that S_p is never made. `chunked` solves for the u of all rows of
-a block at once, a tree's too: its ancestors are the triangle's mask. `recurrence` is the definition above, row by row. It
-is the chunked form's test, and what `--strict` runs: its sums don't depend on what else is in the pass.
+block's rows on its path (`longspec.cache.recurrent`), so that S_p is never made. `chunked` solves for the u of all rows
+of a block at once, a tree's too: its ancestors are the triangle's mask. `recurrence` is the definition above, row by
+row. It is the chunked form's test, and what `--strict` runs: its sums don't depend on what else is in the pass.
 
-Shapes: n rows, H value heads, K key heads, D their dimensions. All in fp32 but the sums d, which reach -1000 in a block:
-their differences would lose four digits.
+Shapes: n rows, H value heads, K key heads, D their dimensions. All in fp32 but the sums d, which reach -1000 in a
+block: their differences would lose four digits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor
 from longspec.cache.layout import Branch
 from longspec.cache.recurrent import History
 from longspec.cache.stage import RowSpec, StateSpec
-from longspec.model.config import Config, Delta
+from longspec.model.config import Config
+from longspec.model.hybrids import Delta
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
 from longspec.model.rows import Pass, Span
@@ -84,8 +85,10 @@ class GatedDelta:
     @classmethod
     def read(cls, reader: Reader, layer: int, place: int) -> GatedDelta:
         c, d, at = reader.config, _delta(reader.config), f"layers.{layer}.linear_attn"
-        names = ("in_proj_ba", "in_proj_qkvz") if d.by_key_head else ("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z")
-        size = 2 * d.value_heads + d.channels + d.value_heads * d.value_dim
+        names = (
+            ("in_proj_ba", "in_proj_qkvz") if d.by_key_head else ("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z")
+        )
+        size = 2 * d.value_heads + d.channels + d.values
         return cls(
             d,
             place,
@@ -95,9 +98,15 @@ class GatedDelta:
             decay=-reader.exact(f"{at}.A_log", (d.value_heads,)).exp(),
             decay_bias=reader.exact(f"{at}.dt_bias", (d.value_heads,)),
             norm=Norm(reader.exact(f"{at}.norm.weight", (d.value_dim,)), c.eps),
-            output=reader.linear([f"{at}.out_proj"], c.width, d.value_heads * d.value_dim),
+            output=reader.linear([f"{at}.out_proj"], c.width, d.values),
             strict=reader.strict,
         )
+
+    @classmethod
+    def workspace(cls, config: Config, rows: int) -> int:
+        """Bytes of a pass's temporary tensors."""
+        d = _delta(config)
+        return rows * 4 * (5 * d.channels + 8 * d.value_heads * max(d.key_dim, d.value_dim))
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -119,25 +128,25 @@ class GatedDelta:
         """Of the product of the inputs: decay and strength [r, H] as they are made, q k v [r, channels], the gate."""
         d = self.delta
         if not d.by_key_head:
-            alpha, beta, qkv, gate = made.split([d.value_heads, d.value_heads, d.channels, d.value_heads * d.value_dim], -1)
+            alpha, beta, qkv, gate = torch.split(made, [d.value_heads, d.value_heads, d.channels, d.values], -1)
             return alpha, beta, qkv, gate
         # Qwen3-Next: one key head's rows stand together, those of its value heads too.
         each = d.value_heads // d.key_heads
         first, rest = made.tensor_split((2 * d.value_heads,), -1)
-        beta, alpha = (half.flatten(1) for half in first.unflatten(1, (d.key_heads, 2, each)).unbind(2))
+        beta, alpha = (half.flatten(1) for half in first.view(-1, d.key_heads, 2, each).unbind(2))
         sizes = [d.key_dim, d.key_dim, each * d.value_dim, each * d.value_dim]
-        *qkv, gate = (part.flatten(1) for part in rest.unflatten(1, (d.key_heads, -1)).split(sizes, -1))
-        return alpha, beta, torch.cat(qkv, -1), gate
+        grouped = torch.split(rest.reshape(len(made), d.key_heads, -1), sizes, -1)
+        queries, keys, values, gate = (part.flatten(1) for part in grouped)
+        return alpha, beta, torch.cat((queries, keys, values), -1), gate
 
     def _read(self, span: Span, x: Tensor, decays: Tensor, strengths: Tensor) -> Tensor:
         """Stage a sequence's rows, and give what they read [n, H, D]."""
         d, states = self.delta, span.stage.states
         history: History = states.history(self.place, span.staged, x=x[:, None])
         mixed = F.silu(convolved(history, self.convolution))
-        sizes = [d.key_heads * d.key_dim, d.key_heads * d.key_dim, d.value_heads * d.value_dim]
-        queries, keys, values = (part.unflatten(1, (-1, dim)) for part, dim in zip(
-            mixed.split(sizes, -1), (d.key_dim, d.key_dim, d.value_dim), strict=True
-        ))  # fmt: skip
+        parts = torch.split(mixed, [d.keys, d.keys, d.values], -1)
+        queries, keys = (part.view(len(x), d.key_heads, d.key_dim) for part in parts[:2])
+        values = parts[2].view(len(x), d.value_heads, d.value_dim)
         keys = _unit(keys)
         history.add("k", keys)
         queries = (_unit(queries) * d.key_dim**-0.5)[:, self.key_of]

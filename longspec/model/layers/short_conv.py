@@ -52,6 +52,11 @@ class ShortConv:
             output=reader.linear([f"{at}.out_proj"], c.width, c.width),
         )
 
+    @classmethod
+    def workspace(cls, config: Config, rows: int) -> int:
+        """Bytes of a pass's temporary tensors."""
+        return rows * 4 * 7 * config.width
+
     @property
     def weights(self) -> tuple[Any, ...]:
         return self.inputs, self.convolution, self.bias, self.output
