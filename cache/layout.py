@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import StateSpec
+from longspec.cache.shape import StateSpec
 from longspec.cache.tree import Tree
 
 __all__ = ["Branch", "Layout"]
@@ -33,6 +33,13 @@ class Branch:
     new: Index  # of the pass
     parents: tuple[int, ...]  # of known and new rows, within these; -1 is the block's start
     known_count: int
+    earlier: int  # rows of the history before the pass's own
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Known and new rows in the history, their parents among these, and the new rows in the pass, each int64."""
+        new = _numbers(self.new)
+        return torch.cat((_numbers(self.known), new + self.earlier)), torch.tensor(self.parents), new
 
     @cached_property
     def mask(self) -> Tensor:
@@ -82,7 +89,7 @@ class Layout:
         own: dict[int, list[int]] = {}
         for row in range(rows.start, rows.stop):
             own.setdefault(borders[row], []).append(row)
-        branches = []
+        branches, earlier = [], text + rows.start - first
         for border, new in own.items():
             known = [row for row in range(first, rows.start) if borders[row] == border]
             held = text if border < 0 else 0
@@ -93,7 +100,7 @@ class Layout:
                 parents.append(-1 if parent == border and border >= 0 else held - 1 if parent < 0 else place[parent])
             indices = [*range(held), *(text + row - first for row in known)]
             at = _index([row - rows.start for row in new])
-            branches.append(Branch(border, _index(indices), at, tuple(parents), len(indices)))
+            branches.append(Branch(border, _index(indices), at, tuple(parents), len(indices), earlier))
         window = None if tree.is_chain else _window(tree, rows, first, text, spec.tail)
         return cls(first, text, rows.stop - rows.start, rows.stop, tuple(branches), window, tree, borders)
 
@@ -124,3 +131,7 @@ def _index(rows: Sequence[int]) -> Index:
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows)
+
+
+def _numbers(rows: Index) -> Tensor:
+    return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows

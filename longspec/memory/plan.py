@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
-from longspec.cache.recurrent import StateStage
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache, Room, Shape
+from longspec.cache.state_stage import StateStage
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse

@@ -196,7 +196,7 @@ class Decoder:
             hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
         run, fused = Pass(rows, turns, self._texts(rows), self._attend), self._fused
-        if fused is not None and run.by_kernel:
+        if fused is not None and run.by_kernel and not self.config.mixers:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, run, parts)
         for i in range(first, last):
@@ -212,7 +212,7 @@ class Decoder:
         """Whether a token position's bits depend on its own path alone: with the C kernels, and under --strict.
         torch's operators round differently for different shapes of a pass.
         """
-        return self.strict or self._fused is not None
+        return self.strict or (self._fused is not None and not self.config.mixers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [r, V] of hidden states [r, width]: in the model's dtype, or the C kernel's fp32 sums."""

@@ -28,8 +28,6 @@ _MIXERS = {
 }
 """By family: the kinds of its layers in config.json's `layer_types`, and their names in MIXERS."""
 
-_MOST_DIM = 1 << 16  # bounds a state
-
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -59,6 +57,11 @@ class Delta:
         return self.value_heads * self.value_dim
 
     @property
+    def inputs(self) -> int:
+        """Outputs of the first product: decay and strength, queries, keys and values, and the gate."""
+        return 2 * self.value_heads + self.channels + self.values
+
+    @property
     def key_of(self) -> tuple[int, ...]:
         """Each value head's key head."""
         each = self.value_heads // self.key_heads
@@ -83,17 +86,12 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
         return {}
     fields: dict[str, Any] = {"mixers": _mixers(family, raw, layers)}
     if family == "lfm2":
-        return {**fields, "convolution": _sizes(raw, conv_L_cache=3)[0]}
+        return {**fields, "convolution": raw.get("conv_L_cache") or 3}
     if family == "qwen3_next":
         _refuse_experts(raw, layers)
-    keys, heads, key_dim, value_dim, width = _sizes(
-        raw,
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        linear_conv_kernel_dim=4,
-    )
+    names = {"key_head_dim": 128, "value_head_dim": 128, "conv_kernel_dim": 4}
+    keys, heads = raw.get("linear_num_key_heads") or 16, raw.get("linear_num_value_heads") or 32
+    key_dim, value_dim, width = (raw.get(f"linear_{name}") or default for name, default in names.items())
     if heads % keys:
         raise ModelError(f"config.json says {heads} value heads of linear attention over {keys} key heads.")
     delta = Delta(
@@ -109,11 +107,8 @@ def _mixers(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, ...]
         full = raw.get("full_attn_idxs") or range(layers)
         types = ["full_attention" if i in full else "conv" for i in range(layers)]
     elif types is None:
-        every = int(raw.get("full_attention_interval") or 4)
+        every = raw.get("full_attention_interval") or 4
         types = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        seen = len(types) if isinstance(types, list) else repr(types)
-        raise ModelError(f"config.json names layer_types for {seen} layers, and num_hidden_layers is {layers}.")
     known = _MIXERS[family]
     for i, kind in enumerate(types):
         if kind not in known:
@@ -123,17 +118,8 @@ def _mixers(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, ...]
     return tuple(known[kind] for kind in types)
 
 
-def _sizes(raw: Mapping[str, Any], **defaults: int) -> tuple[int, ...]:
-    """Positive numbers of the config, with the defaults of transformers' config class."""
-    sizes = {name: int(raw.get(name) or default) for name, default in defaults.items()}
-    for name, size in sizes.items():
-        if not 1 <= size <= _MOST_DIM:
-            raise ModelError(f"config.json says {size} in {name}, where a size was expected.")
-    return tuple(sizes.values())
-
-
 def _refuse_experts(raw: Mapping[str, Any], layers: int) -> None:
-    dense, step = raw.get("mlp_only_layers") or [], int(raw.get("decoder_sparse_step") or 1)
+    dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step") or 1
     if raw.get("num_experts", 512) and any(i not in dense and (i + 1) % step == 0 for i in range(layers)):
         raise ModelError("This qwen3_next is a mixture of experts, which is not supported; longspec runs dense models.")
 

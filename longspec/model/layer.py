@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longspec.cache.stage import Shape, StateSpec
+from longspec.cache.shape import Shape, StateSpec
 from longspec.model.config import Config
 from longspec.model.layers import MIXERS, MLPS
 from longspec.model.layers.norm import Norm

@@ -46,7 +46,7 @@ _NORMS = ("before_mixer", "after_mixer", "before_mlp", "after_mlp", "query_norm"
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, Matrix) for name in ("inputs", "output", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in _NORMS),
         *((name, ctypes.c_int64) for name in ("norms_all_heads", "heads", "key_heads", "head_dim", "activation")),
         ("eps", ctypes.c_float),
@@ -76,11 +76,12 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     c = config
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
-    if c.mixers:
-        return f"it doesn't know the layers of {c.family}"
     if c.activation not in _ACTIVATIONS:
         return f"it doesn't know the activation {c.activation} of {c.family}"
-    if any(size % _UNIT for size in (c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim)):
+    sizes = [c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim]
+    if c.delta is not None:
+        sizes += [c.delta.inputs, c.delta.values]
+    if any(size % _UNIT for size in sizes):
         return f"a width isn't a multiple of {_UNIT}"
     if c.vocabulary % _UNIT:
         return f"the vocabulary isn't a multiple of {_UNIT}"
@@ -107,7 +108,7 @@ class Fused:
         )
         self._head, self._norm = matrix_of(head), self._norm_of(norm, config.width)
         self._held = (layers, head)
-        self._workspace_nbytes = found.layer_workspace(self._pointers[0], config.width)
+        self._workspace_nbytes = max(found.layer_workspace(pointer, config.width) for pointer in self._pointers)
 
     @property
     def linear(self) -> int | None:
@@ -150,13 +151,24 @@ class Fused:
         return hidden
 
     def layer(self, index: int, hidden: Tensor, run: Pass, mixer: Any, *, mlp: bool) -> Tensor:
-        """Hidden states [r, width] after a layer, whose attention reads a cache that the kernel doesn't. mixer None
-        skips the attention, mlp False the MLP.
+        """Hidden states [r, width] after a layer, whose attention reads a cache that the kernel doesn't, or whose mixer
+        it doesn't know. mixer None skips the mixer, mlp False the MLP.
         """
         read = None
-        if mixer is not None:
+        if mixer is not None and self._config.mixers:
+            read = mixer.mix(self._inputs(index, hidden), run)
+        elif mixer is not None:
             read = mixer.read_cache(self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None), run)
         return self.finish(index, read, hidden, mlp=mlp)
+
+    def _inputs(self, index: int, hidden: Tensor) -> Tensor:
+        """The product of a mixer's inputs [r, size] of normed hidden [r, width]."""
+        layer, rows, hidden = self._layers[index], len(hidden), hidden.contiguous()
+        made = hidden.new_empty(rows, layer.inputs.size)
+        at = pointer(hidden, torch.bfloat16, rows, self._config.width)
+        matrix, norm = ctypes.addressof(layer) + _Layer.inputs.offset, layer.before_mixer
+        self._kernel.linear(matrix, norm, self._config.eps, at, rows, made.data_ptr(), None, self.workspace(), *team())
+        return made
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D] of hidden [r, width], with norms and rotation
@@ -203,11 +215,11 @@ class Fused:
         all_heads = c.query_norm == "width"
         mixer, mlp = layer.mixer, layer.mlp
         norms = [layer.before_mixer, layer.after_mixer, layer.before_mlp, layer.after_mlp]
-        norms += [mixer.query_norm, mixer.key_norm]
+        norms += [None, None] if c.mixers else [mixer.query_norm, mixer.key_norm]
         queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
         widths = (c.width, c.width, c.width, c.width, queries, keys)
         return _Layer(
-            *(matrix_of(linear) for linear in (mixer.qkv, mixer.output, mlp.gate_up, mlp.down)),
+            *(matrix_of(linear) for linear in (mixer.inputs, mixer.output, mlp.gate_up, mlp.down)),
             *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
             all_heads,
             c.heads,

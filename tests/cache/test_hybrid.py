@@ -18,7 +18,7 @@ from longspec.cache import BLOCK, CACHES
 from longspec.cache.recurrent import States
 from longspec.cache.snapshot import Snapshot, save
 from longspec.model.decoder import Decoder
-from longspec.model.layers import gated_delta
+from longspec.model.layers import delta_rule
 
 TOLERANCE = 1e-4
 FAMILIES = ["qwen3_5-wide", "lfm2"]
@@ -147,14 +147,24 @@ def test_strictly_a_row_has_the_same_bits_in_every_pass(family: str, tmp_path: P
     assert torch.equal(torch.cat(logits), whole)
 
 
-def test_the_chunked_form_is_the_recurrence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["chunked", "recurrence"])
+def test_the_forms_give_the_same(tmp_path: Path, form: str) -> None:
+    """A tree over a block's border; the layers take the kernel where it is there."""
     with torch.inference_mode():
         model = load(write(oracle("qwen3_5-wide"), tmp_path))
         cache = filled(model, CACHES["dense"], 50)
-        parents = [-1, 0, 1, 1, 2, 3, 4, 4, -1, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-        solved = feed(model, cache, TOKENS[50:70], parents)[1]
-        monkeypatch.setattr(gated_delta, "chunked", gated_delta.recurrence)
-        assert same(solved, feed(model, cache, TOKENS[50:70], parents)[1])
+        parents = [*range(-1, 11), 3, 3, 12, 13, 11, 16, 17, 11]
+        stage, logits = feed(model, cache, TOKENS[50:70], parents)
+        cache.commit(stage, range(12))
+        later = continuation(model, cache)
+        for layer in model._layers:
+            if hasattr(layer.mixer, "form"):
+                object.__setattr__(layer.mixer, "form", getattr(delta_rule, form))
+        cache = filled(model, CACHES["dense"], 50)
+        stage, others = feed(model, cache, TOKENS[50:70], parents)
+        assert same(logits, others)
+        cache.commit(stage, range(12))
+        assert same(later, continuation(model, cache))
 
 
 def test_a_stop_string_far_behind_and_a_chat_turn_equal_a_fresh_text(tmp_path: Path) -> None:
@@ -169,3 +179,26 @@ def test_a_stop_string_far_behind_and_a_chat_turn_equal_a_fresh_text(tmp_path: P
     after = finish(made, [made.open(later, raw=True, max_new_tokens=40, after=first)])
     fresh = finish(engine(model), [engine(model).open(later, raw=True, max_new_tokens=40)])
     assert after == fresh
+
+
+@pytest.mark.parametrize("coded", [None, "Q8_0"])
+def test_products_by_the_c_kernels_give_what_torch_gives(tmp_path: Path, coded: str | None) -> None:
+    """In bf16 rounding is 1/256; the kernels' own tests hold them to their definition."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32}
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 16}
+    model = oracle("qwen3_5", **sizes, **heads)
+    folder = write(model, tmp_path)
+    made = load(folder, torch.bfloat16, coded=coded)
+    if made.kernel is None:
+        pytest.skip(f"the kernels can't be had: {made.slow}")
+    with torch.inference_mode():
+        cache, exact = CACHES["dense"](made.shape), model(torch.tensor([TOKENS[:150]])).logits[0]
+        logits = torch.cat([commit(made, cache, TOKENS[a:b]) for a, b in ((0, 100), (100, 101), (101, 150))])
+        assert (logits - exact).norm() < 0.05 * exact.norm()
+        parents = [-1, 0, 0, 1, 2, -1, 5]
+        stage, tree = feed(made, cache, TOKENS[150:157], parents)
+        cache.commit(stage, [0, 2, 4])
+        path = [*TOKENS[:150], TOKENS[150], TOKENS[152], TOKENS[154]]
+        exact = model(torch.tensor([path])).logits[0, 150:]
+        assert (tree[[0, 2, 4]] - exact).norm() < 0.05 * exact.norm()
+    assert not made.is_exact

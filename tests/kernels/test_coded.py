@@ -263,7 +263,7 @@ def test_any_checkpoint_can_be_quantized(folder: Path, kind: str, bits: float) -
 
 def _pieces(made: Decoder) -> Iterator[Piece]:
     for layer in made._layers:
-        for linear in (layer.mixer.qkv, layer.mixer.output, layer.mlp.gate_up, layer.mlp.down):
+        for linear in (layer.mixer.inputs, layer.mixer.output, layer.mlp.gate_up, layer.mlp.down):
             yield from linear.pieces
     yield from made._head.pieces
 

@@ -47,7 +47,7 @@ _DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
+    "linear_value_head_dim": 16,
 }
 _WINDOW = {"sliding_window": 24}
 
@@ -85,9 +85,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", {**_DELTA, "head_dim": 16}),
     "qwen3_5-wide": (
         "Qwen3_5",
-        {**_DELTA, "layer_types": None, "linear_num_value_heads": 6, "head_dim": 32, "tie_word_embeddings": True},
+        {
+            **_DELTA,
+            "layer_types": None,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 32,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        },
     ),
-    "qwen3_next": ("Qwen3Next", {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "num_experts": 0}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "linear_value_head_dim": 8, "num_experts": 0},
+    ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16}),
 }
 

@@ -202,7 +202,7 @@ class Graphs:
         for i, (layer, rotation) in enumerate(zip(self._layers, self._rotations, strict=True)):
             turn = None if rotation is None else turns[id(rotation)]
             x = layer.mixer.output(
-                self._attention(i, self._normed_heads(layer.mixer, layer.mixer.qkv(x)), turn, inputs)
+                self._attention(i, self._normed_heads(layer.mixer, layer.mixer.inputs(x)), turn, inputs)
             )
             if layer.after_mixer:
                 _, x = self._added(x, None, layer.after_mixer)

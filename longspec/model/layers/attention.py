@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from longspec.attention.native_batch import reads
-from longspec.cache.stage import RowSpec
+from longspec.cache.shape import RowSpec
 from longspec.model.config import Config, Rope
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
+from longspec.model.layers.steady import steady
 from longspec.model.rope import rotate
 from longspec.model.rows import Pass
 
@@ -33,10 +34,11 @@ class Attention:
     config: Config
     place: int  # among the layers of the cache
     rope: Rope | None
-    qkv: Any  # Linear or CodedLinear
+    inputs: Any  # Linear or CodedLinear
     query_norm: Norm | None
     key_norm: Norm | None
     output: Any
+    strict: bool
 
     @classmethod
     def rows(cls, config: Config, dtype: torch.dtype) -> tuple[RowSpec, ...]:
@@ -54,10 +56,11 @@ class Attention:
             c,
             place,
             c.ropes[layer],
-            qkv=reader.linear([f"{at}.{name}" for name in names], q * (1 + c.output_gate) + 2 * kv, c.width),
+            inputs=reader.linear([f"{at}.{name}" for name in names], q * (1 + c.output_gate) + 2 * kv, c.width),
             query_norm=reader.norm(f"{at}.q_norm", queries) if queries else None,
             key_norm=reader.norm(f"{at}.k_norm", keys) if keys else None,
             output=reader.linear([f"{at}.o_proj"], c.width, q),
+            strict=reader.strict,
         )
 
     @classmethod
@@ -67,13 +70,19 @@ class Attention:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        return self.qkv, self.query_norm, self.key_norm, self.output
+        return self.inputs, self.query_norm, self.key_norm, self.output
 
     def __call__(self, x: Tensor, run: Pass) -> Tensor:
-        made, gate = self.project(self.qkv(x), run.turns[self.rope] if self.rope else None)
-        read = self.read_cache(made, run)
-        left: Tensor = self.output(read if gate is None else read * gate.sigmoid())
+        left: Tensor = self.output(self.mix(self.inputs(x), run))
         return left
+
+    def mix(self, made: Tensor, run: Pass) -> Tensor:
+        """What is between the two products: attention's output [r, H * D], gated, of the inputs `made`."""
+        made, gate = self.project(made, run.turns[self.rope] if self.rope else None)
+        read = self.read_cache(made, run)
+        if gate is None:
+            return read
+        return read * steady(torch.sigmoid, gate.contiguous(), strict=self.strict).to(read.dtype)
 
     def project(self, made: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values [r, (H + 2 K) * D] of the product `made`, with head norms and rotation applied, and

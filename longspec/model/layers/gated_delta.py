@@ -7,46 +7,32 @@ value dim] at the parent p of position i, a decay a, a strength b in 0..1, and q
     S_i = a_i S_p + k_i u_i^T              o_i = S_i^T q_i
 
 A position stages k, u, the sum d of log a since its block's start, and the convolution's input: S_i is a sum over the
-block's rows on its path (`longspec.cache.recurrent`), so that S_p is never made. `chunked` solves for the u of all rows
-of a block at once, a tree's too: its ancestors are the triangle's mask. `recurrence` is the definition above, row by
-row. It is the chunked form's test, and what `--strict` runs: its sums don't depend on what else is in the pass.
+block's rows on its path (`longspec.cache.recurrent`), so that S_p is never made (`delta_rule`; by C `delta_native`).
 
-Shapes: n rows, H value heads, K key heads, D their dimensions. All in fp32 but the sums d, which reach -1000 in a
-block: their differences would lose four digits.
+Shapes: n rows, H value heads, K key heads, D their dimensions. All in fp32 but the sums d.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.cache.layout import Branch
-from longspec.cache.recurrent import History
-from longspec.cache.stage import RowSpec, StateSpec
+from longspec.cache.shape import RowSpec, StateSpec
+from longspec.cache.state_stage import History
 from longspec.model.config import Config
 from longspec.model.hybrids import Delta
+from longspec.model.layers.delta_native import missing, read_by_kernel
+from longspec.model.layers.delta_rule import Form, Ingredients, chunked, recurrence
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
+from longspec.model.layers.steady import steady
 from longspec.model.rows import Pass, Span
 
-__all__ = ["GatedDelta", "Ingredients", "chunked", "recurrence"]
-
-
-class Ingredients(NamedTuple):
-    """What rows bring: the next to their keys, which are in the history."""
-
-    queries: Tensor  # [n, H, D]
-    keys: Tensor  # [n, H, D]
-    values: Tensor  # [n, H, D]
-    decays: Tensor  # [n, H]: log a
-    strengths: Tensor  # [n, H]: b
-
-    def of(self, rows: slice | Tensor) -> Ingredients:
-        return Ingredients(*(each[rows] for each in self))
+__all__ = ["GatedDelta", "convolved", "form_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +48,7 @@ class GatedDelta:
     decay_bias: Tensor  # [H]
     norm: Norm
     output: Any
+    form: Form
     strict: bool
 
     @classmethod
@@ -88,17 +75,17 @@ class GatedDelta:
         names = (
             ("in_proj_ba", "in_proj_qkvz") if d.by_key_head else ("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z")
         )
-        size = 2 * d.value_heads + d.channels + d.values
         return cls(
             d,
             place,
             reader.numbers(d.key_of),
-            inputs=reader.linear([f"{at}.{name}" for name in names], size, c.width),
+            inputs=reader.linear([f"{at}.{name}" for name in names], d.inputs, c.width),
             convolution=reader.exact(f"{at}.conv1d.weight", (d.channels, 1, d.width))[:, 0],
             decay=-reader.exact(f"{at}.A_log", (d.value_heads,)).exp(),
             decay_bias=reader.exact(f"{at}.dt_bias", (d.value_heads,)),
             norm=Norm(reader.exact(f"{at}.norm.weight", (d.value_dim,)), c.eps),
             output=reader.linear([f"{at}.out_proj"], c.width, d.values),
+            form=form_of(d, reader.device, strict=reader.strict),
             strict=reader.strict,
         )
 
@@ -113,16 +100,20 @@ class GatedDelta:
         return self.inputs, self.convolution, self.decay, self.decay_bias, self.norm, self.output
 
     def __call__(self, x: Tensor, run: Pass) -> Tensor:
+        left: Tensor = self.output(self.mix(self.inputs(x), run))
+        return left
+
+    def mix(self, made: Tensor, run: Pass) -> Tensor:
+        """What is between the two products: the gated and normed reading [r, values], of the inputs `made`."""
         d = self.delta
-        alpha, beta, qkv, gate = self._split(self.inputs(x))
-        decays = self.decay * F.softplus(alpha.float().contiguous() + self.decay_bias)
-        strengths = beta.float().contiguous().sigmoid()
-        read = torch.empty(len(x), d.value_heads, d.value_dim, device=x.device)
+        alpha, beta, qkv, gate = self._split(made)
+        decays = self.decay * steady(F.softplus, alpha.float() + self.decay_bias, strict=self.strict)
+        strengths = steady(torch.sigmoid, beta.contiguous(), strict=self.strict)
+        read = torch.empty(len(made), d.value_heads, d.value_dim, device=made.device)
         for span in run.rows.spans:
             read[span.at] = self._read(span, qkv[span.at], decays[span.at], strengths[span.at])
-        gated = self.norm(read) * F.silu(gate.float()).view_as(read)
-        left: Tensor = self.output(gated.to(x.dtype).flatten(1))
-        return left
+        gated = self.norm(read) * steady(F.silu, gate.contiguous(), strict=self.strict).view_as(read)
+        return gated.to(made.dtype).flatten(1)
 
     def _split(self, made: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the product of the inputs: decay and strength [r, H] as they are made, q k v [r, channels], the gate."""
@@ -143,20 +134,25 @@ class GatedDelta:
         """Stage a sequence's rows, and give what they read [n, H, D]."""
         d, states = self.delta, span.stage.states
         history: History = states.history(self.place, span.staged, x=x[:, None])
-        mixed = F.silu(convolved(history, self.convolution))
+        mixed = steady(F.silu, convolved(history, self.convolution), strict=self.strict)
         parts = torch.split(mixed, [d.keys, d.keys, d.values], -1)
         queries, keys = (part.view(len(x), d.key_heads, d.key_dim) for part in parts[:2])
         values = parts[2].view(len(x), d.value_heads, d.value_dim)
         keys = _unit(keys)
         history.add("k", keys)
-        queries = (_unit(queries) * d.key_dim**-0.5)[:, self.key_of]
-        all_rows = Ingredients(queries, keys[:, self.key_of], values, decays, strengths)
-        read = torch.empty_like(values)
+        rows = Ingredients(_unit(queries) * d.key_dim**-0.5, keys, values.contiguous(), decays, strengths)
+        read = torch.empty_like(rows.values)
         for branch in history.branches:
-            form = recurrence if self.strict else chunked
-            read[branch.new] = form(history, branch, all_rows.of(branch.new), self.key_of)
+            self.form(history, branch, rows, read, self.key_of)
         states.put(history)
         return read
+
+
+def form_of(delta: Delta, device: torch.device, *, strict: bool) -> Form:
+    """How such layers are computed on a device: by C where it can be had, else by torch."""
+    if missing(delta, device) is None:
+        return read_by_kernel
+    return recurrence if strict else chunked
 
 
 def _delta(config: Config) -> Delta:
@@ -176,50 +172,3 @@ def convolved(history: History, weight: Tensor) -> Tensor:
     for i, inputs in enumerate(rest, 1):
         total = total + inputs.float() * weight[:, i]
     return total
-
-
-def chunked(history: History, branch: Branch, rows: Ingredients, key_of: Tensor) -> Tensor:
-    """What a branch's rows read [n, H, D], by one triangular solve; keeps their u and decay in the history."""
-    state, mask = history.state(branch), branch.mask.to(rows.queries.device)
-    known, held = branch.known, history.rows
-    count = branch.known_count
-    queries, keys, values = (each.transpose(0, 1) for each in rows[:3])  # [H, n, D]
-    k = torch.cat((held["k"][known][:, key_of], rows.keys)).transpose(0, 1)
-    before = held["decay"][known][..., 0]  # [known, H]
-    sums = mask[:, count:].double() @ rows.decays.double()
-    if count:
-        root = branch.roots.to(mask.device)
-        sums = sums + torch.where(root[:, None] < 0, 0.0, before[root.clamp(min=0)])
-    gaps = sums.T[:, :, None] - torch.cat((before, sums)).T[:, None]  # [H, n, known + n]
-    weights = gaps.masked_fill(~mask, float("-inf")).float().exp()
-    by_keys = (keys @ k.transpose(1, 2)) * weights
-    faded, strength = sums.T[..., None].float().exp(), rows.strengths.T[..., None]
-    u = held["u"][known].transpose(0, 1)
-    wanted = strength * (values - faded * (keys @ state) - by_keys[..., :count] @ u)
-    if len(rows.queries) > 1:
-        triangle = strength * by_keys[..., count:]
-        wanted = torch.linalg.solve_triangular(triangle, wanted, upper=False, unitriangular=True)
-    history.keep(branch, u=wanted.transpose(0, 1), decay=sums[..., None])
-    read = faded * (queries @ state) + ((queries @ k.transpose(1, 2)) * weights) @ torch.cat((u, wanted), 1)
-    return read.transpose(0, 1)
-
-
-def recurrence(history: History, branch: Branch, rows: Ingredients, key_of: Tensor) -> Tensor:
-    """The same by the definition: each row's state from its parent's, one row after the other."""
-    held, known = history.rows, branch.known
-    keys, written, sums = held["k"][known][:, key_of], held["u"][known], held["decay"][known][..., 0]
-    states, decays = {-1: history.state(branch)}, {-1: torch.zeros_like(rows.decays[0].double())}
-    read, u, decay = (torch.empty_like(each) for each in (rows.values, rows.values, rows.decays.double()))
-    for row, parent in enumerate(branch.parents):
-        i = row - branch.known_count
-        decays[row] = sums[row] if i < 0 else decays[parent] + rows.decays[i]
-        faded = states[parent] * (decays[row] - decays[parent]).float().exp()[:, None, None]
-        key = keys[row] if i < 0 else rows.keys[i]
-        if i >= 0:
-            u[i] = rows.strengths[i, :, None] * (rows.values[i] - (key[:, None] @ faded)[:, 0])
-            decay[i] = decays[row]
-        states[row] = faded + key[:, :, None] * (written[row] if i < 0 else u[i])[:, None]
-        if i >= 0:
-            read[i] = (rows.queries[i][:, None] @ states[row])[:, 0]
-    history.keep(branch, u=u, decay=decay[..., None])
-    return read

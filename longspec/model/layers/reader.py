@@ -49,7 +49,7 @@ class Reader:
         """tile: rows of `Linear`'s tiles. coded: the format of matrices that the file doesn't hold in codes of its
         own; None for dense ones.
         """
-        self.config, self._weights, self._device, self._tile, self._coded = config, weights, device, tile, coded
+        self.config, self._weights, self.device, self._tile, self._coded = config, weights, device, tile, coded
         self.nbytes = 0
         prefixes = ("model.", "", "language_model.model.", "model.language_model.")
         found = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in weights]
@@ -108,10 +108,10 @@ class Reader:
         tensor = self._weights.exact(stored)
         self._check([stored], tuple(tensor.shape), shape)
         self.nbytes += tensor.nbytes
-        return tensor.to(self._device)
+        return tensor.to(self.device)
 
     def numbers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=self._device)
+        return torch.tensor(values, device=self.device)
 
     def has(self, name: str) -> bool:
         return self._stored(name) in self._weights
@@ -135,7 +135,7 @@ class Reader:
         tensor = self._weights.joined(names)
         self._check(names, tuple(tensor.shape), shape)
         self.nbytes += tensor.nbytes
-        return tensor.to(self._device)
+        return tensor.to(self.device)
 
     def _check(self, names: Sequence[str], seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if seen != wanted:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import RowSpec, StateSpec
+from longspec.cache.shape import RowSpec, StateSpec
 from longspec.model.config import Config
 from longspec.model.layers.gated_delta import convolved
 from longspec.model.layers.reader import Reader
@@ -62,7 +62,12 @@ class ShortConv:
         return self.inputs, self.convolution, self.bias, self.output
 
     def __call__(self, x: Tensor, run: Pass) -> Tensor:
-        before, after, x = self.inputs(x).chunk(3, -1)
+        left: Tensor = self.output(self.mix(self.inputs(x), run))
+        return left
+
+    def mix(self, made: Tensor, run: Pass) -> Tensor:
+        """What is between the two products [r, width], of the inputs `made`."""
+        before, after, x = made.chunk(3, -1)
         x = before * x
         mixed = torch.empty(x.shape, device=x.device)
         for span in run.rows.spans:
@@ -72,5 +77,4 @@ class ShortConv:
             states.put(history)
         if self.bias is not None:
             mixed = mixed + self.bias
-        left: Tensor = self.output(after * mixed.to(x.dtype))
-        return left
+        return after * mixed.to(x.dtype)
