@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny
 from support.passes import TOKENS, continuation, feed, filled
@@ -17,6 +19,7 @@ from torch import Tensor
 from longspec.cache import BLOCK, CACHES
 from longspec.cache.recurrent import States
 from longspec.cache.snapshot import Snapshot, save
+from longspec.errors import ModelError
 from longspec.model.decoder import Decoder
 from longspec.model.layers import delta_rule
 
@@ -202,3 +205,46 @@ def test_products_by_the_c_kernels_give_what_torch_gives(tmp_path: Path, coded: 
         exact = model(torch.tensor([path])).logits[0, 150:]
         assert (tree[[0, 2, 4]] - exact).norm() < 0.05 * exact.norm()
     assert not made.is_exact
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["full_attention"] * 3}, "other layers than its 4"),
+        (
+            {"layer_types": ["conv"] * 4},
+            "Layer 0 is of the type 'conv'; the layers of qwen3_5_text are linear_attention",
+        ),
+        ({"layer_types": ["linear_attention"] * 4}, "No layer of this qwen3_5_text is full_attention"),
+        ({"linear_num_value_heads": 3}, "3 value heads of linear attention over 2 key heads"),
+        ({"linear_key_head_dim": "wide"}, "linear_key_head_dim"),
+        ({"linear_key_head_dim": 32}, "its config.json"),
+        ({"model_type": "qwen3_next"}, "a mixture of experts"),
+    ],
+)
+def test_a_config_whose_layers_do_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = write(oracle("qwen3_5"), tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    with pytest.raises(ModelError, match=said):
+        load(folder)
+
+
+def test_a_checkpoint_with_pictures_is_read_for_its_text(tmp_path: Path) -> None:
+    """Its tensors lie elsewhere, and those of pictures and of a drafting head are passed over."""
+    folder = write(oracle("qwen3_5"), tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "qwen3_5", "text_config": raw, "vision_config": {}, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(outer))
+    held = load_file(folder / "model.safetensors")
+    plain = load(write(oracle("qwen3_5"), tmp_path / "plain"))
+    moved = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in held.items()}
+    moved |= {"model.visual.patch_embed.proj.weight": torch.ones(4), "mtp.norm.weight": torch.ones(48)}
+    save_file(moved, folder / "model.safetensors")
+    with torch.inference_mode():
+        made = [feed(each, CACHES["dense"](each.shape), TOKENS[:20])[1] for each in (load(folder), plain)]
+    assert torch.equal(*made)
+    del moved["model.language_model.layers.1.linear_attn.A_log"]
+    save_file(moved, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.linear_attn\.A_log is missing"):
+        load(folder)
