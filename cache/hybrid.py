@@ -35,7 +35,7 @@ class Hybrid(Cache):
         return HybridStage(self)
 
     def commit(self, stage: HybridStage, rows: Sequence[int]) -> None:
-        stage.states.check_complete(rows)
+        self.states.check(stage.states, rows)
         self.rows.commit(stage.rows, rows)
         self.states.commit(stage.states, rows)
 

@@ -59,7 +59,7 @@ class States:
 
     def commit(self, stage: StateStage, rows: Sequence[int]) -> None:
         """Make these staged rows text; each must have been put in all layers."""
-        stage.check_complete(rows)
+        self.check(stage, rows)
         before, length = self.length, self.length + len(rows)
         start = length // BLOCK * BLOCK
         if start > self.start:
@@ -74,6 +74,12 @@ class States:
             self._fill(stage, rows[first:], before + first - start)
         self.length, self.start = length, start
         self.changes += 1
+
+    def check(self, stage: StateStage, rows: Sequence[int]) -> None:
+        """Raise ValueError unless these staged rows can be made text."""
+        stage.check_complete(rows)
+        start = (self.length + len(rows)) // BLOCK * BLOCK
+        stage.check_held(rows[max(0, start - self.length - self.spec.tail) :])
 
     def mark(self) -> None:
         """Keep what a text needs to be cut back to here, or to the block before: it will be continued again."""

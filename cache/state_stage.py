@@ -126,12 +126,15 @@ class StateStage:
     def rows(self, layer: int, name: str, rows: Sequence[int]) -> Tensor:
         """[n, heads, dim] of staged rows."""
         held, first = self._held[layer][name], self._first[layer]
-        if rows and min(rows) < first:
-            raise ValueError(f"row {min(rows)} of a long chain is gone: at most a block of it can be left out")
         low = rows[0] - first if rows else 0
         if list(rows) == list(range(low + first, low + first + len(rows))):
             return held[low : low + len(rows)]
         return held[torch.tensor([row - first for row in rows], device=held.device)]
+
+    def check_held(self, rows: Sequence[int]) -> None:
+        """Raise ValueError where a row isn't there any more."""
+        if rows and min(rows) < self._first[0]:
+            raise ValueError(f"row {min(rows)} of a long chain is gone: at most a block of it can be left out")
 
     def holds(self, row: int, border: int) -> bool:
         """Whether rows from `row` on are there, and the state behind `border`."""

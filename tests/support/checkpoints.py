@@ -83,17 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {}),
     "qwen3_5": ("Qwen3_5", {**_DELTA, "head_dim": 16}),
-    "qwen3_5-wide": (
-        "Qwen3_5",
-        {
-            **_DELTA,
-            "layer_types": None,
-            "linear_num_value_heads": 6,
-            "linear_key_head_dim": 32,
-            "head_dim": 32,
-            "tie_word_embeddings": True,
-        },
-    ),
+    "qwen3_5-wide": ("Qwen3_5", {**_DELTA, "head_dim": 32, "linear_num_value_heads": 6, "tie_word_embeddings": True}),
     "qwen3_next": (
         "Qwen3Next",
         {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "linear_value_head_dim": 8, "num_experts": 0},
