@@ -184,9 +184,9 @@ def test_a_stop_string_far_behind_and_a_chat_turn_equal_a_fresh_text(tmp_path: P
     assert after == fresh
 
 
-@pytest.mark.parametrize("coded", [None, "Q8_0"])
-def test_products_by_the_c_kernels_give_what_torch_gives(tmp_path: Path, coded: str | None) -> None:
-    """In bf16 rounding is 1/256; the kernels' own tests hold them to their definition."""
+@pytest.mark.parametrize(("coded", "most"), [(None, 0.1), ("Q8_0", 0.25)])
+def test_products_by_the_c_kernels_give_what_torch_gives(tmp_path: Path, coded: str | None, most: float) -> None:
+    """Of unlike logits the distance is 1.4. Seen here: .05, which torch's bf16 has too, and .14 with rows in 8 bits."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32}
     heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 16}
     model = oracle("qwen3_5", **sizes, **heads)
@@ -197,13 +197,13 @@ def test_products_by_the_c_kernels_give_what_torch_gives(tmp_path: Path, coded: 
     with torch.inference_mode():
         cache, exact = CACHES["dense"](made.shape), model(torch.tensor([TOKENS[:150]])).logits[0]
         logits = torch.cat([commit(made, cache, TOKENS[a:b]) for a, b in ((0, 100), (100, 101), (101, 150))])
-        assert (logits - exact).norm() < 0.05 * exact.norm()
+        assert (logits - exact).norm() < most * exact.norm()
         parents = [-1, 0, 0, 1, 2, -1, 5]
         stage, tree = feed(made, cache, TOKENS[150:157], parents)
         cache.commit(stage, [0, 2, 4])
         path = [*TOKENS[:150], TOKENS[150], TOKENS[152], TOKENS[154]]
         exact = model(torch.tensor([path])).logits[0, 150:]
-        assert (tree[[0, 2, 4]] - exact).norm() < 0.05 * exact.norm()
+        assert (tree[[0, 2, 4]] - exact).norm() < most * exact.norm()
     assert not made.is_exact
 
 
