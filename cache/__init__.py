@@ -1,4 +1,7 @@
-"""KV caches: one file per kind, over the same blocks of 64 rows. `CACHES` lists them by the name that users write."""
+"""KV caches: one file per kind, over the same blocks of 64 rows. `CACHES` lists them by the name that users write.
+
+A model whose layers aren't all attention has the states of the others beside its rows (`longspec.cache.hybrid`).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from functools import partial
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense
 from longspec.cache.disk import FileStore
+from longspec.cache.hybrid import Hybrid
 from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
 from longspec.cache.stage import BLOCK, Bounds, Cache, Segment, Shape, Stage
 
 __all__ = ["BLOCK", "CACHES", "LOSSLESS", "Bounds", "Cache", "Dense", "Segment", "Shape", "Stage"]
 
-CACHES: dict[str, Callable[[Shape], Cache]] = {
+_ROWS: dict[str, Callable[[Shape], Cache]] = {
     "dense": Dense,
     "int8": partial(Quantized, codec=Codec(8, symmetric=True)),
     "int4": partial(Quantized, codec=Codec(4)),
@@ -25,6 +29,16 @@ CACHES: dict[str, Callable[[Shape], Cache]] = {
     "offload --all-rows": lambda shape: Offload(shape, HostStore(shape), all_rows=True),
     "disk --all-rows": lambda shape: Offload(shape, FileStore(shape), all_rows=True),
 }
+
+
+def _cache(kind: str, shape: Shape) -> Cache:
+    """A cache of this kind for all of a model's layers."""
+    rows = _ROWS[kind](shape)
+    return rows if shape.states is None else Hybrid(shape, rows)
+
+
+CACHES: dict[str, Callable[[Shape], Cache]] = {kind: partial(_cache, kind) for kind in _ROWS}
+"""By the name that users write."""
 
 LOSSLESS = frozenset({"dense", "offload --all-rows", "disk --all-rows"})
 """The kinds that read keys and values as the model computed them. With the others, drafts are verified against the

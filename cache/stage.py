@@ -13,17 +13,16 @@ Letters: q rows that read, n columns of a segment, b blocks, K key heads, D head
 
 from __future__ import annotations
 
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from longspec.cache.shape import Shape
 from longspec.errors import LongspecError
 
 __all__ = ["BLOCK", "Bounds", "Cache", "Codec", "Room", "Segment", "Shape", "Stage", "Take"]
@@ -36,45 +35,6 @@ PIECE_BLOCKS = 16
 
 Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """Gives a tensor of a cache's state by its name, in the shape and dtype that it must have; it lies on the host."""
-
-_MAPPED_NBYTES = 256 << 10
-"""From here on a buffer is mapped: the page that its end wastes is then below one percent of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a cache must know of the model that fills it."""
-
-    key_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]  # per layer: how many positions back a row reads, itself included; None is all
-    dtype: torch.dtype
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a window that holds no row: a kernel's columns would end before they begin."""
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ValueError(f"a row reads at least itself, and a window is {self.windows}")
-
-    @property
-    def layers(self) -> int:
-        return len(self.windows)
-
-    def empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Room on the device, of any values.
-
-        On a CPU large room comes from the system and goes back to it at once. malloc keeps what is freed, and buffers
-        that grow don't fit into what their smaller selves left: 3,000 dense rows held 110 MB more than their own 67.
-        """
-        nbytes = prod(size) * dtype.itemsize
-        if self.device.type != "cpu" or nbytes < _MAPPED_NBYTES:
-            return torch.empty(*size, dtype=dtype, device=self.device)
-        return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(*size)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row's keys and values in all layers, in `dtype`."""
-        return 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
 
 
 class Room(NamedTuple):
@@ -237,6 +197,9 @@ class Stage(ABC):
     length: int
     """Rows of the text before the stage."""
 
+    states: Any = None
+    """The staged rows of layers with a state (`longspec.cache.recurrent.StateStage`); None where there are none."""
+
     by_layer: bool = True
     """Whether runs differ between layers of one window."""
 
@@ -333,6 +296,11 @@ class Cache(ABC):
         growing takes.
 
         It depends on the shape alone: asked of an empty cache, on torch's `meta` device too.
+        """
+
+    def mark(self) -> None:  # noqa: B027 - most caches have nothing to do
+        """The text up to here will be continued more than once: a cache that can't be cut anywhere keeps what it needs
+        to be cut back to about here.
         """
 
     def take_rows(self, other: Any) -> None:

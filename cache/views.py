@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,6 +140,10 @@ class ViewedStage(Stage):
     @property
     def depths(self) -> Sequence[int]:
         return self._stage.depths
+
+    @property
+    def states(self) -> Any:
+        return self._stage.states
 
     @property
     def layers(self) -> int:

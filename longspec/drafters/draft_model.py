@@ -19,11 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longspec.cache.dense import Dense
-from longspec.cache.stage import Cache
+from longspec.cache import CACHES
+from longspec.cache.recurrent import States
+from longspec.cache.stage import Cache, Shape
 from longspec.drafters.common.tree_growth import grow
 from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Rows
+from longspec.model.layer import shape_of
 from longspec.model.load import CODED, DTYPES, Model, open_model
 from longspec.model.weights.footprint import footprint
 from longspec.text.tokenizer import Vocabulary
@@ -77,18 +79,18 @@ class DraftModel(Drafter):
         if draft is None:
             return 0, 0
         if isinstance(draft, Model):
-            return draft.decoder.nbytes, target.tokens * draft.decoder.shape.row_bytes
+            return draft.decoder.nbytes, _cache_bytes(draft.decoder.shape, target.tokens)
         opened = open_model(str(draft), dtype=target.dtype, device=str(target.device))
         c, dtype = opened.config, DTYPES[opened.dtype]
-        row = 2 * c.layers * c.key_heads * c.head_dim * dtype.itemsize
-        return footprint(opened.checkpoint, c, dtype, CODED.get(opened.dtype)).resident, target.tokens * row
+        held = _cache_bytes(shape_of(c, dtype, opened.device), target.tokens)
+        return footprint(opened.checkpoint, c, dtype, CODED.get(opened.dtype)).resident, held
 
     @property
     def nbytes(self) -> int:
         return self.decoder.nbytes
 
     def begin(self, session: Writing) -> None:
-        self._notes[session] = _Notes(Dense(self.decoder.shape))
+        self._notes[session] = _Notes(CACHES["dense"](self.decoder.shape))
         super().begin(session)
 
     def propose(
@@ -168,6 +170,11 @@ def check_vocabulary(
             f"{SHARED:.0%} are needed; take a smaller model of the same family."
         )
     return wanted, had
+
+
+def _cache_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of a dense cache of so many rows."""
+    return tokens * shape.row_bytes + (States.room(shape.states) if shape.states is not None else 0)
 
 
 def _written(rows: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[int]:

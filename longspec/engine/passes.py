@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from longspec.cache import BLOCK, Dense
+from longspec.cache import BLOCK, CACHES
 from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
 from longspec.engine.prefix_cache import keep
@@ -76,7 +76,7 @@ class Passes:
         """
         decoder = self.model.decoder
         for rows in (1, *_CALIBRATED):  # the first one wakes threads and touches pages
-            stage = Dense(decoder.shape).open()
+            stage = CACHES["dense"](decoder.shape).open()
             chunk = Chunk(stage, stage.add(range(-1, rows - 1)), [0] * rows, 0, False)
             began = perf_counter()
             decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))
@@ -153,6 +153,7 @@ class Passes:
             self.watch.after_chunk(session, min(self.prefill_rows, len(session.unfed)))
         if session.unfed[1:]:
             return
+        session.cache.mark()
         if session.prompt_cache is not None:
             path, session.prompt_cache = session.prompt_cache, None
             try:

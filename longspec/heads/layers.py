@@ -157,6 +157,9 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
         attention_softcap=None,
         fused=False,
         tied=True,
+        mixers=(),
+        output_gate=False,
+        delta=None,
     )
 
 

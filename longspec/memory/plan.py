@@ -25,12 +25,15 @@ import torch
 
 from longspec.cache import CACHES, LOSSLESS
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache, Room, Shape
+from longspec.cache.state_stage import StateStage
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
+from longspec.model.layer import shape_of
+from longspec.model.layers import MIXERS
 from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import Footprint, footprint
 from longspec.types import Drafter
@@ -88,8 +91,7 @@ class Request:
 
     @property
     def shape(self) -> Shape:
-        c = self.config
-        return Shape(c.key_heads, c.head_dim, c.windows, DTYPES[self.dtype], self.device)
+        return shape_of(self.config, DTYPES[self.dtype], self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +292,7 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     working = {
         # A buffer grows by an eighth. On a CPU the unused part was never touched and isn't resident.
         "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
-        "staged": rows * shape.row_bytes,
+        "staged": rows * shape.row_bytes + (StateStage.room(shape.states, rows) if shape.states is not None else 0),
         "workspace": _workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
     }
     if not on_cpu:
@@ -331,4 +333,5 @@ def _workspace(r: Request, cache: Cache, rows: int) -> int:
     scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0
     strict = 3 * r.tokens * layer if r.strict else 0
     logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
-    return activations + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD
+    mixing: int = max(MIXERS[spec.mixer].workspace(c, rows) for spec in c.specs)
+    return activations + mixing + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD

@@ -14,17 +14,23 @@ from typing import Any, Literal
 
 from longspec.errors import ModelError
 from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, turned
+from longspec.model.hybrids import HYBRIDS, ZERO_CENTRED, Delta, fields_of, plain_config
 from longspec.model.weights.scheme import QUANTIZED, scheme_of
 
-__all__ = ["FAMILIES", "Config", "Rope"]
+__all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
 
 Norms = Literal["before", "after", "both"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
-"""Values of `model_type` that this decoder speaks. gemma3 is read too, for its text part."""
+_ATTENTION_ONLY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
+FAMILIES = (*_ATTENTION_ONLY, *HYBRIDS)
+"""Values of `model_type` that this decoder speaks. Those of _WITH_IMAGES are read too, for their text part."""
 
-_TIED = ("smollm3", "gemma2", "gemma3_text")
+_WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
+_TIED = ("smollm3", "gemma2", "gemma3_text", "lfm2")
 """Families of which transformers' config class ties the head to the embeddings where config.json doesn't say."""
+
+_HEAD_NORMS = ("qwen3", "gemma3_text", *HYBRIDS)
+"""Families that norm each head's queries and keys."""
 
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -43,6 +49,19 @@ class Rope:
     def get(self, name: str, default: Any = None) -> Any:
         value = dict(self.values).get(name)
         return default if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer is made of: names in MIXERS and MLPS (`longspec.model.layers`), and where its norms stand."""
+
+    mixer: str
+    mlp: str
+    norms: Norms
+
+    @property
+    def is_attention(self) -> bool:
+        return self.mixer == "attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +92,37 @@ class Config:
     # The head is the embedding table, unless the file holds a head. Not in the repr, which is hashed into
     # fingerprints: existing heads and prompt caches stay valid.
     tied: bool = field(default=False, repr=False)
+    # Of hybrids, per layer: a name in MIXERS; empty: all are attention. Not in the repr either, as what follows.
+    mixers: tuple[str, ...] = field(default=(), repr=False)
+    output_gate: bool = field(default=False, repr=False)  # attention's output is gated by its own input
+    delta: Delta | None = field(default=None, repr=False)
+    convolution: int = field(default=0, repr=False)  # positions that a short convolution reads
 
     @property
     def layers(self) -> int:
         return len(self.windows)
 
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """Of each layer."""
+        mixers = self.mixers or ("attention",) * self.layers
+        return tuple(LayerSpec(mixer, "dense", self.norms) for mixer in mixers)
+
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Config:
         """The Config of a config.json. ModelError names what isn't supported or inconsistent."""
         family = raw.get("model_type")
-        if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
+        if family in _WITH_IMAGES and isinstance(raw.get("text_config"), Mapping):
             outer = {name: raw[name] for name in ("tie_word_embeddings", *QUANTIZED) if name in raw}
             ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
-            return cls.read({**outer, **raw["text_config"], **ends, "model_type": "gemma3_text"})
+            return cls.read({**outer, **raw["text_config"], **ends, "model_type": _WITH_IMAGES[family]})
         if family not in FAMILIES:
             raise ModelError(
                 f"The architecture {family!r} is not supported; longspec runs {', '.join(FAMILIES)} (text only)."
             )
         scheme_of(raw)
         try:
-            return _read(str(family), checked(str(family), raw))
+            return _read(str(family), checked(str(family), plain_config(str(family), raw)))
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ModelError(f"The model's config.json can't be used: {type(error).__name__} on {error}.") from error
 
@@ -106,7 +136,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         raise ModelError(f"The activation {activation!r} is not supported; longspec knows {', '.join(_ACTIVATIONS)}.")
     if raw.get("use_bidirectional_attention"):
         raise ModelError("This checkpoint attends in both directions: it embeds texts and can't write them.")
-    sliding = _sliding(family, raw, layers)
+    sliding, hybrid = _sliding(family, raw, layers), fields_of(family, raw, layers)
     ropes, context, end = _ropes(family, raw, sliding, head_dim), _context(raw), raw.get("eos_token_id")
     return Config(
         family=family,
@@ -123,13 +153,14 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         ropes=ropes,
         scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
         norms="both" if gemma else "after" if family == "olmo2" else "before",
-        query_norm="head" if family in ("qwen3", "gemma3_text") else "width" if family == "olmo2" else None,
-        norm_offset=1.0 if gemma else 0.0,
+        query_norm="head" if family in _HEAD_NORMS else "width" if family == "olmo2" else None,
+        norm_offset=1.0 if gemma or family in ZERO_CENTRED else 0.0,
         embedding_scale=width**0.5 if gemma else 1.0,
         attention_softcap=raw.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
         fused=family == "phi3",
         tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
+        **hybrid,
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
 

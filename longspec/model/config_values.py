@@ -58,6 +58,16 @@ _KINDS = {
     "query_pre_attn_scalar": number(0, 1e9, above=True),
     "attn_logit_softcapping": _SOFTCAP,
     "final_logit_softcapping": _SOFTCAP,
+    "linear_num_key_heads": _HEADS,
+    "linear_num_value_heads": _HEADS,
+    "linear_key_head_dim": _HEADS,
+    "linear_value_head_dim": _HEADS,
+    "linear_conv_kernel_dim": whole(2, 64),
+    "conv_L_cache": whole(2, 64),
+    "full_attention_interval": whole(1, MOST_LAYERS),
+    "full_attn_idxs": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
+    "decoder_sparse_step": whole(1, MOST_LAYERS),
+    "mlp_only_layers": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
 }
 _NEEDED = frozenset(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 

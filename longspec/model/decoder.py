@@ -1,4 +1,4 @@
-"""The target: one decoder for the Llama family, parametrized by its config.
+"""The target: one decoder, whose layers its config lists.
 
 Takes the token positions of a pass, flattened over sequences, and the stage of each sequence; gives hidden states and
 logits. Knows nothing of drafts, sampling or text. The linear layers run over all positions at once, attention per
@@ -11,8 +11,8 @@ matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,71 +22,21 @@ from torch import Tensor
 from longspec.attention import attend, attend_strictly
 from longspec.attention import native as cpu
 from longspec.attention.native_batch import Texts, reads
-from longspec.cache.stage import Shape, Stage
+from longspec.cache.stage import Shape
 from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
-from longspec.model.layer import Layer, LayerReader
+from longspec.model.layer import Layer, read_layer, shape_of
+from longspec.model.layers.reader import Reader
 from longspec.model.native import Fused, missing
-from longspec.model.rope import Rotation, rotate
+from longspec.model.rope import Rotation
+from longspec.model.rows import Chunk, Pass, Rows, Span
 from longspec.model.weights.quantized import CodedLinear
 from longspec.model.weights.read import Weights
 
 __all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
 STRICT_TILE = 16
 """Rows per tile under --strict: 1 to 16 rows cost nearly the same on a CPU with bf16 tiles (16.4 and 17.3 ms)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The token positions of one sequence in a pass."""
-
-    stage: Stage
-    staged: slice  # their indices in the stage
-    at: slice  # their indices in the pass
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One sequence's part of a pass."""
-
-    stage: Stage
-    staged: slice  # the positions' indices in the stage
-    tokens: Sequence[int]
-    length: int  # committed rows before the stage
-    long: bool  # planned beyond a longrope model's original context
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The token positions of one forward pass, sequence by sequence."""
-
-    tokens: Tensor  # [r] int64
-    positions: Tensor  # [r] int64
-    long: Tensor  # [r] bool: of a sequence that is planned beyond a longrope model's original context
-    spans: Sequence[Span]
-
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk], device: torch.device) -> Rows:
-        """Concatenate the positions of all chunks."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        long: list[bool] = []
-        spans = []
-        for chunk in chunks:
-            start = len(tokens)
-            tokens += chunk.tokens
-            positions += [chunk.length + depth for depth in chunk.stage.depths[chunk.staged]]
-            long += [chunk.long] * len(chunk.tokens)
-            spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
-        numbers = torch.tensor([tokens, positions, long], device=device)  # one copy to the device
-        return cls(numbers[0], numbers[1], numbers[2].bool(), spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +72,13 @@ class Decoder:
         self.device = device
         self.dtype = weights.dtype
         self.strict = strict
-        reader = LayerReader(config, weights, device, STRICT_TILE if strict else None, coded)
+        self._shape = shape_of(config, self.dtype, device)
+        reader = Reader(config, weights, device, STRICT_TILE if strict else None, coded)
         self._embedding = reader.embedding()
-        self._layers: list[Any] = [reader.layer(i) for i in range(config.layers)]
+        self._layers = [read_layer(reader, i) for i in range(config.layers)]
         self._norm = reader.norm("norm", config.width)
         self._head: Any = reader.head(self._embedding)
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
-        self._activation = _ACTIVATIONS[config.activation]
         # Gemma rounds the factor to the model's dtype before multiplying.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._attend = attend_strictly if strict else attend
@@ -140,9 +90,8 @@ class Decoder:
 
     @property
     def shape(self) -> Shape:
-        """The cache's layers, key heads and head dimension."""
-        c = self.config
-        return Shape(c.key_heads, c.head_dim, c.windows, self.dtype, self.device)
+        """What a cache must know of this decoder."""
+        return self._shape
 
     @property
     def first_context(self) -> int | None:
@@ -163,7 +112,7 @@ class Decoder:
     def _held(self) -> Iterator[Any]:
         """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
         yield self._embedding
-        yield from (getattr(layer, part.name) for layer in self._layers for part in fields(layer))
+        yield from (part for layer in self._layers for part in layer.weights)
         yield self._norm
         yield self._head
 
@@ -246,27 +195,16 @@ class Decoder:
         if hidden is None:
             hidden = self.embed(rows.tokens)
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        fused, texts = self._fused, self._texts(rows)
-        if fused is not None and texts is not None and len(texts) == len(rows.spans):
+        run, fused = Pass(rows, turns, self._texts(rows), self._attend), self._fused
+        if fused is not None and run.by_kernel and not self.config.mixers:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
-            return fused.layers(first, last, hidden, turns, texts, parts)
+            return fused.layers(first, last, hidden, run, parts)
         for i in range(first, last):
-            layer, rope = self._layers[i], self.config.ropes[i]
-            turn = turns[rope] if rope else None
+            mixes, mlp = i not in skip.attention, i not in skip.mlp
             if fused is not None:
-                skipped = i in skip.attention
-                read = None if skipped else self._read(i, fused.project(i, hidden, turn), rows, texts)
-                hidden = fused.finish(i, read, hidden, mlp=i not in skip.mlp)
-                continue
-            if i not in skip.attention:
-                x = layer.before_attention(hidden) if layer.before_attention else hidden
-                x = layer.output(self._read(i, self._project(layer, x, turn), rows, texts))
-                hidden = hidden + (layer.after_attention(x) if layer.after_attention else x)
-            if i not in skip.mlp:
-                x = layer.before_mlp(hidden) if layer.before_mlp else hidden
-                gate, up = layer.gate_up(x).chunk(2, -1)
-                x = layer.down(self._activation(gate) * up)
-                hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
+                hidden = fused.layer(i, hidden, run, self._layers[i].mixer if mixes else None, mlp=mlp)
+            else:
+                hidden = _through(self._layers[i], hidden, run, mixes=mixes, mlp=mlp)
         return hidden
 
     @property
@@ -274,28 +212,13 @@ class Decoder:
         """Whether a token position's bits depend on its own path alone: with the C kernels, and under --strict.
         torch's operators round differently for different shapes of a pass.
         """
-        return self.strict or self._fused is not None
+        return self.strict or (self._fused is not None and not self.config.mixers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [r, V] of hidden states [r, width]: in the model's dtype, or the C kernel's fp32 sums."""
         logits = self._head(self._norm(hidden)) if self._fused is None else self._fused.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _project(self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Queries, keys and values [r, (H + 2 K) * D] of normed x [r, width], with head norms and rotation applied."""
-        c = self.config
-        sizes = (c.heads * c.head_dim, c.key_heads * c.head_dim)
-        made = layer.qkv(x)
-        queries, keys, values = made.tensor_split((sizes[0], sum(sizes)), -1)
-        if c.query_norm == "width":  # OLMo 2: over all heads at once
-            queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
-        queries, keys = (t.view(len(x), -1, c.head_dim) for t in (queries, keys))  # [r, heads, D]
-        if c.query_norm == "head":
-            queries, keys = layer.query_norm(queries), layer.key_norm(keys)  # type: ignore[misc]
-        if turn is not None:
-            queries, keys = rotate(queries, *turn), rotate(keys, *turn)
-        return torch.cat((queries.flatten(1), keys.flatten(1), values), -1)
 
     def _texts(self, rows: Rows) -> Texts | None:
         """The batched attention over all spans; None where the kernel can't take them."""
@@ -305,24 +228,16 @@ class Decoder:
         spans = [span for span in rows.spans if reads(span)]
         return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None
 
-    def _read(self, index: int, made: Tensor, rows: Rows, texts: Texts | None) -> Tensor:
-        """Stage keys and values, and return attention's output [r, H * D]."""
-        c = self.config
-        output = made.new_empty(len(made), c.heads * c.head_dim)
-        if texts is not None:
-            texts.read(index, made, output)
-            if len(texts) == len(rows.spans):
-                return output
-        heads = made.view(len(made), -1, c.head_dim)
-        queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
-        for span in rows.spans:
-            if texts is not None and reads(span):
-                continue
-            own = queries[span.at]
-            span.stage.put(index, span.staged, keys[span.at], values[span.at])
-            parts = span.stage.parts(index, span.staged, own)
-            output[span.at] = self._attend(own, parts, c.scale, c.attention_softcap).flatten(1)
-        return output
+
+def _through(layer: Layer, hidden: Tensor, run: Pass, *, mixes: bool, mlp: bool) -> Tensor:
+    """Hidden states [r, width] after a layer, or after one of its two sub-layers."""
+    if mixes:
+        x = layer.mixer(layer.before_mixer(hidden) if layer.before_mixer else hidden, run)
+        hidden = hidden + (layer.after_mixer(x) if layer.after_mixer else x)
+    if mlp:
+        x = layer.mlp(layer.before_mlp(hidden) if layer.before_mlp else hidden)
+        hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
+    return hidden
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:

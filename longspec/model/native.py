@@ -1,4 +1,4 @@
-"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU.
+"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU; of hybrids the products.
 
 Takes a decoder's weights without a copy; gives the results of torch's operators up to rounding, in less than half of
 the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 position and 11.4
@@ -9,24 +9,23 @@ positions.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.attention.native_batch import Texts
 from longspec.kernels.boundary import pointer, turned, workspace
 from longspec.kernels.build import library
 from longspec.kernels.team import team
-from longspec.model.config import Config, Rope
+from longspec.model.config import Config
+from longspec.model.rows import Pass
 from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel, tile_nbytes
 
 __all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 32
-Turns = Mapping[Rope, tuple[Tensor, Tensor]]
 _BF16 = 0
 
 
@@ -42,12 +41,12 @@ class Matrix(ctypes.Structure):
     )
 
 
-_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+_NORMS = ("before_mixer", "after_mixer", "before_mlp", "after_mlp", "query_norm", "key_norm")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, Matrix) for name in ("inputs", "output", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in _NORMS),
         *((name, ctypes.c_int64) for name in ("norms_all_heads", "heads", "key_heads", "head_dim", "activation")),
         ("eps", ctypes.c_float),
@@ -79,7 +78,10 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
     if c.activation not in _ACTIVATIONS:
         return f"it doesn't know the activation {c.activation} of {c.family}"
-    if any(size % _UNIT for size in (c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim)):
+    sizes = [c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim]
+    if c.delta is not None:
+        sizes += [c.delta.inputs, c.delta.values]
+    if any(size % _UNIT for size in sizes):
         return f"a width isn't a multiple of {_UNIT}"
     if c.vocabulary % _UNIT:
         return f"the vocabulary isn't a multiple of {_UNIT}"
@@ -106,7 +108,7 @@ class Fused:
         )
         self._head, self._norm = matrix_of(head), self._norm_of(norm, config.width)
         self._held = (layers, head)
-        self._workspace_nbytes = found.layer_workspace(self._pointers[0], config.width)
+        self._workspace_nbytes = max(found.layer_workspace(pointer, config.width) for pointer in self._pointers)
 
     @property
     def linear(self) -> int | None:
@@ -121,11 +123,12 @@ class Fused:
         """The address of the calling thread's workspace, large enough for any product of this decoder."""
         return workspace("layer", self._workspace_nbytes).data_ptr()
 
-    def layers(self, first: int, last: int, hidden: Tensor, turns: Turns, texts: Texts, parts: Sequence[int]) -> Tensor:
-        """Hidden states [r, width] after layers first..last, in one call. parts: a bit mask per layer: 1 attention, 2
-        MLP, 3 both.
+    def layers(self, first: int, last: int, hidden: Tensor, run: Pass, parts: Sequence[int]) -> Tensor:
+        """Hidden states [r, width] after layers first..last, in one call; the attention kernel takes all spans of the
+        pass. parts: a bit mask per layer: 1 attention, 2 MLP, 3 both.
         """
-        c, rows = self._config, len(hidden)
+        c, rows, turns, texts = self._config, len(hidden), run.turns, run.texts
+        assert texts is not None
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
         read = hidden.new_empty(rows, c.heads * c.head_dim)
@@ -147,6 +150,26 @@ class Fused:
         self._kernel.layers(whole, first, last, at, rows, qkv.data_ptr(), read.data_ptr(), self.workspace())
         return hidden
 
+    def layer(self, index: int, hidden: Tensor, run: Pass, mixer: Any, *, mlp: bool) -> Tensor:
+        """Hidden states [r, width] after a layer, whose attention reads a cache that the kernel doesn't, or whose mixer
+        it doesn't know. mixer None skips the mixer, mlp False the MLP.
+        """
+        read = None
+        if mixer is not None and self._config.mixers:
+            read = mixer.mix(self._inputs(index, hidden), run)
+        elif mixer is not None:
+            read = mixer.read_cache(self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None), run)
+        return self.finish(index, read, hidden, mlp=mlp)
+
+    def _inputs(self, index: int, hidden: Tensor) -> Tensor:
+        """The product of a mixer's inputs [r, size] of normed hidden [r, width]."""
+        layer, rows, hidden = self._layers[index], len(hidden), hidden.contiguous()
+        made = hidden.new_empty(rows, layer.inputs.size)
+        at = pointer(hidden, torch.bfloat16, rows, self._config.width)
+        matrix, norm = ctypes.addressof(layer) + _Layer.inputs.offset, layer.before_mixer
+        self._kernel.linear(matrix, norm, self._config.eps, at, rows, made.data_ptr(), None, self.workspace(), *team())
+        return made
+
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D] of hidden [r, width], with norms and rotation
         applied.
@@ -166,7 +189,7 @@ class Fused:
         output, read = torch.empty_like(hidden), None
         if attention is not None:
             attention = attention.contiguous()
-            read = pointer(attention, torch.bfloat16, rows, c.heads * c.head_dim)
+            read = pointer(attention, torch.bfloat16, rows, self._layers[index].output.width)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
         self._kernel.finish(self._pointers[index], read, at, rows, mlp, output.data_ptr(), self.workspace(), *team())
         return output
@@ -190,11 +213,13 @@ class Fused:
     def _layer(self, layer: Any) -> _Layer:
         c = self._config
         all_heads = c.query_norm == "width"
-        norms = [getattr(layer, name) for name in _NORMS]
+        mixer, mlp = layer.mixer, layer.mlp
+        norms = [layer.before_mixer, layer.after_mixer, layer.before_mlp, layer.after_mlp]
+        norms += [None, None] if c.mixers else [mixer.query_norm, mixer.key_norm]
         queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
         widths = (c.width, c.width, c.width, c.width, queries, keys)
         return _Layer(
-            *(matrix_of(linear) for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+            *(matrix_of(linear) for linear in (mixer.inputs, mixer.output, mlp.gate_up, mlp.down)),
             *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
             all_heads,
             c.heads,

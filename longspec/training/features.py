@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspec.cache.dense import Dense
+from longspec.cache import CACHES
 from longspec.machine.system import available_bytes
 from longspec.model.decoder import Chunk, Decoder, Rows
 
@@ -45,7 +45,7 @@ class Features:
 @torch.no_grad()
 def features(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     """Hidden states [n, width], one for each token, before the final norm."""
-    cache, made = Dense(decoder.shape), []
+    cache, made = CACHES["dense"](decoder.shape), []
     for start in range(0, len(tokens), CHUNK):
         own = tokens[start : start + CHUNK]
         stage = cache.open()

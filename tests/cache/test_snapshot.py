@@ -163,7 +163,7 @@ def test_rows_of_another_are_refused_by_what_differs(
     ask(engine(llama), prompt_cache=path)
     trained = tiny(tmp_path_factory.mktemp("trained"), end_tokens=())
     with torch.no_grad():
-        next(iter(trained.decoder._layers[2].down.weight))[0] += 0.5
+        next(iter(trained.decoder._layers[2].mlp.down.weight))[0] += 0.5
     shaped = tiny(tmp_path_factory.mktemp("shaped"), end_tokens=(), rms_norm_eps=1e-5)
     worded = replace(llama, vocabulary=_with_another_word(llama))
     strict = tiny(tmp_path_factory.mktemp("strict"), end_tokens=(), strict=True)

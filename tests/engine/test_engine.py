@@ -58,13 +58,18 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 
 
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
+_HYBRIDS = ["qwen3_5", "lfm2"]
+_IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
 
 def _matrix() -> Iterator[Any]:
     """Every family, drafter, cache and way, for one session and three; what is alike is left to the full matrix."""
-    for family, drafter, kind, way, count in product(FAMILIES, every_drafter({}), CACHES, WAYS, (1, 3)):
+    families = [*FAMILIES, *_HYBRIDS]
+    for family, drafter, kind, way, count in product(families, every_drafter({}), CACHES, WAYS, (1, 3)):
         llama = family == "llama"
-        if kind == "dense":
+        if family in _HYBRIDS:
+            usual = family == "qwen3_5" and (drafter, kind) in _IN_HYBRIDS and way == "sampled"
+        elif kind == "dense":
             usual = way == "sampled" or (llama and way == "greedy")
         else:
             usual = llama and (drafter, way) in _ELSEWHERE

@@ -247,7 +247,7 @@ def test_codes_that_no_kernel_reads_are_quantized_anew(kind: str, tmp_path: Path
     assert said == [f"quantizing {kind} to 8 bits, as no kernel reads these codes"]
     assert made.formats.keys() == {"Q8_0", "bfloat16"}
     want = opened.checkpoint.weights(torch.float32)["model.layers.1.mlp.down_proj.weight"]
-    assert (made._layers[1].down.values() - want).abs().max() <= want.abs().max() / 160  # bf16, then 8 bits
+    assert (made._layers[1].mlp.down.values() - want).abs().max() <= want.abs().max() / 160  # bf16, then 8 bits
 
 
 def test_a_mixed_file_takes_what_was_planned(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_any_checkpoint_can_be_quantized(folder: Path, kind: str, bits: float) -
 
 def _pieces(made: Decoder) -> Iterator[Piece]:
     for layer in made._layers:
-        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+        for linear in (layer.mixer.inputs, layer.mixer.output, layer.mlp.gate_up, layer.mlp.down):
             yield from linear.pieces
     yield from made._head.pieces
 

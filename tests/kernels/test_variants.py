@@ -90,7 +90,7 @@ def test_no_memory_is_touched_that_is_not_theirs(
     assert bits(source, flags) == plain[source]
 
 
-@pytest.mark.parametrize("source", ["layer.c", "attention.c", "clover.c"])
+@pytest.mark.parametrize("source", ["layer.c", "attention.c", "clover.c", "delta.c"])
 @pytest.mark.parametrize(
     "each", [isa._X86[0], isa.Isa("avx512 alone", frozenset(), isa._AVX512)], ids=lambda each: each.name
 )

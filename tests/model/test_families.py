@@ -15,7 +15,7 @@ from support.passes import feed
 from support.passes import write as commit
 from torch import Tensor
 
-from longspec.cache import Dense
+from longspec.cache import CACHES
 from longspec.errors import ModelError
 from longspec.model.decoder import Decoder, Rows, Span
 
@@ -37,13 +37,13 @@ def expected(model: Any, tokens: list[int]) -> Tensor:
 
 def test_one_pass(pair: tuple[Any, Decoder]) -> None:
     model, ours = pair
-    _, logits = feed(ours, Dense(ours.shape), TOKENS)
+    _, logits = feed(ours, CACHES["dense"](ours.shape), TOKENS)
     assert (logits - expected(model, TOKENS)).abs().max() < TOLERANCE
 
 
 def test_chunks(pair: tuple[Any, Decoder]) -> None:
     model, ours = pair
-    cache = Dense(ours.shape)
+    cache = CACHES["dense"](ours.shape)
     cuts = [0, 64, 128, 131, 132, 150]
     logits = torch.cat([commit(ours, cache, TOKENS[a:b]) for a, b in pairwise(cuts)])
     assert (logits - expected(model, TOKENS)).abs().max() < TOLERANCE
@@ -52,7 +52,7 @@ def test_chunks(pair: tuple[Any, Decoder]) -> None:
 def test_a_tree_through_a_cache(pair: tuple[Any, Decoder]) -> None:
     """Two texts that part after 100 tokens, their rows interleaved; then the second goes on from its kept path."""
     model, ours = pair
-    cache = Dense(ours.shape)
+    cache = CACHES["dense"](ours.shape)
     commit(ours, cache, TOKENS[:100])
     first, second = TOKENS[100:130], [(token + 7) % 96 for token in TOKENS[100:130]]
     tokens = [token for both in zip(first, second, strict=True) for token in both]
@@ -69,7 +69,7 @@ def test_a_tree_through_a_cache(pair: tuple[Any, Decoder]) -> None:
 def test_layers_can_stop_and_resume(pair: tuple[Any, Decoder]) -> None:
     """Rows one by one through the first layers, then all together through the rest: an early exit's verification."""
     model, ours = pair
-    cache = Dense(ours.shape)
+    cache = CACHES["dense"](ours.shape)
     commit(ours, cache, TOKENS[:90])
     stage, hidden = cache.open(), []
     for token in TOKENS[90:96]:
@@ -90,7 +90,7 @@ def test_longrope_takes_its_second_frequencies_for_a_text_beyond_the_first_conte
         ours = load(write(model, tmp_path))
         assert ours.first_context == 256
         tokens = TOKENS + TOKENS
-        _, logits = feed(ours, Dense(ours.shape), tokens, long=True)
+        _, logits = feed(ours, CACHES["dense"](ours.shape), tokens, long=True)
         assert (logits - expected(model, tokens)).abs().max() < TOLERANCE
 
 

@@ -15,7 +15,7 @@ from support.checkpoints import FAMILIES, oracle
 from support.ggufs import add_tokenizer, finish, write_gguf
 from support.passes import feed
 
-from longspec.cache import Dense
+from longspec.cache import CACHES
 from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "gemma2": ("Gemma2", _GEMMA | {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3", _GEMMA | {"tie_word_embeddings": True}),
+    "qwen3_5": ("Qwen3_5", FAMILIES["qwen3_5"][1] | {"layer_types": None, "full_attention_interval": 4}),
 }
 TOKENS = torch.randint(3, 70, (1, 60), generator=torch.Generator().manual_seed(1))
 
@@ -70,7 +71,8 @@ def test_tensors_come_back(pair: tuple[Any, Path]) -> None:
     file = read_gguf(folder / "source.gguf")
     seen = dict(file.tensors())
     assert seen.keys() == state.keys() == set(file.names)
-    rounding = 1e-6 if "gemma" in model.config.model_type else 0.0  # (w + 1) - 1
+    # (w + 1) - 1, and log exp w
+    rounding = 1e-6 if model.config.model_type.startswith(("gemma", "qwen3_5")) else 0.0
     for name, tensor in seen.items():
         assert file.shape(name) == tuple(tensor.shape)
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=rounding)
@@ -94,7 +96,23 @@ def test_our_decoder_reads_it_without_a_folder(pair: tuple[Any, Path]) -> None:
         Config.read(read_gguf(path).config()), Weights.of_gguf(read_gguf(path), torch.float32), torch.device("cpu")
     )
     with torch.inference_mode():
-        _, logits = feed(decoder, Dense(decoder.shape), TOKENS[0].tolist())
+        _, logits = feed(decoder, CACHES["dense"](decoder.shape), TOKENS[0].tolist())
+        torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
+
+
+def test_value_heads_are_read_in_the_files_order(tmp_path: Path) -> None:
+    """Three to a key head, which llama.cpp's converter tiles; and a drafting head's block behind the layers."""
+    model = oracle("qwen3_5-wide")
+
+    def with_a_head(writer: gguf.GGUFWriter) -> None:
+        writer.add_nextn_predict_layers(1)
+        writer.add_tensor("blk.4.nextn.eh_proj.weight", np.zeros((48, 96), np.float32))
+
+    file = read_gguf(write_gguf(model, tmp_path / "a.gguf", with_a_head, blocks=5))
+    config = Config.read(file.config())
+    decoder = Decoder(config, Weights.of_gguf(file, torch.float32), torch.device("cpu"))
+    with torch.inference_mode():
+        _, logits = feed(decoder, CACHES["dense"](decoder.shape), TOKENS[0].tolist())
         torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
 
 

@@ -42,6 +42,13 @@ _LONGROPE = {
     "original_max_position_embeddings": 256,
     "partial_rotary_factor": 0.75,
 }
+_DELTA = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _WINDOW = {"sliding_window": 24}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +82,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 256, "sliding_window": None},
     ),
     "olmo2": ("Olmo2", {}),
+    "qwen3_5": ("Qwen3_5", {**_DELTA, "head_dim": 16}),
+    "qwen3_5-wide": ("Qwen3_5", {**_DELTA, "head_dim": 32, "linear_num_value_heads": 6, "tie_word_embeddings": True}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "linear_value_head_dim": 8, "num_experts": 0},
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16}),
 }
 
 
@@ -83,15 +97,19 @@ def oracle(name: str, **changes: Any) -> Any:
     import transformers
 
     family, extra = FAMILIES[name]
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(
+        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5") else f"{family}Config"
+    )
     config = config_class(**{**_COMMON, **extra, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15
             parameter.add_(torch.randn_like(parameter) * scale)
+            if name.endswith("A_log"):  # a state that fades at once holds nothing, and its norm amplifies rounding
+                parameter.sub_(3.0)
     return model
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 ALPHABET = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", *string.ascii_letters, *string.digits, *".,!?'", "Ċ"]
 MERGES = ["a n", "t h", "th e", "Ġ a"]
-SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3"}  # model_type to GGUF's architecture, where they differ
+SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_5_text": "qwen35"}
+"""model_type to GGUF's architecture, where they differ."""
 
 
 def write_gguf(
@@ -26,14 +27,16 @@ def write_gguf(
     matrices: gguf.GGMLQuantizationType | None = None,
     others: Mapping[str, gguf.GGMLQuantizationType] = {},
     split: int = 0,
+    blocks: int = 0,
 ) -> Path:
     """The model as a GGUF file in fp32, its matrices of another kind if one is given, and of others by what stands in
-    their GGUF names; in files of `split` tensors if that isn't 0. `change` may add fields before it is written.
+    their GGUF names; in files of `split` tensors if that isn't 0. `change` may add fields before it is written. blocks:
+    more than the model's layers.
     """
     config = model.config
     kind = SUPPORTED.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, kind, split_max_tensors=split)
-    _add_shape(writer, config, kind)
+    _add_shape(writer, config, kind, blocks)
     add_tokenizer(writer, config.vocab_size)
     change(writer)
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
@@ -42,7 +45,7 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and tied:
             continue
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         values = _as_stored(tensor, name, config, kind).contiguous().numpy()
         of_matrix = next((other for part, other in others.items() if part in stored), matrices)
@@ -76,11 +79,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str = "smollm") -> No
     writer.add_pad_token_id(0)
 
 
-def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(blocks or config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -95,6 +98,13 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
         writer.add_rope_freq_base_swa(every["sliding_attention"]["rope_theta"])
     if kind in ("gemma2", "gemma3", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
+    if kind == "qwen35":
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+        writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -130,7 +140,9 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.d
 
 
 def _as_stored(tensor: Tensor, name: str, config: Any, kind: str) -> Tensor:
-    if kind.startswith("gemma") and name.endswith("norm.weight"):
+    if kind == "qwen35" and ".linear_attn." in name:
+        return _linear_attention(tensor, name, config)
+    if kind.startswith(("gemma", "qwen35")) and name.endswith("norm.weight"):
         return tensor + 1
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for which, count in heads.items():
@@ -138,3 +150,20 @@ def _as_stored(tensor: Tensor, name: str, config: Any, kind: str) -> Tensor:
             halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
             return halves.transpose(1, 2).reshape(tensor.shape)
     return tensor.to(torch.float32)
+
+
+def _linear_attention(tensor: Tensor, name: str, config: Any) -> Tensor:
+    """As llama.cpp's converter has it: what the decay is, no dimension of one, and value heads tiled over key heads."""
+    if name.endswith("A_log"):
+        tensor = -tensor.exp()
+    if name.endswith("conv1d.weight"):
+        tensor = tensor.squeeze(1)
+    keys, heads, dim = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    first = 2 * keys * config.linear_key_head_dim if "in_proj_qkv" in name or "conv1d" in name else 0
+    if name.endswith("linear_attn.norm.weight") or heads == keys:
+        return tensor
+    if name.endswith("out_proj.weight"):
+        return tensor.view(len(tensor), keys, heads // keys, dim).transpose(1, 2).reshape(tensor.shape)
+    rows = tensor[first:]
+    tiled = rows.reshape(keys, heads // keys, len(rows) // heads, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+    return torch.cat((tensor[:first], tiled))

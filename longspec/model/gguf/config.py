@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=1.0),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
+    "qwen35": Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", norm_offset=1.0),
 }
 """By `general.architecture`."""
 
@@ -73,9 +74,10 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
 
     width, heads = fields.size("embedding_length"), fields.size("attention.head_count")
     head_dim = fields.size("attention.key_length", width // heads)
-    context, layers = fields.size("context_length"), fields.size("block_count")
-    if layers > MOST_LAYERS:
-        raise ModelError(f"{header.path} says that it has {layers:,} layers; at most {MOST_LAYERS:,} were expected.")
+    context, drafts = fields.size("context_length"), int(fields.number("nextn_predict_layers", 0))
+    layers = fields.size("block_count") - drafts  # a head that drafts is a block behind them
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ModelError(f"{header.path} says that it has {layers:,} layers; 1 to {MOST_LAYERS:,} were expected.")
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "architectures": [architecture.name],
@@ -172,6 +174,17 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
             return {"sliding_window": window or None, "original_max_position_embeddings": original}
         case "smollm3":
             return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # a constant of llama.cpp's code
+        case "qwen35":
+            every, heads = fields.size("full_attention_interval", 4), fields.size("ssm.time_step_rank")
+            return {
+                "layer_types": ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)],
+                "linear_num_key_heads": fields.size("ssm.group_count"),
+                "linear_num_value_heads": heads,
+                "linear_key_head_dim": fields.size("ssm.state_size"),
+                "linear_value_head_dim": fields.size("ssm.inner_size") // heads,
+                "linear_conv_kernel_dim": fields.size("ssm.conv_kernel"),
+                "linear_value_heads_tiled": True,  # ours: their order in the file, which codes can't be taken out of
+            }
         case "olmo2" if window is not None:
             raise ModelError("This GGUF is an OLMo 3 (olmo2 with a sliding window), which is not supported.")
         case _:

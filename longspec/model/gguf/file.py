@@ -44,13 +44,25 @@ _LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _OTHERWISE = {
+    "qwen35": {
+        "attn_qkv": "linear_attn.in_proj_qkv",
+        "attn_gate": "linear_attn.in_proj_z",
+        "ssm_alpha": "linear_attn.in_proj_a",
+        "ssm_beta": "linear_attn.in_proj_b",
+        "ssm_conv1d": "linear_attn.conv1d",
+        "ssm_a": "linear_attn.A_log",
+        "ssm_dt": "linear_attn.dt_bias",
+        "ssm_norm": "linear_attn.norm",
+        "ssm_out": "linear_attn.out_proj",
+    },
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
     "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
-_PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)\.(weight|bias)", re.ASCII)
+_PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?([\w.]+?)(?:\.(weight|bias))?", re.ASCII)
+_BARE = ("linear_attn.A_log", "linear_attn.dt_bias")  # without a suffix in a checkpoint
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -67,6 +79,7 @@ class GgufFile:
         self._header = header
         self._architecture = architecture_of(header)
         self._config = config_of(header)
+        self._drafts = int(header.fields.get(f"{header.fields['general.architecture']}.nextn_predict_layers", 0))
         self._stored = self._names()  # Hugging Face's name to GGUF's, in the order of a converted file
 
     @property
@@ -92,7 +105,8 @@ class GgufFile:
         return self._header.nbytes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header.tensors[self._stored[name]].shape
+        shape = self._header.tensors[self._stored[name]].shape
+        return (shape[0], 1, *shape[1:]) if name.endswith("conv1d.weight") else shape
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in fp32, one at a time."""
@@ -111,8 +125,12 @@ class GgufFile:
             raise ModelError(
                 f"{self.path} holds {self._stored[name]} as {place.kind.name}, which the gguf package can't dequantize."
             ) from error
-        if self._architecture.norm_offset and name.endswith("norm.weight"):
+        if self._architecture.norm_offset and name.endswith("norm.weight") and ".linear_attn." not in name:
             return tensor - self._architecture.norm_offset
+        if name.endswith("A_log"):  # stored as what it stands for, -exp of it
+            return torch.log(-tensor)
+        if name.endswith("conv1d.weight"):
+            return tensor[:, None]
         if heads := self._rotated_heads(name):
             return _in_halves(tensor, heads)
         return tensor
@@ -170,12 +188,15 @@ class GgufFile:
             if _IN_CONFIG.fullmatch(stored):
                 continue
             match = _PLACE.fullmatch(stored)
-            number, stem, suffix = match.groups() if match else (None, "", "")
+            number, stem, suffix = match.groups() if match else (None, "", None)
             if number is None and stem in _TOP:
                 placed.append(((-1 if stem == "token_embd" else layers, 0, 0), f"{_TOP[stem]}.{suffix}", stored))
             elif number is not None and int(number) < layers and stem in stems:
                 where = (int(number), int(suffix == "bias"), order.index(stem))
-                placed.append((where, f"model.layers.{number}.{stems[stem]}.{suffix}", stored))
+                name = stems[stem] if stems[stem] in _BARE else f"{stems[stem]}.{suffix}"
+                placed.append((where, f"model.layers.{number}.{name}", stored))
+            elif number is not None and layers <= int(number) < layers + self._drafts:
+                continue  # of the head that drafts
             else:
                 raise ModelError(f"{self.path} holds the tensor {stored}, which {kind} models don't have.")
             rotated = self._rotated_heads(placed[-1][1])

@@ -42,6 +42,7 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +57,7 @@ _SPLITS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), _Split(_LLAMA3, whole_words=True, begins=True)),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _Split(_LLAMA3)),  # Phi-4 and OLMo 2 among others
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _Split(_QWEN2, composed=True)),
+    "qwen35": _Split(_QWEN35, composed=True),
     "tekken": _Split(rf"{_CASED % ('', '')}|\p{{N}}|{_REST}", whole_words=True, begins=True),
     "gpt-4o": _Split(rf"{_CASED % (_SUFFIX, _SUFFIX)}|\p{{N}}{{1,3}}|{_REST}"),
 }

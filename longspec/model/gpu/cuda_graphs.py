@@ -75,6 +75,8 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     """The reason why such a decoder records no passes; None where it does."""
     if device.type != "cuda":
         return f"CUDA graphs are for a GPU, and this is {device.type}"
+    if config.mixers:
+        return f"they don't know the layers of {config.family}"
     if config.query_norm == "width" or config.head_dim > 256:
         return f"they don't know the heads of {config.family}"
     return triton.missing()
@@ -195,15 +197,17 @@ class Graphs:
         tokens, positions, long, _ = inputs.rows
         hidden = self._embed(tokens)
         turns = {id(turn): turn(positions, long != 0, hidden.dtype) for turn in self._rotations if turn is not None}
-        norms = [layer.before_attention for layer in self._layers]
+        norms = [layer.before_mixer for layer in self._layers]
         hidden, x = self._added(hidden, None, norms[0])
         for i, (layer, rotation) in enumerate(zip(self._layers, self._rotations, strict=True)):
             turn = None if rotation is None else turns[id(rotation)]
-            x = layer.output(self._attention(i, self._normed_heads(layer, layer.qkv(x)), turn, inputs))
-            if layer.after_attention:
-                _, x = self._added(x, None, layer.after_attention)
+            x = layer.mixer.output(
+                self._attention(i, self._normed_heads(layer.mixer, layer.mixer.inputs(x)), turn, inputs)
+            )
+            if layer.after_mixer:
+                _, x = self._added(x, None, layer.after_mixer)
             hidden, x = self._added(hidden, x, layer.before_mlp)
-            x = layer.down(self._gated(layer.gate_up(x)))
+            x = layer.mlp.down(self._gated(layer.mlp.gate_up(x)))
             if layer.after_mlp:
                 _, x = self._added(x, None, layer.after_mlp)
             hidden, x = self._added(hidden, x, norms[i + 1] if i + 1 < len(norms) else None)
@@ -224,13 +228,13 @@ class Graphs:
         )  # fmt: skip
         return total, output
 
-    def _normed_heads(self, layer: Any, made: Tensor) -> Tensor:
+    def _normed_heads(self, mixer: Any, made: Tensor) -> Tensor:
         """Queries, keys and values [R, (H + 2 K) * D], with the head norms applied, if the layer has them."""
         c = self._config
         if c.query_norm is None:
             return made
         queries, keys, values = made.view(len(made), -1, c.head_dim).tensor_split((c.heads, c.heads + c.key_heads), 1)
-        return torch.cat((layer.query_norm(queries), layer.key_norm(keys), values), 1).flatten(1)
+        return torch.cat((mixer.query_norm(queries), mixer.key_norm(keys), values), 1).flatten(1)
 
     def _attention(self, index: int, made: Tensor, turn: tuple[Tensor, Tensor] | None, inputs: _Inputs) -> Tensor:
         """Attention's output [R, H * D] from queries, keys and values [R, (H + 2 K) * D]; keys and values are written

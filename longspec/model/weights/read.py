@@ -111,6 +111,10 @@ class Weights(Mapping[str, Tensor]):
         """The file's own codes of a matrix; None where it holds values, or a format that has no kernel."""
         return self._source(name).blocks(name)
 
+    def exact(self, name: str) -> Tensor:
+        """A tensor's values in fp32, whatever the dtype: not rounded on the way."""
+        return self._source(name).take(name).float()
+
     def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
         """The matrices concatenated along dimension 0 as a coded layer: the file's codes as they are, values quantized
         to `kind`. Neighbours of one format become one piece.

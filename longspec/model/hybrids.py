@@ -1,0 +1,134 @@
+"""Families whose layers aren't all attention: what their config.json says, as fields of `Config`.
+
+Takes the dict; knows no file and no tensor. One more such family is its name in HYBRIDS, the names of its layers'
+kinds in _MIXERS, and what else differs in `plain_config` and `fields_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from longspec.errors import ModelError
+
+__all__ = ["HYBRIDS", "ZERO_CENTRED", "Delta", "fields_of", "plain_config"]
+
+HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2")
+"""Values of `model_type`."""
+
+ZERO_CENTRED = ("qwen3_5_text", "qwen3_next")
+"""Families that store their norms' weights minus 1."""
+
+_DELTA = {"linear_attention": "gated_delta", "full_attention": "attention"}
+_MIXERS = {
+    "qwen3_5_text": _DELTA,
+    "qwen3_next": _DELTA,
+    "lfm2": {"conv": "short_conv", "full_attention": "attention"},
+}
+"""By family: the kinds of its layers in config.json's `layer_types`, and their names in MIXERS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The sizes of gated delta nets."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int  # of the convolution, the own position included
+    by_key_head: bool = False  # the checkpoint keeps the inputs of a key head together (Qwen3-Next)
+    tiled: bool = False  # value head i reads key head i modulo their number (GGUF), not its neighbours' (safetensors)
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def inputs(self) -> int:
+        """Outputs of the first product: decay and strength, queries, keys and values, and the gate."""
+        return 2 * self.value_heads + self.channels + self.values
+
+    @property
+    def key_of(self) -> tuple[int, ...]:
+        """Each value head's key head."""
+        each = self.value_heads // self.key_heads
+        return tuple(i % self.key_heads if self.tiled else i // each for i in range(self.value_heads))
+
+
+def plain_config(family: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json with the names and defaults that are not Llama's translated."""
+    if family == "lfm2":
+        names = {"rms_norm_eps": ("norm_eps", 1e-5), "rope_theta": ("rope_theta", 1_000_000.0)}
+        values = {name: raw.get(old, default) for name, (old, default) in names.items()}
+        tied = raw.get("tie_embedding", raw.get("tie_word_embeddings", True))
+        return {**raw, **values, "intermediate_size": _adjusted(raw), "tie_word_embeddings": tied}
+    if family in _MIXERS:
+        return {"partial_rotary_factor": 0.25, "head_dim": 256, **raw}
+    return raw
+
+
+def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of `Config` that only hybrids have; none for other families."""
+    if family not in _MIXERS:
+        return {}
+    fields: dict[str, Any] = {"mixers": _mixers(family, raw, layers)}
+    if family == "lfm2":
+        return {**fields, "convolution": raw.get("conv_L_cache") or 3}
+    if family == "qwen3_next":
+        _refuse_experts(raw, layers)
+    names = {"key_head_dim": 128, "value_head_dim": 128, "conv_kernel_dim": 4}
+    keys, heads = raw.get("linear_num_key_heads") or 16, raw.get("linear_num_value_heads") or 32
+    key_dim, value_dim, width = (raw.get(f"linear_{name}") or default for name, default in names.items())
+    if heads % keys:
+        raise ModelError(f"config.json says {heads} value heads of linear attention over {keys} key heads.")
+    delta = Delta(
+        keys, heads, key_dim, value_dim, width, family == "qwen3_next", bool(raw.get("linear_value_heads_tiled"))
+    )
+    return {**fields, "delta": delta, "output_gate": True}
+
+
+def _mixers(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """Each layer's mixer, by `layer_types`; where there are none, by the family's rule."""
+    types = raw.get("layer_types")
+    if types is None and family == "lfm2":
+        full = raw.get("full_attn_idxs") or range(layers)
+        types = ["full_attention" if i in full else "conv" for i in range(layers)]
+    elif types is None:
+        every = raw.get("full_attention_interval") or 4
+        types = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
+    known = _MIXERS[family]
+    for i, kind in enumerate(types):
+        if kind not in known:
+            raise ModelError(f"Layer {i} is of the type {kind!r}; the layers of {family} are {' or '.join(known)}.")
+    if "full_attention" not in types:
+        raise ModelError(f"No layer of this {family} is full_attention, and longspec needs one.")
+    return tuple(known[kind] for kind in types)
+
+
+def _refuse_experts(raw: Mapping[str, Any], layers: int) -> None:
+    dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step") or 1
+    if raw.get("num_experts", 512) and any(i not in dense and (i + 1) % step == 0 for i in range(layers)):
+        raise ModelError("This qwen3_next is a mixture of experts, which is not supported; longspec runs dense models.")
+
+
+def _adjusted(raw: Mapping[str, Any]) -> int:
+    """LFM2: the MLP's width, of which config.json may hold another number that it follows from."""
+    width = int(raw.get("block_ff_dim") or raw["intermediate_size"])
+    if not raw.get("block_auto_adjust_ff_dim", True):
+        return width
+    width, unit = 2 * width // 3, int(raw.get("block_multiple_of") or 256)
+    width = int(float(raw.get("block_ffn_dim_multiplier") or 1.0) * width)
+    return -(-width // unit) * unit

@@ -1,0 +1,142 @@
+"""A decoder's weights: norms and matrices, read by their checkpoint names.
+
+Takes a config and weights; gives matrices and norms whose shapes are checked against the config. Knows no layer: each
+sub-layer reads its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspec.errors import ModelError
+from longspec.model.config import Config
+from longspec.model.layers.norm import Norm
+from longspec.model.linear import Linear
+from longspec.model.weights.quantized import CodedLinear
+from longspec.model.weights.read import Weights
+
+__all__ = ["Reader"]
+
+_NAMES = {
+    "lfm2": {
+        "input_layernorm": "operator_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "self_attn.q_layernorm",
+        "self_attn.k_norm": "self_attn.k_layernorm",
+        "self_attn.o_proj": "self_attn.out_proj",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "norm": "embedding_norm",
+    }
+}
+"""By family: what its checkpoints call a module otherwise than Llama's."""
+
+_MODULE = re.compile(r"(layers\.\d+\.)?(.+)\.(\w+)")
+
+
+class Reader:
+    """Reads weights by their checkpoint names, checks each shape against the config, and moves them to the device."""
+
+    def __init__(
+        self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: str | None
+    ) -> None:
+        """tile: rows of `Linear`'s tiles. coded: the format of matrices that the file doesn't hold in codes of its
+        own; None for dense ones.
+        """
+        self.config, self._weights, self.device, self._tile, self._coded = config, weights, device, tile, coded
+        self.nbytes = 0
+        prefixes = ("model.", "", "language_model.model.", "model.language_model.")
+        found = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in weights]
+        if not found:
+            raise ModelError("The checkpoint holds no embed_tokens.weight: it is not one of a supported decoder.")
+        self._prefix = found[0]
+        self._names = _NAMES.get(config.family, {})
+
+    @property
+    def strict(self) -> bool:
+        return self._tile is not None
+
+    def embedding(self) -> Tensor | CodedLinear:
+        """The table [V, width]: in the file's codes where it has some and the matrices are coded, else dense."""
+        name, shape = f"{self._prefix}embed_tokens.weight", (self.config.vocabulary, self.config.width)
+        if self._coded is not None and self._weights.blocks(name) is not None:
+            made: CodedLinear = self._matrix([name], shape)
+            return made
+        return self._take([name], shape)
+
+    def norm(self, name: str, width: int) -> Norm:
+        weight = self._take([self._stored(f"{name}.weight")], (width,))
+        if self.config.norm_offset:
+            weight = weight.float() + self.config.norm_offset
+        return Norm(weight, self.config.eps)
+
+    def head(self, embedding: Tensor | CodedLinear) -> Any:
+        """The output matrix [V, width]: the file's, else the embedding table of a tied model.
+
+        A tied model's file that also holds a different head counts as untied, as in transformers 5.24 and llama.cpp.
+        """
+        shape = (self.config.vocabulary, self.config.width)
+        for name in ("lm_head.weight", "language_model.lm_head.weight"):
+            if name in self._weights:
+                return self._matrix([name], shape)
+        if not self.config.tied:
+            raise ModelError(
+                "The checkpoint holds no lm_head.weight, and its config.json says that the head is not the embedding "
+                "table (tie_word_embeddings): the files are incomplete. Fetch them again."
+            )
+        if isinstance(embedding, CodedLinear):
+            return embedding
+        if self._coded is not None:
+            return self._matrix([f"{self._prefix}embed_tokens.weight"], shape)
+        return Linear(embedding, tile=self._tile)
+
+    def linear(self, names: Sequence[str], rows: int, columns: int) -> Any:
+        """The matrices [rows, columns], one below the other, with their biases where the file holds some."""
+        biases = [self._stored(f"{name}.bias") for name in names]
+        bias = self._take(biases, (rows,)) if biases[0] in self._weights else None
+        return self._matrix([self._stored(f"{name}.weight") for name in names], (rows, columns), bias)
+
+    def exact(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small tensor's values in fp32, as the file has them: what a state decays by mustn't be rounded."""
+        stored = self._stored(name)
+        tensor = self._weights.exact(stored)
+        self._check([stored], tuple(tensor.shape), shape)
+        self.nbytes += tensor.nbytes
+        return tensor.to(self.device)
+
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def has(self, name: str) -> bool:
+        return self._stored(name) in self._weights
+
+    def _stored(self, name: str) -> str:
+        """The tensor's name in the file, of its name in a Llama checkpoint."""
+        found = _MODULE.fullmatch(name)
+        assert found is not None, name
+        layer, module, kind = found.groups(default="")
+        return f"{self._prefix}{layer}{self._names.get(module, module)}.{kind}"
+
+    def _matrix(self, names: Sequence[str], shape: tuple[int, int], bias: Tensor | None = None) -> Any:
+        if self._coded is None:
+            return Linear(self._take(names, shape), bias, self._tile)
+        made = self._weights.coded(names, self._coded, bias)
+        self._check(names, made.shape, shape)
+        self.nbytes += sum(piece.tiles.nbytes for piece in made.pieces)
+        return made
+
+    def _take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        tensor = self._weights.joined(names)
+        self._check(names, tuple(tensor.shape), shape)
+        self.nbytes += tensor.nbytes
+        return tensor.to(self.device)
+
+    def _check(self, names: Sequence[str], seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if seen != wanted:
+            raise ModelError(f"{', '.join(names)}: the checkpoint has {list(seen)}, its config.json {list(wanted)}.")
