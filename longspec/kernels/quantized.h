@@ -46,9 +46,6 @@ static Coded from_row(const Coded *c, int64_t row, int64_t width) {
     return (Coded){c->codes + row * width, c->scales + at, c->totals + at, c->sums + twice};
 }
 
-/* A sum that may wrap: a row that holds infinity has codes of any value, and no meaning. */
-INLINE int32_t plus(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
-
 /* A group of a row: its codes, the sums of their halves, and the scale. Of 32 values the greatest without their signs has
  * as numbers of 16 bits the same order. */
 INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[2]) {
@@ -58,6 +55,7 @@ INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[
     float largest;
     memcpy(&largest, &bits, sizeof largest);
     const float factor = largest > 0 ? 127.0f / largest : 0.0f, turn = 12582912.0f; /* rounds, as in `exponential` */
+    const int32_t kept = most < 0x7f80 ? -1 : 0; /* with infinity in it, codes mean nothing and their sums might overflow */
     UNROLL for (int half = 0; half < 2; half++) {
         vi total = {0};
         UNROLL for (int i = 16 * half; i < 16 * half + 16; i += LANES) {
@@ -66,7 +64,7 @@ INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[
             total += whole;
         }
         sums[half] = 0;
-        UNROLL for (int i = 0; i < LANES; i++) sums[half] = plus(sums[half], total[i]);
+        UNROLL for (int i = 0; i < LANES; i++) sums[half] += total[i] & kept;
     }
     *scale = largest / 127.0f;
 }
@@ -80,7 +78,7 @@ static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t part, 
         int32_t sums[2];
         const int64_t place = (first + row) * width + g * GROUP;
         code_group(x + place, to->codes + place, to->scales + at + row, sums);
-        to->totals[at + row] = to->scales[at + row] * (float)plus(sums[0], sums[1]);
+        to->totals[at + row] = to->scales[at + row] * (float)(sums[0] + sums[1]);
         to->sums[2 * at + row] = sums[0], to->sums[2 * at + TILE + row] = sums[1];
     }
     if (live % 4 == 3) to->sums[2 * at + live] = to->sums[2 * at + TILE + live] = 0; /* three rows go as four */

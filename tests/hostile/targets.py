@@ -54,6 +54,8 @@ def ggufs(folder: Path) -> Attempt:
         form = None if kind is None else gguf.GGMLQuantizationType[kind]
         seeds.append(write_gguf(oracle(name, **sizes), folder / f"{name}-{kind}.gguf", matrices=form).read_bytes())
     path = folder / "mutant.gguf"
+    path.write_bytes(seeds[0])
+    run(path, "int8")  # now, lest the first mutant pay for compiling the kernels
 
     def attempt(random: Random) -> None:
         data = random.choice(seeds)
@@ -98,6 +100,7 @@ def folders(folder: Path) -> Attempt:
     """Every file of a folder: JSON by its values, others by their bytes, and each by what stands in its place."""
     seeds = [folder_of(folder, "llama-yarn"), folder_of(folder, "qwen2"), folder_of(folder, "gemma2", head_dim=32)]
     place = folder / "mutant"
+    run(folder / "llama-yarn", "int8")
 
     def attempt(random: Random) -> None:
         shutil.rmtree(place, ignore_errors=True)
