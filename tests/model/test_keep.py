@@ -73,4 +73,7 @@ def test_pull_keeps_it_and_says_where(folder: Path, tmp_path: Path) -> None:
     assert place.parent.name == "int4"
     refused = inside(["pull", str(folder), "--dtype", "int8"], tmp_path)
     assert (refused.code, refused.out) == (2, b"")
-    assert "int8 is nothing to keep" in refused.err
+    assert "on this machine already" in refused.err
+    again = inside(["pull", str(place), "--dtype", "int4"], tmp_path)
+    assert (again.code, again.out.decode().strip()) == (0, str(place))
+    assert "nothing is kept" in again.err

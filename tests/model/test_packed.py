@@ -61,9 +61,9 @@ def test_codes_are_taken_as_they_are(kind: str, tmp_path: Path) -> None:
     wanted = FORMAT.get(kind, "INT4_128")
     assert wanted in made.formats
     layer = made._layers[1]
-    assert isinstance(layer.mixer.qkv, CodedLinear)
-    assert [piece.format for piece in layer.mixer.qkv.pieces] == [wanted]
-    assert torch.equal(layer.mixer.qkv.values(), torch.cat([model.get_parameter(name) for name in QKV]).detach())
+    assert isinstance(layer.mixer.inputs, CodedLinear)
+    assert [piece.format for piece in layer.mixer.inputs.pieces] == [wanted]
+    assert torch.equal(layer.mixer.inputs.values(), torch.cat([model.get_parameter(name) for name in QKV]).detach())
     down = model.get_parameter("model.layers.1.mlp.down_proj.weight").detach()
     assert torch.equal(layer.mlp.down.values(), down)
     with torch.inference_mode():
@@ -101,8 +101,8 @@ def test_fp8_beside_other_formats_counts_as_values(tmp_path: Path) -> None:
     kept[QKV[1]] = model.get_parameter(QKV[1]).data
     save_file(kept, path, {"format": "pt"})
     made = decoder(folder, torch.bfloat16, "Q8_0")
-    assert [piece.format for piece in made._layers[1].mixer.qkv.pieces] == ["Q8_0"]
-    assert [piece.format for piece in made._layers[0].mixer.qkv.pieces] == ["FP8"]
+    assert [piece.format for piece in made._layers[1].mixer.inputs.pieces] == ["Q8_0"]
+    assert [piece.format for piece in made._layers[0].mixer.inputs.pieces] == ["FP8"]
 
 
 def test_reordered_columns_are_refused_by_name(tmp_path: Path) -> None:
