@@ -425,7 +425,8 @@ def test_bash_completes(home: Path) -> None:
 def test_help_needs_no_jinja() -> None:
     program = (
         "import sys; from longspec.cli.main import guarded\n"
-        "codes = [guarded(call) for call in (['-h'], ['run', '--help-all'], ['prompts', '-h'], ['prompts', 'new', '-h'])]\n"
+        "calls = ['-h'], ['run', '--help-all'], ['prompts', '-h'], ['prompts', 'new', '-h']\n"
+        "codes = [guarded(call) for call in calls]\n"
         "print(codes, [m for m in ('torch', 'jinja2', 'rich') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, text=True, check=True)
