@@ -37,10 +37,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny(tmp_path_factory.mktemp("tiny"), request.param, end_tokens=())
 
 
-def opened(made: Any, count: int, way: dict[str, Any], **options: Any) -> list[Any]:
+def opened(made: Any, count: int, way: dict[str, Any], new: int = NEW, **options: Any) -> list[Any]:
     texts = prompts(count)
     return [
-        made.open(text, raw=True, key=str(i), max_new_tokens=NEW + i, **{**way, **options})
+        made.open(text, raw=True, key=str(i), max_new_tokens=new + i, **{**way, **options})
         for i, text in enumerate(texts)
     ]
 
@@ -110,7 +110,7 @@ def test_strict_tokens_are_those_of_strict_plain_decoding(tmp_path: Path, drafte
 
         object.__setattr__(made.model.decoder, "logits", recording)
         try:
-            sessions = opened(made, 1, GREEDY, max_new_tokens=2 * BLOCK + 9)
+            sessions = opened(made, 1, GREEDY, new=2 * BLOCK + 9)
             return finish(made, sessions)
         finally:
             object.__setattr__(made.model.decoder, "logits", logits)
