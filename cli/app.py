@@ -1,68 +1,108 @@
 """The subcommands, and the parsing of arguments by typer.
 
-Takes the arguments; gives the exit code of a command that ran, or raises any error as one of longspec's own. Every
-subcommand is imported here, so none may import torch at its top.
+Takes the arguments; gives the exit code of a command that ran, or raises any error as one of longspec's own. A
+subcommand is imported when it is named, so that help is instant; none may import torch at its top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
 from longspec import __version__
-from longspec.cli.commands import batch, chat, completion, doctor, forget, models, plan, pull, run, serve, train, tune
-from longspec.cli.commands.bench import bench
-from longspec.cli.commands.config import config
-from longspec.cli.commands.prompts import prompts
-from longspec.cli.options.groups import expanded
 from longspec.cli.options.typer_classes import Command, Group, origin
-from longspec.cli.shell import command as shell
 from longspec.errors import UsageError
 
-__all__ = ["app", "invoke"]
+__all__ = ["SUMMARIES", "invoke", "program"]
 
 _HELP = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 
 # The base class of typer's argument errors: its module differs by release, its place in the hierarchy doesn't.
 _ArgumentError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-app = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
-
-_MODULES = {
-    "run": run,
-    "chat": chat,
-    "batch": batch,
-    "command": shell,
-    "serve": serve,
-    "train": train,
-    "tune": tune,
-    "plan": plan,
-    "models": models,
-    "pull": pull,
-    "forget": forget,
-    "doctor": doctor,
-    "completion": completion,
+SUMMARIES = {
+    "run": "Answer one prompt.",
+    "chat": "Hold a conversation.",
+    "batch": "Answer many prompts, and write each answer as a line of JSON.",
+    "command": "Print a shell command for a request; nothing is run.",
+    "serve": "Keep a model loaded, and answer OpenAI's API with it on this machine.",
+    "train": "Train a head that drafts for a model, on what the model answers.",
+    "tune": "Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves "
+    "out.",
+    "plan": "Show what each kind of cache takes for a text, and which fit, without loading the model.",
+    "models": "List the models that are here, and those that can be pulled.",
+    "pull": "Fetch a model and print where it is.",
+    "logs": "Show the answers that --log kept.",
+    "forget": "Delete the answers that --remember kept, for all models.",
+    "doctor": "Show what this machine has, and what longspec uses of it.",
+    "completion": "Print the script that completes longspec's words in a shell.",
+    "bench": "Measure, and print a table.",
+    "config": "Show and change your settings.",
+    "prompts": "List, show and make templates.",
 }
-for _name, _module in _MODULES.items():
-    app.command(_name, cls=Command, epilog=_module.EPILOG, context_settings=_HELP)(expanded(getattr(_module, _name)))
+"""Every subcommand, in the order of the help, with what the help says of it: known before any is imported."""
 
-app.add_typer(bench, name="bench")
-app.add_typer(config, name="config")
-app.add_typer(prompts, name="prompts")
+_ELSEWHERE = {"command": "longspec.cli.shell.command"}
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"longspec {__version__}")
-        raise typer.Exit
+class _Commands(Mapping[str, Any]):
+    """The subcommands by name, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in SUMMARIES:
+            raise KeyError(name)
+        return _made(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SUMMARIES)
+
+    def __len__(self) -> int:
+        return len(SUMMARIES)
 
 
-@app.callback(
-    invoke_without_command=True,
-    epilog="""\b
+class _Root(Group):
+    """The program."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([*SUMMARIES.items()])
+
+
+@cache
+def _made(name: str) -> Any:
+    """The subcommand of this name."""
+    module = import_module(_ELSEWHERE.get(name, f"longspec.cli.commands.{name}"))
+    found = getattr(module, name)
+    if not isinstance(found, typer.Typer):
+        from longspec.cli.options.groups import expanded
+
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name, cls=Command, epilog=module.EPILOG, context_settings=_HELP)(expanded(found))
+        return get_command(alone)
+    command = get_command(found)
+    command.name = name
+    return command
+
+
+@cache
+def program() -> Any:
+    """The program's root command."""
+    app = typer.Typer(cls=_Root, add_completion=False, rich_markup_mode=None, context_settings=_HELP)
+    app.callback(invoke_without_command=True, epilog=_EPILOG)(_root)
+    command: Any = get_command(app)
+    command.commands = _Commands()
+    return command
+
+
+_EPILOG = """\b
+longspec "a question" is longspec run "a question"; longspec help run is longspec run --help.
+
+\b
 Every option can also be set in the environment (LONGSPEC_MAX_NEW_TOKENS=400)
 or in ~/.config/longspec/config.toml (max_new_tokens = 400). A flag goes before
 the environment, the environment before the file; longspec config shows them.
@@ -71,8 +111,15 @@ the environment, the environment before the file; longspec config shows them.
 Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad input,
 3 the model can't be had or isn't supported, 4 the memory budget can't be met,
 5 a suggested command may destroy something, 130 interrupted (what was written stands).
-""",
-)
+"""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longspec {__version__}")
+        raise typer.Exit
+
+
 def _root(
     ctx: typer.Context,
     version: Annotated[
@@ -86,10 +133,16 @@ def _root(
 
 def invoke(arguments: Sequence[str]) -> int:
     """Run the subcommand that the arguments name; its exit code."""
-    command = get_command(app)
+    from longspec.cli.commands import completion
+
+    command = program()
     if (code := completion.respond(command)) is not None:
         return code
+    arguments = _meant(arguments)
     try:
+        if [*arguments] in ([], ["--help"], ["-h"]):  # typer would import what it parses arguments with
+            typer.echo(typer.Context(command, info_name="longspec", **command.context_settings).get_help())
+            return 0
         with command.make_context("longspec", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leaving:
@@ -97,6 +150,20 @@ def invoke(arguments: Sequence[str]) -> int:
     except _ArgumentError as error:
         raise UsageError(_sentence(error)) from error
     return 0
+
+
+def _meant(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments, with what a hand types by habit in longspec's words."""
+    match list(arguments):
+        case ["help", *words]:
+            return [*words, "--help"]
+        case ["version"]:
+            return ["--version"]
+        case ["ls", *words]:
+            return ["models", *words]
+        case [question, *_] if " " in question.strip() and not question.startswith("-"):
+            return ["run", *arguments]
+    return arguments
 
 
 def _sentence(error: Exception) -> str:

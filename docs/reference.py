@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.main import get_command
 
-from longspec.cli.app import app
+from longspec.cli.app import program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +39,7 @@ class Page:
 
 def pages() -> list[Page]:
     """The program itself, then its commands in the order of the help, each group before its members."""
-    return list(_walk(get_command(app), "longspec"))
+    return list(_walk(program(), "longspec"))
 
 
 def _walk(command: Any, name: str, parent: Any = None) -> Iterator[Page]:

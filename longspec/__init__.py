@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longspec.engine.answer import Answer as Answer
     from longspec.engine.engine import Engine as Engine
+    from longspec.engine.scoring import Score as Score
     from longspec.engine.session import Session as Session
     from longspec.errors import BudgetError as BudgetError
     from longspec.errors import ContextError as ContextError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from longspec.types import Draft as Draft
     from longspec.types import Drafter as Drafter
     from longspec.types import Stats as Stats
+    from longspec.types import TokenLogprob as TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -36,8 +38,10 @@ _HOMES = {
     "LongspecError": "errors",
     "ModelError": "errors",
     "Sampling": "sampling.parameters",
+    "Score": "engine.scoring",
     "Session": "engine.session",
     "Stats": "types",
+    "TokenLogprob": "types",
     "UsageError": "errors",
 }
 

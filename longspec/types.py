@@ -23,6 +23,7 @@ __all__ = [
     "FinishReason",
     "Needs",
     "Stats",
+    "TokenLogprob",
     "Verdict",
     "Writing",
 ]
@@ -88,6 +89,15 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer with its log-probability in nats, and those of the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest first
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The target's verdict on a draft: the kept path, and the bonus token."""
 
@@ -97,6 +107,7 @@ class Verdict:
     # The last token and each draft token, with the target's top-k tokens after it; for drafters that need them.
     successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
     entropy: float | None = field(default=None, compare=False)  # of the bonus token's distribution, in nats
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), compare=False)  # of the kept tokens and the bonus, if asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,7 @@ class Commit:
     thought: str = ""
     said: str = ""
     calls: tuple[CallPart, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the session asks for them
 
     def __add__(self, other: Commit) -> Commit:
         """Concatenate with a later commit of the same step."""

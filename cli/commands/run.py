@@ -7,7 +7,7 @@ to stderr.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from longspec.cli.io import server_client as remote
 from longspec.cli.io import signals
 from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.each_line import answer_lines
+from longspec.cli.io.line_editor import quiet_keys
 from longspec.cli.io.output_file import OutputFile
+from longspec.cli.io.page import Page, page
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.prompt_input import checked, read_prompt
 from longspec.cli.io.run_request import Call, make_form
@@ -28,15 +30,17 @@ from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import CUT, UNSAID, Local, Policy, is_cut, load, statistics, stream, unsaid
 from longspec.cli.options.groups import argument, group, option
 from longspec.cli.options.loading import Loading
-from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.reporting import RAW_OUTPUT, Reporting
 from longspec.cli.options.writing import Constraints, Framing, Reasoning, SamplingOptions, text_options
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
+    from longspec.cli.io.log import Entry
     from longspec.engine.answer import Answer
     from longspec.engine.engine import Engine
     from longspec.engine.options import Options
     from longspec.engine.session import Session
+    from longspec.text.prompt import Prompt
     from longspec.text.tokenizer import Vocabulary
 
 __all__ = ["EPILOG", "run"]
@@ -71,6 +75,13 @@ class Asking:
     each_line: bool = option(
         False, "Answer every line of standard input by itself, each answer on one line.", once=True
     )
+    go_on: bool = option(
+        False,
+        "Go on from the last answer in the log, and keep this one there.",
+        flag="--continue",
+        short="-c",
+        once=True,
+    )
 
 
 @group("Output")
@@ -93,6 +104,8 @@ class Delivery:
         panel="Model and method",
     )
     no_stream: bool = option(False, "Print the answer when it is whole.")
+    raw_output: bool = RAW_OUTPUT
+    log: bool = option(False, "Keep prompt and answer in a log, which longspec logs shows.")
 
 
 @group("Output")
@@ -137,11 +150,13 @@ def run(
     }
     others = [loading.model, loading.skip_set, constraints.json_schema]
     refuse_same_files(written, [*(asking.file or []), *(loading.draft_from or []), *others])
+    if asking.each_line and (asking.go_on or delivery.log):
+        raise UsageError("--each-line writes many answers, and the log is of conversations; leave one out.")
     if tracing.profile is not None and asking.each_line:
         raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
     with (
         Progress(loading.model, quiet=quiet) as progress,
-        _opened(delivery.output, progress) as out,
+        _opened(delivery.output, progress, raw=delivery.raw_output or reporting.as_json or asking.each_line) as out,
         _traced(tracing.profile, progress) as trace,
     ):
         call = Call(
@@ -163,26 +178,36 @@ def run(
             stats=stats,
             no_server=delivery.no_server,
             trace=trace,
+            log=delivery.log or asking.go_on,
+            earlier=_earlier() if asking.go_on else (),
         )
         if asking.each_line:
             unanswered = answer_lines(call)
         else:
-            _answer(call)
+            with quiet_keys():
+                _answer(call)
     if unanswered is not None:  # only now that all valid lines are in the file
         raise unanswered
 
 
 def _answer(call: Call) -> None:
     started = perf_counter()
-    text = _prompt(call)
+    prompt, system = _prompt(call), call.writing["system"]
+    text: Prompt = prompt
+    if call.earlier:
+        text, system = _going_on(call, prompt)
     began = BEGAN + perf_counter() - started  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
     served = None
-    if not (call.no_server or call.trace):
+    if not (call.no_server or call.trace) and isinstance(text, str):
         served = remote.write(
             call.model, call.loading, text, call.writing, call.output, call.progress, call.policy, began=began
         )
     answer, interrupted = served or _written(call, text, began)
+    if call.log:
+        from longspec.cli.io import log
+
+        log.keep(system, prompt, answer, conversation=call.earlier[0].conversation if call.earlier else None)
     if call.as_json:
         call.output.write(json.dumps(answer.report(), ensure_ascii=False) + "\n")
     if call.policy.hide and unsaid(answer):
@@ -195,7 +220,28 @@ def _answer(call: Call) -> None:
         raise interrupted
 
 
-def _written(call: Call, text: str, began: float) -> tuple[Answer, signals.Interrupted | None]:
+def _earlier() -> Sequence[Entry]:
+    """The last conversation in the log. Raises UsageError where there is none."""
+    from longspec.cli.io import log
+
+    if not (found := log.conversation()):
+        raise UsageError("There is no answer in the log to go on from; longspec run --log keeps one.")
+    return found
+
+
+def _going_on(call: Call, prompt: str) -> tuple[list[dict[str, str]], str | None]:
+    """The conversation's messages with a new prompt, and its system message: the last one that was given."""
+    if call.writing["raw"]:
+        raise UsageError("--raw goes on from a text, and --continue from a conversation; leave one out.")
+    system = call.writing["system"] or call.earlier[-1].system
+    call.writing["system"] = system
+    messages = []
+    for one in call.earlier:
+        messages += [{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.answer}]
+    return [*messages, {"role": "user", "content": prompt}], system
+
+
+def _written(call: Call, text: Prompt, began: float) -> tuple[Answer, signals.Interrupted | None]:
     """The answer, by a model loaded in this process."""
     loading, progress = call.loading, call.progress
     if loading["memory"] is not None:
@@ -234,10 +280,10 @@ def _prompt(call: Call) -> str:
     return call.form.fill("")
 
 
-def _opened(name: str | None, progress: Progress) -> AbstractContextManager[Output | OutputFile]:
-    """Standard output, or an output file instead."""
+def _opened(name: str | None, progress: Progress, *, raw: bool) -> AbstractContextManager[Output | OutputFile | Page]:
+    """Standard output, as a page where that is a terminal, or an output file instead."""
     if name is None or name == "-":
-        return nullcontext(Output())
+        return nullcontext(page(raw=raw))
     return OutputFile(checked(name, "--output"), progress.say)
 
 
@@ -246,7 +292,7 @@ def _traced(name: str | None, progress: Progress) -> AbstractContextManager[Outp
     return nullcontext() if name is None else OutputFile(checked(name, "--profile"), progress.say)
 
 
-def _length(vocabulary: Vocabulary, prompt: str, writing: Options) -> int | None:
+def _length(vocabulary: Vocabulary, prompt: Prompt, writing: Options) -> int | None:
     """The planned maximum of prompt and answer, in tokens; None where only the model's context limits them."""
     from longspec.engine.options import tokens_of
 

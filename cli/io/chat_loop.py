@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from longspec.cli.io import signals
 from longspec.cli.io.colour import coloured
 from longspec.cli.io.line_editor import PipedLines, TypedLines
+from longspec.cli.io.page import Page
 from longspec.cli.io.progress import Progress, printable
 from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import UNSAID, Local, Policy, statistics, stream, unsaid
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
-__all__ = ["COMMANDS", "Dialogue"]
+__all__ = ["COMMANDS", "Dialogue", "short_name"]
 
 COMMANDS = {
     "/help": "this list",
     "/system TEXT": "the system message from here on; without a text, none",
-    "/reset": "forget all that was said",
+    "/reset": "forget all that was said (/clear does the same)",
     "/retry": "another answer to the last question (the same one, if nothing is sampled)",
     "/save FILE": "keep the conversation in FILE and its cache in FILE.cache",
     "/load FILE": "go on with a saved conversation, and its settings",
     "/model NAME": "go on with another model",
     "/stats": "how the last answer was written, and what the cache holds",
-    "/quit": "end, as Ctrl-D does",
+    "/quit": "end (/exit, exit and Ctrl-D do the same)",
 }
+_OTHER_NAMES = {"/clear": "/reset", "/exit": "/quit", "exit": "/quit", "quit": "/quit", "?": "/help", "help": "/help"}
 _HELP = """A line is a message. Alt-Enter begins another line in it, \"\"\" begins and ends a message of several
-lines, and what is pasted stays one message. A message that begins with / is written with a space before it.
+lines, and what is pasted stays one message. A message that begins with /, or is only ? or exit, is written with a
+space before it.
 Ctrl-C stops an answer, whose beginning stays in the conversation; at the prompt it begins the line anew."""
 
 
@@ -54,13 +57,14 @@ class Dialogue:
         progress: Progress,
         load: Callable[[str], Engine],
         *,
+        output: Output | Page,
         colours: bool,
         stats: bool,
         hide: bool = False,
     ) -> None:
         self.conversation = conversation
         self.lines = lines
-        self.output = Output()
+        self.output = output
         self.progress = progress
         self.load = load
         self.colours = colours
@@ -85,6 +89,8 @@ class Dialogue:
                     continue
                 if isinstance(self.lines, TypedLines):
                     self.lines.remember(text)
+                if typed:
+                    text = _OTHER_NAMES.get(text.strip() if not text.startswith(" ") else text, text)
                 if not typed or not text.startswith("/"):
                     self._answer(lambda text=text: self.conversation.ask(text.strip() if typed else text))  # type: ignore[misc]
                 elif text.strip() == "/quit":
@@ -121,9 +127,12 @@ class Dialogue:
 
     def _system(self, text: str) -> None:
         self.conversation.system = text or None
+        self._tell("the system message is set" if text else "there is no system message from here on")
 
     def _reset(self) -> None:
         self.conversation.reset()
+        kept = "; the system message stays" if self.conversation.system is not None else ""
+        self._tell(f"all that was said is forgotten{kept}")
 
     def _retry(self) -> None:
         self._answer(self.conversation.again)
@@ -151,7 +160,7 @@ class Dialogue:
         engine = self.load(name)
         self.progress.stop()
         self.conversation.move(engine)
-        self._tell(f"going on with {engine.model.name}, which reads the conversation with the next message")
+        self._tell(f"going on with {short_name(engine.model.name)}, which reads the conversation with the next message")
 
     def _stats(self) -> None:
         conversation, session = self.conversation, self.conversation.session
@@ -180,6 +189,11 @@ class Dialogue:
             self.progress.say(note)
         if self.hide and unsaid(self.conversation.engine.answer(session)):
             self.progress.say(UNSAID)
+        if session.finish_reason == "length" and not isinstance(self.lines, PipedLines):
+            count = f"{_count(len(session.answer), 'token')}"
+            self.progress.say(
+                f"the answer was cut after {count}; --max-new-tokens allows more, and asking to go on continues it"
+            )
         if interrupted is None:
             if self.stats:
                 self.progress.say(statistics(self.conversation.engine.answer(session)))
@@ -211,6 +225,11 @@ class Dialogue:
         if sys.stderr is not None:
             with suppress(OSError):
                 print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def short_name(model: str) -> str:
+    """A model's name without the folders before it."""
+    return os.path.basename(model.rstrip("/")) if os.path.exists(model) else model
 
 
 def _count(number: int, noun: str) -> str:

@@ -125,6 +125,24 @@ class TypedLines:
 
 
 @contextmanager
+def quiet_keys() -> Iterator[None]:
+    """Within the block, a terminal doesn't print ^C into the text where one is typed."""
+    import termios
+
+    if sys.stdin is None or not os.isatty(0):
+        yield
+        return
+    before = termios.tcgetattr(0)
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(0, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        with suppress(OSError, termios.error):  # the terminal may be gone
+            termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+@contextmanager
 def _woken() -> Iterator[None]:
     """Within the block, a signal interrupts the main thread's wait for a key, whichever thread receives it.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "printable", "thinking"]
 
-_NOTES = {"downloading": "{model} isn't on this machine yet: pulling it once"}
+_DOWNLOADING = "downloading"
 _WAITING = "waiting"
 _FETCHING = "fetching "
 
@@ -81,10 +81,20 @@ class Progress:
         self._stage = stage
         if stage.startswith(_FETCHING):  # huggingface_hub draws bars of its own
             self.stop()
-        elif stage in _NOTES:
-            self.say(_NOTES[stage].format(model=self.model))
+        elif stage == _DOWNLOADING:
+            self.say(_first_run(self.model))
         elif stage.startswith(_WAITING) and not self.drawn:
             self.say(stage)
+
+
+def _first_run(model: str) -> str:
+    """What is said where the default model is fetched: it is tiny, and another one fits."""
+    from longspec.cli.io.fitting import best_here
+
+    said = f"{model} isn't on this machine yet: pulling it once (92 MB)"
+    if (entry := best_here().entry) is None:
+        return said
+    return f"{said}. It is tiny; this machine runs {entry.name} ({entry.about}), which longspec pull --fit fetches"
 
 
 def thinking(tokens: int) -> str:

@@ -11,7 +11,9 @@ from longspec.cli.io.prompt_input import checked
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
+    from longspec.cli.io.log import Entry
     from longspec.cli.io.output_file import OutputFile
+    from longspec.cli.io.page import Page
     from longspec.cli.io.progress import Progress
     from longspec.cli.io.stdout import Output
     from longspec.cli.io.stream_answer import Policy
@@ -56,13 +58,15 @@ class Call:
     model: str
     loading: dict[str, Any]  # keywords of `Engine.load`
     writing: Options
-    output: Output | OutputFile
+    output: Output | OutputFile | Page
     progress: Progress
     policy: Policy
     as_json: bool
     stats: bool
     no_server: bool
     trace: OutputFile | None  # the profile's file
+    log: bool = False  # keep prompt and answer
+    earlier: Sequence[Entry] = ()  # the conversation that this goes on with
 
 
 def make_form(name: str | None, parameters: Sequence[tuple[str, str]]) -> Form:

@@ -27,6 +27,7 @@ from typing import Any
 from longspec import __version__
 from longspec.cli.io import signals
 from longspec.cli.io.output_file import OutputFile
+from longspec.cli.io.page import Page
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import Policy, stream
@@ -116,7 +117,7 @@ def write(
     loading: Mapping[str, Any],
     prompt: str,
     writing: Mapping[str, Any],
-    output: Output | OutputFile,
+    output: Output | OutputFile | Page,
     progress: Progress,
     policy: Policy,
     *,

@@ -18,6 +18,7 @@ from longspec.errors import LongspecError
 
 if TYPE_CHECKING:
     from longspec.cli.io.output_file import OutputFile
+    from longspec.cli.io.page import Page
     from longspec.cli.io.progress import Progress
     from longspec.cli.io.server_client import Remote, Reported
     from longspec.cli.io.stdout import Output
@@ -47,7 +48,7 @@ class Policy:
 
 
 def stream(
-    source: Local | Remote, output: Output | OutputFile, progress: Progress, policy: Policy
+    source: Local | Remote, output: Output | OutputFile | Page, progress: Progress, policy: Policy
 ) -> signals.Interrupted | None:
     """Write an answer to its end, or to a signal, which is returned. Its text so far is written then.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -10,7 +11,38 @@ from longspec.cli.options.conflicts import settle_loading
 from longspec.cli.options.groups import group, option, values
 from longspec.cli.options.parsers import size, whole
 
-__all__ = ["Loading"]
+__all__ = ["CACHES", "CONTROLS", "DRAFTERS", "DTYPES", "Loading", "among"]
+
+DRAFTERS = (
+    "auto",
+    "none",
+    "ngram",
+    "lookahead",
+    "suffix",
+    "recycle",
+    "skip",
+    "exit",
+    "sparse",
+    "model",
+    "recycle+ngram",
+)
+CACHES = ("auto", "dense", "int8", "int4", "int2", "dual", "offload", "disk")
+CONTROLS = ("goodput", "fixed", "entropy")
+DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
+"""What a shell offers for these flags. The engine knows them and is too slow to be asked: a test holds it to them."""
+
+
+def among(*names: str) -> Callable[[str], list[str]]:
+    """A shell's completions out of these names."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def models(incomplete: str) -> list[str]:
+    """Completions of a model's name: those that are here, and the catalogue's."""
+    from longspec.model.files.catalogue import catalogue
+    from longspec.model.files.hub import installed
+
+    return [name for name in [*(one.name for one in installed()), *catalogue()] if name.startswith(incomplete)]
 
 
 @group("Model and method")
@@ -23,15 +55,20 @@ class Loading:
         "owner/name:file.gguf. smollm2 if left out.",
         short="-m",
         metavar="MODEL",
+        autocompletion=models,
     )
     drafter: str = option(
         "auto",
         "What drafts the next tokens: auto, one by name, one over another (model+ngram), or the folder of a "
         "trained head. none is plain decoding; the text is the same.",
         metavar="NAME",
+        autocompletion=among(*DRAFTERS),
     )
     draft_model: str | None = option(
-        None, "The smaller model that the drafter `model` drafts with, named as --model is.", metavar="MODEL"
+        None,
+        "The smaller model that the drafter `model` drafts with, named as --model is.",
+        metavar="MODEL",
+        autocompletion=models,
     )
     num_speculative_tokens: int | None = option(
         None,
@@ -44,6 +81,7 @@ class Loading:
         "How many tokens are drafted: goodput (as many as bring the most tokens per second, none where drafting would "
         "lose), fixed (always the most), or entropy (none after a token that was hard to foresee).",
         metavar="NAME",
+        autocompletion=among(*CONTROLS),
     )
     skip_set: str | None = option(
         None,
@@ -62,14 +100,21 @@ class Loading:
         "auto",
         "How keys and values are kept: auto, or one by name. auto is dense, or with --memory what fits.",
         metavar="NAME",
+        autocompletion=among(*CACHES),
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N. auto is the GPU where there is one.", metavar="NAME")
+    device: str = option(
+        "auto",
+        "auto, cpu, cuda or cuda:N. auto is the GPU where there is one.",
+        metavar="NAME",
+        autocompletion=among("auto", "cpu", "cuda"),
+    )
     dtype: str = option(
         "auto",
         "auto, fp32, bf16, int8 or int4: quantized weights, as a GGUF file has them, else of so many bits, with nearly "
         "the same text. auto is int8 where a file's weights are quantized, else bf16, as far as the processor has "
         "them.",
         metavar="NAME",
+        autocompletion=among(*DTYPES),
     )
     threads: int | None = option(
         None, "Threads on a CPU; torch chooses if this is left out.", metavar="N", parser=whole(1, 1024)

@@ -7,7 +7,12 @@ import typer
 from longspec.cli.options.conflicts import settle_reporting
 from longspec.cli.options.groups import group, option
 
-__all__ = ["Reporting"]
+__all__ = ["RAW_OUTPUT", "Reporting"]
+
+RAW_OUTPUT = option(
+    False,
+    "At a terminal, print the answer as it is: no Markdown is rendered, and no word wrapped. So it is in pipes anyway.",
+)
 
 
 @group("Output")

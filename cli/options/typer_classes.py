@@ -16,12 +16,20 @@ from typer.core import TyperCommand, TyperGroup
 from longspec.cli.options.groups import COMMAND_LINE_ONLY
 from longspec.cli.options.settings import Kind, Setting, read_settings
 
-__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "value_of"]
+__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "settable_of", "value_of"]
 
 _NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
 """The metavars of what is a file, or may be one."""
 
 _ORIGINS = "longspec.settings"
+_ALL = "--help-all"
+_OFTEN = {
+    "run": "prompt file model system template max_new_tokens temperature seed hide_reasoning json_schema output stats",
+    "chat": "model system max_new_tokens temperature seed hide_reasoning raw_output stats",
+    "batch": "inputs output model system template max_new_tokens temperature seed width stats",
+    "serve": "model host port api_key width memory",
+}
+"""Of commands with many options, those that --help shows: what most people use. --help-all shows every one."""
 
 
 class Command(TyperCommand):
@@ -29,8 +37,12 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as typer does, with settings for the options that `args` leave out."""
-        before_dashes = takewhile(lambda argument: argument != "--", args)
-        asks_help = set(before_dashes) & set(ctx.help_option_names)
+        before_dashes = {*takewhile(lambda argument: argument != "--", args)}
+        if _ALL in before_dashes and self.name in _OFTEN:
+            ctx.meta[_ALL] = True
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+        asks_help = before_dashes & set(ctx.help_option_names)
         # Help, completion and the commands that repair config.toml must work whatever is in it.
         if _settable(self) and not (asks_help or ctx.resilient_parsing):
             known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
@@ -53,12 +65,17 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each under its heading."""
         groups: dict[str, list[tuple[str, str]]] = {}
+        often = [] if _ALL in ctx.meta else _OFTEN.get(self.name or "", "").split()
         for parameter in self.get_params(ctx):
+            if often and parameter.name not in [*often, "help"]:
+                continue
             record = parameter.get_help_record(ctx)
             if record is not None:
                 heading = getattr(parameter, "rich_help_panel", None) or "Other"
                 text = getattr(parameter, "help", None) or record[1]  # without the suffixes that some releases add
                 groups.setdefault(heading, []).append((_first_name(parameter, record[0]), text))
+        if often:
+            groups.setdefault("Other", []).append((_ALL, "Show all options."))
         width = max(len(name) for records in groups.values() for name, _ in records)
         for heading, records in groups.items():
             with formatter.section(heading):
@@ -105,6 +122,11 @@ def settable(group: Any) -> dict[str, tuple[Any, Any]]:
         for parameter in _settable(command):
             options.setdefault(setting_name(parameter), (command, parameter))
     return options
+
+
+def settable_of(command: Any) -> set[str]:
+    """The names of one subcommand's options that can be set; a group of commands has none."""
+    return {setting_name(parameter) for parameter in _settable(command)}
 
 
 def kind_of(parameter: Any) -> Kind:

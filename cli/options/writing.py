@@ -66,6 +66,12 @@ class SamplingOptions:
     repetition_penalty: float | None = _sampling(
         "repetition_penalty", "Above 1, make tokens that the text already has less likely."
     )
+    frequency_penalty: float | None = _sampling(
+        "frequency_penalty", "Above 0, make a token less likely the more often the answer has it; -2 to 2."
+    )
+    presence_penalty: float | None = _sampling(
+        "presence_penalty", "Above 0, make tokens that the answer already has less likely; -2 to 2."
+    )
     seed: int | None = _sampling("seed", "The same seed gives the same sampled text; 0 if left out.")
     stop: list[str] | None = option(None, "End the answer right before this text; may be repeated.", metavar="TEXT")
 
@@ -93,6 +99,7 @@ class Reasoning:
         f"How much to think, where the model's chat template knows of it: {', '.join(EFFORTS)}.",
         metavar="LEVEL",
         parser=_effort,
+        autocompletion=lambda incomplete: [name for name in EFFORTS if name.startswith(incomplete)],
     )
     stop_loops: bool = option(False, "End a text that only repeats itself.")
 

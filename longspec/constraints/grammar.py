@@ -33,8 +33,11 @@ seconds. The text that was written is kept out of its errors.
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex: str | None = None) -> str | None:
-    """The grammar of a schema (a dict, JSON, or the name of a file with JSON) or of an expression; None for neither.
+def grammar_of(
+    json_schema: str | Path | Mapping[str, Any] | type | None = None, regex: str | None = None
+) -> str | None:
+    """The grammar of a schema (a dict, JSON, the name of a file with JSON, or a pydantic class) or of an expression;
+    None for neither.
 
     A string that begins with a brace is JSON, any other one a file name.
 
@@ -50,7 +53,12 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
             raise UsageError(f"The regular expression has {len(regex):,} characters; at most {MOST_BYTES:,} are read.")
         return checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
     assert json_schema is not None
-    text = json_schema if isinstance(json_schema, str | Path) else json.dumps(dict(json_schema))
+    if isinstance(json_schema, type):
+        if not hasattr(json_schema, "model_json_schema"):
+            raise UsageError(f"{json_schema.__name__} is no pydantic class (a BaseModel); give one, or a JSON schema.")
+        text: str | Path = json.dumps(json_schema.model_json_schema())
+    else:
+        text = json_schema if isinstance(json_schema, str | Path) else json.dumps(dict(json_schema))
     if isinstance(text, Path) or not text.lstrip().startswith("{"):
         text = _read(Path(text))
     if len(text.encode(errors="replace")) > MOST_BYTES:

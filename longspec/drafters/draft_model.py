@@ -26,9 +26,10 @@ from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import CODED, DTYPES, Model, open_model
 from longspec.model.weights.footprint import footprint
+from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft, Drafter, Writing
 
-__all__ = ["SHARED", "DraftModel", "match"]
+__all__ = ["SHARED", "DraftModel", "check_vocabulary", "match"]
 
 SHARED = 0.9
 """Least share of the target's vocabulary that the draft model must have; it can't draft the other tokens."""
@@ -139,15 +140,8 @@ def match(target: Model, draft: Model) -> Tensor | None:
     Raises:
         UsageError: the draft model has less than nine tenths (`SHARED`) of the target's tokens.
     """
-    wanted = target.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
-    had = draft.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
     size = draft.decoder.config.vocabulary
-    same = sum(had.get(token, size) < size for token in wanted)
-    if same < SHARED * len(wanted):
-        raise UsageError(
-            f"The draft model {draft.name} has {same:,} of the {len(wanted):,} tokens of {target.name}, and "
-            f"{SHARED:.0%} are needed; take a smaller model of the same family."
-        )
+    wanted, had = check_vocabulary((target.name, target.vocabulary), (draft.name, draft.vocabulary), size)
     places = torch.full((target.decoder.config.vocabulary,), -1)
     for token, place in wanted.items():
         if place < len(places) and had.get(token, size) < size:
@@ -155,6 +149,25 @@ def match(target: Model, draft: Model) -> Tensor | None:
     if len(places) == size and bool((places == torch.arange(size)).all()):
         return None
     return places.to(draft.decoder.device)
+
+
+def check_vocabulary(
+    target: tuple[str, Vocabulary], draft: tuple[str, Vocabulary], size: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens of target and draft model, each given by name and vocabulary; size: rows of the draft's embeddings.
+    No weights are needed.
+
+    Raises:
+        UsageError: the draft model has less than nine tenths (`SHARED`) of the target's tokens.
+    """
+    wanted, had = (vocabulary.tokenizer.get_vocab(with_added_tokens=True) for _, vocabulary in (target, draft))
+    same = sum(had.get(token, size) < size for token in wanted)
+    if same < SHARED * len(wanted):
+        raise UsageError(
+            f"The draft model {draft[0]} has {same:,} of the {len(wanted):,} tokens of {target[0]}, and "
+            f"{SHARED:.0%} are needed; take a smaller model of the same family."
+        )
+    return wanted, had
 
 
 def _written(rows: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from longspec.engine.session import Session
 from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
 from longspec.model.decoder import Decoder
+from longspec.types import TokenLogprob
 
 __all__ = ["Answer", "memory", "speculation", "timing", "usage"]
 
@@ -32,6 +33,8 @@ class Answer:
     timing: dict[str, Any]
     memory: dict[str, Any]
     calls: tuple[Call, ...] = ()  # of tools
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each of `tokens`, where they were asked for
+    parsed: Any = None  # the answer as an object of the pydantic class that was given as its schema
 
     def report(self) -> dict[str, Any]:
         """The object that `longspec run --json` prints."""

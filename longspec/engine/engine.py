@@ -9,8 +9,7 @@ It never prints: progress goes to a callback, text to the iterator's caller.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack
@@ -23,38 +22,39 @@ from longspec.control import make as make_control
 from longspec.control.policy import Control
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto, heads_for
+from longspec.drafters.draft_model import check_vocabulary
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
 from longspec.engine.opening import Prepared, prepare
 from longspec.engine.options import Options, check, check_options, drafter_options, kind
-from longspec.engine.passes import Passes, one_at_a_time
+from longspec.engine.passes import one_at_a_time
 from longspec.engine.prefix_cache import keep, resume, take_over
-from longspec.engine.scheduler import WIDTH, Schedule
+from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
-from longspec.errors import LongspecError, UsageError
+from longspec.engine.writer import Writer
+from longspec.errors import UsageError
 from longspec.memory.plan import CHUNKS, Plan, make_plan
-from longspec.model.load import Model, open_model
+from longspec.model.files.store import Report
+from longspec.model.load import Model, Opened, open_model
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
-from longspec.types import Commit, Drafter
+from longspec.types import Drafter
 
 __all__ = ["Engine", "costs_path"]
 
 
-class Engine(Passes):
+class Engine(Writer):
     """A loaded model and its drafters.
 
     engine = Engine.load("smollm2")
     print(engine.generate("Why is the sky blue?").text)
 
-    Every method may be called from any thread, and several threads may generate with one engine: each gets the tokens
-    that it would get alone. They take turns, one forward pass at a time (the model's lock is held during a step, not
-    while a caller handles an iterator's value), so threads don't make it faster; `generate_many` does, as its
-    sequences share passes. Engines of one `Model` share its lock; a `Model` that drafts for one engine must not be
-    used by another at the same time. A session, an iterator, a schedule or a conversation belongs to one thread at a
-    time.
+    Every method may be called from any thread: what several threads generate with one engine shares forward passes, as
+    in `generate_many`, and each gets the tokens that it would get alone. Engines of one `Model` take turns at its lock;
+    a `Model` that drafts for one engine must not be used by another at the same time. A session, an iterator, a
+    schedule or a conversation belongs to one thread at a time. `with` closes the engine at its end.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class Engine(Passes):
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
+        smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
             plan = make_plan(
                 opened,
@@ -149,8 +150,7 @@ class Engine(Passes):
                 texts=texts,
             )
         loaded = opened.load(strict=strict, report=report)
-        if draft_model is not None:
-            smaller = open_model(draft_model, dtype=loaded.dtype, device=device, report=report)
+        if smaller is not None:
             options["draft"] = smaller.load(strict=strict)
         engine = cls(
             loaded,
@@ -185,56 +185,6 @@ class Engine(Passes):
             LongspecError: it can't be written.
         """
         keep(session, self.model, Path(path))
-
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        """Generate one answer."""
-        session = self.open(prompt, **options)
-        for _ in self.write(session):
-            pass
-        return self.answer(session)
-
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
-        """Generate one answer, yielding its text as it becomes final."""
-        check_options(options)  # raise at the call, not at the first piece
-        return self._stream(prompt, options)
-
-    def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
-        for commit in self.write(self.open(prompt, **options)):
-            if commit.text:
-                yield commit.text
-
-    def generate_many(
-        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
-    ) -> Iterator[tuple[int, Answer | LongspecError]]:
-        """Generate many answers, `width` at a time: yields each prompt's index and answer, in the order in which they
-        finish.
-
-        A prompt may bring its own options. A prompt that fails yields its error in the answer's place, of any kind
-        (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as needed; a
-        sequence's sampling noise is keyed by its index, unless it has a `key`.
-        """
-        check_options(options)
-        return self._generate_many(prompts, width, options)
-
-    def _generate_many(
-        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], width: int, options: Options
-    ) -> Iterator[tuple[int, Answer | LongspecError]]:
-        schedule, numbers, coming = Schedule(self, width), dict[Session, int](), enumerate(prompts)
-        while True:
-            for number, prompt in islice(coming, schedule.wants):
-                text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
-                opened = schedule.begin(text, {"key": str(number), **options, **own})
-                if isinstance(opened, LongspecError):
-                    yield number, opened
-                else:
-                    numbers[opened] = number
-            if not schedule:
-                return
-            for session, event in schedule.step():
-                if isinstance(event, LongspecError):
-                    yield numbers.pop(session), event
-                elif event.finish_reason is not None:
-                    yield numbers.pop(session), self.answer(session)
 
     def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
         """Open a session for this prompt; nothing is computed yet.
@@ -280,14 +230,6 @@ class Engine(Passes):
         self.speculator.begin(session)
         return session
 
-    def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
-        """Prefill, then step until the answer ends. progress: a callback for the prompt's tokens, done and in total."""
-        for done in self.prefill(session):
-            if progress is not None:
-                progress(done, session.prompt_length - 1)
-        while session.finish_reason is None:
-            yield from self.step([session])
-
     @one_at_a_time
     def answer(self, session: Session, began: float | None = None) -> Answer:
         """The session's answer so far, with its figures. began: when the wait for the first token began, on
@@ -308,7 +250,34 @@ class Engine(Passes):
             timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan),
             calls=tuple(session.calls),
+            logprobs=None if session.logprobs is None else tuple(session.told),
+            parsed=session.parsed,
         )
+
+    @one_at_a_time
+    def score(self, texts: Sequence[str], prompt: Prompt | None = None) -> list[Score]:
+        """The log-probability of every token of each text, after the prompt (rendered as by `generate`), or from the
+        text's own beginning, whose first token has none.
+
+        Raises:
+            UsageError: a text has no token, or no second one without a prompt.
+            ContextError: it is longer than the model's context.
+        """
+        return scores(self, texts, prompt)
+
+    def __repr__(self) -> str:
+        if self.is_closed:
+            return "<Engine, closed>"
+        model = self.model
+        return f"<Engine {model.name}: {model.dtype} on {model.decoder.device}, drafter {self.drafter_name}>"
+
+
+def _smaller(name: str, target: Opened, device: str, report: Report | None) -> Opened:
+    """The draft model, opened; one that doesn't fit the target is refused before weights are read."""
+    opened = open_model(name, dtype=target.dtype, device=device, report=report)
+    names = (target.checkpoint.name, target.vocabulary), (opened.checkpoint.name, opened.vocabulary)
+    check_vocabulary(*names, opened.config.vocabulary)
+    return opened
 
 
 def _drafters(

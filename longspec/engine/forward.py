@@ -19,9 +19,9 @@ from longspec.engine.session import Session
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.sampling.sampler import choose, likeliest
 from longspec.sampling.verify import verify
-from longspec.types import Begun, Draft, Needs, Verdict
+from longspec.types import Begun, Draft, Needs, TokenLogprob, Verdict
 
-__all__ = ["Input", "Output", "forward", "logits_of"]
+__all__ = ["Input", "Output", "forward", "logits_of", "logprobs_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
     """The target's verdicts on the drafts, with the successors and entropies needed, in few copies to the host."""
     successors = iter(likeliest(logits, needs.successors).tolist() if needs.successors else ())
     entropies = iter(_entropies(logits) if needs.entropy else ())
-    verdicts = []
+    verdicts, start = [], 0
     for one, choices in zip(inputs, _choices(inputs, logits), strict=True):
         verdict = verify(one.draft, one.parents, choices)
         after: list[tuple[int, list[int]]] = []
@@ -182,8 +182,23 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
         if needs.entropy:
             entropy = [next(entropies) for _ in range(one.choosing)][verdict.kept[-1] + 1 if verdict.kept else 0]
         chosen = tuple(max(choice, 0) for choice in verdict.choices)  # a drafter may continue any of them
-        verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy))
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if (top := one.session.logprobs) is not None:
+            rows = logits[[start, *(start + 1 + node for node in verdict.kept)]]
+            logprobs = logprobs_of(rows, [*(one.draft[node] for node in verdict.kept), max(verdict.bonus, 0)], top)
+        start += one.choosing
+        verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy, logprobs))
     return verdicts
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
+    """Of each token in its row of the model's own logits [r, V], before any sampling option; with the `top` best."""
+    falling = torch.log_softmax(logits.float(), -1)
+    own = falling.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = falling.topk(top)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    listed = (tuple(zip(some, values, strict=True)) for some, values in pairs)
+    return tuple(map(TokenLogprob, tokens, own, listed))
 
 
 def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
@@ -195,6 +210,8 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
         group = list(alike)
         session, end = group[0].session, start + sum(one.choosing for one in group)
         rows, sampling = logits[start:end], session.sampling
+        if session.processes:
+            rows = session.processed(rows, group[0].paths())
         if session.constraint is not None:
             rows = session.constraint.mask(rows, group[0].paths())
         keys = [] if sampling.is_greedy else [key for one in group for key in one.session.noise_keys(one.depths)]
@@ -207,11 +224,11 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
 
 
 def _sampled_alike(one: Input) -> tuple[object, ...]:
-    """A grouping key: adjacent inputs with equal sampling parameters are sampled in one call; an input with a grammar
-    or a penalty alone.
+    """A grouping key: adjacent inputs with equal sampling parameters are sampled in one call; an input with a grammar,
+    a penalty or a processor alone.
     """
     session, sampling = one.session, one.session.sampling
-    alone = id(one) if session.constraint is not None or sampling.penalises else None
+    alone = id(one) if session.constraint is not None or sampling.penalises or session.processes else None
     return *sampling.without_seed, alone
 
 

@@ -21,6 +21,7 @@ from longspec.engine.session import Session
 from longspec.errors import BudgetError, ContextError, UsageError
 from longspec.model.load import Model
 from longspec.sampling.parameters import PARAMETERS, SamplingOptions
+from longspec.sampling.processors import Processor, biased, checked_bias
 from longspec.text.prompt import Prompt, encode
 from longspec.text.reasoning_effort import variables
 from longspec.text.repetition import Loops
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 
+MOST_LOGPROBS = 20
+"""Bound of the likeliest tokens that are told, as in OpenAI's API."""
+
+
 class Options(SamplingOptions, total=False):
     """The options of one answer. Sampling parameters left out come from the checkpoint's generation config, else
     greedy.
@@ -54,7 +59,7 @@ class Options(SamplingOptions, total=False):
     key: str  # key of the sequence's sampling noise
     max_new_tokens: int | None  # None: until end of text or the model's context
     stop: str | Sequence[str]
-    json_schema: str | Path | Mapping[str, Any] | None  # constrains the answer: a schema, its JSON or its file
+    json_schema: str | Path | Mapping[str, Any] | type | None  # a schema, its JSON or file, or a pydantic class
     regex: str | None  # constrains the whole answer
     reasoning_budget: int | None  # tokens of reasoning, after which the section is closed and the answer follows
     effort: str | None  # reasoning effort, one of reasoning_effort.EFFORTS; needs a chat template that takes it
@@ -63,6 +68,9 @@ class Options(SamplingOptions, total=False):
     tool_choice: str | None  # auto, if left out; none, required, or the name of the tool that is to be called
     parallel_calls: bool  # several calls in one answer; true if left out
     drafter: str | None  # none, or one of the engine's; its control chooses, if left out
+    logit_bias: Mapping[int, float] | None  # added to tokens' logits
+    logprobs: int | None  # tell each token's log-probability, and those of so many likeliest tokens
+    processors: Sequence[Processor] | None  # change the logits, after penalties and bias
 
 
 def kind(cache: str, all_rows: bool) -> str:
@@ -177,22 +185,29 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
     Raises:
         UsageError: the options make no sense together, or with this model.
     """
-    tools = toolbox(model.vocabulary, options)
-    rules = None if tools is None else tools.grammar(prepared, options.get("json_schema"))
+    schema, tools = options.get("json_schema"), toolbox(model.vocabulary, options)
+    rules = None if tools is None else tools.grammar(prepared, schema)
     section, constraint = held(
         model.vocabulary,
         tokens,
         raw=options.get("raw", False),
         budget=options.get("reasoning_budget"),
-        grammar=grammar_of(options.get("json_schema"), options.get("regex")) if rules is None else checked(rules),
+        grammar=grammar_of(schema, options.get("regex")) if rules is None else checked(rules),
         size=model.decoder.config.vocabulary,
         end_tokens=model.end_tokens,
     )
+    top = options.get("logprobs")
+    if top is not None and not 0 <= top <= MOST_LOGPROBS:
+        raise UsageError(f"logprobs is {top}; it must be 0 to {MOST_LOGPROBS}.")
+    bias = checked_bias(options.get("logit_bias") or {}, model.decoder.config.vocabulary)
     return {
         "section": section,
         "constraint": constraint,
         "reader": None if tools is None else tools.reader(),
         "loops": Loops() if options.get("stop_loops") else None,
+        "processors": [*([biased(bias)] if bias else []), *(options.get("processors") or ())],
+        "logprobs": top,
+        "parse": getattr(schema, "model_validate_json", None),
     }
 
 

@@ -21,7 +21,7 @@ from longspec.engine.memory_guard import Watch
 from longspec.engine.prefix_cache import keep
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
-from longspec.errors import LongspecError
+from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
 from longspec.types import Commit
@@ -38,7 +38,10 @@ def one_at_a_time(method: _Method) -> _Method:
 
     @wraps(method)
     def locked(self: Passes, *args: Any, **kwargs: Any) -> Any:
-        with self.model.lock:
+        model = vars(self).get("model")
+        if model is None:
+            raise UsageError("This engine is closed; load another one.")
+        with model.lock:
             return method(self, *args, **kwargs)
 
     return cast(_Method, locked)

@@ -7,10 +7,11 @@ tokens, so that an end-of-text token, a stop string or a limit inside of a draft
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +21,12 @@ from longspec.calls.reader import Reader
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
 from longspec.errors import LongspecError
+from longspec.sampling.processors import Processor, penalised
 from longspec.sampling.sampler import Sampling, noise_key, rank
 from longspec.text.detokenizer import Transcript
 from longspec.text.reasoning import Section
 from longspec.text.repetition import Loops
-from longspec.types import Commit, FinishReason, Stats, Verdict
+from longspec.types import Commit, FinishReason, Stats, TokenLogprob, Verdict
 
 __all__ = ["Session"]
 
@@ -39,6 +41,9 @@ class Session:
     reader: finds calls of tools in the answer, where there are tools.
     loops: detects an answer that repeats itself, which ends it.
     drafter: who drafts, where the control isn't to choose.
+    processors: change the logits before a token is chosen.
+    parse: makes an object of the answer's text, once it ended by itself.
+    logprobs: how many likeliest tokens are told beside each token's log-probability; None for neither.
     long: the sequence is planned beyond a longrope model's original context.
     cache_name: the cache's kind at the start; a memory guard may have converted it to a smaller one.
     began: when the request arrived, on `perf_counter`'s clock.
@@ -58,6 +63,9 @@ class Session:
         reader: Reader | None = None,
         loops: Loops | None = None,
         drafter: str | None = None,
+        processors: Sequence[Processor] = (),
+        logprobs: int | None = None,
+        parse: Callable[[str], Any] | None = None,
         limit: int,
         long: bool = False,
         cache_name: str = "dense",
@@ -93,6 +101,11 @@ class Session:
         self.calls: list[Call] = []
         self.drafter = drafter
         self._reader = reader
+        self.processors = tuple(processors)
+        self.logprobs = logprobs
+        self._parse = parse
+        self.told: list[TokenLogprob] = []  # for each token of the answer, if asked for
+        self._written = Counter[int]()  # how often the answer has each token
         self._loops = loops
         self._transcript = transcript
         self.end_tokens = frozenset(end_tokens)
@@ -130,14 +143,40 @@ class Session:
         return [noise_key(self.sampling.seed, self.key, len(self.tokens) + depth) for depth in depths]
 
     @property
+    def parsed(self) -> Any:
+        """The answer as an object; None before its end, where it was cut, or without a class for it."""
+        return self._parse(self.said) if self._parse is not None and self.finish_reason == "stop" else None
+
+    @property
     def is_plain(self) -> bool:
         """Whether decoding is a plain argmax, independent of the tokens before."""
-        return self.constraint is None and self.sampling.is_greedy and not self.sampling.penalises
+        return (
+            self.constraint is None and self.sampling.is_greedy and not self.sampling.penalises and not self.processes
+        )
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(self.processors) or self.sampling.counts
+
+    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [r, V] after the penalties and the processors, by each row's guessed tokens behind the answer."""
+        if self.sampling.counts:
+            counts = [self._written + Counter(path) for path in paths]
+            logits = penalised(logits, counts, self.sampling.frequency_penalty, self.sampling.presence_penalty)
+        if self.processors:
+            before = self.answer
+            answers = [[*before, *path] for path in paths]
+            for process in self.processors:
+                logits = process(logits, answers)
+        return logits
 
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `longspec.types.Writing.rank` says."""
+        if self.processes and vocabulary is None:  # of a part of the vocabulary, a guess without them is good enough
+            logits = self.processed(logits, paths)
         if self.constraint is not None:
             logits = self.constraint.mask(logits, paths, vocabulary)
         keys = [] if self.sampling.is_greedy else self.noise_keys([len(path) for path in paths])
@@ -160,6 +199,7 @@ class Session:
         for token in tokens:
             self.tokens.append(token)
             self.seen.add(token)
+            self._written[token] += 1
             if token in self.end_tokens:
                 self.finish_reason = "stop"
                 break
@@ -185,7 +225,10 @@ class Session:
         self.last_token = perf_counter()
         self.first_token = self.first_token or self.last_token
         added = tuple(self.tokens[before:])
-        commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said, calls)
+        told = verdict.logprobs[: len(added)]
+        self.told += told
+        del self.told[len(self.answer) :]  # a stop string may take back earlier steps' tokens
+        commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said, calls, told)
         self.stats += Stats.of(commit)
         return commit
 

@@ -7,12 +7,13 @@ Fields left out (seed, maximum length) stay unset: server and batch have their o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from longspec.requests.fields import RequestError, named_options, stops
-from longspec.requests.shapes import Body, Chat, Completion, Message, ResponseFormat, ToolCall, checked
+from longspec.requests.fields import RequestError, named_options, shown, stops
+from longspec.requests.shapes import MOST_BIASES, Body, Chat, Completion, Message, ResponseFormat, ToolCall, checked
 from longspec.sampling.parameters import PARAMETERS, without_idle
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MOST_STOPS = 16
 
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
@@ -76,8 +72,8 @@ def read_request(body: Mapping[str, Any], *, chat: bool) -> Request:
         del options["top_p"]  # 1 means all tokens: many clients send it without wanting sampling
     if "stop" in body:
         options["stop"] = stops(body, MOST_STOPS)
-    options |= {"max_new_tokens": asked.max_tokens, "drafter": asked.longspec.drafter}
-    options |= _chat_options(asked) if isinstance(asked, Chat) else {"raw": True}
+    options |= {"max_new_tokens": asked.max_tokens, "drafter": asked.longspec.drafter, "logit_bias": _bias(asked)}
+    options |= _chat_options(asked) if isinstance(asked, Chat) else _completion_options(cast(Completion, asked))
     return Request(
         chat=chat,
         prompts=(_messages(asked.messages),) if isinstance(asked, Chat) else cast(Completion, asked).prompt,
@@ -89,11 +85,31 @@ def read_request(body: Mapping[str, Any], *, chat: bool) -> Request:
     )
 
 
+def _completion_options(asked: Completion) -> dict[str, Any]:
+    return {"raw": True, "logprobs": asked.logprobs}
+
+
+def _bias(asked: Body) -> dict[int, float] | None:
+    bias = asked.logit_bias
+    if not bias:
+        return None
+    if len(bias) > MOST_BIASES:
+        raise RequestError(f"logit_bias has {len(bias):,}; it may have {MOST_BIASES:,}.", param="logit_bias")
+    wrong = next((name for name in bias if not re.fullmatch("[0-9]{1,12}", name)), None)
+    if wrong is not None:
+        said = f"logit_bias names {shown(wrong)}; it must name tokens by their numbers."
+        raise RequestError(said, param="logit_bias")
+    return {int(name): value for name, value in bias.items()}
+
+
 def _chat_options(asked: Chat) -> dict[str, Any]:
+    if asked.top_logprobs and not asked.logprobs:
+        raise RequestError("top_logprobs is told beside logprobs; set logprobs to true too.", param="top_logprobs")
     tools = [{"type": tool.type, "function": dict(tool.function)} for tool in asked.tools or ()] or None
     return {
         "max_new_tokens": asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
         "effort": asked.reasoning_effort,
+        "logprobs": asked.top_logprobs or 0 if asked.logprobs else None,
         "reasoning_budget": asked.reasoning_budget,
         "json_schema": None if asked.response_format is None else _schema(asked.response_format),
         "tools": tools,

@@ -6,18 +6,21 @@ Takes answers and commits as plain values, gives dicts. Figures without an OpenA
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from longspec.engine.answer import Answer
-    from longspec.types import Commit
+    from longspec.types import Commit, TokenLogprob
 
-__all__ = ["Event", "Format", "Reply", "call_id", "statistics", "usage"]
+__all__ = ["Event", "Format", "Reply", "Spelled", "call_id", "statistics", "usage"]
 
 Event = tuple[str | None, Mapping[str, Any]]
 """A server-sent event: its name, where the format has names, and its object."""
+
+Spelled = Callable[[int], bytes | None]
+"""A token's bytes; None for one that is no text. Where log-probabilities are told."""
 
 _LETTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -59,6 +62,7 @@ class Reply:
     id: str
     created: int
     model: str
+    spelled: Spelled | None = None
     include_usage: bool = False
     done: bytes = b"data: [DONE]\n\n"
 
@@ -71,17 +75,18 @@ class Reply:
             yield self._piece(index, {"delta": {"role": "assistant", "content": ""}})
 
     def piece(self, index: int, commit: Commit) -> Iterator[Event]:
+        told = {"logprobs": self._told(commit.logprobs)} if commit.logprobs else {}
         if not self.chat:
-            if commit.said:
-                yield self._piece(index, {"text": commit.said})
+            if commit.said or told:
+                yield self._piece(index, {"text": commit.said, **told})
             return
         delta: dict[str, Any] = {"reasoning_content": commit.thought} if commit.thought else {}
         if commit.said:
             delta["content"] = commit.said
         if commit.calls:
             delta["tool_calls"] = [_part(part.index, part.name, part.arguments) for part in commit.calls]
-        if delta:
-            yield self._piece(index, {"delta": delta})
+        if delta or told:
+            yield self._piece(index, {"delta": delta, **told})
 
     def ends(self, index: int, answer: Answer, seed: int | None) -> Iterator[Event]:
         ending: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
@@ -108,8 +113,41 @@ class Reply:
             message["content"] = answer.text or None
             message["tool_calls"] = [_call(call.name, call.arguments) for call in answer.calls]
         content: dict[str, Any] = {"message": message} if self.chat else {"text": answer.text}
-        end = {"finish_reason": _reason(answer), "logprobs": None, "longspec": statistics(answer, seed)}
+        told = None if answer.logprobs is None else self._told(answer.logprobs)
+        end = {"finish_reason": _reason(answer), "logprobs": told, "longspec": statistics(answer, seed)}
         return {"index": index, **content, **end}
+
+
+    def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Log-probabilities of an answer's tokens, in the form of chats or of completions."""
+        assert self.spelled is not None
+        texts = [(one, self.spelled(one.token)) for one in logprobs]
+        known = [(one, text) for one, text in texts if text is not None]  # the end of a text isn't told
+        tops = [[(self.spelled(token) or b"", value) for token, value in one.top] for one, _ in known]
+        if self.chat:
+            content = [
+                {**_token(text, one.logprob), "top_logprobs": [_token(*each) for each in top]}
+                for (one, text), top in zip(known, tops, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [_letters(text) for _, text in known],
+            "token_logprobs": [_finite(one.logprob) for one, _ in known],
+            "top_logprobs": [{_letters(text): _finite(value) for text, value in top} for top in tops],
+        }
+
+
+def _token(text: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _letters(text), "logprob": _finite(logprob), "bytes": [*text]}
+
+
+def _letters(text: bytes) -> str:
+    return text.decode(errors="replace")
+
+
+def _finite(logprob: float) -> float:
+    """JSON knows no infinity; OpenAI's API says this number for it."""
+    return max(logprob, -9999.0)
 
 
 def call_id() -> str:

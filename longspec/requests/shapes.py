@@ -14,7 +14,20 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from longspec.requests.fields import RequestError, shown
 
-__all__ = ["MOST_MESSAGES", "Body", "Chat", "Completion", "Message", "ResponseFormat", "ToolCall", "checked"]
+__all__ = [
+    "MOST_BIASES",
+    "MOST_MESSAGES",
+    "Body",
+    "Chat",
+    "Completion",
+    "Message",
+    "ResponseFormat",
+    "ToolCall",
+    "checked",
+]
+
+MOST_BIASES = 1024
+"""Of tokens whose logits a request changes."""
 
 MOST_MESSAGES = 4096
 """Of a chat: a template's time grows with them, faster than that of their text."""
@@ -135,16 +148,20 @@ class Body(Shape):
     stream_options: StreamOptions | None = None
     n: Positive = 1
     max_tokens: Whole | None = None
+    logit_bias: dict[str, float] | None = None
     longspec: Drafting = Drafting()
 
 
 class Completion(Body):
+    logprobs: Whole | None = None
     prompt: Annotated[tuple[str, ...], PlainValidator(_prompts)] = Field(default=None, validate_default=True)
 
 
 class Chat(Body):
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: Whole | None = None
+    logprobs: bool = False
+    top_logprobs: Whole | None = None
     reasoning_effort: str | None = None
     reasoning_budget: Whole | None = None
     response_format: ResponseFormat | None = None

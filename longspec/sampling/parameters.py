@@ -76,10 +76,11 @@ def _parameter(default: float, *, sampled_only: bool = False, **bounds: Any) -> 
 class Sampling:
     """Sampling parameters, applied in the order of transformers, as here.
 
-    repetition_penalty divides (positive) or multiplies (negative) the logits of tokens that the sequence holds;
-    temperature divides logits, and below LEAST_TEMPERATURE is greedy; top_k keeps that many tokens (0: all); top_p
-    keeps the smallest set with this much probability; min_p keeps tokens with at least this fraction of the best one's
-    probability.
+    frequency_penalty, times how often the answer has a token, and presence_penalty, where it has it, are subtracted
+    from its logit (OpenAI's definitions); repetition_penalty divides (positive) or multiplies (negative) the logits of
+    tokens that the sequence holds; temperature divides logits, and below LEAST_TEMPERATURE is greedy; top_k keeps that
+    many tokens (0: all); top_p keeps the smallest set with this much probability; min_p keeps tokens with at least this
+    fraction of the best one's probability.
     """
 
     temperature: float = _parameter(0.0, least=0, most=MOST_TEMPERATURE)
@@ -88,6 +89,8 @@ class Sampling:
     min_p: float = _parameter(0.0, least=0, most=1, open_above=True, sampled_only=True)
     repetition_penalty: float = _parameter(1.0, least=0, open_below=True)
     seed: int = _parameter(0)
+    frequency_penalty: float = _parameter(0.0, least=-2, most=2)
+    presence_penalty: float = _parameter(0.0, least=-2, most=2)
 
     def __post_init__(self) -> None:
         for name, bounds in PARAMETERS.items():
@@ -103,7 +106,8 @@ class Sampling:
             UsageError: a value is out of range, or has no effect since decoding is greedy.
         """
         sampled = defaults.get("do_sample", False)
-        named = PARAMETERS.keys() - {"seed"} if sampled else {"repetition_penalty"}
+        penalties = {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+        named = PARAMETERS.keys() - {"seed"} if sampled else penalties
         base = {name: defaults[name] for name in named if defaults.get(name) is not None}
         if sampled:
             base.setdefault("temperature", 1.0)
@@ -121,6 +125,11 @@ class Sampling:
         return self.repetition_penalty != 1.0
 
     @property
+    def counts(self) -> bool:
+        """Whether a token's logit depends on how often the answer has it."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
     def without_seed(self) -> tuple[float, ...]:
         """All values but the seed: sequences with equal ones can be sampled by one call."""
         return tuple(getattr(self, name) for name in PARAMETERS if name != "seed")
@@ -135,6 +144,8 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
 
 
 PARAMETERS: Mapping[str, Bounds] = {each.name: each.metadata["bounds"] for each in fields(Sampling)}

@@ -7,6 +7,7 @@ Takes untrusted HTTP requests; gives answers, streams and refusals. Every error 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter, time
 
 from starlette.applications import Starlette
@@ -54,6 +55,7 @@ def open_to_clients(
     log: the access log's format. origins: those whose pages may ask, beside programs.
     """
     created, bodies, metrics = int(time()), Bodies(), Metrics(desk.__len__, desk.worker.__len__)
+    spelled = partial(desk.worker.loaded.result().model.vocabulary.piece, first=False)
     listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
 
     async def models(request: Request) -> Response:
@@ -74,10 +76,11 @@ def open_to_clients(
     async def answer(request: Request) -> Response:
         dialect, began = DIALECTS[request.url.path], perf_counter()
         async with bodies.object(request) as body:
-            wanted = ask(dialect.read(body), model, desk.most, chat=dialect.chat, allow_special_tokens=allow_special_tokens)
+            chat, allowed = dialect.chat, allow_special_tokens
+            wanted = ask(dialect.read(body), model, desk.most, chat=chat, allow_special_tokens=allowed)
             texts = desk.take(wanted.texts, request.receive, began=began, ended=metrics.ended)
             prompts = await texts.opened()
-        reply = dialect.reply(wanted, model)
+        reply = dialect.reply(wanted, model, spelled)
         if wanted.stream:
             events = _events(wanted, reply, texts, prompts, say)
             return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)

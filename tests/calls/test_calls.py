@@ -167,7 +167,8 @@ def test_strict_tools_are_held_where_they_are_called(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_answer_is_held_beside_calls(name: str) -> None:
-    grammar = box(name, "auto").grammar(prepared, {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    answer = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    grammar = box(name, "auto").grammar(prepared, answer)
     assert is_held(grammar, '{"a": 1}')
     assert is_held(grammar, WRITTEN[name])
     assert not is_held(grammar, "hello")

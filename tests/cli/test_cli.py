@@ -193,7 +193,7 @@ def test_a_bug_is_a_sentence_too(
 def test_help_needs_no_torch() -> None:
     program = (
         "import sys; from longspec.cli.main import guarded\n"
-        "calls = ['--help'], [], ['--version'], ['run', '-h'], ['pull', '-h'], ['doctor', '-h']\n"
+        "calls = ['--help'], [], ['--version'], ['run', '--help-all'], ['pull', '-h'], ['doctor', '-h']\n"
         "codes = [guarded(call) for call in calls]\n"
         "print(codes, [m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules], file=sys.stderr)"
     )
@@ -562,8 +562,9 @@ def test_doctor(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         assert word in shown
     assert guarded(["doctor", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert set(report) == {"versions", "machine", "torch", "attention", "model", "settings"}
+    assert set(report) == {"versions", "machine", "torch", "kernels", "attention", "model", "settings"}
     assert set(report["attention"]) == {"reference", "cpu", "flash", "triton"}
+    assert report["kernels"].keys() == {"processor_runs", "instructions", "layer", "attention", "sampler"}
 
 
 # --- the default model

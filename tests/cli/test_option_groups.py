@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from longspec.cli.app import app
+from longspec.cli.app import program as tree
 from longspec.cli.options.groups import COMMAND_LINE_ONLY, Only, Without, argument, expanded, group, option, values
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.parsers import whole
@@ -89,6 +88,6 @@ MANY = {"remember", "draft_from"}
     ("name", "lacking"), [("run", set()), ("serve", {"remember"}), ("chat", MANY), ("batch", MANY)]
 )
 def test_a_load_option_is_in_every_command_that_writes(name: str, lacking: set[str]) -> None:
-    command: Any = get_command(app)
+    command: Any = tree()
     taken = {parameter.name for parameter in command.commands[name].params}
     assert {field.name for field in dataclasses.fields(Loading)} - taken == lacking

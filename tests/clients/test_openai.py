@@ -141,6 +141,32 @@ def test_what_is_refused(served: Served, body: dict[str, Any], said: str) -> Non
     assert said in answer["error"]["message"]
 
 
+# --- log-probabilities, penalties and biases
+
+
+def test_logprobs_are_those_of_plain_decoding(client: openai.OpenAI) -> None:
+    asked: Any = {**ASKED, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
+    drafted, plain = (client.chat.completions.create(**asked, extra_body=extra).choices[0] for extra in ({}, PLAIN))
+    told: Any = [choice.logprobs.content for choice in (drafted, plain) if choice.logprobs]
+    assert [one.token for one in told[0]] == [one.token for one in told[1]]
+    assert [one.logprob for one in told[0]] == pytest.approx([one.logprob for one in told[1]], abs=1e-4)
+    assert all(len(one.top_logprobs) == 3 for one in told[0])
+    assert "".join(one.token for one in told[0]).strip() == (drafted.message.content or "").strip()
+    chunks: Any = list(client.chat.completions.create(**asked, stream=True))
+    parts = [choice.logprobs.content for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    assert [one.token for part in parts for one in part] == [one.token for one in told[0]]
+    one: Any = client.completions.create(model="tiny", prompt="ABC", max_tokens=3, logprobs=2).choices[0].logprobs
+    assert (len(one.tokens), len(one.top_logprobs[0])) == (len(one.token_logprobs), 2)
+
+
+def test_penalties_and_biases_are_the_engines(served: Served, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": USER, "max_tokens": 12, "seed": 1, "temperature": 1.0}
+    asked |= {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"40": 5, "41": -100}}
+    own: Any = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {40: 5, 41: -100}}
+    alone = served.engine.generate(USER, max_new_tokens=12, seed=1, temperature=1.0, **own)
+    assert client.chat.completions.create(**asked).choices[0].message.content == alone.text
+
+
 # --- objects and thoughts
 
 

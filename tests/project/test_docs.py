@@ -31,9 +31,8 @@ import pytest
 from _pytest.mark import ParameterSet
 from figures import FIGURES, FOLDER
 from support.commands import COMMAND, ROOT, SECONDS
-from typer.main import get_command
 
-from longspec.cli.app import app
+from longspec.cli.app import program
 from longspec.machine.system import cache_folder
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -224,7 +223,7 @@ def test_the_command_takes_the_options_of_a_page(page: Path) -> None:
 
 def takes(arguments: list[str]) -> None:
     """Raises what the command would say of the options, and runs nothing."""
-    command: Any = get_command(app)
+    command: Any = program()
     context = None
     while hasattr(command, "commands") and arguments:
         context = command.make_context("longspec", [], parent=context, resilient_parsing=True)

@@ -48,6 +48,7 @@ SAID = {
         f"{connection.MOST_CONNECTIONS} connections at each socket",
         f"{MOST_STOPS} stop strings",
         f"{shapes.MOST_MESSAGES:,} messages",
+        f"{shapes.MOST_BIASES:,} tokens",
         f"{toolbox.MOST_TOOLS}, with {toolbox.MOST_NBYTES / KIB:.0f} KiB together",
         f"{toolbox.MOST_CALLS} calls in an answer",
         f"up to `--prefix-cache` MiB ({serve.Serving.prefix_cache})",

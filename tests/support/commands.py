@@ -56,7 +56,8 @@ def environment(
     for name in ("NO_COLOR", "PYTHONWARNINGS", "COLUMNS", "PYTHONDONTWRITEBYTECODE"):
         kept.pop(name, None)
     share_kernels(home / "cache")
-    folders = {"XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home)}
+    folders = {f"XDG_{name.upper()}_HOME": str(home / name) for name in ("config", "cache", "state")}
+    folders["HF_HOME"] = str(home)
     return {**kept, **folders, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm", **(extra or {})}
 
 

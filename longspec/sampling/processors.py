@@ -1,0 +1,58 @@
+"""Changes of the logits before a token is chosen: a bias, penalties by how often a token was written, a caller's own.
+
+Takes logits of r rows and the text before each; gives logits. What a processor gives a row may depend on that row's
+own logits and text alone: then a draft's rows get what plain decoding would have given them, and speculation stays
+exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from longspec.errors import UsageError
+
+__all__ = ["MOST_BIAS", "Processor", "biased", "checked_bias", "penalised"]
+
+Processor = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
+"""From logits [r, V] and, for each row, the answer's tokens before it, to logits [r, V]. It mustn't change its
+arguments."""
+
+MOST_BIAS = 100.0
+"""Bound of a bias, as in OpenAI's API."""
+
+
+def checked_bias(bias: Mapping[int, float], vocabulary: int) -> dict[int, float]:
+    """The bias by token id. Raises UsageError where a token or a value is out of range."""
+    for token, value in bias.items():
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise UsageError(f"logit_bias names the token {token!r}; the model's tokens are 0 to {vocabulary - 1}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST_BIAS:
+            raise UsageError(f"logit_bias gives token {token} {value!r}; it must be a number from -100 to 100.")
+    return {token: float(value) for token, value in bias.items()}
+
+
+def biased(bias: Mapping[int, float]) -> Processor:
+    """Adds to the logits of some tokens."""
+
+    def process(logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        tokens = torch.tensor([*bias], device=logits.device)
+        values = torch.tensor([*bias.values()], dtype=torch.float32, device=logits.device)
+        logits = logits.float().clone()
+        logits[:, tokens] += values
+        return logits
+
+    return process
+
+
+def penalised(logits: Tensor, counts: Sequence[Counter[int]], frequency: float, presence: float) -> Tensor:
+    """OpenAI's penalties, in fp32: a token that the row's answer has c > 0 times loses c * frequency + presence."""
+    logits = logits.float().clone()
+    for row, written in zip(logits, counts, strict=True):
+        tokens = torch.tensor([*written], dtype=torch.int64, device=row.device)
+        times = torch.tensor([*written.values()], dtype=torch.float32, device=row.device)
+        row[tokens] -= frequency * times + presence
+    return logits
