@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from longspec.calls.call import CallPart
+
 __all__ = [
     "Begun",
     "Commit",
@@ -114,7 +116,8 @@ class Commit:
 
     `tokens` are the kept tokens and the bonus, cut at the end of the answer; `text` is the text that is final now:
     whole characters that no stop string can remove. It can lag behind the tokens and catches up with the last commit.
-    `thought` and `said` are its parts, without the markers between them: reasoning, and the answer itself.
+    `thought`, `said` and `calls` are its parts, without the markers between them: reasoning, the answer itself, and the
+    calls of tools.
     """
 
     tokens: tuple[int, ...]
@@ -124,6 +127,7 @@ class Commit:
     finish_reason: FinishReason | None = None
     thought: str = ""
     said: str = ""
+    calls: tuple[CallPart, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where the session asks for them
 
     def __add__(self, other: Commit) -> Commit:

@@ -40,6 +40,8 @@ def openai_request(index: int, fields: Mapping[str, Any]) -> Item | Fault:
         request = read_request(body, chat=url == CHAT)
         if request.stream or request.choices * len(request.prompts) > 1:
             raise ValueError("a line of a batch is one text, whole: leave stream out, and n and prompts at one")
+        if request.options.get("logprobs") is not None:
+            raise ValueError("log-probabilities aren't told in batches: leave logprobs out")
     except Exception as wrong:  # noqa: BLE001  no record may end the batch
         return fault(index, name, wrong)
     return Item(index, name, request.prompts[0], request.options, url)

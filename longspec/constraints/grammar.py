@@ -18,7 +18,7 @@ from longspec.constraints.json_schema import prepared
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 
-__all__ = ["LIMITS", "MOST_BYTES", "grammar_of"]
+__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of"]
 
 MOST_BYTES = 1 << 20
 """Of a schema or an expression: a stranger's file is not read further."""
@@ -51,7 +51,7 @@ def grammar_of(
     if regex is not None:
         if len(regex) > MOST_BYTES:
             raise UsageError(f"The regular expression has {len(regex):,} characters; at most {MOST_BYTES:,} are read.")
-        return _checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
+        return checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
     assert json_schema is not None
     if isinstance(json_schema, type):
         if not hasattr(json_schema, "model_json_schema"):
@@ -77,7 +77,7 @@ def grammar_of(
         raise UsageError("The JSON schema is nested too deeply; make it flatter.") from None
     except ValueError as error:
         raise UsageError(f"The JSON schema can't be used: {_reason(str(error))}.") from None
-    return _checked(grammar, "The JSON schema")
+    return checked(grammar, "The JSON schema")
 
 
 def _read(path: Path) -> str:
@@ -88,7 +88,8 @@ def _read(path: Path) -> str:
         raise UsageError(f"The JSON schema {path} isn't UTF-8 text; give a file of JSON, or JSON itself.") from None
 
 
-def _checked(grammar: str, what: str) -> str:
+def checked(grammar: str, what: str = "What the tools take") -> str:
+    """The grammar, in llguidance's JSON or its Lark. Raises UsageError where it can't be compiled."""
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     if wrong:
         raise UsageError(f"{what} can't be used: {_reason(messages[0])}.")

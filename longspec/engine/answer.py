@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from longspec.calls.call import Call
 from longspec.engine.session import Session
 from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
@@ -32,6 +33,7 @@ class Answer:
     speculation: dict[str, Any]
     timing: dict[str, Any]
     memory: dict[str, Any]
+    calls: tuple[Call, ...] = ()  # of tools
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each of `tokens`, where they were asked for
     parsed: Any = None  # the answer as an object of the pydantic class that was given as its schema
 

@@ -185,7 +185,7 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
         logprobs: tuple[TokenLogprob, ...] = ()
         if (top := one.session.logprobs) is not None and verdict.bonus >= 0:
             rows = logits[[start, *(start + 1 + node for node in verdict.kept)]]
-            logprobs = logprobs_of(rows, [*(one.draft[node] for node in verdict.kept), verdict.bonus], top)
+            logprobs = logprobs_of(rows, [*(one.draft[node] for node in verdict.kept), max(verdict.bonus, 0)], top)
         start += one.choosing
         verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy, logprobs))
     return verdicts
