@@ -19,7 +19,7 @@ PIP_INSTALL = $(BIN)/python -m pip install $(if $(TORCH_INDEX),--retries 1 --ext
 SEED ?= $(shell date +%s)
 MUTANTS ?= 6000
 
-.PHONY: help bench demo fuzz guided test test-full test-arm wheel lint format types docs man clean distclean
+.PHONY: help bench demo fuzz guided test test-full test-arm test-clients wheel lint format types docs man clean distclean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test: $(VENV)/installed-dev ## the tests, without the long matrices
 
 test-full: $(VENV)/installed-dev ## every test, the long matrices too
 	$(BIN)/python -m pytest $(ONCE) -m 'full or not full'
+
+test-clients: $(VENV)/installed-dev ## the server by the clients that people have (openai, anthropic), client by client
+	$(BIN)/python -m pip install 'anthropic>=0.40'
+	$(BIN)/python -m pytest -v tests/clients
 
 test-arm: $(VENV)/installed-dev ## the kernels for ARM under qemu (gcc-aarch64-linux-gnu, qemu-user)
 	$(BIN)/python -m pytest tests/kernels/test_variants.py -k arm

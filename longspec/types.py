@@ -13,7 +13,19 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Commit", "Draft", "Drafter", "FinishReason", "Needs", "Stats", "Verdict", "Writing"]
+from longspec.calls.call import CallPart
+
+__all__ = [
+    "Begun",
+    "Commit",
+    "Draft",
+    "Drafter",
+    "FinishReason",
+    "Needs",
+    "Stats",
+    "Verdict",
+    "Writing",
+]
 
 FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
@@ -93,7 +105,8 @@ class Commit:
 
     `tokens` are the kept tokens and the bonus, cut at the end of the answer; `text` is the text that is final now:
     whole characters that no stop string can remove. It can lag behind the tokens and catches up with the last commit.
-    `thought` and `said` are its parts, without the markers between them: reasoning, and the answer itself.
+    `thought`, `said` and `calls` are its parts, without the markers between them: reasoning, the answer itself, and the
+    calls of tools.
     """
 
     tokens: tuple[int, ...]
@@ -103,12 +116,13 @@ class Commit:
     finish_reason: FinishReason | None = None
     thought: str = ""
     said: str = ""
+    calls: tuple[CallPart, ...] = ()
 
     def __add__(self, other: Commit) -> Commit:
         """Concatenate with a later commit of the same step."""
         joined = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "finish_reason")
-        tokens, text, drafted, accepted, thought, said = joined
-        return Commit(tokens, text, drafted, accepted, other.finish_reason, thought, said)
+        tokens, text, drafted, accepted, *rest = joined
+        return Commit(tokens, text, drafted, accepted, other.finish_reason, *rest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""`longspec serve`: a loaded model behind OpenAI's API on this machine, and for every `longspec run` with equal
-settings.
+"""`longspec serve`: a loaded model behind OpenAI's and Anthropic's APIs on this machine, and for every `longspec run`
+with equal settings.
 
 Loads in the worker's thread; listens once that is done. Messages go to stderr, stdout stays empty.
 """
@@ -16,7 +16,7 @@ from longspec.cli.io import server_client as remote
 from longspec.cli.io.progress import Progress
 from longspec.cli.options.groups import Only, Without, group, option
 from longspec.cli.options.loading import Loading
-from longspec.cli.options.parsers import number, whole
+from longspec.cli.options.parsers import number, one_of, whole
 from longspec.cli.options.reporting import Reporting
 from longspec.errors import UsageError
 from longspec.sampling.parameters import Bounds
@@ -70,6 +70,22 @@ class Serving:
         metavar="N",
         parser=whole(0),
     )
+    prefix_cache: int = option(
+        1024,
+        "MiB for the rows of finished texts, so that a chat's next turn reads its new tokens only: 1024; 0 keeps none. "
+        "With --memory at most half of what the plan leaves.",
+        metavar="MIB",
+        parser=whole(0),
+    )
+    log_format: str = option(
+        "none",
+        "The access log on stderr, a line for each request: none, text or json.",
+        metavar="FORM",
+        parser=one_of("none", "text", "json"),
+    )
+    cors: list[str] | None = option(
+        None, "An origin whose pages may ask, such as http://localhost:3000. May be repeated.", metavar="ORIGIN"
+    )
     time_limit: float = option(
         3600.0,
         "An answer over the network ends after so long with what it has: 3600.",
@@ -92,6 +108,7 @@ def serve(
 ) -> None:
     """Keep a model loaded, and answer OpenAI's API with it on this machine."""
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -125,18 +142,20 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
     # The address depends on the files' present state.
     path = None if folder is None or planned else remote.address(folder, model, options)
     with bind(serving.host, serving.port) as door, ExitStack() as stack:
-        worker = Worker(lambda: _load(model, options, progress), width)
+        worker = Worker(lambda: _load(model, options, progress), width, serving.prefix_cache << 20)
         worker.loaded.result()
         desk = Desk(worker, width + serving.max_waiting, serving.time_limit)
-        clients = open_to_clients(
+        app = open_to_clients(
             desk,
             model,
             names(serving.host),
             serving.api_key or None,
             progress.say,
             allow_special_tokens=serving.allow_special_tokens,
+            log=serving.log_format,
+            origins=serving.cors or (),
         )
-        doors = [(clients, door)]
+        doors = [(app, door)]
         home = None if path is None else stack.enter_context(bound_unix(path))
         if home is not None:
             doors.append((at_home(desk, progress.say), home))

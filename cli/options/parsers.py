@@ -15,7 +15,7 @@ from longspec.errors import UsageError
 from longspec.machine.system import parse_bytes
 from longspec.sampling.parameters import Bounds
 
-__all__ = ["number", "size", "tokens", "whole"]
+__all__ = ["number", "one_of", "size", "tokens", "whole"]
 
 
 def number(bounds: Bounds) -> Callable[[object], Any]:
@@ -40,6 +40,17 @@ def number(bounds: Bounds) -> Callable[[object], Any]:
 def whole(least: int, most: float = math.inf) -> Callable[[object], Any]:
     """A parser of integers from `least` to `most`."""
     return number(Bounds(int, least, most))
+
+
+def one_of(*words: str) -> Callable[[object], str]:
+    """A parser of these words."""
+
+    def read(text: object) -> str:
+        if str(text) not in words:
+            raise typer.BadParameter(f"{str(text)!r} is none of: {', '.join(words)}.")
+        return str(text)
+
+    return read
 
 
 def size(text: object) -> int | str:

@@ -56,7 +56,7 @@ def request(index: int, number: int, fields: Mapping[str, Any], template: Templa
         chat = fields.get("messages") is not None
         if chat == (fields.get("prompt") is not None):
             raise ValueError("the line must have either 'prompt' or 'messages'")
-        text = messages(fields, any_role=True) if chat else typed(fields, "prompt", str)
+        text = messages(fields) if chat else typed(fields, "prompt", str)
         if isinstance(text, str) and not text.strip():
             raise ValueError("'prompt' is empty")
         options = named_options(fields)

@@ -18,7 +18,7 @@ from longspec.constraints.json_schema import prepared
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 
-__all__ = ["LIMITS", "MOST_BYTES", "grammar_of"]
+__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of"]
 
 MOST_BYTES = 1 << 20
 """Of a schema or an expression: a stranger's file is not read further."""
@@ -48,7 +48,7 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
     if regex is not None:
         if len(regex) > MOST_BYTES:
             raise UsageError(f"The regular expression has {len(regex):,} characters; at most {MOST_BYTES:,} are read.")
-        return _checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
+        return checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
     assert json_schema is not None
     text = json_schema if isinstance(json_schema, str | Path) else json.dumps(dict(json_schema))
     if isinstance(text, Path) or not text.lstrip().startswith("{"):
@@ -69,7 +69,7 @@ def grammar_of(json_schema: str | Path | Mapping[str, Any] | None = None, regex:
         raise UsageError("The JSON schema is nested too deeply; make it flatter.") from None
     except ValueError as error:
         raise UsageError(f"The JSON schema can't be used: {_reason(str(error))}.") from None
-    return _checked(grammar, "The JSON schema")
+    return checked(grammar, "The JSON schema")
 
 
 def _read(path: Path) -> str:
@@ -80,7 +80,8 @@ def _read(path: Path) -> str:
         raise UsageError(f"The JSON schema {path} isn't UTF-8 text; give a file of JSON, or JSON itself.") from None
 
 
-def _checked(grammar: str, what: str) -> str:
+def checked(grammar: str, what: str = "What the tools take") -> str:
+    """The grammar, in llguidance's JSON or its Lark. Raises UsageError where it can't be compiled."""
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     if wrong:
         raise UsageError(f"{what} can't be used: {_reason(messages[0])}.")

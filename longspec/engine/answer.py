@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from longspec.calls.call import Call
 from longspec.engine.session import Session
 from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
@@ -30,6 +31,7 @@ class Answer:
     speculation: dict[str, Any]
     timing: dict[str, Any]
     memory: dict[str, Any]
+    calls: tuple[Call, ...] = ()  # of tools
 
     def report(self) -> dict[str, Any]:
         """The object that `longspec run --json` prints."""

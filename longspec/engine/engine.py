@@ -269,6 +269,7 @@ class Engine(Passes):
             sampling=prepared.sampling,
             end_tokens=prepared.end_tokens,
             limit=prepared.limit,
+            drafter=self.speculator.named(options.get("drafter")),
             long=long,
             cache_name=after.cache_name if after is not None and cache.length else self.cache_name,
             began=prepared.began,
@@ -306,6 +307,7 @@ class Engine(Passes):
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan),
+            calls=tuple(session.calls),
         )
 
 

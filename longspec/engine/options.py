@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from longspec.cache import BLOCK, CACHES
-from longspec.constraints.grammar import grammar_of
+from longspec.calls.toolbox import Toolbox
+from longspec.constraints.grammar import checked, grammar_of
+from longspec.constraints.json_schema import prepared
 from longspec.constraints.thinking_budget import held
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import parse
@@ -57,6 +59,10 @@ class Options(SamplingOptions, total=False):
     reasoning_budget: int | None  # tokens of reasoning, after which the section is closed and the answer follows
     effort: str | None  # reasoning effort, one of reasoning_effort.EFFORTS; needs a chat template that takes it
     stop_loops: bool  # end an answer that repeats itself
+    tools: Sequence[Mapping[str, Any]] | None  # functions that the model may call, in OpenAI's format
+    tool_choice: str | None  # auto, if left out; none, required, or the name of the tool that is to be called
+    parallel_calls: bool  # several calls in one answer; true if left out
+    drafter: str | None  # none, or one of the engine's; its control chooses, if left out
 
 
 def kind(cache: str, all_rows: bool) -> str:
@@ -146,6 +152,10 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: in
         UsageError: it has none, or the options make no sense with it.
     """
     told, system = variables(vocabulary, options.get("effort")), options.get("system")
+    if (tools := toolbox(vocabulary, options)) is not None:
+        told["tools"] = tools.told
+        if not options.get("allow_special_tokens") and (found := vocabulary.special_in(tools.text)):
+            raise UsageError(f"A tool holds the name of a special token, {min(found)!r}; leave it out.")
     raw, allow = options.get("raw", False), options.get("allow_special_tokens", False)
     return encode(vocabulary, prompt, system, raw=raw, variables=told, allow_special=allow, room=room)
 
@@ -167,16 +177,42 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
     Raises:
         UsageError: the options make no sense together, or with this model.
     """
+    tools = toolbox(model.vocabulary, options)
+    rules = None if tools is None else tools.grammar(prepared, options.get("json_schema"))
     section, constraint = held(
         model.vocabulary,
         tokens,
         raw=options.get("raw", False),
         budget=options.get("reasoning_budget"),
-        grammar=grammar_of(options.get("json_schema"), options.get("regex")),
+        grammar=grammar_of(options.get("json_schema"), options.get("regex")) if rules is None else checked(rules),
         size=model.decoder.config.vocabulary,
         end_tokens=model.end_tokens,
     )
-    return {"section": section, "constraint": constraint, "loops": Loops() if options.get("stop_loops") else None}
+    return {
+        "section": section,
+        "constraint": constraint,
+        "reader": None if tools is None else tools.reader(),
+        "loops": Loops() if options.get("stop_loops") else None,
+    }
+
+
+def toolbox(vocabulary: Vocabulary, options: Options) -> Toolbox | None:
+    """The tools that may be called; None where there are none, or none may be.
+
+    Raises:
+        UsageError: a tool isn't one, or the model's chat template takes none.
+    """
+    tools, choice = options.get("tools"), options.get("tool_choice") or "auto"
+    if not tools:
+        if choice not in ("auto", "none"):
+            raise UsageError(f"tool_choice is {choice!r}, and there are no tools; give tools too.")
+        return None
+    if options.get("raw"):
+        raise UsageError("A raw prompt has no chat template that tools could be told; leave tools or raw out.")
+    if options.get("regex"):
+        raise UsageError("Tools and a regular expression are both given; an answer with calls can't be held to it.")
+    box = Toolbox.of(vocabulary.calls, tools, choice, options.get("parallel_calls", True))
+    return None if choice == "none" else box
 
 
 def asked(options: Options) -> dict[str, Any]:

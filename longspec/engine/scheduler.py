@@ -28,6 +28,7 @@ from typing import Protocol, Unpack
 from longspec.cache.stage import BLOCK, Cache
 from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
+from longspec.engine.prefixes import Prefixes, common
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
 from longspec.text.prompt import Prompt
@@ -81,15 +82,19 @@ class Passes(Protocol):
 
 
 class Schedule:
-    """The sessions of one engine, at most `width` in a pass; the others wait in order of arrival."""
+    """The sessions of one engine, at most `width` in a pass; the others wait in order of arrival.
 
-    def __init__(self, engine: Passes, width: int = WIDTH) -> None:
+    kept: bytes of finished texts' rows that later prompts may share.
+    """
+
+    def __init__(self, engine: Passes, width: int = WIDTH, kept: int = 0) -> None:
         self.engine = engine
         self.width = width
         self._waiting: deque[Session] = deque()
         self._reading: Session | None = None
         self._writing: list[Session] = []
         self._trunk: _Trunk | None = None
+        self._prefixes = Prefixes(kept)
 
     def __len__(self) -> int:
         """The number of unfinished sessions."""
@@ -145,6 +150,9 @@ class Schedule:
         if reading is not None and (reading.error is not None or not reading.unfed[1:]):
             self._writing.append(reading)
             self._reading = None
+        for session in self._writing:
+            if session.finish_reason is not None and session.error is None:
+                self._prefixes.keep(session)
         self._writing = [one for one in self._writing if one.finish_reason is None and one.error is None]
         self._release_trunk()
         return events
@@ -185,10 +193,17 @@ class Schedule:
         return self._pass(writing, reading if len(writing) < len(texts) else None)
 
     def _share(self, session: Session) -> None:
-        """Fork the trunk's rows into an empty session with the same prefix."""
-        trunk = self._trunk
-        if trunk is None or session.cache.length or not (length := trunk.shared(session)):
+        """Give an empty session the rows of its prefix that the trunk or a finished text has."""
+        if session.cache.length:
             return
+        trunk = self._trunk
+        length = 0 if trunk is None else trunk.shared(session)
+        if trunk is None or self._prefixes.shared(session) > length:
+            self._prefixes.give(session)
+        elif length:
+            self._fork(session, trunk, length)
+
+    def _fork(self, session: Session, trunk: _Trunk, length: int) -> None:
         with suppress(LongspecError, OSError, MemoryError):  # only an optimisation: without it the rows are prefilled
             session.cache, session.cache_name = trunk.cache.fork(length), trunk.cache_name
             session.cached = session.cache.length
@@ -224,11 +239,3 @@ class Schedule:
         smaller = any(session.cache_name != trunk.cache_name for session in trunk.users)
         if smaller or not (trunk.users or any(map(trunk.shared, self._waiting))):
             self._trunk = None
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return i
-    return min(len(one), len(other))

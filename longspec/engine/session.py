@@ -15,6 +15,8 @@ from time import perf_counter
 from torch import Tensor
 
 from longspec.cache.stage import Cache
+from longspec.calls.call import Call, CallPart
+from longspec.calls.reader import Reader
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
 from longspec.errors import LongspecError
@@ -34,7 +36,9 @@ class Session:
     limit: the maximum of prompt and answer together, in tokens.
     constraint: a grammar, a thinking budget, or both.
     section: separates reasoning from answer, for models that mark it.
+    reader: finds calls of tools in the answer, where there are tools.
     loops: detects an answer that repeats itself, which ends it.
+    drafter: who drafts, where the control isn't to choose.
     long: the sequence is planned beyond a longrope model's original context.
     cache_name: the cache's kind at the start; a memory guard may have converted it to a smaller one.
     began: when the request arrived, on `perf_counter`'s clock.
@@ -51,7 +55,9 @@ class Session:
         end_tokens: Sequence[int],
         constraint: Constraint | Guide | None = None,
         section: Section | None = None,
+        reader: Reader | None = None,
         loops: Loops | None = None,
+        drafter: str | None = None,
         limit: int,
         long: bool = False,
         cache_name: str = "dense",
@@ -83,7 +89,10 @@ class Session:
         self.constraint = constraint
         self.section = section
         self.reasoning: str | None = None  # the reasoning part of `text`; None without one
-        self.said = ""  # the answer part of `text`; all of it without a reasoning section
+        self.said = ""  # the answer part of `text`; all of it without a reasoning section and calls
+        self.calls: list[Call] = []
+        self.drafter = drafter
+        self._reader = reader
         self._loops = loops
         self._transcript = transcript
         self.end_tokens = frozenset(end_tokens)
@@ -172,11 +181,11 @@ class Session:
                 self.finish_reason = "length"
                 break
         shown += self._close() if self.finish_reason else ""
-        thought, said = self._show(shown)
+        thought, said, calls = self._show(shown)
         self.last_token = perf_counter()
         self.first_token = self.first_token or self.last_token
         added = tuple(self.tokens[before:])
-        commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said)
+        commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said, calls)
         self.stats += Stats.of(commit)
         return commit
 
@@ -186,16 +195,24 @@ class Session:
         rest = self._close()
         return Commit((), rest, 0, 0, reason, *self._show(rest))
 
-    def _show(self, text: str) -> tuple[str, str]:
-        """Add new text to `reasoning` and `said`, and return the new part of each."""
+    def _show(self, text: str) -> tuple[str, str, tuple[CallPart, ...]]:
+        """Add new text to `reasoning`, `said` and `calls`, and return the new part of each."""
         self.text += text
         thought, said = "", text
         if self.section is not None:
             thought, said = self.section.parts(self.text, over=self.finish_reason is not None)
             if self.section.is_there:
                 self.reasoning = (self.reasoning or "") + thought
+        parts: tuple[CallPart, ...] = ()
+        if self._reader is not None:
+            said, parts = self._reader.take(said, over=self.finish_reason is not None)
+        for part in parts:
+            if part.index == len(self.calls):
+                self.calls.append(Call(part.name, ""))
+            call = self.calls[part.index]
+            self.calls[part.index] = Call(call.name, call.arguments + part.arguments)
         self.said += said
-        return thought, said
+        return thought, said, parts
 
     def _close(self) -> str:
         return "" if self._transcript.stopped else self._transcript.close()

@@ -14,8 +14,11 @@ from time import perf_counter
 
 from torch import Tensor
 
+from longspec.constraints.matcher import Constraint
+from longspec.constraints.thinking_budget import Guide
 from longspec.control.policy import Bet, Control, Outcome, Step
 from longspec.engine.session import Session
+from longspec.errors import UsageError
 from longspec.types import Commit, Draft, Drafter, Needs, Verdict
 
 __all__ = ["Speculator"]
@@ -50,6 +53,14 @@ class Speculator:
         """Bytes of all drafters' weights and tables."""
         return sum(drafter.nbytes for drafter in self.everyone)
 
+    def named(self, drafter: str | None) -> str | None:
+        """The drafter's name. Raises UsageError: there is none of this name, and it isn't `none`."""
+        if drafter in (None, "none") or drafter in self.drafters:
+            return drafter
+        raise UsageError(
+            f"There is no drafter {drafter!r} here; use {' or '.join(dict.fromkeys(['none', *self.drafters]))}."
+        )
+
     def begin(self, session: Session) -> None:
         """Tell every drafter that a session was opened."""
         for drafter in self.drafters.values():
@@ -58,10 +69,13 @@ class Speculator:
     def propose(self, sessions: Sequence[Session]) -> list[Draft]:
         """One draft per session, of at most `most` tokens, and one less than the answer may still get."""
         limits = [min(self.most, session.room - 1) for session in sessions]
-        guides = [session.constraint if self.drafts_forced else None for session in sessions]
+        guides = [self._guide(session) for session in sessions]
         forced = [guide.forced(limit) if guide else [] for guide, limit in zip(guides, limits, strict=True)]
         left = [limit - len(ahead) for limit, ahead in zip(limits, forced, strict=True)]
-        bets = self.control.bets(sessions, left)
+        bets = [
+            bet if session.drafter is None else _asked(session.drafter, limit)
+            for session, bet, limit in zip(sessions, self.control.bets(sessions, left), left, strict=True)
+        ]
         drafts = self._drafts(sessions, bets, forced)
         trimmed = self.control.trim(sessions, bets, drafts)
         self._pending = [
@@ -70,6 +84,10 @@ class Speculator:
         ]
         whole = zip(guides, trimmed, forced, limits, strict=True)
         return [guide.extend(draft, ahead, limit) if guide else draft for guide, draft, ahead, limit in whole]
+
+    def _guide(self, session: Session) -> Constraint | Guide | None:
+        """What forces tokens ahead of a draft; plain decoding drafts these neither."""
+        return session.constraint if self.drafts_forced and session.drafter != "none" else None
 
     def _drafts(self, sessions: Sequence[Session], bets: Sequence[Bet], forced: Sequence[list[int]]) -> list[Draft]:
         """One draft per session, by its bet, after its forced tokens, pruned by its grammar."""
@@ -122,6 +140,11 @@ def _walk(drafters: Iterable[Drafter]) -> Iterator[Drafter]:
     for drafter in drafters:
         yield drafter
         yield from _walk(drafter.parts)
+
+
+def _asked(drafter: str, limit: int) -> Bet:
+    """The bet of a session that names its drafter."""
+    return Bet(drafter, 0, "none asked for") if drafter == "none" else Bet(drafter, limit)
 
 
 def _why(bet: Bet, draft: Draft) -> str:

@@ -152,6 +152,11 @@ class Plan:
         said += "" if c.cache in LOSSLESS else " (the text may differ from dense's)"
         return said + ("" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows")
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that nothing is planned for."""
+        return max(0, self.budget - self.choice.need.total)
+
     def report(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         c = self.choice

@@ -29,7 +29,6 @@ OPTIONS: Mapping[str, type] = {
 }
 """Options that a request may name beside `stop`, and their types in JSON."""
 
-_ROLES = ("system", "developer", "user", "assistant")
 _KINDS: dict[type, str] = {
     str: "a text",
     int: "a whole number",
@@ -104,33 +103,27 @@ def stops(fields: Mapping[str, Any], most: int | None = None) -> list[str]:
     return texts
 
 
-def messages(fields: Mapping[str, Any], *, any_role: bool = False) -> list[dict[str, Any]]:
+def messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a conversation, each with a role and a text; content parts of type text are concatenated.
-
-    any_role: pass unknown roles and fields to the chat template instead of refusing them.
+    Unknown roles and fields are the chat template's.
     """
     listed = typed(fields, "messages", list)
     if not listed:
         raise RequestError("messages is empty; give at least one.", param="messages")
-    return [_message(message, f"messages[{i}]", any_role) for i, message in enumerate(listed)]
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(listed)]
 
 
-def _message(message: object, place: str, any_role: bool) -> dict[str, Any]:
+def _message(message: object, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RequestError(f"{place} is {shown(message)}; it must be an object with role and content.", param=place)
-    role = typed(message, "role", str, place=place)
-    if not any_role and role not in _ROLES:
-        wanted = f"{', '.join(_ROLES[:-1])} or {_ROLES[-1]} (tools aren't supported)"
-        raise RequestError(f"{place}.role is {role!r}; it must be {wanted}.", param=f"{place}.role")
+    typed(message, "role", str, place=place)
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(typed(part, "text", str, place=f"{place}.content") for part in content)
     if not isinstance(content, str):
         wanted = "text, or a list of parts of type text"
         raise RequestError(f"{place}.content is {shown(content)}; it must be {wanted}.", param=f"{place}.content")
-    if any_role:
-        return {**message, "content": content}
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {**message, "content": content}
 
 
 def shown(value: object) -> str:

@@ -6,11 +6,13 @@ Fields left out (seed, maximum length) stay unset: server and batch have their o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from longspec.requests.fields import RequestError, messages, named_options, shown, stops, typed
+from longspec.requests.fields import RequestError, named_options, stops
+from longspec.requests.shapes import Body, Chat, Completion, Message, ResponseFormat, ToolCall, checked
 from longspec.sampling.parameters import PARAMETERS, without_idle
 
 if TYPE_CHECKING:
@@ -31,21 +33,17 @@ _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
 }
 """Fields that aren't supported, with the values that are let through: clients send them, and they change nothing."""
 
 _NOT_READ = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_NOT_READ |= {"parallel_tool_calls"}
+_NOT_READ |= {"prompt_cache_retention"}
 """Fields that change no text, whatever their value."""
 
 _OURS = {*PARAMETERS, "stop_loops"}
-_READ = {"model", "stream", "stream_options", "n", "stop", "max_tokens", *_OURS}
-_READ_IN_CHATS = {"messages", "max_completion_tokens", "reasoning_effort", "reasoning_budget"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +66,84 @@ def read_request(body: Mapping[str, Any], *, chat: bool) -> Request:
         RequestError: a field isn't supported, or isn't what it should be.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    _refuse_unsupported(body, _READ | (_READ_IN_CHATS if chat else {"prompt"}))
-    stream, stream_options = typed(body, "stream", bool, False), typed(body, "stream_options", dict, {})
-    if stream_options and not stream:
+    shape: type[Body] = Chat if chat else Completion
+    _refuse_unsupported(body, {*shape.model_fields, "stop", *_OURS})
+    asked = checked(shape, body)
+    if asked.stream_options is not None and not asked.stream:
         raise RequestError("stream_options is for streams; set stream to true too.", param="stream_options")
-    choices = typed(body, "n", int, 1)
-    if choices < 1:
-        raise RequestError(f"n is {choices}; it must be 1 or more.", param="n")
-    return Request(
-        chat=chat,
-        prompts=(messages(body),) if chat else _prompts(body),
-        options=_options(body, chat),
-        choices=choices,
-        stream=stream,
-        include_usage=typed(stream_options, "include_usage", bool, False),
-        model=typed(body, "model", str, None),
-    )
-
-
-def _options(body: Mapping[str, Any], chat: bool) -> Options:
     options = without_idle(named_options({name: body.get(name) for name in _OURS}))
     if options.get("top_p") == 1:
         del options["top_p"]  # 1 means all tokens: many clients send it without wanting sampling
-    most = typed(body, "max_tokens", int, None)
-    if chat:
-        most = typed(body, "max_completion_tokens", int, most)
-        options["effort"] = typed(body, "reasoning_effort", str, None)
-        options["reasoning_budget"] = typed(body, "reasoning_budget", int, None)
-    options["max_new_tokens"] = most
     if "stop" in body:
         options["stop"] = stops(body, MOST_STOPS)
-    named = {name: value for name, value in options.items() if value is not None}
-    return cast("Options", named if chat else {**named, "raw": True})
+    options |= {"max_new_tokens": asked.max_tokens, "drafter": asked.longspec.drafter}
+    options |= _chat_options(asked) if isinstance(asked, Chat) else {"raw": True}
+    return Request(
+        chat=chat,
+        prompts=(_messages(asked.messages),) if isinstance(asked, Chat) else cast(Completion, asked).prompt,
+        options=cast("Options", {name: value for name, value in options.items() if value is not None}),
+        choices=asked.n,
+        stream=asked.stream,
+        include_usage=asked.stream_options is not None and bool(asked.stream_options.include_usage),
+        model=asked.model,
+    )
 
 
-def _prompts(body: Mapping[str, Any]) -> tuple[str, ...]:
-    value = body.get("prompt")
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError(f"prompt is {shown(value)}; it must be a text, or a list of texts.", param="prompt")
-    return tuple(prompts)
+def _chat_options(asked: Chat) -> dict[str, Any]:
+    tools = [{"type": tool.type, "function": dict(tool.function)} for tool in asked.tools or ()] or None
+    return {
+        "max_new_tokens": asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+        "effort": asked.reasoning_effort,
+        "reasoning_budget": asked.reasoning_budget,
+        "json_schema": None if asked.response_format is None else _schema(asked.response_format),
+        "tools": tools,
+        "tool_choice": asked.tool_choice if tools or asked.tool_choice not in ("auto", "none") else None,
+        "parallel_calls": asked.parallel_tool_calls if tools else None,
+    }
+
+
+def _schema(wanted: ResponseFormat) -> dict[str, Any] | None:
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise RequestError("response_format.json_schema is missing; give it.", param="response_format.json_schema")
+        return wanted.json_schema.given
+    return {"type": "object"} if wanted.type == "json_object" else None
+
+
+def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As chat templates take them: content is text, arguments are objects, and a tool's answer says whose it is."""
+    told: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for i, message in enumerate(messages):
+        place = f"messages[{i}]"
+        if message.content is None and message.role != "assistant":
+            wanted = "text, or a list of parts of type text"
+            raise RequestError(f"{place}.content is null; it must be {wanted}.", param=f"{place}.content")
+        role = "system" if message.role == "developer" else message.role
+        turn: dict[str, Any] = {"role": role, "content": message.content or ""}
+        if message.reasoning_content is not None:
+            turn["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            turn["tool_calls"] = [_call(each, f"{place}.tool_calls[{n}]") for n, each in enumerate(message.tool_calls)]
+            names |= {each.id: each.function.name for each in message.tool_calls}
+        if message.role == "tool":
+            if message.tool_call_id is None:
+                raise RequestError(f"{place}.tool_call_id is missing; give it.", param=f"{place}.tool_call_id")
+            turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id, "")}
+        told.append(turn)
+    return told
+
+
+def _call(call: ToolCall, place: str) -> dict[str, Any]:
+    """A call of the history. Its arguments are JSON that a model once wrote."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        name = f"{place}.function.arguments"
+        raise RequestError(f"{name} isn't an object in JSON; it must be one.", param=name)
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _refuse_unsupported(body: Mapping[str, Any], read: set[str]) -> None:

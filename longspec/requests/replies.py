@@ -1,75 +1,129 @@
-"""Responses in OpenAI's formats: complete objects, and chunks of a stream.
+"""Responses in OpenAI's formats for chats and completions: complete objects, and chunks of a stream.
 
-Takes answers and texts as plain values, gives dicts. Figures without an OpenAI field are in each choice's `longspec`.
+Takes answers and commits as plain values, gives dicts. Figures without an OpenAI field are in each choice's `longspec`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from longspec.engine.answer import Answer
+    from longspec.types import Commit
 
-__all__ = ["Reply"]
+__all__ = ["Event", "Format", "Reply", "call_id", "statistics", "usage"]
 
-_REASONS = {"stop": "stop", "length": "length"}
-"""The others have no name there; a text that was ended early is told as one that was cut: `length`."""
+Event = tuple[str | None, Mapping[str, Any]]
+"""A server-sent event: its name, where the format has names, and its object."""
+
+_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Format(Protocol):
+    """The response to one request, whole or as events."""
+
+    @property
+    def done(self) -> bytes:
+        """What a stream ends with."""
+        ...
+
+    def whole(self, answers: Sequence[Answer], seeds: Sequence[int | None], choices: int) -> dict[str, Any]:
+        """The complete response, with all answers in order; `choices` of them per prompt."""
+        ...
+
+    def begins(self, prompts: Sequence[int]) -> Iterator[Event]:
+        """The events before any text. prompts: each answer's tokens of the prompt."""
+        ...
+
+    def piece(self, index: int, commit: Commit) -> Iterator[Event]:
+        """Those of new text of an answer."""
+        ...
+
+    def ends(self, index: int, answer: Answer, seed: int | None) -> Iterator[Event]:
+        """Those after an answer's last text."""
+        ...
+
+    def closes(self, answers: Sequence[Answer], choices: int) -> Iterator[Event]:
+        """Those after all answers."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The response format of one request: chat or completion."""
+    """The format of a chat or completion."""
 
     chat: bool
     id: str
     created: int
     model: str
+    include_usage: bool = False
+    done: bytes = b"data: [DONE]\n\n"
 
     def whole(self, answers: Sequence[Answer], seeds: Sequence[int | None], choices: int) -> dict[str, Any]:
-        """The complete response, with all answers in order; `choices` of them per prompt."""
         replies = [self._choice(i, answer, seed) for i, (answer, seed) in enumerate(zip(answers, seeds, strict=True))]
         return {**self._head(""), "choices": replies, "usage": usage(answers, choices)}
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk before an answer's first text: a chat's role; None for a completion."""
-        return self._piece(index, {"delta": {"role": "assistant", "content": ""}}) if self.chat else None
+    def begins(self, prompts: Sequence[int]) -> Iterator[Event]:
+        for index in range(len(prompts) if self.chat else 0):
+            yield self._piece(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, index: int, thought: str, said: str) -> dict[str, Any]:
-        """A chunk of reasoning (chats only) and answer text."""
+    def piece(self, index: int, commit: Commit) -> Iterator[Event]:
         if not self.chat:
-            return self._piece(index, {"text": said})
-        delta = {"reasoning_content": thought} if thought else {}
-        return self._piece(index, {"delta": delta | ({"content": said} if said else {})})
+            if commit.said:
+                yield self._piece(index, {"text": commit.said})
+            return
+        delta: dict[str, Any] = {"reasoning_content": commit.thought} if commit.thought else {}
+        if commit.said:
+            delta["content"] = commit.said
+        if commit.calls:
+            delta["tool_calls"] = [_part(part.index, part.name, part.arguments) for part in commit.calls]
+        if delta:
+            yield self._piece(index, {"delta": delta})
 
-    def last(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
-        """The chunk after an answer's last text: its finish reason and its figures."""
+    def ends(self, index: int, answer: Answer, seed: int | None) -> Iterator[Event]:
         ending: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         ending |= {"finish_reason": _reason(answer), "longspec": statistics(answer, seed)}
-        return self._piece(index, ending)
+        yield self._piece(index, ending)
 
-    def closing(self, answers: Sequence[Answer], choices: int) -> dict[str, Any]:
-        """The stream's final chunk with the request's usage, if the client asked for it."""
-        return {**self._head(".chunk"), "choices": [], "usage": usage(answers, choices)}
+    def closes(self, answers: Sequence[Answer], choices: int) -> Iterator[Event]:
+        if self.include_usage:
+            yield None, {**self._head(".chunk"), "choices": [], "usage": usage(answers, choices)}
 
     def _head(self, suffix: str) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _piece(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **self._head(".chunk"),
-            "choices": [{"index": index, "logprobs": None, "finish_reason": None, **content}],
-        }
+    def _piece(self, index: int, content: dict[str, Any]) -> Event:
+        choice = {"index": index, "logprobs": None, "finish_reason": None, **content}
+        return None, {**self._head(".chunk"), "choices": [choice], **({"usage": None} if self.include_usage else {})}
 
     def _choice(self, index: int, answer: Answer, seed: int | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = [_call(call.name, call.arguments) for call in answer.calls]
         content: dict[str, Any] = {"message": message} if self.chat else {"text": answer.text}
         end = {"finish_reason": _reason(answer), "logprobs": None, "longspec": statistics(answer, seed)}
         return {"index": index, **content, **end}
+
+
+def call_id() -> str:
+    """A name for a call: nine letters and digits, as Mistral's chat templates want it."""
+    return "".join(secrets.choice(_LETTERS) for _ in range(9))
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _part(index: int, name: str, arguments: str) -> dict[str, Any]:
+    """A part of a call: its first one brings id and name."""
+    return {"index": index, **(_call(name, arguments) if name else {"function": {"arguments": arguments}})}
 
 
 def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
@@ -96,4 +150,7 @@ def statistics(answer: Answer, seed: int | None) -> dict[str, Any]:
 
 
 def _reason(answer: Answer) -> str:
-    return _REASONS.get(answer.finish_reason, "length")
+    """OpenAI's word; a text that was ended early is told as one that was cut: `length`."""
+    if answer.finish_reason != "stop":
+        return "length"
+    return "tool_calls" if answer.calls else "stop"

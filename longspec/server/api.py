@@ -1,16 +1,17 @@
-"""The two HTTP applications: OpenAI's API for the network, and JSON lines for `longspec run` on this machine.
+"""The two HTTP applications: OpenAI's and Anthropic's APIs for the network, and JSON lines for `longspec run` on this
+machine.
 
 Takes untrusted HTTP requests; gives answers, streams and refusals. Every error is reported in OpenAI's format.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from time import perf_counter, time
-from uuid import uuid4
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -18,13 +19,16 @@ from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+from longspec.requests.anthropic import MESSAGES
 from longspec.requests.fields import RequestError
-from longspec.requests.openai import CHAT, COMPLETIONS
-from longspec.requests.replies import Reply
-from longspec.server.asks import Ask, ask, local
+from longspec.requests.replies import Event, Format
+from longspec.server.asks import Ask, ask, local, no_model
 from longspec.server.bodies import Bodies
 from longspec.server.desk import Desk, GoneError, Texts
+from longspec.server.dialects import DIALECTS
 from longspec.server.guard import Guard
+from longspec.server.log import Log
+from longspec.server.metrics import CONTENT_TYPE, Metrics
 from longspec.server.refusals import RefusedError, encoded
 from longspec.server.worker import Ended, UnreadError
 
@@ -41,29 +45,42 @@ def open_to_clients(
     say: Callable[[str], None],
     *,
     allow_special_tokens: bool = False,
+    log: str = "none",
+    origins: Sequence[str] = (),
 ) -> ASGIApp:
-    """OpenAI's API, for requests whose Host is one of these (any, if None) and that have the API key, if there is
-    one.
+    """The APIs of DIALECTS, for requests whose Host is one of these (any, if None) and that have the API key, if there
+    is one.
+
+    log: the access log's format. origins: those whose pages may ask, beside programs.
     """
-    created, bodies = int(time()), Bodies()
+    created, bodies, metrics = int(time()), Bodies(), Metrics(desk.__len__, desk.worker.__len__)
+    listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
 
     async def models(request: Request) -> Response:
-        listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
         return _json({"object": "list", "data": [listed]})
+
+    async def one_model(request: Request) -> Response:
+        if request.path_params["name"] != model:
+            raise no_model(request.path_params["name"], model)
+        return _json(listed)
 
     async def health(request: Request) -> Response:
         status = {"status": "closing" if desk.closing else "ok", "model": model, "texts": len(desk), "most": desk.most}
         return _json(status, 503 if desk.closing else 200)
 
+    async def measured(request: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
     async def answer(request: Request) -> Response:
-        chat = request.url.path == CHAT
-        reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}", int(time()), model)
+        dialect, began = DIALECTS[request.url.path], perf_counter()
         async with bodies.object(request) as body:
-            wanted = ask(body, model, desk.most, chat=chat, allow_special_tokens=allow_special_tokens)
-            texts = desk.take(wanted.texts, request.receive)
-            await texts.opened()
+            chat, allowed = dialect.chat, allow_special_tokens
+            wanted = ask(dialect.read(body), model, desk.most, chat=chat, allow_special_tokens=allowed)
+            texts = desk.take(wanted.texts, request.receive, began=began, ended=metrics.ended)
+            prompts = await texts.opened()
+        reply = dialect.reply(wanted, model)
         if wanted.stream:
-            events = _events(wanted, reply, texts, say)
+            events = _events(wanted, reply, texts, prompts, say)
             return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)
         answers: dict[int, Answer] = {}
         async for place, event in texts.told():
@@ -72,12 +89,16 @@ def open_to_clients(
         return _json(reply.whole([answers[i] for i in range(len(answers))], wanted.seeds, wanted.choices))
 
     routes = [
-        Route(CHAT, answer, methods=["POST"]),
-        Route(COMPLETIONS, answer, methods=["POST"]),
+        *(Route(path, answer, methods=["POST"]) for path in DIALECTS),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
+        Route("/metrics", measured),
     ]
-    return Guard(_application(routes, say), hosts, key)
+    app: ASGIApp = Guard(_application(routes, say), hosts, key)
+    if origins:
+        app = CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return Log(app, log, say)
 
 
 def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
@@ -122,28 +143,32 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
     return _application([Route("/run", run, methods=["POST"]), Route("/end", end, methods=["POST"])], say)
 
 
-async def _events(wanted: Ask, reply: Reply, texts: Texts, say: Callable[[str], None]) -> AsyncIterator[bytes]:
-    """Server-sent events: chunks of all answers as they come, then [DONE]."""
+async def _events(
+    wanted: Ask, reply: Format, texts: Texts, prompts: Sequence[int], say: Callable[[str], None]
+) -> AsyncIterator[bytes]:
+    """Server-sent events: those of all answers as they come, then the format's end."""
     answers: dict[int, Answer] = {}
-    more = {"usage": None} if wanted.include_usage else {}
     try:
-        for place in range(len(wanted.texts)):
-            if (first := reply.first(place)) is not None:
-                yield _event(first | more)
+        for each in reply.begins(prompts):
+            yield _event(each)
         async for place, event in texts.told():
             if isinstance(event, Ended):
                 answers[place] = event.answer
-                yield _event(reply.last(place, event.answer, wanted.seeds[place]) | more)
-            elif event.thought or event.said:
-                yield _event(reply.piece(place, event.thought, event.said) | more)
-        if wanted.include_usage:
-            yield _event(reply.closing([answers[i] for i in range(len(answers))], wanted.choices))
+                told = reply.ends(place, event.answer, wanted.seeds[place])
+            else:
+                told = reply.piece(place, event)
+            for each in told:
+                yield _event(each)
+        for each in reply.closes([answers[i] for i in range(len(answers))], wanted.choices):
+            yield _event(each)
     except GoneError:
         return
     except Exception as error:  # noqa: BLE001  the status is sent already: report the error within the stream
         say(_failure(error))
-        yield _event(_refusal(error).body())
-    yield b"data: [DONE]\n\n"
+        yield _event(
+            ("error", {"type": "error", **_refusal(error).body()}) if not reply.done else (None, _refusal(error).body())
+        )
+    yield reply.done
 
 
 def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
@@ -153,7 +178,8 @@ def _application(routes: list[Route], say: Callable[[str], None]) -> Starlette:
         refusal = _refusal(error)
         if refusal.status == 500:
             say(_failure(error))
-        return _json(refusal.body(), refusal.status, refusal.headers)
+        more = {"type": "error"} if request.url.path == MESSAGES else {}  # as Anthropic's clients know it
+        return _json({**more, **refusal.body()}, refusal.status, refusal.headers)
 
     kinds = (RefusedError, LongspecError, HTTPException, ClientDisconnect, GoneError, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, refused))
@@ -167,7 +193,7 @@ def _refusal(error: Exception) -> RefusedError:
         case HTTPException(status_code=405):
             return RefusedError(405, "This address doesn't take that method; see docs/serve.md.", headers=error.headers)
         case HTTPException():
-            sentence = "There is nothing here; ask /v1/chat/completions, /v1/completions, /v1/models or /health."
+            sentence = f"There is nothing here; ask {', '.join(DIALECTS)}, /v1/models, /metrics or /health."
             return RefusedError(error.status_code, sentence, headers=error.headers)
         case RequestError():
             return RefusedError(400, str(error), param=error.param, code=error.code)
@@ -194,8 +220,9 @@ def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = 
     return Response(encoded(value), status, headers, "application/json")
 
 
-def _event(value: object) -> bytes:
-    return b"data: " + encoded(value) + b"\n\n"
+def _event(event: Event) -> bytes:
+    name, value = event
+    return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + encoded(value) + b"\n\n"
 
 
 def _line(value: object) -> bytes:

@@ -16,7 +16,7 @@ from longspec.requests.openai import MOST_STOPS, read_request
 from longspec.server.refusals import RefusedError
 from longspec.text.prompt import Prompt
 
-__all__ = ["Ask", "ask", "local"]
+__all__ = ["Ask", "ask", "local", "no_model"]
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat has no limit
 
@@ -47,9 +47,7 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool, allow_spe
     """
     request = read_request(body, chat=chat)
     if request.model not in (None, model):
-        raise RefusedError(
-            404, f"There is no model {request.model!r} here; this server has {model!r}.", code="model_not_found"
-        )
+        raise no_model(request.model, model)
     choices, prompts = request.choices, request.prompts
     if choices * len(prompts) > most:
         asked = f"{len(prompts)} prompts with {choices} choices" if len(prompts) > 1 else f"{choices} choices"
@@ -65,6 +63,10 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool, allow_spe
     repeated = (prompt for prompt in prompts for _ in range(choices))
     texts = [(prompt, cast(Options, {**options, "key": str(i) if i else ""})) for i, prompt in enumerate(repeated)]
     return Ask(chat, tuple(texts), choices, request.stream, request.include_usage)
+
+
+def no_model(wanted: str, model: str) -> RefusedError:
+    return RefusedError(404, f"There is no model {wanted!r} here; this server has {model!r}.", code="model_not_found")
 
 
 def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:

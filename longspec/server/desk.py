@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from longspec.engine.answer import Answer
 from longspec.engine.options import Options
 from longspec.server.refusals import BUSY, RefusedError
 from longspec.server.worker import Ended, Event, Opened, Order, Worker
@@ -46,10 +47,11 @@ class Desk:
         receive: Receive,
         *,
         began: float | None = None,
+        ended: Callable[[Answer], None] | None = None,
         local: bool = False,
     ) -> Texts:
         """Submit the sequences of one request. receive: the ASGI channel that, once the body is read, signals a
-        disconnect.
+        disconnect. ended: told each answer.
 
         local: from `longspec run` on this machine: no time limit, since its user can interrupt it.
 
@@ -60,7 +62,7 @@ class Desk:
         if len(self) + len(texts) > self.most:
             sentence = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
             raise RefusedError(429, sentence, **BUSY)
-        taken = Texts(self, texts, receive, began, None if local else self.seconds)
+        taken = Texts(self, texts, receive, began, ended, None if local else self.seconds)
         self._open.add(taken)
         return taken
 
@@ -87,6 +89,7 @@ class Texts:
         texts: Sequence[tuple[Prompt, Options]],
         receive: Receive,
         began: float | None,
+        ended: Callable[[Answer], None] | None,
         seconds: float | None,
     ) -> None:
         self._desk = desk
@@ -95,6 +98,7 @@ class Texts:
         tell = [partial(_bring, loop, self._events, place) for place in range(len(texts))]
         self._orders = [Order(*text, told, began) for text, told in zip(texts, tell, strict=True)]
         self._going = len(texts)
+        self._ended = ended
         for order in self._orders:
             desk.worker.write(order)
         self._limit = None if seconds is None else loop.call_later(seconds, self.end)
@@ -103,18 +107,19 @@ class Texts:
     def __len__(self) -> int:
         return self._going
 
-    async def opened(self) -> None:
-        """Wait until every prompt is opened. Raises the error of one that is invalid."""
+    async def opened(self) -> list[int]:
+        """Wait until every prompt is opened; gives their tokens. Raises the error of one that is invalid."""
         early: list[tuple[int, Event]] = []
-        missing = len(self._orders)
-        while missing:
+        tokens: dict[int, int] = {}
+        while len(tokens) < len(self._orders):
             place, event = await self._next()
             if isinstance(event, Opened):
-                missing -= 1
+                tokens[place] = event.prompt_tokens
             else:
                 early.append((place, event))
         for each in early:  # one sequence may start while another's prompt is still being opened
             self._events.put_nowait(each)
+        return [tokens[place] for place in range(len(tokens))]
 
     async def told(self) -> AsyncIterator[tuple[int, Commit | Ended]]:
         """Yield each sequence's index and events, until all have ended."""
@@ -123,6 +128,8 @@ class Texts:
                 place, event = await self._next()
                 if isinstance(event, Ended):
                     self._going -= 1
+                    if self._ended is not None:
+                        self._ended(event.answer)
                 if isinstance(event, Ended | Commit):
                     yield place, event
         finally:

@@ -44,6 +44,8 @@ class Guard:
             return RefusedError(421, said, code="wrong_host")
         if self.key is not None and scope["path"] != _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
+            if (own := headers.get("x-api-key")) is not None:  # as Anthropic's clients send it
+                scheme, given = "bearer", own
             if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), self.key.encode()):
                 said = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
                 return RefusedError(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -75,14 +75,19 @@ class Order:
     def is_long(self) -> bool:
         """Whether reading the prompt takes so long that others aren't kept waiting for it."""
         texts = [self.prompt] if isinstance(self.prompt, str) else [each["content"] for each in self.prompt]
-        return sum(map(len, texts)) > LONG_PROMPT
+        schemas = self.options.get("tools"), self.options.get("json_schema")
+        return sum(map(len, texts)) + sum(len(str(each)) for each in schemas if each) > LONG_PROMPT
 
 
 class Worker:
-    """Loads the engine by `load`, then decodes at most `width` sequences at a time until it is stopped."""
+    """Loads the engine by `load`, then decodes at most `width` sequences at a time until it is stopped.
 
-    def __init__(self, load: Callable[[], Engine], width: int = WIDTH) -> None:
+    kept: bytes of finished texts' rows that later prompts may share, where no memory plan leaves less.
+    """
+
+    def __init__(self, load: Callable[[], Engine], width: int = WIDTH, kept: int = 0) -> None:
         self.width = width
+        self.kept = kept
         self.loaded: Future[Engine] = Future()
         self._load = load
         self._sessions: dict[Order, Session] = {}
@@ -135,7 +140,9 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  a signal too: the thread that waits for the engine re-raises it
             self.loaded.set_exception(error)
             return
-        self._schedule = Schedule(self._engine, self.width)
+        plan = self._engine.plan
+        kept = self.kept if plan is None else min(self.kept, plan.spare // 2)
+        self._schedule = Schedule(self._engine, self.width, kept)
         for lane in (self._short, self._long):
             Thread(target=self._read, args=[lane], name="longspec reading", daemon=True).start()
         self.loaded.set_result(self._engine)

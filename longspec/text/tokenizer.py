@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from longspec.calls import find as find_calls
 from longspec.errors import ContextError, ModelError, UsageError
 from longspec.text.chat_template import ChatTemplate
 from longspec.text.think_tags import find
@@ -68,7 +69,9 @@ class Vocabulary:
         self._silent = {i for i, token in decoder_of_added.items() if token.special} | set(self.turn_ends)
         self.markers = find(template, added)
         marks = () if self.markers is None else (self.markers.begin, self.markers.end)
-        self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in marks}
+        self.calls = find_calls(template)
+        spoken = (*marks, *(self.calls.tokens if self.calls else ()))
+        self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in spoken}
         decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
         self._spells_bytes = b'"ByteLevel"' in decoder
         self._has_byte_tokens = b'"ByteFallback"' in decoder
@@ -223,7 +226,7 @@ class Vocabulary:
         The first token of a text may lose its leading space.
         """
         name = self.tokenizer.id_to_token(token)
-        if name is not None and token in self._spoken:  # reasoning markers are text, also if they are special tokens
+        if name is not None and token in self._spoken:  # marks of thoughts and calls are text, also if special
             return name.encode()
         if name is None or token in self._silent:
             return None

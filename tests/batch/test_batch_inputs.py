@@ -266,8 +266,8 @@ def test_openai(tmp_path: Path) -> None:
     [
         (openai(n=2), "n and prompts at one"),
         (openai(stream=True), "leave stream out"),
-        (openai(tools=[{}]), "tools isn't supported"),
-        (openai(response_format={"type": "json_object"}), "response_format isn't supported"),
+        (openai(tools=[{}]), "tools[0].type is missing"),
+        (openai(response_format={"type": "yaml"}), 'response_format.type is "yaml"'),
         (openai(verbosity="low"), "verbosity isn't supported"),
         (openai(COMPLETIONS, prompt="a", reasoning_effort="low"), "reasoning_effort isn't supported"),
         (openai(reasoning_budget="low"), 'reasoning_budget is "low"'),

@@ -8,12 +8,14 @@ import pytest
 from support.commands import ROOT
 
 from longspec.batch.job import AHEAD
+from longspec.calls import toolbox
 from longspec.cli.commands import serve
 from longspec.cli.io import prompt_input
 from longspec.constraints.grammar import MOST_BYTES
 from longspec.drafters import DRAFT_TOKENS
 from longspec.engine.memory_guard import STEPS
 from longspec.engine.scheduler import WIDTH
+from longspec.requests import shapes
 from longspec.requests.openai import MOST_STOPS
 from longspec.server import asks, bodies, connection, listen
 from longspec.text import prompt_template, repetition
@@ -45,6 +47,10 @@ SAID = {
         f"{connection.HEAD_SECONDS:.0f} seconds for its head to arrive, {connection.HEAD_NBYTES / KIB:.0f} KiB",
         f"{connection.MOST_CONNECTIONS} connections at each socket",
         f"{MOST_STOPS} stop strings",
+        f"{shapes.MOST_MESSAGES:,} messages",
+        f"{toolbox.MOST_TOOLS}, with {toolbox.MOST_NBYTES / KIB:.0f} KiB together",
+        f"{toolbox.MOST_CALLS} calls in an answer",
+        f"up to `--prefix-cache` MiB ({serve.Serving.prefix_cache})",
         f"running answers get {serve._GRACE_SECONDS:.0f} seconds",
         f"over {serve._GRACE_SECONDS + listen.LAST_SECONDS + serve._PASS_SECONDS:.0f} seconds after the signal",
         f"{asks._COMPLETION_TOKENS} tokens unless `max_tokens` says more",

@@ -37,6 +37,47 @@ CHAT: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
+AGENT: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "A"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "B"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+    "parallel_tool_calls": False,
+    "longspec": {"drafter": "none"},
+    "max_tokens": 3,
+}
+RESPONSE: dict[str, Any] = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "A"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "A"}]},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "B"},
+    ],
+    "tool_choice": "auto",
+    "text": {"format": {"type": "json_object"}},
+    "max_output_tokens": 3,
+    "stream": True,
+}
+MESSAGE: dict[str, Any] = {
+    "system": [{"type": "text", "text": "A"}],
+    "messages": [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "B"}]},
+    ],
+    "max_tokens": 3,
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "thinking": {"type": "disabled"},
+    "stream": True,
+}
 COMPLETION: dict[str, Any] = {"prompt": ["ABC", "D"], "n": 2, "max_tokens": 3, "stop": ["A"], "seed": 1, "top_p": 0.5}
 LINE = {"id": "a", "prompt": "ABC", "max_new_tokens": 3, "system": "B"}
 TALK = {"id": 7, "messages": CHAT["messages"], "max_new_tokens": 3, "temperature": 1, "top_k": 3}
@@ -51,6 +92,7 @@ NAMES = [
     *["max_tokens", "max_completion_tokens", "max_new_tokens", "stop_loops", "reasoning_effort", "reasoning_budget"],
     *["prompt", "messages", "model", "logprobs", "tools", "response_format", "system", "raw", "effort", "id", "tokens"],
 ]
+PATHS = {b'"prompt"': "/v1/completions", b'"input"': "/v1/responses", b'"system": [': "/v1/messages"}
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.full)]
 
 
@@ -111,10 +153,10 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
     async def run() -> list[int]:
         desk = Desk(worker, 8, SECONDS)
         app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), list[int]()
-        good = [CHAT, COMPLETION]
+        good = [CHAT, COMPLETION, RESPONSE, MESSAGE, AGENT]
         asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, seed=count)]
         for number, body in enumerate(asked):
-            path = "/v1/completions" if b'"prompt"' in body and number % 9 else "/v1/chat/completions"
+            path = next((path for name, path in PATHS.items() if name in body and number % 9), "/v1/chat/completions")
             status, answer = await ask(app, path, body)
             statuses.append(status)
             assert status == 200 or 400 <= status < 500, (body, answer)

@@ -297,10 +297,21 @@ def test_a_completion_that_is_malformed(served: Served, body: object, said: str)
         ({"messages": []}, "messages is empty"),
         ({"messages": ["hello"]}, "messages[0] is"),
         ({"messages": [{"content": "A"}]}, "messages[0].role is missing"),
-        ({"messages": [{"role": "tool", "content": "A"}]}, "messages[0].role is 'tool'"),
+        ({"messages": [{"role": "wizard", "content": "A"}]}, 'messages[0].role is "wizard"'),
+        ({"messages": [{"role": "tool", "content": "A"}]}, "messages[0].tool_call_id is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content is null"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a list of parts of type text"),
-        ({"messages": [{"role": "user", "content": "A"}], "tools": [{"type": "function"}]}, "tools isn't supported"),
+        (
+            {"messages": [{"role": "user", "content": "A"}], "tools": [{"type": "function"}]},
+            "tools[0].function is missing",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "A"}],
+                "tools": [{"type": "function", "function": {"name": "a"}}],
+            },
+            "This model's chat template takes no tools",
+        ),
         ({"messages": [{"role": "user", "content": "A"}], "logprobs": True}, "logprobs isn't supported"),
         ({"messages": [{"role": "user", "content": "A"}], "audio": {"voice": "x"}}, "audio isn't supported"),
         ({"messages": [{"role": "user", "content": "A"}], "prompt": "A"}, "prompt isn't supported"),

@@ -28,15 +28,23 @@ from longspec.server.worker import Worker
 class Served:
     """A server in this process, on a thread of its own."""
 
-    def __init__(self, made: Engine, key: str | None = None, most: int = 40, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        made: Engine,
+        key: str | None = None,
+        most: int = 40,
+        seconds: float = SECONDS,
+        kept: int = 0,
+        **options: Any,
+    ) -> None:
         self.engine = made
         self.said: list[str] = []
-        self.worker = Worker(lambda: made, 8)
+        self.worker = Worker(lambda: made, 8, kept)
         self.worker.loaded.result(SECONDS)
         self.desk = Desk(self.worker, most, seconds)
         door = bind("127.0.0.1", 0)
         self.port = door.getsockname()[1]
-        app = open_to_clients(self.desk, "tiny", names("127.0.0.1"), key, self.said.append)
+        app = open_to_clients(self.desk, "tiny", names("127.0.0.1"), key, self.said.append, **options)
         self.listener = Listener(self.desk, [(app, door)], grace=0.2)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_until_complete, args=[self.listener.run()])

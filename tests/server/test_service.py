@@ -1,0 +1,135 @@
+"""What operators look at, and what a chat's next turn reads: ids, logs, metrics, foreign pages, kept prefixes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from support.agents import TOWN, agent
+from support.commands import SECONDS
+from support.engines import engine, tiny
+from support.servers import Served, serving, until
+
+from longspec.cache import LOSSLESS
+from longspec.engine.engine import Engine
+from longspec.engine.prefixes import Prefixes, common
+from longspec.engine.scheduler import Schedule
+from longspec.engine.session import Session
+
+_SCHEMA = {"type": "array", "items": TOWN, "minItems": 3, "maxItems": 9}
+TOWNS = {"type": "json_schema", "json_schema": {"name": "towns", "schema": _SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return agent(tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture(scope="module")
+def served(made: Engine) -> Iterator[Served]:
+    with serving(made, log="json", origins=["http://page.example"]) as up:
+        yield up
+
+
+def got(served: Served, method: str, path: str, **headers: str) -> tuple[int, Any, bytes]:
+    with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=SECONDS)) as connection:
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def test_each_request_has_an_id_and_a_line(served: Served) -> None:
+    served.said.clear()
+    _, headers, _ = got(served, "GET", "/v1/models/tiny")
+    until(lambda: bool(served.said))
+    line = json.loads(served.said[0])
+    assert line["id"] == headers["x-request-id"]
+    assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/models/tiny", 200)
+    assert got(served, "GET", "/v1/models/other")[0] == 404
+
+
+def test_metrics_are_prometheus(served: Served) -> None:
+    served.ask({"prompt": "ABC", "max_tokens": 4})
+    status, headers, text = got(served, "GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    for name in ("time_to_first_token_seconds_count", "tokens_per_step_sum", "resident_bytes", "texts_open"):
+        assert re.search(rf"^longspec_{name} [0-9]", text.decode(), re.MULTILINE), name
+    assert 'longspec_answers_total{finish_reason="length"}' in text.decode()
+
+
+def test_pages_of_a_named_origin_may_ask(served: Served) -> None:
+    asks = {"access_control_request_method": "POST", "access_control_request_headers": "authorization,content-type"}
+    status, headers, _ = got(served, "OPTIONS", "/v1/chat/completions", origin="http://page.example", **asks)
+    assert (status, headers["access-control-allow-origin"]) == (200, "http://page.example")
+    assert got(served, "OPTIONS", "/v1/chat/completions", origin="http://evil.example", **asks)[0] == 400
+    assert got(served, "GET", "/v1/models", origin="http://page.example")[1]["access-control-allow-origin"]
+
+
+# --- kept prefixes
+
+
+def test_a_next_turn_reads_its_new_tokens_only(made: Engine) -> None:
+    with serving(made, kept=1 << 24) as served, serving(made) as bare:
+        talk: list[dict[str, Any]] = []
+        for turn in range(6):
+            talk.append({"role": "user", "content": f"{turn}: " + "where to, and why? " * 5})
+            body = {"messages": talk, "temperature": 0.8, "seed": turn, "response_format": TOWNS}
+            answers = [up.ask(body, "/v1/chat/completions")[1] for up in (served, bare)]
+            [text, same] = [answer["choices"][0]["message"]["content"] for answer in answers]
+            assert text == same
+            assert answers[1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            usage = answers[0]["usage"]
+            new = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            # The question and two roles' letters, and the last token of the answer, which nothing has followed yet.
+            assert turn == 0 or new <= len(talk[-1]["content"]) + 3
+            talk.append({"role": "assistant", "content": text})
+
+
+def finished(made: Engine, schedule: Schedule, prompt: str, **options: Any) -> Session:
+    given: Any = {"raw": True, "max_new_tokens": 4, **options}
+    session = schedule.begin(prompt, given)
+    assert isinstance(session, Session)
+    while schedule:
+        schedule.step()
+    return session
+
+
+@pytest.mark.parametrize("cache", LOSSLESS)
+def test_prefixes_change_no_text(tmp_path: Any, cache: str) -> None:
+    made = engine(tiny(tmp_path, end_tokens=()), "ngram", cache=cache)
+    schedule, start = Schedule(made, 4, kept=1 << 26), "ABCDEFGH" * 20
+    prompts = [start, start + "IJK", start[:100] + "XYZ" * 20, start + "IJKLM", start[:70], "no" * 60]
+    for prompt in prompts:
+        kept = finished(made, schedule, prompt, temperature=0.9, seed=2)
+        alone = finished(made, Schedule(made, 4), prompt, temperature=0.9, seed=2)
+        assert kept.tokens == alone.tokens
+        assert kept.cached == 0 or kept.cached >= 64
+    assert finished(made, schedule, start + "IJKLMN").cached >= 64
+
+
+def test_the_least_recently_used_text_goes_first(tmp_path: Any) -> None:
+    made = engine(tiny(tmp_path, end_tokens=()))
+    one = finished(made, Schedule(made, 4), "A" * 100)
+    nbytes = one.cache.room(one.cache.length).device
+    schedule = Schedule(made, 4, kept=2 * nbytes)
+    for letter in "ABAC":
+        finished(made, schedule, letter * 100)
+    assert schedule._prefixes.nbytes <= 2 * nbytes
+    assert finished(made, schedule, "B" * 100).cached == 0
+    assert finished(made, schedule, "C" * 100).cached >= 64
+    assert Prefixes(0).nbytes == 0
+
+
+def test_common_prefixes() -> None:
+    tokens = list(range(200))
+    for length in (0, 1, 63, 64, 65, 128, 199, 200):
+        other = [*tokens[:length], 999]
+        assert common(tokens, other) == common(other, tokens) == length
+    assert common(tokens, tokens) == 200
+    assert common(tokens, tokens[:128]) == 128
