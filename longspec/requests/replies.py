@@ -163,20 +163,6 @@ def _part(index: int, name: str, arguments: str) -> dict[str, Any]:
     return {"index": index, **(_call(name, arguments) if name else {"function": {"arguments": arguments}})}
 
 
-def call_id() -> str:
-    """A name for a call: nine letters and digits, as Mistral's chat templates want it."""
-    return "".join(secrets.choice(_LETTERS) for _ in range(9))
-
-
-def _call(name: str, arguments: str) -> dict[str, Any]:
-    return {"id": call_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _part(index: int, name: str, arguments: str) -> dict[str, Any]:
-    """A part of a call: its first one brings id and name."""
-    return {"index": index, **(_call(name, arguments) if name else {"function": {"arguments": arguments}})}
-
-
 def usage(answers: Sequence[Answer], choices: int) -> dict[str, Any]:
     """Token counts of all answers; a prompt with several choices is counted once."""
     prompts = [answer.usage for answer in answers[::choices]]
