@@ -27,7 +27,9 @@ _NGRAMS = (
     _FOUND("REST", "2311.08252", "--drafter suffix", "of the user's own files; no datastore is downloaded"),
     _GUESSED("Token Recycling", "2408.08696", "--drafter recycle", "the likeliest eight tokens after each"),
     _FOUND("Ouroboros", "2402.13720", "", "phrases of rejected drafts are what `recycle` and `lookahead` keep"),
-    _GUESSED("Lookahead Decoding", "2402.02057", "--drafter lookahead", "window, n-grams and pool, as one tree"),
+    _GUESSED(
+        "Lookahead Decoding", "2402.02057", "--drafter lookahead", "window, n-grams and the prompt's, as one tree"
+    ),
     _GUESSED("Jacobi decoding", "2305.10427", "", "`lookahead` keeps the n-grams that it throws away"),
     _OWN("consistency LLMs", "2403.00835", "", _DATA),
     _OWN("Jacobi Forcing", "2512.14681", "", _DATA),
