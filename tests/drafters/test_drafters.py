@@ -303,9 +303,9 @@ def test_options_reach_what_drafts(model: Model, tmp_path: Path) -> None:
 )
 def test_options_change_no_text(model: Model, name: str, cache: str) -> None:
     (prompt,) = prompts(1, 260)
+    sampled: Any = {"raw": True, "max_new_tokens": 24, **SAMPLED}
     texts = [
-        engine(model, drafter, cache=cache, draft_tokens=12).generate(prompt, raw=True, max_new_tokens=24, **SAMPLED)
-        for drafter in ("none", name)
+        engine(model, drafter, cache=cache, draft_tokens=12).generate(prompt, **sampled) for drafter in ("none", name)
     ]
     assert texts[0].tokens == texts[1].tokens
     assert texts[1].speculation["drafted"] > 0
