@@ -74,6 +74,8 @@ class Engine(Writer):
         a name or a Control. costs_file: measured latencies on this machine, read at start, written by `keep_costs`.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
+        if plan is not None and plan.choice.draft_tokens:
+            draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
         drafters = _drafters(model, drafter, options or {}, plan)
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)

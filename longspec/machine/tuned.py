@@ -59,8 +59,9 @@ def read_fit(path: Path) -> Fit | None:
     ):
         return None
     entropy = found.get("entropy")
-    is_bound = isinstance(entropy, int | float) and 0 <= entropy < _MOST_ENTROPY
-    return Fit(dtype, threads, float(entropy) if is_bound else None)
+    if not isinstance(entropy, int | float) or not 0 <= entropy < _MOST_ENTROPY:
+        return Fit(dtype, threads)
+    return Fit(dtype, threads, float(entropy))
 
 
 def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ _CACHES = (
 
 _MEMORY = (
     Method(
-        "SpecMemo", "2506.01986", "--memory SIZE", "cache, prefill and head are planned; tree and batch aren't as yet"
+        "SpecMemo", "2506.01986", "--memory SIZE", "tree, cache, prefill and head by a budget; not the batch's width"
     ),
     Method("ReCoVer", "2605.11215", "", "`longspec train` goes on from a checkpoint, not within a step", planned=True),
 )
