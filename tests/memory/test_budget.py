@@ -240,7 +240,8 @@ def test_a_plan_grows_with_all_that_it_counts() -> None:
 def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request()
     on_gpu = Request(asked.config, asked.dtype, torch.device("cuda"), asked.footprint, asked.tokens, asked.process)
-    assert [one.cache for one in choices(on_gpu)][:: len(CHUNKS)] == ["dense", "int8", "int4", "offload", "disk"]
+    each = len(CHUNKS) * (1 + len(DRAFTS))
+    assert [one.cache for one in choices(on_gpu)][::each] == ["dense", "int8", "int4", "offload", "disk"]
     offload = choice(on_gpu, "offload", 64)
     assert offload.need.process == 0
     assert offload.host > asked.tokens * on_gpu.shape.row_bytes * 0.9
