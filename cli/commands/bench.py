@@ -163,6 +163,55 @@ def drafters(
 
 
 @group()
+class BatchOptions:
+    """Prompts, batch sizes and draft lengths."""
+
+    suite: Path = option(what=_SUITE, metavar="FILE")
+    texts: list[Any] | None = option(
+        None,
+        "Texts side by side; may be repeated. 1, 2, 4, 8 and 16, if left out, as far as there are prompts.",
+        metavar="N",
+        parser=readers.whole(1, 256),
+    )
+    drafted: list[Any] | None = option(
+        None,
+        "Tokens that are always drafted; may be repeated. 1, 2, 4, 8 and 15, if left out; 0 is always there.",
+        metavar="N",
+        parser=readers.whole(0, 64),
+    )
+    drafter: str = option("auto", "auto, if left out.", metavar="NAME")
+    prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
+    rounds: int = option(3, "Of everything.", metavar="N", parser=readers.whole(1))
+    max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
+
+
+@bench.command("batch", cls=Command)
+@expanded
+def batch(options: BatchOptions, loading: Annotated[Loading, Only("model", "dtype")], results: Results) -> None:
+    """Compare draft lengths by the number of texts side by side, and what the control makes of it."""
+    results.check(options.suite, loading.model)
+    from longspec.bench.batch import LENGTHS, TEXTS, BatchWorkload
+    from longspec.bench.harness import read_suite, sample
+    from longspec.engine.engine import Engine
+    from longspec.model.load import open_model
+
+    prompts = [prompt for some in sample(read_suite(options.suite), options.prompts).values() for prompt in some]
+    texts = sorted(set(options.texts or [count for count in TEXTS if count <= len(prompts)]))
+    if not prompts or texts[-1] > len(prompts):
+        raise UsageError(f"{options.suite} has {len(prompts)} such prompts, and {texts[-1] if texts else 1} texts side "
+                         "by side were asked for; give more prompts, or a smaller --texts.")  # fmt: skip
+    with Progress(loading.model) as progress:
+        opened = open_model(loading.model, dtype=loading.dtype, report=progress.report)
+        opened.set_threads()
+        model = opened.load(report=progress.report)
+        fixed = {0: Engine(model, drafter="none")}
+        for length in set(options.drafted or LENGTHS) - {0}:
+            fixed[length] = Engine(model, drafter=options.drafter, control="fixed", draft_tokens=length)
+        auto = Engine(model, drafter=options.drafter)
+        results.take(BatchWorkload(fixed, auto, prompts, texts, options.max_new_tokens, options.rounds), progress)
+
+
+@group()
 class EngineOptions:
     """Prompts, engines and rounds."""
 

@@ -19,6 +19,7 @@ from longspec.cli.options.groups import Only
 from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import config_path
 from longspec.machine.system import cores, processor, quota, total_bytes
+from longspec.methods import options
 
 __all__ = ["EPILOG", "doctor"]
 
@@ -38,6 +39,7 @@ def doctor(reporting: Annotated[Reporting, Only("as_json")]) -> None:
         "kernels": _kernels(),
         "attention": _attention(),
         "model": _model(),
+        "methods": _methods(),
         "settings": _settings(),
     }
     if reporting.as_json:
@@ -166,6 +168,11 @@ def _model() -> dict[str, Any]:
         "weights": model.format or "none",
         "disk_bytes": model.nbytes,
     }
+
+
+def _methods() -> dict[str, list[str]]:
+    """The methods of the literature that are here, by the option that asks for them."""
+    return {option: [method.reference for method in methods] for option, methods in options().items()}
 
 
 def _settings() -> dict[str, Any]:

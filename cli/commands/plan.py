@@ -6,6 +6,8 @@ Reads a model's headers, or its config.json alone where it isn't on this machine
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,7 @@ from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError, ModelError
 
 if TYPE_CHECKING:
-    from longspec.memory.plan import Request
+    from longspec.memory.plan import Choice, Request
 
 __all__ = ["EPILOG", "plan"]
 
@@ -153,9 +155,23 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
         "weights_bytes": request.footprint.weights,
         "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
         "least_bytes": alone(request),
-        "picked": picked and {"cache": picked.cache, "prefill_rows": picked.prefill_rows},
+        "picked": picked and _picked(picked),
+        "curve": [{"budget_bytes": one.need.total, **_picked(one)} for one in _curve(choices(request))],
         "caches": caches,
     }
+
+
+def _picked(one: Choice) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in ("cache", "prefill_rows", "draft_tokens")}
+
+
+def _curve(choices: Iterable[Choice]) -> Iterator[Choice]:
+    """What is taken as the budget falls: each choice, tried in this order, that needs less than all before it."""
+    least = math.inf
+    for one in choices:
+        if one.need.total < least:
+            least = one.need.total
+            yield one
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -191,3 +207,15 @@ def _print(report: dict[str, Any]) -> None:
     else:
         sentence = "finds nothing that fits"
     typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")
+    if picked:
+        _print_curve(report["curve"])
+
+
+def _print_curve(curve: Sequence[dict[str, Any]]) -> None:
+    from longspec.machine.system import shown
+
+    typer.echo("\nWhat --memory makes of a budget, at least:")
+    typer.echo(f"{'BUDGET':>10}  {'CACHE':5}  DRAFTED  PREFILL")
+    for one in curve:
+        budget, cache = shown(one["budget_bytes"]), one["cache"]
+        typer.echo(f"{budget:>10}  {cache:5}  {one['draft_tokens']:7}  {one['prefill_rows']:7}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,14 +40,15 @@ Examples:
 First, passes are timed in each dtype and with several numbers of threads; the
 fastest setting whose perplexity is within 1 % of the best is what auto means
 from then on, for every command (--dtype and --threads still go before it).
-Then --drafter auto writes some texts and learns what steps cost. Last, the
-sub-layers that are left out best are searched on texts that the model writes,
-and measured against plain decoding, for --drafter skip. All is kept in the
-user's config and cache directories; the tables go to stdout.
+Then --drafter auto writes some texts and learns what steps cost, and the bound
+of --control entropy is fitted to what is kept. Last, the sub-layers that are
+left out best are searched on texts that the model writes, and measured against
+plain decoding, for --drafter skip. All is kept in the user's config and cache
+directories; the tables go to stdout.
 """
 
 _CONTEXT = 512
-_SETTINGS = 0.2  # share of the time budget for dtypes, threads and drafting
+_BETS, _SETTINGS = 0.15, 0.2  # shares of the time budget at which measuring drafts, and fitting the bound, ends
 _KEPT = ("dtype", "device", "context", "share", "agreement", "expected", "measured", "hardware", "versions")
 
 
@@ -88,6 +90,7 @@ def tune(
     with Progress(model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {model}")
         from longspec.bench import fit as fits
+        from longspec.bench import gate as gates
         from longspec.bench import tune as work
         from longspec.drafters.layer_skip import save_skip, saved_path
         from longspec.machine.tuned import fit_path, keep_fit
@@ -107,10 +110,12 @@ def tune(
             fits.threads_of(opened.device) if loading.threads is None else [loading.threads],
             progress.report,
         )
-        faster = fits.bets(loaded, tokens, began + _SETTINGS * search.budget, progress.report)
+        faster = fits.bets(loaded, tokens, began + _BETS * search.budget, progress.report)
+        gate = gates.calibrate(loaded, tokens, began + _SETTINGS * search.budget, progress.report)
         tuning = work.tune(loaded, context=tokens, seconds=(1 - _SETTINGS) * search.budget, report=progress.report)
     report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
+    report["gate"] = {name: round(getattr(gate, name), 4) for name in ("entropy", "saved", "lost")}
     if reporting.as_json:
         typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
     else:
@@ -119,7 +124,8 @@ def tune(
     save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
     if search.output is None:
         kept.append(fit_path(opened.config, str(opened.device), coded=opened.checkpoint.coded))
-        keep_fit(kept[1], fits.best(settings).fit, {name: report[name] for name in ("model", "settings", "versions")})
+        fit = replace(fits.best(settings).fit, entropy=gate.entropy)
+        keep_fit(kept[1], fit, {name: report[name] for name in ("model", "settings", "versions")})
     if not reporting.as_json:
         typer.echo(f"Kept in {' and '.join(map(str, kept))}")
 
@@ -191,7 +197,12 @@ def _print(report: dict[str, Any]) -> None:
     )
     typer.echo(
         f"The fastest is {report['dtype']} with {report['threads']} thread{'s' * (report['threads'] > 1)}; there "
-        f"--drafter auto writes {report['auto']:.2f} times the tokens/s of plain decoding.\n"
+        f"--drafter auto writes {report['auto']:.2f} times the tokens/s of plain decoding."
+    )
+    gate = report["gate"]
+    typer.echo(
+        f"--control entropy drafts nothing behind more than {gate['entropy']:.2f} nats: {100 * gate['saved']:.0f} % "
+        f"fewer drafted tokens, {100 * gate['lost']:.0f} % fewer tokens a step.\n"
     )
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "

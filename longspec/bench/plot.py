@@ -8,7 +8,7 @@ from typing import Any
 
 from longspec.errors import UsageError
 
-__all__ = ["draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
+__all__ = ["draw_batches", "draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -70,6 +70,23 @@ def draw_engines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xticks([place + 0.425 - width / 2 for place in range(len(cases))], said, rotation=35, ha="right")
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars
+    figure.savefig(path)
+
+
+def draw_batches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot tokens per second over the number of texts, a line for each draft length, and the control's."""
+    figure = _figure(6.4, 3.8)
+    axes = figure.subplots()
+    texts = [row["texts"] for row in rows]
+    for name in rows[0]["tokens_per_second"]:
+        style = {"color": "black", "linewidth": 2, "linestyle": "--"} if name == "auto" else {"marker": "o"}
+        label = "auto" if name == "auto" else f"{name} drafted"
+        axes.plot(texts, [row["tokens_per_second"][name] for row in rows], label=label, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(texts, [str(count) for count in texts])
+    axes.set_xlabel("texts side by side")
+    axes.set_ylabel("tokens/s")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
     figure.savefig(path)
 
 

@@ -18,13 +18,13 @@ __all__ = ["CONTROLS", "make"]
 CONTROLS: dict[str, Callable[[Sequence[str], int, Mapping[str, Any] | None], Control]] = {
     "goodput": Goodput,
     "fixed": lambda drafters, most, learned: Fixed(drafters[0]),
-    "entropy": lambda drafters, most, learned: Entropy(drafters[0]),
+    "entropy": lambda drafters, most, learned: Entropy(drafters[0], (learned or {}).get("entropy", Entropy.MOST)),
 }
 
 
 def make(name: str, drafters: Sequence[str], most: int, learned: Mapping[str, Any] | None = None) -> Control:
     """Make a control. drafters: in the order in which they are tried. most: the maximum tokens of a draft. learned:
-    the report of an earlier run's control.
+    the report of an earlier run's control, or what `longspec tune` fitted.
 
     Raises:
         UsageError: no control has this name.

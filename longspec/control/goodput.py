@@ -10,7 +10,7 @@ size, context and text (Su et al., 2310.18813), so it is decided anew in each st
   2605.16786, grow trees so).
 - One back-off: a drafter whose drafts lost two tokens' time on a sequence, or have no expected gain, pauses there,
   for twice as many steps each time; then it is tried again. A new sequence begins with the pause that the last one
-  had reached.
+  had reached, and so does a new run: where nothing paid the last time it begins at rest.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Goodput(Control):
         self._plain = _PLAIN[1] if (learned or {}).get("passes") else _PLAIN[0]  # the next step without drafts
         self._pools = {name: Acceptance() for name in drafters}
         self._costs: dict[str, DraftCost] = {}
-        self._latest = {name: _Trial(pool) for name, pool in self._pools.items()}
+        self._pauses = _pauses((learned or {}).get("pauses"))  # of drafters of earlier runs
+        self._latest = {name: _Trial(pool, pause=self._pauses.get(name, 1)) for name, pool in self._pools.items()}
         self._trials: WeakKeyDictionary[Writing, dict[str, _Trial]] = WeakKeyDictionary()
         self._steps, self._nodes = 0, 0.0  # steps so far; moving average of a session's draft nodes
         self._brought = self._took = 1.0  # moving averages: tokens, and time in plain steps
@@ -73,7 +74,8 @@ class Goodput(Control):
         self._curve.observe(rows, seconds)
 
     def report(self) -> dict[str, Any]:
-        return {"passes": self._curve.report()}
+        pauses = {name: trial.pause for name, trial in self._latest.items()}
+        return {"passes": self._curve.report(), "pauses": {**self._pauses, **pauses}}
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
         self._steps += 1
@@ -210,3 +212,9 @@ class Goodput(Control):
         elif won > 0:
             trial.due = 0
         self._latest[name] = trial
+
+
+def _pauses(stored: object) -> dict[str, int]:
+    """The pauses of an earlier run's report; those that aren't valid are left out."""
+    found = stored if isinstance(stored, Mapping) else {}
+    return {str(name): pause for name, pause in found.items() if type(pause) is int and 1 <= pause <= _PAUSE}

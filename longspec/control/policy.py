@@ -82,22 +82,27 @@ Fixed = Control
 
 class Entropy(Control):
     """Drafts only where the target's last distribution has at most `most` nats of entropy (Cerberus's gate,
-    2410.13344).
+    2410.13344); `longspec tune` fits that bound to a model.
     """
 
     needs = Needs(entropy=True)
+    MOST = 2.0  # of a model that wasn't tuned
 
-    def __init__(self, drafter: str, most: float = 2.0) -> None:
+    def __init__(self, drafter: str, most: float = MOST) -> None:
         super().__init__(drafter)
         self.most = most
         self._last: WeakKeyDictionary[Writing, float] = WeakKeyDictionary()
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
-        hard = [self._last.get(session, 0.0) > self.most for session in sessions]
+        hard = [(self.entropy_of(session) or 0.0) > self.most for session in sessions]
         return [
             Bet("", 0, "unsure") if is_hard else Bet(self.drafter, limit)
             for is_hard, limit in zip(hard, most, strict=True)
         ]
+
+    def entropy_of(self, session: Writing) -> float | None:
+        """Nats of the distribution of the session's last token; None before its first step."""
+        return self._last.get(session)
 
     def observe(self, step: Step) -> None:
         for outcome in step.outcomes:

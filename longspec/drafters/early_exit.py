@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from longspec.errors import UsageError
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.types import Begun, Commit, Draft, Drafter, Verdict, Writing
 
@@ -68,8 +69,9 @@ class Exit(Drafter):
         self._made: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
 
     @classmethod
-    def make(cls, model: Any, inner: Drafter | None = None) -> Drafter:
-        return cls(model.decoder)
+    def make(cls, model: Any, inner: Drafter | None = None, *, layers: str = "") -> Drafter:
+        """layers: after which of them it may exit, such as 10/15/20; a third, a half and two thirds if empty."""
+        return cls(model.decoder, _exits(layers, model.decoder.config.layers) if layers else None)
 
     @torch.inference_mode()
     def propose(
@@ -153,6 +155,17 @@ class Exit(Drafter):
 def usual(layers: int) -> tuple[int, ...]:
     """Default exits: after a third, a half and two thirds of the layers, without duplicates."""
     return tuple(sorted({layers // 3, layers // 2, layers * 2 // 3} - {0, layers}))
+
+
+def _exits(text: str, layers: int) -> tuple[int, ...]:
+    """The numbers of layers in an option's text."""
+    try:
+        exits = tuple(sorted({int(word) for word in text.split("/")}))
+    except ValueError:
+        exits = (0,)
+    if not 0 < exits[0] <= exits[-1] < layers:
+        raise UsageError(f"exit:layers={text} should be numbers from 1 to {layers - 1} with / between them.")
+    return exits
 
 
 def _chain(one: _Pending) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Training-free. Besides the candidate n-grams a forward pass carries a lookahead window of guessed tokens: W columns of
 N - 1 tokens. The target's choice after a column becomes the column's newest guess, and column and choice together an
-n-gram of N tokens, which enters a pool. Candidates are the pool's n-grams that begin with the last committed token.
+n-gram of N tokens, which enters a pool; the prompt's own n-grams are in it from the start. Candidates are the pool's
+n-grams that begin with the last committed token.
 
 Window and candidates form one tree, so that the step needs no second mask: the columns' first tokens are a chain, and
 the rest of column j hangs below its first token, at the depth of its position in the sequence. A node of the window
@@ -33,36 +34,48 @@ class _Guesses:
     sent: int = 0  # nodes of the draft being verified
     ends: list[int] = field(default_factory=list)  # the last node of each column in it
 
+    def learn(self, first: int, run: tuple[int, ...], most: int) -> None:
+        """Add an n-gram as its first token's newest; of more than `most` the oldest goes."""
+        runs = self.pool.setdefault(first, {})
+        runs.pop(run, None)
+        runs[run] = None
+        if len(runs) > most:
+            del runs[next(iter(runs))]
+
 
 class Lookahead(Drafter):
-    """window: W columns; length: N, tokens of an n-gram; guesses: G, n-grams kept and drafted per first token.
+    """window: W columns; ngram: N, tokens of an n-gram; guesses: G, n-grams kept and drafted per first token.
 
     A draft has at most (W + G) (N - 1) nodes. A smaller limit is split in halves, whole columns and n-grams only.
     """
 
     serves = False  # its drafts carry the lookahead window, and must be verified unchanged
 
-    def __init__(self, window: int = 7, length: int = 4, guesses: int = 7) -> None:
+    def __init__(self, window: int = 7, ngram: int = 4, guesses: int = 7) -> None:
         self.window = window
-        self.length = length
+        self.ngram = ngram
         self.guesses = guesses
         self._carried: WeakKeyDictionary[Writing, _Guesses] = WeakKeyDictionary()
 
     @classmethod
     def make(
-        cls, model: Any, inner: Drafter | None = None, *, window: int = 7, length: int = 4, guesses: int = 7
+        cls, model: Any, inner: Drafter | None = None, *, window: int = 7, ngram: int = 4, guesses: int = 7
     ) -> Drafter:
-        if window < 1 or length < 2 or guesses < 1:
-            raise UsageError("lookahead takes a window and guesses of at least 1, and a length of at least 2.")
-        return cls(window, length, guesses)
+        if window < 1 or ngram < 2 or guesses < 1:
+            raise UsageError("lookahead takes a window and guesses of at least 1, and an ngram of at least 2.")
+        return cls(window, ngram, guesses)
 
     def begin(self, session: Writing) -> None:
-        """Fill the window with the prompt's last tokens, repeated if the prompt is short."""
-        size = self.window + self.length - 2
-        last = list(session.tokens[-size:])
+        """Fill the window with the prompt's last tokens, repeated if the prompt is short, and the pool with its
+        n-grams.
+        """
+        tokens, size = session.tokens, self.window + self.ngram - 2
+        last = list(tokens[-size:])
         line = (last * (size // len(last) + 1))[:size]
-        columns = [line[j : j + self.length - 1] for j in range(self.window)]
-        self._carried[session] = _Guesses(columns)
+        columns = [line[j : j + self.ngram - 1] for j in range(self.window)]
+        self._carried[session] = carried = _Guesses(columns)
+        for i in range(len(tokens) - self.ngram + 1):
+            carried.learn(tokens[i], tuple(tokens[i + 1 : i + self.ngram]), self.guesses)
 
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
@@ -74,7 +87,7 @@ class Lookahead(Drafter):
         ]
 
     def _draft(self, carried: _Guesses, last: int, limit: int) -> Draft:
-        branches = limit // (self.length - 1)
+        branches = limit // (self.ngram - 1)
         runs = list(reversed(carried.pool.get(last, {})))[: min(self.guesses, branches // 2)]
         nodes: dict[tuple[int, int], int] = {}  # (parent, token) to node: branches share their common prefix
         tokens: list[int] = []
@@ -105,11 +118,6 @@ class Lookahead(Drafter):
         if carried.sent and len(verdict.choices) == carried.sent + 1:
             for j, end in enumerate(carried.ends):
                 column, choice = carried.columns[j], verdict.choices[end + 1]
-                runs = carried.pool.setdefault(column[0], {})
-                run = (*column[1:], choice)
-                runs.pop(run, None)
-                runs[run] = None
-                if len(runs) > self.guesses:
-                    del runs[next(iter(runs))]
+                carried.learn(column[0], (*column[1:], choice), self.guesses)
                 carried.columns[j] = [*column[1:], choice]
         carried.sent = 0

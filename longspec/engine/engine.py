@@ -74,12 +74,14 @@ class Engine(Writer):
         a name or a Control. costs_file: measured latencies on this machine, read at start, written by `keep_costs`.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
+        if plan is not None and plan.choice.draft_tokens:
+            draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
         drafters = _drafters(model, drafter, options or {}, plan)
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
-            learned = latency.read(costs_file) if costs_file and control == "goodput" else None
+            learned = _learned(control, model, costs_file)
             control = make_control("fixed" if [*drafters] == ["none"] else control, [*drafters], draft_tokens, learned)
         watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         rows = plan.choice.prefill_rows if plan else CHUNKS[0]
@@ -284,6 +286,15 @@ def _drafters(
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
     return {spec.name: spec.make(model) for spec in auto(options, nbytes=model.decoder.nbytes, heads=heads)}
+
+
+def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str, Any] | None:
+    """What is known of the model before its first text: latencies of an earlier run, or the bound that was tuned."""
+    if control == "goodput" and costs_file is not None:
+        return latency.read(costs_file)
+    if control == "entropy" and model.fit is not None and model.fit.entropy is not None:
+        return {"entropy": model.fit.entropy}
+    return None
 
 
 def costs_path(model: Model) -> Path:

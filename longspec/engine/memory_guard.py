@@ -66,7 +66,7 @@ class Watch:
         if self._steps % STEPS != 1 or not going:
             return None
         self._learn()
-        if self._has_room(going, STEPS * (self.plan.request.draft_tokens + 1) * len(going)):
+        if self._has_room(going, STEPS * (self.plan.choice.draft_tokens + 1) * len(going)):
             return None
         longest = max(going, key=lambda session: session.cache.nbytes)
         longest.notes.append(

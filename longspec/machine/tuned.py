@@ -1,4 +1,5 @@
-"""Tuned settings: the fastest dtype and thread count for a model on this machine, as `longspec tune` measured them.
+"""Tuned settings of a model on this machine, as `longspec tune` found them: the fastest dtype and thread count, and the
+bound of `--control entropy`.
 
 Takes a config and a device; gives the stored settings, which `auto` then resolves to. Stored as one small JSON file
 per model and device in the user's config directory. An invalid file is ignored: the settings affect speed alone, and
@@ -12,7 +13,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
 
 _KIND, _VERSION = "longspec fit", 1
 _MOST_NBYTES = 1 << 16
+_MOST_ENTROPY = 100.0  # nats: more than any vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Fit:
 
     dtype: str
     threads: int
+    entropy: float | None = None  # in nats; None where it wasn't fitted
 
 
 def fit_path(config: object, device: str, *, coded: bool) -> Path:
@@ -55,7 +58,10 @@ def read_fit(path: Path) -> Fit | None:
         or not 1 <= threads <= (os.cpu_count() or 1)
     ):
         return None
-    return Fit(dtype, threads)
+    entropy = found.get("entropy")
+    if not isinstance(entropy, int | float) or not 0 <= entropy < _MOST_ENTROPY:
+        return Fit(dtype, threads)
+    return Fit(dtype, threads, float(entropy))
 
 
 def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:
@@ -64,7 +70,7 @@ def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:
     Raises:
         LongspecError: it can't be written.
     """
-    said = {"kind": _KIND, "version": _VERSION, "dtype": fit.dtype, "threads": fit.threads, **measured}
+    said = {"kind": _KIND, "version": _VERSION, **asdict(fit), **measured}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replaced(path, lambda place: place.write_text(json.dumps(said) + "\n", encoding="utf-8"))

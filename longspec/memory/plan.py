@@ -56,6 +56,9 @@ __all__ = [
 CHUNKS = (512, 256, 128, 64)
 """Rows of a prefill chunk, the fastest first: CPU seconds for 6,700 rows in bf16 10.6, 10.9, 12.0 and 15.9."""
 
+DRAFTS = (8, 4, 2)
+"""Drafted tokens to try where those asked for don't fit: the logits of a tree are its memory (SpecMemo, 2506.01986)."""
+
 _LATER = 24 << 20
 """What any process still gets after the plan: pages of torch's code that a pass touches (15 MiB), the chat template's
 engine, the decoder's objects."""
@@ -118,10 +121,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kind of cache and a prefill chunk, with the bytes that they need."""
+    """A kind of cache, a prefill chunk and a size of drafts, with the bytes that they need."""
 
     cache: str
     prefill_rows: int
+    draft_tokens: int
     need: Need
     host: int = 0  # bytes of host memory, beside a GPU's
     disk: int = 0
@@ -152,7 +156,9 @@ class Plan:
             f"{f' in each of {self.request.texts} texts' if self.request.texts > 1 else ''}: cache {c.cache}"
         )
         said += "" if c.cache in LOSSLESS else " (the text may differ from dense's)"
-        return said + ("" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows")
+        said += "" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows"
+        few = c.draft_tokens < self.request.draft_tokens
+        return f"{said}, at most {c.draft_tokens} drafted tokens" if few else said
 
     @property
     def spare(self) -> int:
@@ -169,6 +175,7 @@ class Plan:
             "planned_texts": self.request.texts,
             "planned_cache": c.cache,
             "prefill_rows": c.prefill_rows,
+            "draft_tokens": c.draft_tokens,
             "parts": asdict(c.need),
         }
 
@@ -281,8 +288,9 @@ def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str,
 def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
     """All choices, the cheapest first."""
     for name in _order(request.device) if cache == "auto" else (cache,):
-        for rows in CHUNKS:
-            yield choice(request, name, rows)
+        for drafts in (request.draft_tokens, *(few for few in DRAFTS if few < request.draft_tokens)):
+            for rows in CHUNKS:
+                yield choice(replace(request, draft_tokens=drafts), name, rows)
 
 
 def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
@@ -302,10 +310,11 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     }
     if not on_cpu:
         need = Need(weights=r.footprint.weights, **working)
-        return Choice(cache, prefill_rows, need, host=held + r.footprint.loading, disk=room.disk)
+        return Choice(cache, prefill_rows, r.draft_tokens, need, host=held + r.footprint.loading, disk=room.disk)
     need = Need(process=own, weights=r.footprint.resident, drafter=drafter, **working)
     loading = max(0, own + r.footprint.loading - need.total)
-    return Choice(cache, prefill_rows, Need(own, need.weights, drafter, **working, loading=loading), disk=room.disk)
+    need = Need(own, need.weights, drafter, **working, loading=loading)
+    return Choice(cache, prefill_rows, r.draft_tokens, need, disk=room.disk)
 
 
 def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int) -> list[Spec]:

@@ -65,6 +65,7 @@ class Model:
     end_tokens: tuple[int, ...]
     defaults: Mapping[str, Any]  # the content of generation_config.json
     seconds: Mapping[str, float]  # by stage: tokenizer, weights
+    fit: Fit | None = None  # the settings that `longspec tune` stored for it
     is_read: bool = False  # all weights are resident; else pages of mapped files are loaded when they are touched
     # Held during a forward pass: a decoder has one workspace. Engines of the same model share the lock.
     lock: AbstractContextManager[Any] = field(default_factory=RLock, compare=False, repr=False)
@@ -122,6 +123,7 @@ class Opened:
             end_tokens=end_tokens(self.config, defaults, self.vocabulary),
             defaults=defaults,
             seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
+            fit=self.fit,
             is_read=is_read,
         )
 

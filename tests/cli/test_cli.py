@@ -562,7 +562,8 @@ def test_doctor(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         assert word in shown
     assert guarded(["doctor", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert set(report) == {"versions", "machine", "torch", "kernels", "attention", "model", "settings"}
+    assert set(report) == {"versions", "machine", "torch", "kernels", "attention", "model", "methods", "settings"}
+    assert "Token Recycling (2408.08696)" in report["methods"]["--drafter recycle"]
     assert set(report["attention"]) == {"reference", "cpu", "flash", "triton"}
     assert report["kernels"].keys() == {"processor_runs", "instructions", "layer", "attention", "sampler"}
 

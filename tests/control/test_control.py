@@ -185,3 +185,38 @@ def test_what_was_not_tried_is_priced_in_the_seconds_that_passes_take() -> None:
         drafting = {bets[0].drafter: 0.001} if bets[0].limit else {}
         control.observe(Step([outcome], drafting, 0.01, 1 + len(draft)))
     assert control._cost("two").seconds(4) < 0.01
+
+
+def test_a_run_begins_at_rest_where_nothing_paid_the_last_time() -> None:
+    """Nightjar's price of being wrong: a second run of a drafter that never pays loses less than the first."""
+
+    def machine() -> Machine:
+        return Machine({"bad": steady(0.0), "good": steady(0.9)}, {"bad": 0.3, "good": 0.0}, 0.04)
+
+    first = Goodput(["bad"], 32)
+    lost = machine().run(first, 300) - plain(machine(), 300)
+    second = Goodput(["bad"], 32, first.report())
+    text = Text()
+    assert [second.bets([text], [32])[0].limit for _ in range(6)] == [0] * 6
+    again = machine().run(Goodput(["bad"], 32, first.report()), 300) - plain(machine(), 300)
+    assert again < lost
+    good = Goodput(["good"], 32, first.report())  # of another drafter nothing was learned
+    machine().run(good, 200)
+    assert good.report()["pauses"].keys() == {"bad", "good"}
+    assert Goodput(["good"], 32, good.report()).bets([Text()], [32])[0].limit > 0
+
+
+def test_a_drafter_that_pays_again_is_found_by_the_next_run() -> None:
+    bad = Goodput(["some"], 32)
+    Machine({"some": steady(0.0)}, {"some": 0.0}, 0.03).run(bad, 500)
+    seconds = [
+        Machine({"some": steady(0.9)}, {"some": 0.0}, 0.03).run(Goodput(["some"], 32, learned), 300)
+        for learned in (None, bad.report())
+    ]
+    assert seconds[1] < seconds[0] + 40
+
+
+@pytest.mark.parametrize("stored", [None, [], "x", {"some": 0}, {"some": 1e9}, {"some": "2"}, {"some": True}, {3: 4}])
+def test_pauses_from_a_file_are_checked(stored: Any) -> None:
+    control = Goodput(["some"], 32, {"pauses": stored})
+    assert control.bets([Text()], [32])[0].limit > 0

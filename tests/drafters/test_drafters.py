@@ -15,7 +15,8 @@ from longspec.drafters import DRAFTERS
 from longspec.drafters.auto import LARGE, auto
 from longspec.drafters.draft_model import DraftModel, match
 from longspec.drafters.early_exit import Exit
-from longspec.drafters.layer_skip import Skipping, usual
+from longspec.drafters.layer_skip import Skipping, save_skip, usual
+from longspec.drafters.sparse_attention import VIEWS, Sparse
 from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
 from longspec.engine.forward import Input, logits_of
@@ -255,11 +256,12 @@ def test_auto_is_several_drafters() -> None:
 
 def test_options_stand_behind_a_name(model: Model) -> None:
     assert parse("recycle+ngram:floor=0.2").make(model).inner.floor == 0.2  # type: ignore[union-attr]
-    assert parse("lookahead:window=3,length=2").make(model).window == 3  # type: ignore[attr-defined]
+    assert parse("lookahead:window=3,ngram=2").make(model).window == 3  # type: ignore[attr-defined]
     assert parse("model:draft=Qwen/Qwen3-0.6B+ngram").parts[0].options == {"draft": "Qwen/Qwen3-0.6B"}
     for name, why in {
         "ngram:ceiling=1": r"ngram has no option 'ceiling=1'; it takes floor",
-        "exit:deep": r"exit has no option 'deep'; it takes none",
+        "exit:deep": r"exit has no option 'deep'; it takes layers",
+        "none:deep=1": r"none has no option 'deep=1'; it takes none",
         "ngram:floor=low": r"floor=low of the drafter ngram should be a number",
         "suffix:remember=maybe": r"should be yes or no",
     }.items():
@@ -267,6 +269,46 @@ def test_options_stand_behind_a_name(model: Model) -> None:
             parse(name)
     with pytest.raises(UsageError, match=r"sparse has no view 'all'"):
         parse("sparse:view=all").make(model)
+    for wrong in ("6", "0/2", "two", "2/"):
+        with pytest.raises(UsageError, match=rf"exit:layers={wrong} should be numbers from 1 to 5 with / between"):
+            parse(f"exit:layers={wrong}").make(model)
+    for wrong in ("window=0", "ngram=1", "guesses=0"):
+        with pytest.raises(UsageError, match="lookahead takes a window and guesses of at least 1"):
+            parse(f"lookahead:{wrong}").make(model)
+
+
+def test_options_reach_what_drafts(model: Model, tmp_path: Path) -> None:
+    lookahead = parse("lookahead:window=7,ngram=5,guesses=3").make(model)
+    assert (lookahead.window, lookahead.ngram, lookahead.guesses) == (7, 5, 3)  # type: ignore[attr-defined]
+    assert parse("exit:layers=4/2").make(model).exits == (2, 4)  # type: ignore[attr-defined]
+    for name, view in VIEWS.items():
+        made = parse(f"sparse:view={name}+ngram").make(model)
+        assert isinstance(made, Sparse)
+        assert made.view is view
+    save_skip(tmp_path / "set", Skip(frozenset({2}), frozenset({3})), model, {})
+    skipping = parse(f"skip:set={tmp_path / 'set'}").make(model)
+    assert isinstance(skipping, Skipping)
+    assert skipping.skip == Skip(frozenset({2}), frozenset({3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("lookahead:window=3,ngram=3,guesses=2", "dense"),
+        ("exit:layers=1/5", "dense"),
+        ("sparse:view=window", "int8"),
+        ("sparse:view=upper", "dual"),
+        ("sparse:view=upper", "dense"),
+    ],
+)
+def test_options_change_no_text(model: Model, name: str, cache: str) -> None:
+    (prompt,) = prompts(1, 260)
+    sampled: Any = {"raw": True, "max_new_tokens": 24, **SAMPLED}
+    texts = [
+        engine(model, drafter, cache=cache, draft_tokens=12).generate(prompt, **sampled) for drafter in ("none", name)
+    ]
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[1].speculation["drafted"] > 0
 
 
 def test_several_drafters_write_the_same_text(model: Model) -> None:

@@ -40,18 +40,25 @@ def chooser(model: Model) -> Choose:
 
 
 def simulated(
-    choose: Choose, prompt: list[int], new: int, limit: int, window: int, length: int, guesses: int
+    choose: Choose, prompt: list[int], new: int, limit: int, window: int, ngram: int, guesses: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The text, and each step's draft tokens and kept ones. A draft is a set of runs behind the text; its rows are the
     runs' distinct beginnings.
     """
     text, steps = list(prompt), []
-    size = window + length - 2
+    size = window + ngram - 2
     line = (prompt[-size:] * size)[:size]
-    columns = [line[j : j + length - 1] for j in range(window)]
+    columns = [line[j : j + ngram - 1] for j in range(window)]
     pool: dict[int, list[list[int]]] = {}
+
+    def learn(first: int, run: list[int]) -> None:
+        older = [other for other in pool.get(first, []) if other != run]
+        pool[first] = [*older, run][-guesses:]
+
+    for i in range(len(prompt) - ngram + 1):
+        learn(prompt[i], prompt[i + 1 : i + ngram])
     while len(text) < len(prompt) + new:
-        branches = min(limit, len(prompt) + new - len(text) - 1) // (length - 1)
+        branches = min(limit, len(prompt) + new - len(text) - 1) // (ngram - 1)
         bets = pool.get(text[-1], [])[::-1][: min(guesses, branches // 2)]
         sent = columns[: branches - len(bets)]
         paths = [[column[0] for column in sent[:j]] + sent[j] for j in range(len(sent))]
@@ -64,8 +71,7 @@ def simulated(
         text = [*text, *kept, choose([*text, *kept])]
         for j, end in enumerate(ends):
             first, run = columns[j][0], [*columns[j][1:], end]
-            older = [other for other in pool.get(first, []) if other != run]
-            pool[first] = [*older, run][-guesses:]
+            learn(first, run)
             columns[j] = run
     return text, steps
 
@@ -80,21 +86,33 @@ def stepped(
 
 
 @pytest.mark.parametrize(
-    ("limit", "window", "length", "guesses"), [(64, 5, 4, 5), (12, 7, 3, 7), (9, 2, 4, 1), (3, 5, 4, 5)]
+    ("limit", "window", "ngram", "guesses"), [(64, 5, 4, 5), (12, 7, 3, 7), (9, 2, 4, 1), (3, 5, 4, 5)]
 )
 def test_rows_and_kept_tokens_are_those_of_a_simulation(
-    model: Model, limit: int, window: int, length: int, guesses: int
+    model: Model, limit: int, window: int, ngram: int, guesses: int
 ) -> None:
     prompt, new = prompts(1, 60)[0], 40
-    made = stepped(model, Lookahead(window, length, guesses), prompt, new, limit, raw=True)
+    made = stepped(model, Lookahead(window, ngram, guesses), prompt, new, limit, raw=True)
     tokens = engine(model).open(prompt, raw=True).tokens
-    assert made == simulated(chooser(model), tokens, new, limit, window, length, guesses)
+    assert made == simulated(chooser(model), tokens, new, limit, window, ngram, guesses)
 
 
 def test_something_is_kept(model: Model) -> None:
     """A tiny random model falls into a loop, which its guesses find."""
     _, steps = stepped(model, Lookahead(), prompts(1, 60)[0], 80, 42, raw=True)
     assert sum(kept for _, kept in steps) > len(steps) / 4
+
+
+def test_what_the_prompt_says_again_is_drafted_from_the_first_step(model: Model) -> None:
+    drafter = Lookahead(window=1, ngram=5, guesses=2)
+    session = engine(model).open("ABCDEFGABCDEHIJA", raw=True)
+    drafter.begin(session)
+    (draft,) = drafter.propose([session], [12])
+    a = session.tokens[0]
+    children = [node for node, parent in enumerate(draft.parents.tolist()) if parent == -1]
+    assert [int(draft.tokens[node]) for node in children][:1] == [a + 1]
+    assert session.tokens[1:5] == draft.tokens[:4].tolist()
+    assert {len(runs) for runs in drafter._carried[session].pool.values()} == {1, 2}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])

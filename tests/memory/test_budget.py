@@ -27,7 +27,7 @@ from longspec.engine.engine import Engine
 from longspec.engine.memory_guard import STEPS, Watch
 from longspec.errors import BudgetError, ModelError, UsageError
 from longspec.machine.system import available_bytes, parse_bytes, peak_bytes, resident_bytes, shown
-from longspec.memory.plan import CHUNKS, Plan, Request, alone, choice, choices, plan
+from longspec.memory.plan import CHUNKS, DRAFTS, Plan, Request, alone, choice, choices, plan
 from longspec.model import load as loading
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -149,7 +149,9 @@ def test_a_wrong_shape_is_seen_before_anything_is_read(tmp_path: Path) -> None:
 def test_the_least_change_that_fits_is_chosen() -> None:
     asked = request()
     order = list(choices(asked))
-    assert [one.cache for one in order[:: len(CHUNKS)]] == ["dense", "int8", "int4", "disk"]
+    drafts = [15, *DRAFTS]
+    assert [one.cache for one in order[:: len(CHUNKS) * len(drafts)]] == ["dense", "int8", "int4", "disk"]
+    assert [one.draft_tokens for one in order[:: len(CHUNKS)]] == drafts * 4
     assert [one.prefill_rows for one in order[: len(CHUNKS)]] == list(CHUNKS)
     chosen = []
     for budget in range(800 * MIB, 500 * MIB, -MIB):
@@ -174,6 +176,30 @@ def test_the_plan_says_what_it_picked() -> None:
     said = str(plan(asked, int4.need.total))
     assert "cache int4 (the text may differ from dense's), prefill in chunks of 64 rows" in said
     assert json.loads(json.dumps(plan(asked, int4.need.total).report()))["planned_bytes"] == int4.need.total
+
+
+def test_drafts_are_made_smaller_before_the_cache_is_made_lossy() -> None:
+    """A tree's memory is its logits: 49,152 tokens of 34 bytes a row."""
+    asked = request()
+    whole, less = choice(asked, "dense", 64), choice(replace(asked, draft_tokens=4), "dense", 64)
+    assert whole.need.total - less.need.total == 11 * 49152 * 34
+    made = plan(asked, less.need.total)
+    assert (made.choice.cache, made.choice.draft_tokens, made.choice.prefill_rows) == ("dense", 4, 64)
+    assert str(made).endswith("cache dense, prefill in chunks of 64 rows, at most 4 drafted tokens")
+    assert made.report()["draft_tokens"] == 4
+    assert {one.draft_tokens for one in choices(replace(asked, draft_tokens=0))} == {0}  # plain decoding
+    assert {one.draft_tokens for one in choices(replace(asked, draft_tokens=3))} == {3, 2}
+
+
+def test_the_engine_drafts_what_was_planned(folder: str) -> None:
+    roomy = Engine.load(folder, memory="auto", dtype="fp32", drafter="ngram")
+    assert roomy.plan is not None
+    assert roomy.speculator.most == 15
+    few = replace(roomy.plan, choice=replace(roomy.plan.choice, draft_tokens=4))
+    assert Engine(roomy.model, drafter="ngram", plan=few).speculator.most == 4
+    assert Engine(roomy.model, drafter="ngram", plan=few, draft_tokens=2).speculator.most == 2
+    none = replace(roomy.plan, choice=replace(roomy.plan.choice, draft_tokens=0))
+    assert Engine(roomy.model, drafter="none", plan=none).plan == none
 
 
 def test_a_cache_by_name_is_kept_or_refused() -> None:
@@ -214,7 +240,8 @@ def test_a_plan_grows_with_all_that_it_counts() -> None:
 def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request()
     on_gpu = Request(asked.config, asked.dtype, torch.device("cuda"), asked.footprint, asked.tokens, asked.process)
-    assert [one.cache for one in choices(on_gpu)][:: len(CHUNKS)] == ["dense", "int8", "int4", "offload", "disk"]
+    each = len(CHUNKS) * (1 + len(DRAFTS))
+    assert [one.cache for one in choices(on_gpu)][::each] == ["dense", "int8", "int4", "offload", "disk"]
     offload = choice(on_gpu, "offload", 64)
     assert offload.need.process == 0
     assert offload.host > asked.tokens * on_gpu.shape.row_bytes * 0.9

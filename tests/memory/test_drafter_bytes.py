@@ -14,7 +14,7 @@ from support.published import write as write_head
 
 from longspec.drafters.spec import parse
 from longspec.errors import BudgetError
-from longspec.memory.plan import Request, choice, plan, request_of
+from longspec.memory.plan import DRAFTS, Request, choice, plan, request_of
 from longspec.model.load import Model, open_model
 from longspec.model.weights.footprint import Footprint
 
@@ -53,7 +53,7 @@ def test_a_budget_that_the_draft_model_breaks_is_refused(target: Path) -> None:
         replace(request_for(target, name, options), process=256 << 20)
         for name, options in (("ngram", None), ("model+ngram", {"draft": str(target)}))
     )
-    needed = choice(with_draft, "dense", 64).need.total
+    needed = choice(replace(with_draft, draft_tokens=DRAFTS[-1]), "dense", 64).need.total
     plan(with_draft, needed, "dense")
     plan(without, needed - 1, "dense")
     with pytest.raises(BudgetError, match="drafter"):

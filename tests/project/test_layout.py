@@ -19,7 +19,7 @@ LINKED = ["cache", "cli", "prompts"]  # install as longspec.NAME, and are linked
 
 # A room imports from rooms of the lines above its own and, within a line, from itself alone.
 ROOMS = [
-    ["errors", "prompts"],
+    ["errors", "methods", "prompts"],
     ["calls"],
     ["types"],
     ["machine"],
