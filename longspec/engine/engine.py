@@ -35,6 +35,7 @@ from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import UsageError
+from longspec.heads.mtp import has_head, lacking
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, open_model
@@ -88,6 +89,7 @@ class Engine(Writer):
             self.calibrate()
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.load_seconds: dict[str, float] = {}
+        self._remark = _lacking(model) if drafter == "auto" else None  # told once, with the first text
 
     @classmethod
     def load(
@@ -218,6 +220,9 @@ class Engine(Writer):
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)
         self.speculator.begin(session)
+        if self._remark is not None:
+            session.notes.append(self._remark)
+            self._remark = None
         return session
 
     @one_at_a_time
@@ -283,7 +288,15 @@ def _drafters(
     if plan is not None:
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
-    return {spec.name: spec.make(model) for spec in auto(options, nbytes=model.decoder.nbytes, heads=heads)}
+    own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
+    chosen = auto(options, nbytes=model.decoder.nbytes, heads=heads, mtp=own)
+    return {spec.name: spec.make(model) for spec in chosen}
+
+
+def _lacking(model: Model) -> str | None:
+    """What is to be said of a model whose config names an MTP head that its files lack."""
+    lacks = None if model.checkpoint is None else lacking(model.checkpoint, model.decoder.config)
+    return None if lacks is None else f"{lacks}; it is drafted for without one"
 
 
 def costs_path(model: Model) -> Path:

@@ -59,7 +59,10 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
-_IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
+_IN_HYBRIDS = [
+    *((name, "dense") for name in ("random trees", "exit", "model", "mtp")),
+    *((name, "int4") for name in ("random trees", "mtp")),
+]
 
 
 def _matrix() -> Iterator[Any]:
