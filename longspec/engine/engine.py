@@ -23,6 +23,7 @@ from longspec.control.policy import Control
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.draft_model import check_vocabulary
+from longspec.drafters.mtp import Multitoken
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
@@ -35,7 +36,7 @@ from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import UsageError
-from longspec.heads.mtp import has_head, lacking
+from longspec.heads.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, open_model
@@ -138,6 +139,8 @@ class Engine(Writer):
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
+        if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, options).kinds:
+            check_head(opened.checkpoint, opened.config)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
             plan = make_plan(

@@ -30,7 +30,7 @@ from longspec.model.layers.reader import Reader
 from longspec.model.load import CODED, DTYPES, Model
 from longspec.model.weights.read import Weights
 
-__all__ = ["Mtp", "has_head", "lacking", "load_mtp", "room"]
+__all__ = ["Mtp", "check_head", "has_head", "lacking", "load_mtp", "room"]
 
 _NAMED = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _CODED = 9 / 8  # bytes of a weight in 8 bits, with its group's scale; and more than of one in less
@@ -109,6 +109,11 @@ def load_mtp(model: Model, tokens: Tensor | None = None) -> Mtp:
 def has_head(checkpoint: Checkpoint, config: Config) -> bool:
     """Whether the files hold a head; only their headers are read."""
     return _found(_unread(checkpoint), config) is not None
+
+
+def check_head(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse files without a head, before weights are read. The errors are those of `load_mtp`."""
+    _places(checkpoint, _unread(checkpoint), config)
 
 
 def lacking(checkpoint: Checkpoint, config: Config) -> str | None:

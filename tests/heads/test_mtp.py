@@ -229,6 +229,9 @@ def test_a_head_is_planned_for(tmp_path: Path) -> None:
     assert made.open("a", max_new_tokens=1).notes == []
     with pytest.raises(ModelError, match="take a repository that kept them"):
         planned("mtp")
+    with pytest.raises(ModelError, match="take a repository that kept them"), pytest.MonkeyPatch.context() as patch:
+        patch.delattr("longspec.model.load.Opened.load")  # before weights are read
+        Engine.load(str(folder), dtype="fp32", drafter="mtp")
     add_head(folder)
     assert planned("auto") == without + planned("mtp")
     made = Engine.load(str(folder), dtype="fp32")
