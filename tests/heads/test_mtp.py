@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from support.checkpoints import add_head, load, oracle, write
 from support.commands import write_tiny
-from support.engines import engine, finish, of_folder, prompts, vocabulary
+from support.engines import engine, finish, of_folder, prompts, tiny, vocabulary, with_heads
 from support.ggufs import write_gguf
 from support.native import SIZES, coded
 from support.planted import planted_head
@@ -154,6 +155,27 @@ def test_a_head_that_knows_the_model_is_kept(tmp_path: Path) -> None:
     assert (plain, whole > 3, counted) == (1.0, True, whole)
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny(tmp_path_factory.mktemp("hybrid"), "qwen3_5", end_tokens=())
+
+
+@pytest.mark.parametrize(("cache", "options", "texts"), with_heads(["dense", "int4", "offload"]))
+def test_a_head_never_changes_a_text(
+    hybrid: Model, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees of whatever it drafts, likely or not."""
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    written = []
+    for named in ("none", "mtp"):
+        made = engine(hybrid, named, cache=cache, draft_tokens=7)
+        asked = enumerate(prompts(texts, 70))
+        sessions = [made.open(text, raw=True, max_new_tokens=20, key=str(i), **options) for i, text in asked]
+        written.append(finish(made, sessions))
+    assert written[0] == written[1]
+    assert sum(session.stats.drafted for session in sessions) > 40 * texts
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "llama"])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_the_kernels_draft_as_torch_does(family: str, dtype: str, tmp_path: Path, chains: None) -> None:
@@ -210,7 +232,7 @@ def test_a_head_of_a_gguf_file_is_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_a_head_is_planned_for(tmp_path: Path) -> None:
+def test_a_head_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights, its rows of the output matrix and its cache; `auto` takes it, or says that it isn't there."""
     folder = write_tiny(tmp_path / "model", 500)
     raw = json.loads((folder / "config.json").read_text())
@@ -229,9 +251,10 @@ def test_a_head_is_planned_for(tmp_path: Path) -> None:
     assert made.open("a", max_new_tokens=1).notes == []
     with pytest.raises(ModelError, match="take a repository that kept them"):
         planned("mtp")
-    with pytest.raises(ModelError, match="take a repository that kept them"), pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.delattr("longspec.model.load.Opened.load")  # before weights are read
-        Engine.load(str(folder), dtype="fp32", drafter="mtp")
+        with pytest.raises(ModelError, match="take a repository that kept them"):
+            Engine.load(str(folder), dtype="fp32", drafter="mtp")
     add_head(folder)
     assert planned("auto") == without + planned("mtp")
     made = Engine.load(str(folder), dtype="fp32")
