@@ -59,10 +59,7 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
-_IN_HYBRIDS = [
-    *((name, "dense") for name in ("random trees", "exit", "model", "mtp")),
-    *((name, "int4") for name in ("random trees", "mtp")),
-]
+_IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
 
 def _matrix() -> Iterator[Any]:
