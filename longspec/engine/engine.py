@@ -139,8 +139,7 @@ class Engine(Writer):
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
-        if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, options).kinds:
-            check_head(opened.checkpoint, opened.config)
+        _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
             plan = make_plan(
@@ -155,8 +154,7 @@ class Engine(Writer):
                 texts=texts,
             )
         loaded = opened.load(strict=strict, report=report)
-        if smaller is not None:
-            options["draft"] = smaller.load(strict=strict)
+        options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
         engine = cls(
             loaded,
             drafter=drafter,
@@ -268,6 +266,12 @@ class Engine(Writer):
             return "<Engine, closed>"
         model = self.model
         return f"<Engine {model.name}: {model.dtype} on {model.decoder.device}, drafter {self.drafter_name}>"
+
+
+def _check_drafter(drafter: str | Drafter, options: Mapping[str, Any], target: Opened) -> None:
+    """Refuse a head that the target's files lack, before weights are read."""
+    if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, options).kinds:
+        check_head(target.checkpoint, target.config)
 
 
 def _smaller(name: str, target: Opened, device: str, report: Report | None) -> Opened:
