@@ -35,7 +35,7 @@ from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
-from longspec.errors import UsageError
+from longspec.errors import ModelError, UsageError
 from longspec.heads.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.files.store import Report
@@ -77,7 +77,7 @@ class Engine(Writer):
         """
         check(drafter, cache, all_rows, draft_tokens, options)
         self.plan = plan
-        drafters = _drafters(model, drafter, options or {}, plan)
+        drafters, self._remark = _drafters(model, drafter, options or {}, plan)
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
@@ -90,7 +90,6 @@ class Engine(Writer):
             self.calibrate()
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
         self.load_seconds: dict[str, float] = {}
-        self._remark = _lacking(model) if drafter == "auto" else None  # told once, with the first text
 
     @classmethod
     def load(
@@ -284,20 +283,30 @@ def _smaller(name: str, target: Opened, device: str, report: Report | None) -> O
 
 def _drafters(
     model: Model, drafter: str | Drafter, options: Mapping[str, Any], plan: Plan | None
-) -> dict[str, Drafter]:
-    """The drafters by name, in the order in which the control tries them."""
+) -> tuple[dict[str, Drafter], str | None]:
+    """The drafters by name, in the order in which the control tries them; and what is to be said with the first text of
+    a head that `auto` doesn't take.
+    """
     if isinstance(drafter, Drafter):
-        return {type(drafter).__name__.lower(): drafter}
+        return {type(drafter).__name__.lower(): drafter}, None
     if drafter != "auto":
         spec = parse(drafter, options)
-        return {spec.name: spec.make(model)}
+        return {spec.name: spec.make(model)}, None
     heads = heads_for(model)
     if plan is not None:
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
     own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
     chosen = auto(options, nbytes=model.decoder.nbytes, heads=heads, mtp=own)
-    return {spec.name: spec.make(model) for spec in chosen}
+    made, remark = {}, _lacking(model)
+    for spec in chosen:
+        try:
+            made[spec.name] = spec.make(model)
+        except ModelError as error:
+            if spec.name != "mtp":
+                raise
+            remark = str(error)  # of a head that nobody asked for by name
+    return made, remark
 
 
 def _lacking(model: Model) -> str | None:

@@ -86,7 +86,7 @@ def load_mtp(model: Model, tokens: Tensor | None = None) -> Mtp:
     target, checkpoint = model.decoder, model.checkpoint
     if checkpoint is None:
         raise UsageError(f"{model.name} was made of no files, in which an MTP head could lie; use another --drafter.")
-    weights, coded = checkpoint.weights(target.dtype, coded=target.coded), CODED.get(model.dtype)
+    weights, coded = _weights(checkpoint, target.dtype), CODED.get(model.dtype)
     places, config = _places(checkpoint, weights, target.config), _block(target.config)
     tokens = None if tokens is None else tokens.to(target.device)
     output, rows = target.output_of(tokens), 0
@@ -108,12 +108,12 @@ def load_mtp(model: Model, tokens: Tensor | None = None) -> Mtp:
 
 def has_head(checkpoint: Checkpoint, config: Config) -> bool:
     """Whether the files hold a head; only their headers are read."""
-    return _found(_unread(checkpoint), config) is not None
+    return _found(_weights(checkpoint), config) is not None
 
 
 def check_head(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse files without a head, before weights are read. The errors are those of `load_mtp`."""
-    _places(checkpoint, _unread(checkpoint), config)
+    _places(checkpoint, _weights(checkpoint), config)
 
 
 def lacking(checkpoint: Checkpoint, config: Config) -> str | None:
@@ -130,7 +130,7 @@ def room(checkpoint: Checkpoint, config: Config, dtype: str, device: torch.devic
     """Bytes of the head's weights, by the files' headers, and of what a token position takes in its cache. hot: size of
     the draft vocabulary. The errors are those of `load_mtp`.
     """
-    weights = _unread(checkpoint)
+    weights = _weights(checkpoint)
     places, item = _places(checkpoint, weights, config), DTYPES[dtype].itemsize
     own = [name for name in weights if name.startswith(tuple(places.values()))]
     each = {name: item if dtype not in CODED or name.startswith(places["fc"]) else _CODED for name in own}
@@ -140,9 +140,11 @@ def room(checkpoint: Checkpoint, config: Config, dtype: str, device: torch.devic
     return once + BLOCK * config.width * item, shape_of(_block(config), DTYPES[dtype], device).row_bytes
 
 
-def _unread(checkpoint: Checkpoint) -> Weights:
-    """The files' tensors for their names and shapes: a pulled file isn't converted for those."""
-    return checkpoint.weights(torch.float32, coded=True)
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Weights:
+    """The files' tensors, those of a GGUF file from itself: a plan doesn't convert it, and what a pulled one was
+    converted to may be older than this reader of its head.
+    """
+    return checkpoint.weights(dtype, coded=True)
 
 
 def _block(target: Config) -> Config:

@@ -282,3 +282,7 @@ def test_a_model_without_a_head_says_so(tmp_path: Path) -> None:
     save_file(held, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"layers\.4\.mlp\.up_proj\.weight is missing"):
         engine(of_folder(folder, ()), "mtp")
+    made = engine(of_folder(folder, ()), "auto")
+    assert [*made.speculator.drafters] == ["recycle+ngram"]
+    (note,) = made.open("a", raw=True, max_new_tokens=1).notes
+    assert "layers.4.mlp.up_proj.weight is missing" in note
