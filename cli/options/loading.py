@@ -24,6 +24,7 @@ DRAFTERS = (
     "exit",
     "sparse",
     "model",
+    "mtp",
     "recycle+ngram",
 )
 CACHES = ("auto", "dense", "int8", "int4", "int2", "dual", "offload", "disk")

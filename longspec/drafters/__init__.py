@@ -18,6 +18,7 @@ from longspec.drafters.early_exit import Exit
 from longspec.drafters.layer_skip import Skipping
 from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.medusa import Medusa
+from longspec.drafters.mtp import Multitoken
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
 from longspec.drafters.sparse_attention import Sparse
@@ -41,6 +42,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "exit": Exit,
     "sparse": Sparse,
     "model": DraftModel,
+    "mtp": Multitoken,
 }
 
 

@@ -4,7 +4,8 @@
     recycle+suffix                     instead, if there are texts to draft from
     ...+clover2                        merged with it, in bf16 on a CPU, if a head for the model ships and fits
     model+ngram, then the above        with a draft model: tried first
-    the above, then skip+ngram         with 2 GiB of weights or more: smaller models have no layers to spare
+    mtp, then the above                without one, where the checkpoint has an MTP head
+    the first, then skip+ngram         without either, with 2 GiB of weights or more: smaller ones have none to spare
 
 If there are two, the control (`longspec.control.goodput`) uses the one with more tokens per second.
 """
@@ -24,17 +25,19 @@ LARGE = 2 << 30
 """Least bytes of target weights for which `auto` includes layer skipping."""
 
 
-def auto(given: Mapping[str, Any], *, nbytes: int = 0, heads: Sequence[str] = ()) -> list[Spec]:
+def auto(given: Mapping[str, Any], *, nbytes: int = 0, heads: Sequence[str] = (), mtp: bool = False) -> list[Spec]:
     """The drafters in the order in which they are tried.
 
     given: drafter options. nbytes: bytes of the target's weights. heads: kinds of the available heads; the first is
     merged into the text drafter. It isn't offered as a second choice beside that drafter: the two are too much alike,
-    and offering both was slower.
+    and offering both was slower. mtp: the checkpoint has an MTP head.
     """
     memory = {name: given[name] for name in ("texts", "remember") if given.get(name)}
     text = parse("+".join(("recycle+suffix" if memory else "recycle+ngram", *heads[:1])), memory)
     if given.get("draft") is not None:
         return [parse("model+ngram", {"draft": given["draft"]}), text]
+    if mtp:
+        return [parse("mtp"), text]
     if nbytes >= LARGE:
         return [text, parse("skip+ngram", {"set": given["set"]} if given.get("set") else {})]
     return [text]

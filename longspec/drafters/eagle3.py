@@ -7,42 +7,22 @@ hidden state is the head's own output for its parent, and its keys and values li
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.cache.tree import Tree
+from longspec.drafters.common.feedback import Growth, outputs
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
 from longspec.heads.eagle3 import Eagle3, load_eagle3
 from longspec.heads.format import read_config, weights_bytes
-from longspec.model.decoder import Decoder, Rows, Span
+from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import DTYPES, Model
 from longspec.types import Draft, Drafter, Needs, Writing
 
 __all__ = ["Eagle"]
-
-
-@dataclass(slots=True)
-class _Growth:
-    """One session's draft tree. Its first row is the newest committed one, which is in the head's cache already."""
-
-    stage: Any
-    states: list[Tensor]  # [width] each: the layer's output, by row
-    tree: Tree = field(default_factory=Tree)
-
-    def add(self, parents: Sequence[int]) -> slice:
-        inner = [parent - 1 for parent in (parents if len(self.tree) else parents[1:])]
-        if inner:
-            self.stage.add(inner)
-        return self.tree.add(parents)
-
-    @property
-    def depths(self) -> Sequence[int]:
-        return self.tree.depths
 
 
 class Eagle(Drafter):
@@ -88,36 +68,11 @@ class Eagle(Drafter):
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)
         assert last is not None
-        return _Growth(self._follow.cache(session).open(), [last]), len(session.tokens) - 2, session.tokens[-1:]
+        return Growth(self._follow.cache(session).open(), [last]), len(session.tokens) - 2, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
-        """The layer's outputs [r, width]: the sessions' first rows in one batch, then their second ones, and so on."""
-        made = torch.empty(len(rows.tokens), self.head.width, dtype=self._target.dtype, device=self._target.device)
-        for step in range(max(span.staged.stop - span.staged.start for span in rows.spans)):
-            at: list[int] = []
-            spans: list[Span] = []
-            before: list[Tensor] = []
-            for span in rows.spans:
-                place = span.staged.start + step
-                if place >= span.staged.stop:
-                    continue
-                growth: Any = span.stage
-                if place == 0:
-                    made[span.at.start] = growth.states[0]
-                    continue
-                before.append(growth.states[growth.tree.parents[place]])
-                spans.append(Span(growth.stage, slice(place - 1, place), slice(len(at), len(at) + 1)))
-                at.append(span.at.start + step)
-            if at:
-                part = replace(
-                    rows, tokens=rows.tokens[at], positions=rows.positions[at], long=rows.long[at], spans=spans
-                )
-                made[at] = self.head.run(part, torch.stack(before), self._embed(part))
-                for span in rows.spans:
-                    if 0 < span.staged.start + step < span.staged.stop:
-                        growth = span.stage
-                        growth.states.append(made[span.at.start + step])
-        return made
+        """The layer's outputs [r, width]."""
+        return outputs(rows, lambda part, before: self.head.run(part, before, self._embed(part)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[r, D], over the draft vocabulary."""

@@ -54,6 +54,11 @@ class Spec:
         """The parts' names joined by +, without options."""
         return "+".join(part.name for part in self.parts)
 
+    @property
+    def kinds(self) -> list[type[Drafter]]:
+        """The parts' classes."""
+        return [part.kind for part in self.parts]
+
     def make(self, model: Model) -> Drafter:
         """Construct the drafter for a loaded target.
 

@@ -23,6 +23,7 @@ from longspec.control.policy import Control
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.draft_model import check_vocabulary
+from longspec.drafters.mtp import Multitoken
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
@@ -34,7 +35,8 @@ from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
-from longspec.errors import UsageError
+from longspec.errors import ModelError, UsageError
+from longspec.heads.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, open_model
@@ -77,7 +79,7 @@ class Engine(Writer):
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
-        drafters = _drafters(model, drafter, options or {}, plan)
+        drafters, self._remark = _drafters(model, drafter, options or {}, plan)
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
@@ -138,6 +140,7 @@ class Engine(Writer):
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
+        _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
             plan = make_plan(
@@ -152,8 +155,7 @@ class Engine(Writer):
                 texts=texts,
             )
         loaded = opened.load(strict=strict, report=report)
-        if smaller is not None:
-            options["draft"] = smaller.load(strict=strict)
+        options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
         engine = cls(
             loaded,
             drafter=drafter,
@@ -220,6 +222,9 @@ class Engine(Writer):
         if path is not None and session.unfed[1:]:
             session.prompt_cache = Path(path)
         self.speculator.begin(session)
+        if self._remark is not None:
+            session.notes.append(self._remark)
+            self._remark = None
         return session
 
     @one_at_a_time
@@ -264,6 +269,12 @@ class Engine(Writer):
         return f"<Engine {model.name}: {model.dtype} on {model.decoder.device}, drafter {self.drafter_name}>"
 
 
+def _check_drafter(drafter: str | Drafter, options: Mapping[str, Any], target: Opened) -> None:
+    """Refuse a head that the target's files lack, before weights are read."""
+    if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, options).kinds:
+        check_head(target.checkpoint, target.config)
+
+
 def _smaller(name: str, target: Opened, device: str, report: Report | None) -> Opened:
     """The draft model, opened; one that doesn't fit the target is refused before weights are read."""
     opened = open_model(name, dtype=target.dtype, device=device, report=report)
@@ -274,18 +285,36 @@ def _smaller(name: str, target: Opened, device: str, report: Report | None) -> O
 
 def _drafters(
     model: Model, drafter: str | Drafter, options: Mapping[str, Any], plan: Plan | None
-) -> dict[str, Drafter]:
-    """The drafters by name, in the order in which the control tries them."""
+) -> tuple[dict[str, Drafter], str | None]:
+    """The drafters by name, in the order in which the control tries them; and what is to be said with the first text of
+    a head that `auto` doesn't take.
+    """
     if isinstance(drafter, Drafter):
-        return {type(drafter).__name__.lower(): drafter}
+        return {type(drafter).__name__.lower(): drafter}, None
     if drafter != "auto":
         spec = parse(drafter, options)
-        return {spec.name: spec.make(model)}
+        return {spec.name: spec.make(model)}, None
     heads = heads_for(model)
     if plan is not None:
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
-    return {spec.name: spec.make(model) for spec in auto(options, nbytes=model.decoder.nbytes, heads=heads)}
+    own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
+    chosen = auto(options, nbytes=model.decoder.nbytes, heads=heads, mtp=own)
+    made, remark = {}, _lacking(model)
+    for spec in chosen:
+        try:
+            made[spec.name] = spec.make(model)
+        except ModelError as error:
+            if spec.name != "mtp":
+                raise
+            remark = str(error)  # of a head that nobody asked for by name
+    return made, remark
+
+
+def _lacking(model: Model) -> str | None:
+    """What is to be said of a model whose config names an MTP head that its files lack."""
+    lacks = None if model.checkpoint is None else lacking(model.checkpoint, model.decoder.config)
+    return None if lacks is None else f"{lacks}; it is drafted for without one"
 
 
 def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str, Any] | None:

@@ -30,8 +30,10 @@ from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
+from longspec.heads.mtp import has_head
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.model.config import Config
+from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.layer import shape_of
 from longspec.model.layers import MIXERS
 from longspec.model.load import CODED, DTYPES, Opened
@@ -91,6 +93,7 @@ class Request:
     strict: bool = False
     threads: int = 1
     texts: int = 1  # sequences decoded side by side
+    checkpoint: Checkpoint | None = None  # where drafters find heads of the model's own
 
     @property
     def shape(self) -> Shape:
@@ -248,10 +251,11 @@ def request_of(
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
         draft_tokens=0 if drafter == "none" else draft_tokens,
-        drafters=_specs(drafter, options or {}, found.weights),
+        drafters=_specs(drafter, options or {}, found.weights, opened),
         strict=strict,
         threads=torch.get_num_threads() if on_cpu else 1,
         texts=texts,
+        checkpoint=opened.checkpoint,
     )
 
 
@@ -317,11 +321,13 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
     return Choice(cache, prefill_rows, r.draft_tokens, need, disk=room.disk)
 
 
-def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int) -> list[Spec]:
+def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int, opened: Opened) -> list[Spec]:
     """The specs of the drafters to plan; a Drafter object already has its memory, before the plan."""
     if isinstance(drafter, Drafter):
         return []
-    return auto(options, nbytes=nbytes) if drafter == "auto" else [parse(drafter, options)]
+    if drafter != "auto":
+        return [parse(drafter, options)]
+    return auto(options, nbytes=nbytes, mtp=has_head(opened.checkpoint, opened.config))
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,11 @@ from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.layer import Layer, read_layer, shape_of
 from longspec.model.layers.reader import Reader
+from longspec.model.linear import Linear
 from longspec.model.native import Fused, missing
 from longspec.model.rope import Rotation
 from longspec.model.rows import Chunk, Pass, Rows, Span
-from longspec.model.weights.quantized import CodedLinear
+from longspec.model.weights.quantized import CodedLinear, Piece
 from longspec.model.weights.read import Weights
 
 __all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
@@ -64,20 +65,24 @@ class Decoder:
         *,
         strict: bool = False,
         coded: str | None = None,
+        output: Any = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         """strict: batch-invariant. coded: coded matrices (`longspec.model.weights.quantized`), the file's own, or of
-        this format.
+        this format. output: another decoder's output matrix (`output_of`), shared by a draft head, which has none and
+        no table either. places: where the weights are its, and how they are called (`Reader`).
         """
         self.config = config
         self.device = device
         self.dtype = weights.dtype
         self.strict = strict
         self._shape = shape_of(config, self.dtype, device)
-        reader = Reader(config, weights, device, STRICT_TILE if strict else None, coded)
-        self._embedding = reader.embedding()
+        reader = Reader(config, weights, device, STRICT_TILE if strict else None, coded, places)
+        table = getattr(output, "weight", output)
+        self._embedding = reader.embedding() if output is None else table
         self._layers = [read_layer(reader, i) for i in range(config.layers)]
         self._norm = reader.norm("norm", config.width)
-        self._head: Any = reader.head(self._embedding)
+        self._head: Any = reader.head(self._embedding) if output is None else output
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
         # Gemma rounds the factor to the model's dtype before multiplying.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
@@ -160,6 +165,14 @@ class Decoder:
         made: Tensor = self._head.weight
         return made
 
+    def output_of(self, tokens: Tensor | None) -> Any:
+        """The output matrix for another decoder: this one's own, or a copy of its rows for these tokens [D]."""
+        if tokens is None:
+            return self._head
+        if isinstance(self._head, CodedLinear):
+            return CodedLinear([Piece.of_values(self._head.rows(tokens, torch.float32))])
+        return Linear(self._head.weight[tokens])
+
     def table(self, tokens: Tensor) -> Tensor:
         """Rows of the embedding table, as the checkpoint has them: [..., width]."""
         table = self._embedding
@@ -194,8 +207,7 @@ class Decoder:
                 return made
         if hidden is None:
             hidden = self.embed(rows.tokens)
-        turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        run, fused = Pass(rows, turns, self._texts(rows), self._attend), self._fused
+        run, fused = self._pass(rows), self._fused
         if fused is not None and run.by_kernel and not self.config.mixers:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, run, parts)
@@ -206,6 +218,21 @@ class Decoder:
             else:
                 hidden = _through(self._layers[i], hidden, run, mixes=mixes, mlp=mlp)
         return hidden
+
+    def fill(self, rows: Rows, hidden: Tensor) -> None:
+        """Stage the keys and values that the first layer, an attention, makes of hidden states [r, width], and compute
+        nothing else: all that later rows read, where it is the only layer.
+        """
+        layer, fused = self._layers[0], self._fused
+        if fused is not None:
+            made = fused.inputs(0, hidden)
+        else:
+            made = layer.mixer.inputs(layer.before_mixer(hidden) if layer.before_mixer else hidden)
+        layer.mixer.fill(made, self._pass(rows))
+
+    def _pass(self, rows: Rows) -> Pass:
+        turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
+        return Pass(rows, turns, self._texts(rows), self._attend)
 
     @property
     def is_exact(self) -> bool:

@@ -69,6 +69,7 @@ class Model:
     is_read: bool = False  # all weights are resident; else pages of mapped files are loaded when they are touched
     # Held during a forward pass: a decoder has one workspace. Engines of the same model share the lock.
     lock: AbstractContextManager[Any] = field(default_factory=RLock, compare=False, repr=False)
+    checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)  # the files that it was read from
 
     @property
     def lineage(self) -> str:
@@ -122,6 +123,7 @@ class Opened:
             vocabulary=self.vocabulary,
             end_tokens=end_tokens(self.config, defaults, self.vocabulary),
             defaults=defaults,
+            checkpoint=self.checkpoint,
             seconds={"tokenizer_s": self.tokenizer_seconds, "weights_s": perf_counter() - began},
             fit=self.fit,
             is_read=is_read,

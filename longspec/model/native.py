@@ -156,12 +156,12 @@ class Fused:
         """
         read = None
         if mixer is not None and self._config.mixers:
-            read = mixer.mix(self._inputs(index, hidden), run)
+            read = mixer.mix(self.inputs(index, hidden), run)
         elif mixer is not None:
             read = mixer.read_cache(self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None), run)
         return self.finish(index, read, hidden, mlp=mlp)
 
-    def _inputs(self, index: int, hidden: Tensor) -> Tensor:
+    def inputs(self, index: int, hidden: Tensor) -> Tensor:
         """The product of a mixer's inputs [r, size] of normed hidden [r, width]."""
         layer, rows, hidden = self._layers[index], len(hidden), hidden.contiguous()
         made = hidden.new_empty(rows, layer.inputs.size)

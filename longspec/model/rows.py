@@ -6,7 +6,7 @@ Takes each sequence's stage and tokens; knows no layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,19 @@ class Rows:
             spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
         numbers = torch.tensor([tokens, positions, long], device=device)  # one copy to the device
         return cls(numbers[0], numbers[1], numbers[2].bool(), spans)
+
+    def part(self, staged: Sequence[slice]) -> tuple[Rows, list[int]]:
+        """Some of each span's rows alone, named by their indices in its stage, and where those stand in this pass. A
+        span of which none is named is left out.
+        """
+        at: list[int] = []
+        spans = []
+        for span, some in zip(self.spans, staged, strict=True):
+            if some.start < some.stop:
+                first, shift = len(at), span.at.start - span.staged.start
+                at += range(some.start + shift, some.stop + shift)
+                spans.append(Span(span.stage, some, slice(first, len(at))))
+        return replace(self, tokens=self.tokens[at], positions=self.positions[at], long=self.long[at], spans=spans), at
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.errors import LongspecError, UsageError
+from longspec.heads.draft_vocabulary import most_frequent
 from longspec.heads.format import Trained
 from longspec.heads.layers import unroll
 from longspec.machine.files import replaced
@@ -90,14 +91,7 @@ class Progress:
 
 def frequent(texts: Sequence[Text], size: int, vocabulary: int, always: Sequence[int] = ()) -> Tensor | None:
     """Draft vocabulary: the most frequent tokens of the answers, ascending, including `always`; None is all tokens."""
-    size = -(-size // 64) * 64  # the kernels need a multiple of a tile
-    if not size or size >= vocabulary:
-        return None
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
-    for text in texts:
-        counts += torch.bincount(torch.tensor(text.tokens[text.prompt :]), minlength=vocabulary)
-    counts[list(always)] += 1 << 40
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+    return most_frequent((text.tokens[text.prompt :] for text in texts), size, vocabulary, always)
 
 
 def train(

@@ -252,6 +252,8 @@ def test_auto_is_several_drafters() -> None:
     assert names({}, heads=["clover2"]) == ["recycle+ngram+clover2"]
     assert names({"draft": "some", "remember": True}) == ["model+ngram", "recycle+suffix"]
     assert names({}, nbytes=LARGE) == ["recycle+ngram", "skip+ngram"]
+    assert names({}, nbytes=LARGE, mtp=True) == ["mtp", "recycle+ngram"]
+    assert names({"draft": "some"}, mtp=True) == ["model+ngram", "recycle+ngram"]
 
 
 def test_options_stand_behind_a_name(model: Model) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -92,6 +94,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_LAYER = re.compile(r"(.*)layers\.(\d+)\.(.+)")
+
+
 def oracle(name: str, **changes: Any) -> Any:
     """The family's transformers model: fp32, eager attention, random weights, norms and biases too."""
     import transformers
@@ -115,6 +120,27 @@ def oracle(name: str, **changes: Any) -> Any:
 
 def write(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
+    return folder
+
+
+def add_head(folder: Path, layout: str = "deepseek") -> Path:
+    """Write a random MTP head into a checkpoint, since transformers drops them: one more block like its last attention
+    layer, called as DeepSeek calls it, or as Qwen3.5 does (`qwen`).
+    """
+    held, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(9)
+    found = [match for match in map(_LAYER.fullmatch, held) if match is not None]
+    last = max(int(match[2]) for match in found if "self_attn" in match[3])
+    behind = f"{found[0][1]}layers.{1 + max(int(match[2]) for match in found)}."
+    fc, token, state, norm = ("eh_proj", "enorm", "hnorm", "shared_head.norm")
+    if layout == "qwen":
+        behind, (fc, token, state, norm) = "mtp.", ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    block = {match[3]: held[match[0]] for match in found if int(match[2]) == last}
+    width = held[f"{found[0][1]}embed_tokens.weight"].shape[1]
+    like = {f"{behind}{name}.weight": torch.zeros(width) for name in (token, state, norm)}
+    like |= {f"{behind}{fc}.weight": torch.zeros(width, 2 * width)}
+    like |= {f"{behind}{'layers.0.' if layout == 'qwen' else ''}{name}": tensor for name, tensor in block.items()}
+    made = {name: tensor + torch.randn(tensor.shape, generator=generator) * 0.15 for name, tensor in like.items()}
+    save_file({**held, **made}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import load, oracle, write
+from support.checkpoints import add_head, load, oracle, write
 from support.letters import TEMPLATE, tokenizer_of
 
 from longspec.drafters import DRAFTERS
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
+from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.load import Model
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft, Drafter, Writing
@@ -32,13 +33,18 @@ def vocabulary(size: int) -> Vocabulary:
 def tiny(
     folder: Path, family: str = "llama", end_tokens: tuple[int, ...] = (2,), *, strict: bool = False, **changes: Any
 ) -> Model:
-    return of_folder(write(oracle(family, **changes), folder), end_tokens, strict=strict)
+    """A model with random weights, and an MTP head."""
+    written = add_head(write(oracle(family, **changes), folder), "qwen" if family == "qwen3_5" else "deepseek")
+    return of_folder(written, end_tokens, strict=strict)
 
 
 def of_folder(folder: Path, end_tokens: tuple[int, ...], *, strict: bool = False) -> Model:
     """What `tiny` wrote, without transformers, whose import takes a new process two seconds."""
     decoder = load(folder, strict=strict)
-    return Model("tiny", "fp32", decoder, vocabulary(decoder.config.vocabulary), end_tokens, {}, {})
+    return Model(
+        "tiny", "fp32", decoder, vocabulary(decoder.config.vocabulary), end_tokens, {}, {},
+        checkpoint=Checkpoint("tiny", folder),
+    )  # fmt: skip
 
 
 def engine(model: Model, drafter: str | Drafter = "none", **options: Any) -> Engine:

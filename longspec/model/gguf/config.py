@@ -96,6 +96,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
+        **({"mtp_num_hidden_layers": drafts} if drafts else {}),
         **generation_config_of(header),
     }
     rotated = fields.size("rope.dimension_count", head_dim)

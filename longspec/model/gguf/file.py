@@ -59,6 +59,15 @@ _OTHERWISE = {
     "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
+_HEAD = {
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
+}
+"""Of the first block behind the layers, a head that drafts, beside its layer."""
+
+_SHIFTED = ("norm.weight", "norm_embedding.weight", "norm_hidden.weight")
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
 _PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?([\w.]+?)(?:\.(weight|bias))?", re.ASCII)
@@ -125,7 +134,7 @@ class GgufFile:
             raise ModelError(
                 f"{self.path} holds {self._stored[name]} as {place.kind.name}, which the gguf package can't dequantize."
             ) from error
-        if self._architecture.norm_offset and name.endswith("norm.weight") and ".linear_attn." not in name:
+        if self._architecture.norm_offset and name.endswith(_SHIFTED) and ".linear_attn." not in name:
             return tensor - self._architecture.norm_offset
         if name.endswith("A_log"):  # stored as what it stands for, -exp of it
             return torch.log(-tensor)
@@ -196,7 +205,10 @@ class GgufFile:
                 name = stems[stem] if stems[stem] in _BARE else f"{stems[stem]}.{suffix}"
                 placed.append((where, f"model.layers.{number}.{name}", stored))
             elif number is not None and layers <= int(number) < layers + self._drafts:
-                continue  # of the head that drafts
+                if int(number) > layers or (stem not in _HEAD and stem not in stems):
+                    continue  # of a second head, or a copy of the model's own tables
+                name = _HEAD.get(stem) or f"mtp.layers.0.{stems[stem]}"
+                placed.append(((layers + 1, 0, [*_HEAD, *order].index(stem)), f"{name}.{suffix}", stored))
             else:
                 raise ModelError(f"{self.path} holds the tensor {stored}, which {kind} models don't have.")
             rotated = self._rotated_heads(placed[-1][1])

@@ -102,6 +102,15 @@ class Attention:
             queries, keys = rotate(queries, *turn), rotate(keys, *turn)
         return torch.cat((queries.flatten(1), keys.flatten(1), values), -1), gate
 
+    def fill(self, made: Tensor, run: Pass) -> None:
+        """Stage the keys and values of the inputs `made`, and read nothing."""
+        heads = self.project(made, run.turns[self.rope] if self.rope else None)[0].view(
+            len(made), -1, self.config.head_dim
+        )
+        _, keys, values = heads.tensor_split((self.config.heads, self.config.heads + self.config.key_heads), 1)
+        for span in run.rows.spans:
+            span.stage.put(self.place, span.staged, keys[span.at], values[span.at])
+
     def read_cache(self, made: Tensor, run: Pass) -> Tensor:
         """Stage the keys and values of `made` [r, (H + 2 K) * D], and return attention's output [r, H * D]."""
         c, spans, texts = self.config, run.rows.spans, run.texts

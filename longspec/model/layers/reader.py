@@ -7,7 +7,7 @@ sub-layer reads its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,19 +44,28 @@ class Reader:
     """Reads weights by their checkpoint names, checks each shape against the config, and moves them to the device."""
 
     def __init__(
-        self, config: Config, weights: Weights, device: torch.device, tile: int | None, coded: str | None
+        self,
+        config: Config,
+        weights: Weights,
+        device: torch.device,
+        tile: int | None,
+        coded: str | None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         """tile: rows of `Linear`'s tiles. coded: the format of matrices that the file doesn't hold in codes of its
-        own; None for dense ones.
+        own; None for dense ones. places: of a draft head that lies beside a decoder, what its layer (`layers.0.`) and
+        its other modules are called there; such a head has no table.
         """
         self.config, self._weights, self.device, self._tile, self._coded = config, weights, device, tile, coded
         self.nbytes = 0
+        self._places, self._names = places, _NAMES.get(config.family, {})
+        if places is not None:
+            return
         prefixes = ("model.", "", "language_model.model.", "model.language_model.")
         found = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in weights]
         if not found:
             raise ModelError("The checkpoint holds no embed_tokens.weight: it is not one of a supported decoder.")
         self._prefix = found[0]
-        self._names = _NAMES.get(config.family, {})
 
     @property
     def strict(self) -> bool:
@@ -121,7 +130,10 @@ class Reader:
         found = _MODULE.fullmatch(name)
         assert found is not None, name
         layer, module, kind = found.groups(default="")
-        return f"{self._prefix}{layer}{self._names.get(module, module)}.{kind}"
+        if self._places is not None and not layer:
+            return f"{self._places[module]}.{kind}"
+        before = f"{self._prefix}{layer}" if self._places is None else self._places[layer]
+        return f"{before}{self._names.get(module, module)}.{kind}"
 
     def _matrix(self, names: Sequence[str], shape: tuple[int, int], bias: Tensor | None = None) -> Any:
         if self._coded is None:

@@ -111,6 +111,10 @@ class Weights(Mapping[str, Tensor]):
         """The file's own codes of a matrix; None where it holds values, or a format that has no kernel."""
         return self._source(name).blocks(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, by its file's header alone."""
+        return self._source(name).shape(name)
+
     def exact(self, name: str) -> Tensor:
         """A tensor's values in fp32, whatever the dtype: not rounded on the way."""
         return self._source(name).take(name).float()
