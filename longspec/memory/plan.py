@@ -43,7 +43,6 @@ from longspec.types import Drafter
 __all__ = [
     "CHUNKS",
     "Choice",
-    "Need",
     "Plan",
     "Request",
     "alone",

@@ -91,9 +91,7 @@ _HEADS = (
     _OWN("SpecFormer", "2511.20340", "", "no head drafts several depths in one pass", planned=True),
     _OWN("PaSS", "2311.13581", "", "rows without a token can't enter a pass"),
     _OWN("BiTA", "2401.12522", "", "rows without a token can't enter a pass"),
-    _OWN(
-        "multi-token prediction", "2404.19737", "", "heads that a target was trained with are left aside", planned=True
-    ),
+    _OWN("multi-token prediction", "2404.19737", "--drafter mtp", "the checkpoint's own head, where it has one"),
     _OWN("speculative streaming", "2402.11131", "", _DATA),
     _OWN("TokenSwift", "2502.18890", "", "its heads are trained for each target; `ngram` reuses n-grams"),
     _OWN("OWL", "2510.07535", "", "its drafter is trained for each target"),

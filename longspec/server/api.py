@@ -54,17 +54,8 @@ def open_to_clients(
 
     log: the access log's format. origins: those whose pages may ask, beside programs.
     """
-    created, bodies, metrics = int(time()), Bodies(), Metrics(desk.__len__, desk.worker.__len__)
+    bodies, metrics = Bodies(), Metrics(desk.__len__, desk.worker.__len__)
     spelled = partial(desk.worker.loaded.result().model.vocabulary.piece, first=False)
-    listed = {"id": model, "object": "model", "created": created, "owned_by": "longspec"}
-
-    async def models(request: Request) -> Response:
-        return _json({"object": "list", "data": [listed]})
-
-    async def one_model(request: Request) -> Response:
-        if request.path_params["name"] != model:
-            raise no_model(request.path_params["name"], model)
-        return _json(listed)
 
     async def health(request: Request) -> Response:
         status = {"status": "closing" if desk.closing else "ok", "model": model, "texts": len(desk), "most": desk.most}
@@ -92,8 +83,7 @@ def open_to_clients(
 
     routes = [
         *(Route(path, answer, methods=["POST"]) for path in DIALECTS),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", one_model),
+        *_models(model),
         Route("/health", health),
         Route("/metrics", measured),
     ]
@@ -101,6 +91,21 @@ def open_to_clients(
     if origins:
         app = CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return Log(app, log, say)
+
+
+def _models(model: str) -> list[Route]:
+    """What tells of the one model."""
+    listed = {"id": model, "object": "model", "created": int(time()), "owned_by": "longspec"}
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [listed]})
+
+    async def one_model(request: Request) -> Response:
+        if request.path_params["name"] != model:
+            raise no_model(request.path_params["name"], model)
+        return _json(listed)
+
+    return [Route("/v1/models", models), Route("/v1/models/{name:path}", one_model)]
 
 
 def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
