@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from longspec.cache import CACHES, LOSSLESS
-from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache, Room, Shape
+from longspec.cache.stage import Room, Shape
 from longspec.cache.state_stage import StateStage
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
@@ -32,10 +32,10 @@ from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
 from longspec.heads.mtp import has_head
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
+from longspec.memory.workspace import workspace
 from longspec.model.config import Config
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.layer import shape_of
-from longspec.model.layers import MIXERS
 from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import Footprint, footprint
 from longspec.types import Drafter
@@ -70,8 +70,6 @@ _STEADY = 4 << 20
 _GPU_LATER = 64 << 20
 """Of the device: what the matrix products reserve for themselves, and what the allocator rounds up."""
 
-_PER_THREAD = 2 << 20
-"""Buffers of the attention kernel."""
 
 _AUTO = 0.9
 """Of what the machine has left, under `--memory auto`: others grow too."""
@@ -309,7 +307,7 @@ def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
         # A buffer grows by an eighth. On a CPU the unused part was never touched and isn't resident.
         "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
         "staged": rows * shape.row_bytes + (StateStage.room(shape.states, rows) if shape.states is not None else 0),
-        "workspace": _workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
+        "workspace": workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
     }
     if not on_cpu:
         need = Need(weights=r.footprint.weights, **working)
@@ -332,25 +330,3 @@ def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int, open
 def _order(device: torch.device) -> tuple[str, ...]:
     """The kinds of cache to try; without offload on a CPU, which has no slower memory to move rows to."""
     return ("dense", "int8", "int4", "disk") if device.type == "cpu" else ("dense", "int8", "int4", "offload", "disk")
-
-
-def _workspace(r: Request, cache: Cache, rows: int) -> int:
-    """An upper bound of activations, masks, scores and logits of the largest pass; 0.4 to 0.9 of it was measured in
-    use.
-    """
-    c, item = r.config, DTYPES[r.dtype].itemsize
-    heads = (c.heads + 2 * c.key_heads) * c.head_dim
-    activations = rows * (4 * c.mlp_width + 8 * c.width + 3 * heads) * item
-    partial = rows * c.heads * c.head_dim * 4 * 6  # fp32 outputs while segments are merged
-    layer = 2 * c.key_heads * c.head_dim * item  # keys and values of one row
-    piece = r.tokens if cache.in_one_piece else min(r.tokens, PIECE_BLOCKS * BLOCK)
-    read = 2 * piece * layer  # dequantized, and copied into the kernel's layout
-    windows = [window for window in c.windows if window is not None]
-    masked = r.tokens if not cache.in_one_piece else min(r.tokens, max(windows, default=0) + rows)
-    masks = 3 * rows * (c.heads // c.key_heads) * masked * item
-    # Without a kernel that returns the log-sum-exp: scores, their exponentials and two copies, in fp32.
-    scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0
-    strict = 3 * r.tokens * layer if r.strict else 0
-    logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
-    mixing: int = max(MIXERS[spec.mixer].workspace(c, rows) for spec in c.specs)
-    return activations + mixing + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD
