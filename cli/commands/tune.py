@@ -111,7 +111,7 @@ def tune(
             progress.report,
         )
         faster = fits.bets(loaded, tokens, began + _BETS * search.budget, progress.report)
-        gate = gates.calibrate(loaded, tokens, began + _SETTINGS * search.budget, progress.report)
+        gate = gates.calibrate(loaded, began + _SETTINGS * search.budget, progress.report)
         tuning = work.tune(loaded, context=tokens, seconds=(1 - _SETTINGS) * search.budget, report=progress.report)
     report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}

@@ -56,9 +56,9 @@ class Watched(Entropy):
         super().observe(step)
 
 
-def calibrate(model: Model, context: int, until: float, report: Callable[[str, int, int], None]) -> Gate:
-    """Fit the bound to the first drafter of `auto`. context: tokens of each text. until: when no further text is begun,
-    on perf_counter's clock; one is written at least.
+def calibrate(model: Model, until: float, report: Callable[[str, int, int], None]) -> Gate:
+    """Fit the bound to the first drafter of `auto`. until: when no further text is begun, on perf_counter's clock; one
+    is written at least.
     """
     (name, *_) = (spec.name for spec in auto({}, nbytes=model.decoder.nbytes, heads=heads_for(model)))
 
@@ -69,7 +69,7 @@ def calibrate(model: Model, context: int, until: float, report: Callable[[str, i
             report("fitting the entropy bound", done, len(prompts))
             if done and perf_counter() >= until:
                 break
-            rate(engine, prompt, context)
+            rate(engine, prompt, None)  # behind a long text an unsure model still copies
         return control.seen
 
     found = bound(steps(PROMPTS))

@@ -248,8 +248,8 @@ def verify(
     return ratios, median(turn[0] for turn in rates)
 
 
-def rate(engine: Engine, prompt: str, context: int) -> float:
-    """Tokens per second from the end of the prefill to the last token."""
+def rate(engine: Engine, prompt: str, context: int | None) -> float:
+    """Tokens per second from the end of the prefill to the last token. context: None is the prompt alone."""
     session = _opened(engine, prompt, context)
     for _ in engine.write(session):
         pass
@@ -258,8 +258,8 @@ def rate(engine: Engine, prompt: str, context: int) -> float:
     return len(session.answer) / (session.last_token - session.prefilled)
 
 
-def _opened(engine: Engine, question: str, context: int) -> Session:
-    """A session whose prompt has as many notes as leave room for NEW tokens in the context."""
+def _opened(engine: Engine, question: str, context: int | None) -> Session:
+    """A session whose prompt has as many notes as leave room for NEW tokens in the context; None: no notes."""
     vocabulary = engine.model.vocabulary
 
     def length(prompt: str) -> int:
@@ -271,12 +271,12 @@ def _opened(engine: Engine, question: str, context: int) -> Session:
     except UsageError:  # no chat template
         raw = True
         alone = length(question)
-    room = context - NEW - alone
+    room = 0 if context is None else context - NEW - alone
     if room < 0:
         raise UsageError(f"A context of {context} tokens is too short to tune for: a prompt has {alone} tokens and "
                          f"{NEW} follow it; ask for {alone + NEW} or more.")  # fmt: skip
     count = room // max(1, length(NOTES + question) - alone)
-    while count and length(NOTES * count + question) > context - NEW:
+    while count and length(NOTES * count + question) > alone + room:
         count -= 1
     return engine.open(NOTES * count + question, raw=raw, max_new_tokens=NEW, temperature=0, repetition_penalty=1.0)
 

@@ -100,7 +100,7 @@ def test_a_bound_keeps_what_is_asked_and_is_the_lowest() -> None:
 
 def test_a_bound_is_fitted_to_a_model(model: Model) -> None:
     stages = []
-    gate = calibrate(model, 300, 0.0, lambda stage, done, total: stages.append(stage))
+    gate = calibrate(model, 0.0, lambda stage, done, total: stages.append(stage))
     assert 0 <= gate.entropy <= math.log(model.decoder.config.vocabulary) + 1e-3
     assert gate.saved <= 1
     assert gate.lost <= 1
