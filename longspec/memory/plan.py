@@ -36,6 +36,7 @@ from longspec.model.config import Config
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.layer import shape_of
 from longspec.model.layers import MIXERS
+from longspec.model.layers.moe import Moe
 from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import Footprint, footprint
 from longspec.types import Drafter
@@ -354,4 +355,5 @@ def _workspace(r: Request, cache: Cache, rows: int) -> int:
     strict = 3 * r.tokens * layer if r.strict else 0
     logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
     mixing: int = max(MIXERS[spec.mixer].workspace(c, rows) for spec in c.specs)
+    mixing += 0 if c.mixture is None else Moe.workspace(c.mixture, c.width, rows)
     return activations + mixing + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD
