@@ -84,9 +84,8 @@ def by_expert(name: str, tensor: torch.Tensor, family: str) -> Iterator[tuple[st
 
 def test_tensors_come_back(pair: tuple[Any, Path]) -> None:
     model, folder = pair
-    state = dict(
-        each for entry in model.state_dict().items() for each in by_expert(entry[0], entry[1], model.config.model_type)
-    )
+    family, held = model.config.model_type, model.state_dict()
+    state = dict(each for name, tensor in held.items() for each in by_expert(name, tensor, family))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     file = read_gguf(folder / "source.gguf")
