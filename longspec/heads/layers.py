@@ -160,6 +160,7 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
         mixers=(),
         output_gate=False,
         delta=None,
+        mixture=None,
     )
 
 

@@ -150,8 +150,14 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Weig
 def _block(target: Config) -> Config:
     """Config of the head's layer: like the target's last attention."""
     last = max(i for i, spec in enumerate(target.specs) if spec.is_attention)
+    mixture = target.mixture and replace(target.mixture, layers=(target.mixture.layers[last],))
     return replace(
-        target, windows=(target.windows[last],), ropes=(target.ropes[last],), mixers=("attention",), delta=None
+        target,
+        windows=(target.windows[last],),
+        ropes=(target.ropes[last],),
+        mixers=("attention",),
+        delta=None,
+        mixture=mixture,
     )
 
 

@@ -4,6 +4,7 @@
  *     finish    output and residual, norm, gate and up, activation, down and residual
  *     layers    both, and attention between them, for a run of layers
  *     linear    norm, if any, then one product: the head
+ *     experts   the MLPs of a mixture, each for its own rows
  *
  * Weights are read where they lie, once for up to 64 rows: bf16 as a checkpoint has them, or codes (quantized.h). Sums
  * are fp32, every result is rounded to bf16 where torch's operators round it. Rows go in chunks of 64 through all layers.
@@ -128,10 +129,8 @@ static void project_rows(Team *t, const Layer *l, const bf16 *hidden, int64_t ro
     meet(t);
 }
 
-/* w->wide [rows, mlp width] = activation(gate) * up, of packed rows. */
-static void gated(Team *t, const Layer *l, const Workspace *w, void *packed, int64_t rows) {
-    const Matrix *m = &l->gate_up;
-    const int64_t wide = l->down.width;
+/* w->wide [rows, wide] = activation(gate) * up, of packed rows. */
+static void gated(Team *t, const Matrix *m, int64_t wide, int64_t activation, const Workspace *w, void *packed, int64_t rows) {
     float sums[MOST_SUMS][BLOCK] __attribute__((aligned(64))), gates[MOST_SUMS][BLOCK] __attribute__((aligned(64)));
     SHARED(t, block, wide / BLOCK) {
         const int64_t out = block * BLOCK;
@@ -139,7 +138,7 @@ static void gated(Team *t, const Layer *l, const Workspace *w, void *packed, int
         product(m, wide + out, packed, rows, sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < BLOCK; i += LANES) {
-                const vf gate = activated(rounded(load(gates[row] + i)), l->activation);
+                const vf gate = activated(rounded(load(gates[row] + i)), activation);
                 save_bf16(w->wide + row * wide + out + i, rounded(gate) * rounded(load(sums[row] + i)));
             }
     }
@@ -155,8 +154,52 @@ static void finish_rows(Team *t, const Layer *l, const bf16 *attention, const bf
         residual(t, &l->output, l->after_attention, l->eps, w, packed, rows, before, hidden);
     }
     if (!mlp) return;
-    gated(t, l, w, pack(t, &l->gate_up, hidden, l->before_mlp, l->eps, rows, w), rows);
+    gated(t, &l->gate_up, l->down.width, l->activation, w, pack(t, &l->gate_up, hidden, l->before_mlp, l->eps, rows, w), rows);
     residual(t, &l->down, l->after_mlp, l->eps, w, pack(t, &l->down, w->wide, 0, 0, rows, w), rows, hidden, hidden);
+}
+
+typedef struct {
+    Matrix gate_up, down;
+} Expert;
+
+/* What a call of `experts` is for. */
+typedef struct {
+    const Expert *all;
+    const int64_t *counts; /* rows of each */
+    int64_t count, activation;
+    const bf16 *x;
+    bf16 *y;
+    Workspace w;
+} Mixture;
+
+static void experts_by(void *args, Team *t, int64_t rank) {
+    const Mixture *p = args;
+    const bf16 *x = p->x;
+    bf16 *y = p->y;
+    (void)rank;
+    for (int64_t i = 0; i < p->count; i++) {
+        const Matrix *in = &p->all[i].gate_up, *out = &p->all[i].down;
+        for (int64_t at = 0; at < p->counts[i]; at += MOST_ROWS) {
+            const int64_t here = p->counts[i] - at < MOST_ROWS ? p->counts[i] - at : MOST_ROWS;
+            gated(t, in, out->width, p->activation, &p->w, pack(t, in, x, 0, 0, here, &p->w), here);
+            multiplied(t, out, pack(t, out, p->w.wide, 0, 0, here, &p->w), here, 0, y);
+            x += here * in->width;
+            y += here * out->size;
+        }
+    }
+    end_tiles();
+}
+
+/* y [rows, width] of x [rows, width], sorted by expert: the first counts[0] rows go through the first one. */
+void experts(const Expert *all, const int64_t *counts, int64_t count, int64_t activation, const bf16 *x, bf16 *y, char *workspace,
+             Team *t, int64_t threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t wider = all[i].down.width > all[i].gate_up.width ? all[i].down.width : all[i].gate_up.width;
+        most = wider > most ? wider : most;
+    }
+    Mixture p = {all, counts, count, activation, x, y, parted(workspace, most)};
+    lead(t, threads, experts_by, &p);
 }
 
 /* The rows from `at` on. */

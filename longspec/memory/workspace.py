@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache
 from longspec.model.layers import MIXERS
+from longspec.model.layers.moe import Moe
 from longspec.model.load import DTYPES
 
 if TYPE_CHECKING:
@@ -39,4 +40,5 @@ def workspace(r: Request, cache: Cache, rows: int) -> int:
     strict = 3 * r.tokens * layer if r.strict else 0
     logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
     mixing: int = max(MIXERS[spec.mixer].workspace(c, rows) for spec in c.specs)
+    mixing += 0 if c.mixture is None else Moe.workspace(c.mixture, c.width, rows)
     return activations + mixing + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD

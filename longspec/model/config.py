@@ -15,6 +15,7 @@ from typing import Any, Literal
 from longspec.errors import ModelError
 from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, turned
 from longspec.model.hybrids import HYBRIDS, ZERO_CENTRED, Delta, fields_of, plain_config
+from longspec.model.mixtures import MIXTURES, Mixture, mixture_of
 from longspec.model.weights.scheme import QUANTIZED, scheme_of
 
 __all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
@@ -22,15 +23,18 @@ __all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
 Norms = Literal["before", "after", "both"]
 
 _ATTENTION_ONLY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
-FAMILIES = (*_ATTENTION_ONLY, *HYBRIDS)
+FAMILIES = tuple(dict.fromkeys((*_ATTENTION_ONLY, *MIXTURES, *HYBRIDS)))
 """Values of `model_type` that this decoder speaks. Those of _WITH_IMAGES are read too, for their text part."""
 
-_WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
-_TIED = ("smollm3", "gemma2", "gemma3_text", "lfm2")
+_WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+_TIED = ("smollm3", "gemma2", "gemma3_text", "lfm2", "lfm2_moe")
 """Families of which transformers' config class ties the head to the embeddings where config.json doesn't say."""
 
-_HEAD_NORMS = ("qwen3", "gemma3_text", *HYBRIDS)
+_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", *HYBRIDS)
 """Families that norm each head's queries and keys."""
+
+_WIDTH_NORMS = ("olmo2", "olmoe")
+"""Families that norm the queries of all heads at once, and the keys."""
 
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -97,6 +101,7 @@ class Config:
     output_gate: bool = field(default=False, repr=False)  # attention's output is gated by its own input
     delta: Delta | None = field(default=None, repr=False)
     convolution: int = field(default=0, repr=False)  # positions that a short convolution reads
+    mixture: Mixture | None = field(default=None, repr=False)  # of experts
 
     @property
     def layers(self) -> int:
@@ -106,7 +111,16 @@ class Config:
     def specs(self) -> tuple[LayerSpec, ...]:
         """Of each layer."""
         mixers = self.mixers or ("attention",) * self.layers
-        return tuple(LayerSpec(mixer, "dense", self.norms) for mixer in mixers)
+        sparse = self.mixture.layers if self.mixture else (False,) * self.layers
+        mlps = ["experts" if each else "dense" for each in sparse]
+        return tuple(LayerSpec(mixer, mlp, self.norms) for mixer, mlp in zip(mixers, mlps, strict=True))
+
+    def channels(self, layer: int, *, active: bool) -> int:
+        """Of a layer's MLP: of all experts, or of those that a row goes through."""
+        m = self.mixture
+        if m is None or not m.layers[layer]:
+            return self.mlp_width
+        return m.width * (m.chosen if active else m.experts) + m.shared
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Config:
@@ -153,7 +167,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         ropes=ropes,
         scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
         norms="both" if gemma else "after" if family == "olmo2" else "before",
-        query_norm="head" if family in _HEAD_NORMS else "width" if family == "olmo2" else None,
+        query_norm="head" if family in _HEAD_NORMS else "width" if family in _WIDTH_NORMS else None,
         norm_offset=1.0 if gemma or family in ZERO_CENTRED else 0.0,
         embedding_scale=width**0.5 if gemma else 1.0,
         attention_softcap=raw.get("attn_logit_softcapping") if gemma else None,
@@ -161,6 +175,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         fused=family == "phi3",
         tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
         **hybrid,
+        mixture=mixture_of(family, raw, layers),
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
 

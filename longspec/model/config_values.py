@@ -18,6 +18,7 @@ __all__ = ["MOST_CONTEXT", "MOST_LAYERS", "TOKENS", "checked", "checked_rope", "
 MOST_LAYERS = 10_000
 MOST_CONTEXT = 1 << 30
 _MOST_WIDTH = 1 << 24
+_MOST_EXPERTS = 1 << 14
 _MOST_HEADS = 1 << 16  # also a head's dimensions
 
 _TOKEN = whole(0, (1 << 31) - 1)
@@ -68,6 +69,15 @@ _KINDS = {
     "full_attn_idxs": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
     "decoder_sparse_step": whole(1, MOST_LAYERS),
     "mlp_only_layers": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
+    "num_experts": whole(0, _MOST_EXPERTS),
+    "num_local_experts": whole(0, _MOST_EXPERTS),
+    "num_experts_per_tok": whole(1, _MOST_EXPERTS),
+    "moe_intermediate_size": _SIZE,
+    "shared_expert_intermediate_size": whole(0, _MOST_WIDTH),
+    "num_dense_layers": whole(0, MOST_LAYERS),
+    "norm_topk_prob": FLAG,
+    "use_expert_bias": FLAG,
+    "routed_scaling_factor": number(0, 1e6, above=True),
 }
 _NEEDED = frozenset(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 
@@ -119,7 +129,9 @@ def checked(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
         ModelError: a value isn't of its type or out of its range, or a size is missing.
     """
     values = {**_DEFAULTS.get(family, {}), **raw}
-    if family == "llama" or (family in ("qwen2", "qwen3", "smollm3") and not raw.get("use_sliding_window")):
+    if family == "llama" or (
+        family in ("qwen2", "qwen3", "qwen3_moe", "smollm3") and not raw.get("use_sliding_window")
+    ):
         values["sliding_window"] = None  # what such a file says of it isn't used
     check("The model's config.json can't be used: it", values, _KINDS, ModelError, needed=_NEEDED)
     if values["num_attention_heads"] % (values.get("num_key_value_heads") or values["num_attention_heads"]):

@@ -26,6 +26,7 @@ from longspec.cache.stage import Shape
 from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.layer import Layer, read_layer, shape_of
+from longspec.model.layers.dense_mlp import DenseMlp
 from longspec.model.layers.reader import Reader
 from longspec.model.linear import Linear
 from longspec.model.native import Fused, missing
@@ -108,11 +109,21 @@ class Decoder:
 
     @property
     def pass_nbytes(self) -> int:
-        """Bytes of weights that every pass reads: the embedding table only where it is also the head."""
+        """Bytes of weights that a pass of one row reads: the embedding table only where it is also the head."""
+        return self.touched(1)
+
+    def touched(self, rows: int) -> int:
+        """Bytes of weights that a pass of so many rows is expected to read: of a mixture, the union of their experts'
+        besides all that isn't an expert's.
+        """
+        unread = 0.0
+        for layer in self._layers:
+            held = sum(tensor.nbytes for part in layer.mlp.weights for tensor in _tensors(part))
+            unread += held - layer.mlp.touched(rows)
         table = self._embedding
-        if table is self._head or table is getattr(self._head, "weight", None):
-            return self.nbytes
-        return self.nbytes - (table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes)
+        if table is not self._head and table is not getattr(self._head, "weight", None):
+            unread += table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes
+        return self.nbytes - round(unread)
 
     def _held(self) -> Iterator[Any]:
         """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
@@ -208,15 +219,16 @@ class Decoder:
         if hidden is None:
             hidden = self.embed(rows.tokens)
         run, fused = self._pass(rows), self._fused
-        if fused is not None and run.by_kernel and not self.config.mixers:
+        if fused is not None and run.by_kernel and not self.config.mixers and not self.config.mixture:
             parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
             return fused.layers(first, last, hidden, run, parts)
         for i in range(first, last):
-            mixes, mlp = i not in skip.attention, i not in skip.mlp
+            layer, mixes, mlp = self._layers[i], i not in skip.attention, i not in skip.mlp
             if fused is not None:
-                hidden = fused.layer(i, hidden, run, self._layers[i].mixer if mixes else None, mlp=mlp)
-            else:
-                hidden = _through(self._layers[i], hidden, run, mixes=mixes, mlp=mlp)
+                whole = isinstance(layer.mlp, DenseMlp)
+                hidden = fused.layer(i, hidden, run, layer.mixer if mixes else None, mlp=mlp and whole)
+                mixes, mlp = False, mlp and not whole
+            hidden = _through(layer, hidden, run, mixes=mixes, mlp=mlp)
         return hidden
 
     def fill(self, rows: Rows, hidden: Tensor) -> None:

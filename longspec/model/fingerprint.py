@@ -37,7 +37,7 @@ def lineage(decoder: Decoder) -> str:
     """A hash of the config, 16 samples of the embedding, and all norms and biases, rounded to bf16: parts that every
     dtype keeps. Norms that are shifted before rounding (Gemma's) are left out.
     """
-    digest = hashlib.sha256(repr(decoder.config).encode())
+    digest = hashlib.sha256(_said(decoder))
     size, width = decoder.config.vocabulary * decoder.config.width, decoder.config.width
     samples = []
     for start in _starts(size, 16):
@@ -52,11 +52,17 @@ def lineage(decoder: Decoder) -> str:
 
 def _weights(decoder: Decoder) -> str:
     """A hash of the config, and of every tensor's shape and four samples of its values."""
-    digest = hashlib.sha256(repr(decoder.config).encode())
+    digest = hashlib.sha256(_said(decoder))
     for tensor in decoder.tensors():
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(_bytes(_sample(tensor, 4)))
     return digest.hexdigest()
+
+
+def _said(decoder: Decoder) -> bytes:
+    """The config; of a mixture how experts are chosen too, which no tensor shows."""
+    config = decoder.config
+    return (repr(config) + ("" if config.mixture is None else repr(config.mixture))).encode()
 
 
 def _sample(tensor: Tensor, runs: int) -> Tensor:

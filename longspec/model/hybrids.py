@@ -14,17 +14,20 @@ from longspec.errors import ModelError
 
 __all__ = ["HYBRIDS", "ZERO_CENTRED", "Delta", "fields_of", "plain_config"]
 
-HYBRIDS = ("qwen3_5_text", "qwen3_next", "lfm2")
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe")
 """Values of `model_type`."""
 
-ZERO_CENTRED = ("qwen3_5_text", "qwen3_next")
+ZERO_CENTRED = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """Families that store their norms' weights minus 1."""
 
 _DELTA = {"linear_attention": "gated_delta", "full_attention": "attention"}
+_CONVOLUTION = {"conv": "short_conv", "full_attention": "attention"}
 _MIXERS = {
     "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": _DELTA,
     "qwen3_next": _DELTA,
-    "lfm2": {"conv": "short_conv", "full_attention": "attention"},
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
 }
 """By family: the kinds of its layers in config.json's `layer_types`, and their names in MIXERS."""
 
@@ -70,13 +73,16 @@ class Delta:
 
 def plain_config(family: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config.json with the names and defaults that are not Llama's translated."""
-    if family == "lfm2":
+    if family in ("lfm2", "lfm2_moe"):
         names = {"rms_norm_eps": ("norm_eps", 1e-5), "rope_theta": ("rope_theta", 1_000_000.0)}
         values = {name: raw.get(old, default) for name, (old, default) in names.items()}
         tied = raw.get("tie_embedding", raw.get("tie_word_embeddings", True))
-        return {**raw, **values, "intermediate_size": _adjusted(raw), "tie_word_embeddings": tied}
+        channels = _adjusted(raw) if family == "lfm2" else raw["intermediate_size"]
+        return {**raw, **values, "intermediate_size": channels, "tie_word_embeddings": tied}
     if family in _MIXERS:
-        return {"partial_rotary_factor": 0.25, "head_dim": 256, **raw}
+        # Qwen3.5's mixtures have no layer that is dense, and so no width of one.
+        mlp = {"intermediate_size": raw.get("moe_intermediate_size", 512)} if family == "qwen3_5_moe_text" else {}
+        return {"partial_rotary_factor": 0.25, "head_dim": 256, **mlp, **raw}
     return raw
 
 
@@ -85,10 +91,8 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
     if family not in _MIXERS:
         return {}
     fields: dict[str, Any] = {"mixers": _mixers(family, raw, layers)}
-    if family == "lfm2":
+    if family in ("lfm2", "lfm2_moe"):
         return {**fields, "convolution": raw.get("conv_L_cache") or 3}
-    if family == "qwen3_next":
-        _refuse_experts(raw, layers)
     names = {"key_head_dim": 128, "value_head_dim": 128, "conv_kernel_dim": 4}
     keys, heads = raw.get("linear_num_key_heads") or 16, raw.get("linear_num_value_heads") or 32
     key_dim, value_dim, width = (raw.get(f"linear_{name}") or default for name, default in names.items())
@@ -102,26 +106,19 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
 
 def _mixers(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     """Each layer's mixer, by `layer_types`; where there are none, by the family's rule."""
-    types = raw.get("layer_types")
-    if types is None and family == "lfm2":
+    types, known = raw.get("layer_types"), _MIXERS[family]
+    if types is None and known is _CONVOLUTION:
         full = raw.get("full_attn_idxs") or range(layers)
         types = ["full_attention" if i in full else "conv" for i in range(layers)]
     elif types is None:
         every = raw.get("full_attention_interval") or 4
         types = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
-    known = _MIXERS[family]
     for i, kind in enumerate(types):
         if kind not in known:
             raise ModelError(f"Layer {i} is of the type {kind!r}; the layers of {family} are {' or '.join(known)}.")
     if "full_attention" not in types:
         raise ModelError(f"No layer of this {family} is full_attention, and longspec needs one.")
     return tuple(known[kind] for kind in types)
-
-
-def _refuse_experts(raw: Mapping[str, Any], layers: int) -> None:
-    dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step") or 1
-    if raw.get("num_experts", 512) and any(i not in dense and (i + 1) % step == 0 for i in range(layers)):
-        raise ModelError("This qwen3_next is a mixture of experts, which is not supported; longspec runs dense models.")
 
 
 def _adjusted(raw: Mapping[str, Any]) -> int:

@@ -24,6 +24,10 @@ class Linear:
         self.bias = bias  # [out]
         self.tile = tile
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def __call__(self, rows: Tensor) -> Tensor:
         if self.tile is None:
             if len(rows) == 1 and self.bias is None and rows.dtype == torch.bfloat16 and rows.device.type == "cpu":

@@ -1,4 +1,5 @@
-"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU; of hybrids the products.
+"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU; of hybrids the products,
+and of mixtures all but the routing.
 
 Takes a decoder's weights without a copy; gives the results of torch's operators up to rounding, in less than half of
 the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 position and 11.4
@@ -22,9 +23,9 @@ from longspec.model.config import Config
 from longspec.model.rows import Pass
 from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel, tile_nbytes
 
-__all__ = ["Fused", "Matrix", "kernel", "matrix_of", "missing"]
+__all__ = ["ACTIVATIONS", "Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _UNIT = 32
 _BF16 = 0
 
@@ -76,11 +77,14 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     c = config
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"it is for bf16 on the CPU, and this is {dtype} on {device.type}".replace("torch.", "")
-    if c.activation not in _ACTIVATIONS:
+    if c.activation not in ACTIVATIONS:
         return f"it doesn't know the activation {c.activation} of {c.family}"
-    sizes = [c.width, c.mlp_width, c.heads * c.head_dim, c.key_heads * c.head_dim]
+    sizes = [c.width, c.heads * c.head_dim, c.key_heads * c.head_dim]
+    sizes += [c.mlp_width] if any(spec.mlp == "dense" for spec in c.specs) else []
     if c.delta is not None:
         sizes += [c.delta.inputs, c.delta.values]
+    if c.mixture is not None:
+        sizes += [c.mixture.width, c.mixture.shared]
     if any(size % _UNIT for size in sizes):
         return f"a width isn't a multiple of {_UNIT}"
     if c.vocabulary % _UNIT:
@@ -99,7 +103,9 @@ class Fused:
         self._kernel = found
         self._config = config
         self._norms: list[Tensor] = []  # in fp32
-        self._layers = [self._layer(layer) for layer in layers]
+        self._layers = [
+            self._layer(layer, dense=spec.mlp == "dense") for layer, spec in zip(layers, config.specs, strict=True)
+        ]
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
         self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
         self._in_all = (
@@ -210,22 +216,23 @@ class Fused:
         cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
         return cos, sin, dims
 
-    def _layer(self, layer: Any) -> _Layer:
+    def _layer(self, layer: Any, *, dense: bool) -> _Layer:
         c = self._config
         all_heads = c.query_norm == "width"
         mixer, mlp = layer.mixer, layer.mlp
+        products = (mlp.gate_up, mlp.down) if dense else (None, None)
         norms = [layer.before_mixer, layer.after_mixer, layer.before_mlp, layer.after_mlp]
         norms += [None, None] if c.mixers else [mixer.query_norm, mixer.key_norm]
         queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
         widths = (c.width, c.width, c.width, c.width, queries, keys)
         return _Layer(
-            *(matrix_of(linear) for linear in (mixer.inputs, mixer.output, mlp.gate_up, mlp.down)),
+            *(matrix_of(linear) for linear in (mixer.inputs, mixer.output, *products)),
             *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
             all_heads,
             c.heads,
             c.key_heads,
             c.head_dim,
-            _ACTIVATIONS[c.activation],
+            ACTIVATIONS[c.activation],
             c.eps,
         )
 
@@ -235,7 +242,9 @@ class Fused:
 
 
 def matrix_of(linear: Any) -> Matrix:
-    """A linear layer as the kernel's C struct; the caller keeps its tensors alive."""
+    """A linear layer as the kernel's C struct, empty for None; the caller keeps its tensors alive."""
+    if linear is None:
+        return Matrix()
     coded = isinstance(linear, CodedLinear)
     size, width = linear.shape if coded else linear.weight.shape
     bias = None if linear.bias is None else pointer(linear.bias, torch.bfloat16, size)
@@ -263,5 +272,6 @@ def kernel() -> ctypes.CDLL | str:
     found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place, place, number)
     found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, place, number, place, place, place)
     found.project.argtypes = (place, place, number, place, place, number, place, place, place, number)
+    found.experts.argtypes = (place, place, number, number, place, place, place, place, number)
     found.finish.argtypes = (place, place, place, number, number, place, place, place, number)
     return found

@@ -59,16 +59,20 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
+_MIXTURES = ["qwen3_moe", "qwen3_5_moe"]
+_IN_MIXTURES = [("random trees", "dense"), ("ngram", "dense")]
 _IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
 
 def _matrix() -> Iterator[Any]:
     """Every family, drafter, cache and way, for one session and three; what is alike is left to the full matrix."""
-    families = [*FAMILIES, *_HYBRIDS]
+    families = [*FAMILIES, *_HYBRIDS, *_MIXTURES]
     for family, drafter, kind, way, count in product(families, every_drafter({}), CACHES, WAYS, (1, 3)):
         llama = family == "llama"
         if family in _HYBRIDS:
             usual = family == "qwen3_5" and (drafter, kind) in _IN_HYBRIDS and way == "sampled"
+        elif family in _MIXTURES:
+            usual = family == "qwen3_moe" and (drafter, kind) in _IN_MIXTURES and way == "sampled"
         elif kind == "dense":
             usual = way == "sampled" or (llama and way == "greedy")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "gemma2": ("Gemma2", _GEMMA | {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3", _GEMMA | {"tie_word_embeddings": True}),
+    "mixtral": FAMILIES["mixtral"],
+    "olmoe": FAMILIES["olmoe"],
+    "qwen3_moe": ("Qwen3Moe", FAMILIES["qwen3_moe"][1] | {"mlp_only_layers": None}),
     "qwen3_5": ("Qwen3_5", FAMILIES["qwen3_5"][1] | {"layer_types": None, "full_attention_interval": 4}),
 }
 TOKENS = torch.randint(3, 70, (1, 60), generator=torch.Generator().manual_seed(1))
@@ -63,9 +67,25 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, folder
 
 
+def by_expert(name: str, tensor: torch.Tensor, family: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor under the names of a published checkpoint, which holds each expert's matrices by themselves."""
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    stem, _, matrix = name.rpartition(".experts.")
+    if family == "mixtral":
+        names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+        stem, name = (each.replace("mlp", "block_sparse_moe") for each in (stem, name))
+    if matrix not in names:
+        yield name, tensor
+        return
+    for i, own in enumerate(tensor):
+        for part, values in zip(names[matrix], own.chunk(len(names[matrix])), strict=True):
+            yield f"{stem}.experts.{i}.{part}.weight", values
+
+
 def test_tensors_come_back(pair: tuple[Any, Path]) -> None:
     model, folder = pair
-    state = model.state_dict()
+    family, held = model.config.model_type, model.state_dict()
+    state = dict(each for name, tensor in held.items() for each in by_expert(name, tensor, family))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     file = read_gguf(folder / "source.gguf")
@@ -114,6 +134,30 @@ def test_value_heads_are_read_in_the_files_order(tmp_path: Path) -> None:
     with torch.inference_mode():
         _, logits = feed(decoder, CACHES["dense"](decoder.shape), TOKENS[0].tolist())
         torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("coded", [None, "Q8_0"])
+def test_a_hybrids_experts_are_read(tmp_path: Path, coded: str | None) -> None:
+    """With a shared expert, whose gate is a vector in the file; in codes of two formats to an expert."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    heads = {"num_attention_heads": 4, "head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 16}
+    model = oracle("qwen3_5_moe", **(sizes | heads if coded else {}))
+    matrices = {"exps": gguf.GGMLQuantizationType.Q4_K, "down_exps": gguf.GGMLQuantizationType.Q6_K}
+    kinds = {"down_exps": matrices["down_exps"], "exps": matrices["exps"]} if coded else {}
+    file = read_gguf(write_gguf(model, tmp_path / "a.gguf", others=kinds))
+    dtype = torch.bfloat16 if coded else torch.float32
+    decoder = Decoder(Config.read(file.config()), Weights.of_gguf(file, dtype), torch.device("cpu"), coded=coded)
+    if coded and decoder.slow is not None:
+        pytest.skip(decoder.slow)
+    assert {"Q4_K", "Q6_K"} <= decoder.formats.keys() or not coded
+    with torch.inference_mode():
+        state = {name: file.take(name) for name in file.names}
+        exact = Decoder(Config.read(file.config()), Weights.of_tensors(state, torch.float32), torch.device("cpu"))
+        _, logits = feed(decoder, CACHES["dense"](decoder.shape), TOKENS[0].tolist())
+        _, wanted = feed(exact, CACHES["dense"](exact.shape), TOKENS[0].tolist())
+        assert (logits - wanted).norm() < (0.1 if coded else 1e-5) * wanted.norm()
+        if not coded:
+            torch.testing.assert_close(logits, model(TOKENS).logits[0], rtol=0, atol=1e-4)
 
 
 def test_llama3s_own_constants_are_recognized(tmp_path: Path) -> None:
@@ -246,7 +290,8 @@ def test_a_file_is_known_by_its_beginning(tmp_path: Path) -> None:
         ("llama.attention.head_count", [6, 6], r"has the value \[6, 6\] in"),
         ("llama.embedding_length", 0, "where a size was expected"),
         ("llama.block_count", 2**31, r"2,147,483,648 layers"),
-        ("llama.expert_count", 8, "mixture of experts"),
+        ("llama.expert_count", 8, r"lacks the field llama\.expert_used_count"),
+        ("general.architecture", "dbrx", "not supported as GGUF"),
         ("llama.rope.scaling.type", "dynamic", "'dynamic'"),
         ("llama.block_count", 3, r"holds the tensor blk\.3\.\S+, which llama models don't have"),
         ("llama.attention.head_count", 5, "48 rows for 5 heads"),

@@ -55,4 +55,5 @@ def quantized(array: Any, kind: GGMLQuantizationType) -> Any:
         return gguf.quantize(array, kind)
     except NotImplementedError:
         size = float(array.std()) / (1000 if kind.name in ("Q3_K", "Q6_K", "IQ4_XS") else 200)
-        return random_blocks(kind.name, *array.shape, size=size).numpy()
+        made = random_blocks(kind.name, array.size // array.shape[-1], array.shape[-1], size=size)
+        return made.view(*array.shape[:-1], -1).numpy()

@@ -51,6 +51,8 @@ _DELTA = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _WINDOW = {"sliding_window": 24}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,7 +92,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Next",
         {**_DELTA, "head_dim": 16, "linear_num_value_heads": 6, "linear_value_head_dim": 8, "num_experts": 0},
     ),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 16}),
+    "lfm2": ("Lfm2", {**_CONVOLUTIONS, "block_multiple_of": 16}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3_moe-unnormed": ("Qwen3Moe", {**_EXPERTS, "head_dim": 16, "decoder_sparse_step": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
+    "qwen3_next_moe": ("Qwen3Next", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
+    "lfm2_moe": ("Lfm2Moe", {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}),
 }
 
 
@@ -103,7 +112,7 @@ def oracle(name: str, **changes: Any) -> Any:
 
     family, extra = FAMILIES[name]
     config_class = getattr(
-        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5") else f"{family}Config"
+        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{family}Config"
     )
     config = config_class(**{**_COMMON, **extra, **changes})
     config._attn_implementation = "eager"
@@ -115,6 +124,9 @@ def oracle(name: str, **changes: Any) -> Any:
             parameter.add_(torch.randn_like(parameter) * scale)
             if name.endswith("A_log"):  # a state that fades at once holds nothing, and its norm amplifies rounding
                 parameter.sub_(3.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.3)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from torch import Tensor
 
 ALPHABET = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", *string.ascii_letters, *string.digits, *".,!?'", "Ċ"]
 MERGES = ["a n", "t h", "th e", "Ġ a"]
-SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_5_text": "qwen35"}
+SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_5_text": "qwen35"} | {
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_5_moe_text": "qwen35moe",
+}
 """model_type to GGUF's architecture, where they differ."""
 
 
@@ -42,10 +46,15 @@ def write_gguf(
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
+    state = [each for entry in model.state_dict().items() for each in _gate_and_up(*entry)]
+    for name, tensor in state:
         if name == "lm_head.weight" and tied:
             continue
-        stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
+        stored = _EXPERTS.get(name.partition(".mlp.")[2])
+        if stored is not None:
+            stored = f"blk.{name.split('.')[2]}.{stored}.weight"
+        else:
+            stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         values = _as_stored(tensor, name, config, kind).contiguous().numpy()
         of_matrix = next((other for part, other in others.items() if part in stored), matrices)
@@ -55,6 +64,27 @@ def write_gguf(
             writer.add_tensor(stored, quantized(values, of_matrix), raw_dtype=of_matrix)
     finish(writer)
     return path
+
+
+_EXPERTS = {
+    "gate.weight": "ffn_gate_inp",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+    "shared_expert_gate.weight": "ffn_gate_inp_shexp",
+    "shared_expert.gate_proj.weight": "ffn_gate_shexp",
+    "shared_expert.up_proj.weight": "ffn_up_shexp",
+    "shared_expert.down_proj.weight": "ffn_down_shexp",
+}
+
+
+def _gate_and_up(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The experts' gates and ups, which transformers has in one tensor [experts, 2 channels, width]."""
+    if not name.endswith("experts.gate_up_proj"):
+        yield name, tensor
+        return
+    for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
+        yield name.replace("gate_up_proj", part), half
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -84,7 +114,15 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> 
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(blocks or config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if hasattr(config, "intermediate_size"):
+        writer.add_feed_forward_length(config.intermediate_size)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -98,7 +136,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> 
         writer.add_rope_freq_base_swa(every["sliding_attention"]["rope_theta"])
     if kind in ("gemma2", "gemma3", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
-    if kind == "qwen35":
+    if kind in ("qwen35", "qwen35moe"):
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
         writer.add_ssm_state_size(config.linear_key_head_dim)
         writer.add_ssm_group_count(config.linear_num_key_heads)
@@ -140,10 +178,12 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.d
 
 
 def _as_stored(tensor: Tensor, name: str, config: Any, kind: str) -> Tensor:
-    if kind == "qwen35" and ".linear_attn." in name:
+    if kind in ("qwen35", "qwen35moe") and ".linear_attn." in name:
         return _linear_attention(tensor, name, config)
     if kind.startswith(("gemma", "qwen35")) and name.endswith("norm.weight"):
         return tensor + 1
+    if name.endswith("shared_expert_gate.weight"):
+        return tensor[0]
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for which, count in heads.items():
         if kind in ("llama", "smollm3") and f".{which}_proj." in name:  # halves to pairs

@@ -64,14 +64,14 @@ class Prices:
         """Estimate from the bytes of weights, keys and values that a pass reads at `context` cached positions."""
         c, size = decoder.config, decoder.dtype.itemsize
         heads = 2 * (c.heads + c.key_heads) * c.head_dim * c.width * size
-        mlp = 3 * c.width * c.mlp_width * size
+        mlps = [3 * c.width * c.channels(i, active=True) * size for i in range(c.layers)]
         row = 2 * c.key_heads * c.head_dim * size
         attention = [heads + row * min(context, window or context) for window in c.windows]
         slower = _UNFUSED if decoder.slow is None else 1.0
         return cls(
-            tuple(read + mlp for read in attention),
+            tuple(map(sum, zip(attention, mlps, strict=True))),
             tuple(slower * read for read in attention),
-            (slower * mlp,) * len(attention),
+            tuple(slower * read for read in mlps),
             c.vocabulary * c.width * size,
         )
 

@@ -39,9 +39,17 @@ ARCHITECTURES = {
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=1.0),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
     "qwen35": Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", norm_offset=1.0),
+    "qwen35moe": Architecture("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", norm_offset=1.0),
 }
 """By `general.architecture`."""
+
+_MIXTURES = {"llama": Architecture("mixtral", "MixtralForCausalLM", permuted=True)}
+"""Those that are another model where the file has experts."""
+
+_WITH_EXPERTS = ("llama", "qwen3moe", "olmoe", "qwen35moe")
 
 _END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -58,16 +66,20 @@ def architecture_of(header: GgufHeader) -> Architecture:
             f"{header.path} holds the architecture {shown(name)}, which is not supported as GGUF; "
             f"longspec reads {', '.join(ARCHITECTURES)}."
         )
-    return ARCHITECTURES[name]
+    if not header.fields.get(f"{name}.expert_count"):
+        return ARCHITECTURES[name]
+    if name not in _WITH_EXPERTS:
+        raise ModelError(
+            f"{header.path} is a {name} and a mixture of experts, which is not supported as GGUF; "
+            f"those that longspec reads are {', '.join(_WITH_EXPERTS)}."
+        )
+    return _MIXTURES.get(name, ARCHITECTURES[name])
 
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
     """The config.json of the file's fields. Raises ModelError where one is missing or makes no sense."""
     fields = _Fields(header)
     architecture = architecture_of(header)
-    kind = fields.kind
-    if header.fields.get(f"{kind}.expert_count"):
-        raise ModelError(f"{header.path} is a mixture of experts, which is not supported.")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"The tensor token_embd.weight is missing from {header.path}: the file is incomplete.")
@@ -83,7 +95,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
         "architectures": [architecture.name],
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
-        "intermediate_size": fields.size("feed_forward_length"),
+        "intermediate_size": fields.size("feed_forward_length", fields.optional("expert_feed_forward_length")),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.size("attention.head_count_kv", heads),
@@ -102,7 +114,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     rotated = fields.size("rope.dimension_count", head_dim)
     if rotated != head_dim:
         config["partial_rotary_factor"] = rotated / head_dim
-    return config | _peculiar(fields, config)
+    return config | _experts(fields) | _peculiar(fields, config)
 
 
 def generation_config_of(header: GgufHeader) -> dict[str, Any]:
@@ -138,7 +150,7 @@ class _Fields:
             raise ModelError(f"{self._header.path} {seen} the field {self.kind}.{name}, where a number was expected.")
         return float(str(np.float32(value))) if isinstance(value, float) else int(value)  # type: ignore[arg-type]
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: float | None = None) -> int:
         value = self.number(name, default)
         if value < 1 or value != int(value):
             raise ModelError(f"{self._header.path} says {value} in {self.kind}.{name}, where a size was expected.")
@@ -146,6 +158,23 @@ class _Fields:
 
     def optional(self, name: str, default: float | None = None) -> float | None:
         return self.number(name) if f"{self.kind}.{name}" in self._header.fields else default
+
+
+def _experts(fields: _Fields) -> dict[str, Any]:
+    """The config fields of a mixture of experts."""
+    if not fields.optional("expert_count"):
+        return {}
+    config: dict[str, Any] = {
+        "num_experts": fields.size("expert_count"),
+        "num_experts_per_tok": fields.size("expert_used_count"),
+        "norm_topk_prob": fields.kind != "olmoe",  # constants of llama.cpp's code
+    }
+    if fields.kind == "llama":
+        config["num_local_experts"] = config.pop("num_experts")
+    for name, said in (("moe_intermediate_size", ""), ("shared_expert_intermediate_size", "shared_")):
+        if (size := fields.optional(f"expert_{said}feed_forward_length")) is not None:
+            config[name] = int(size)
+    return config
 
 
 def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +204,7 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
             return {"sliding_window": window or None, "original_max_position_embeddings": original}
         case "smollm3":
             return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # a constant of llama.cpp's code
-        case "qwen35":
+        case "qwen35" | "qwen35moe":
             every, heads = fields.size("full_attention_interval", 4), fields.size("ssm.time_step_rank")
             return {
                 "layer_types": ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)],

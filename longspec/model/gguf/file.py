@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longspec.errors import ModelError
 from longspec.model.gguf.config import architecture_of, config_of, generation_config_of
-from longspec.model.gguf.header import GgufHeader, read_header
+from longspec.model.gguf.header import GgufHeader, GgufTensor, read_header
 from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
 from longspec.model.weights.quantized import FORMATS, STRIP, Blocks, Piece, missing_kernel
 
@@ -41,24 +41,43 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_up_exps": "mlp.experts.*.gate_up_proj",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_DELTA = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt": "linear_attn.dt_bias",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
 _OTHERWISE = {
-    "qwen35": {
-        "attn_qkv": "linear_attn.in_proj_qkv",
-        "attn_gate": "linear_attn.in_proj_z",
-        "ssm_alpha": "linear_attn.in_proj_a",
-        "ssm_beta": "linear_attn.in_proj_b",
-        "ssm_conv1d": "linear_attn.conv1d",
-        "ssm_a": "linear_attn.A_log",
-        "ssm_dt": "linear_attn.dt_bias",
-        "ssm_norm": "linear_attn.norm",
-        "ssm_out": "linear_attn.out_proj",
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": _DELTA,
+    "mixtral": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.*.w2",
     },
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
-    "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
+"""By `model_type`."""
+_STACKED = list(_LAYER).index("ffn_gate_up_exps")  # where experts' matrices stand among a layer's
 _HEAD = {
     "nextn.eh_proj": "mtp.fc",
     "nextn.enorm": "mtp.pre_fc_norm_embedding",
@@ -71,7 +90,12 @@ _SHIFTED = ("norm.weight", "norm_embedding.weight", "norm_hidden.weight")
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
 _PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?([\w.]+?)(?:\.(weight|bias))?", re.ASCII)
+_ONE_ROW = "shared_expert_gate.weight"  # a vector in the file
 _BARE = ("linear_attn.A_log", "linear_attn.dt_bias")  # without a suffix in a checkpoint
+
+
+_Placed = tuple[tuple[int, ...], str, str, GgufTensor]
+"""A tensor's place in the order of a converted file, Hugging Face's name, GGUF's, and where it lies."""
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -89,7 +113,10 @@ class GgufFile:
         self._architecture = architecture_of(header)
         self._config = config_of(header)
         self._drafts = int(header.fields.get(f"{header.fields['general.architecture']}.nextn_predict_layers", 0))
-        self._stored = self._names()  # Hugging Face's name to GGUF's, in the order of a converted file
+        self._stored: dict[str, str] = {}  # Hugging Face's name to GGUF's, in the order of a converted file
+        self._places: dict[str, GgufTensor] = {}  # by Hugging Face's name
+        for name, stored, place in self._named():
+            self._stored[name], self._places[name] = stored, place
 
     @property
     def names(self) -> list[str]:
@@ -114,7 +141,9 @@ class GgufFile:
         return self._header.nbytes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._header.tensors[self._stored[name]].shape
+        shape = self._places[name].shape
+        if name.endswith(_ONE_ROW) and len(shape) == 1:
+            return (1, *shape)
         return (shape[0], 1, *shape[1:]) if name.endswith("conv1d.weight") else shape
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +152,7 @@ class GgufFile:
 
     def take(self, name: str) -> Tensor:
         """One tensor in fp32. Raises ModelError where its type can't be dequantized."""
-        place = self._header.tensors[self._stored[name]]
+        place = self._places[name]
         blocks = self.blocks(name) if missing_kernel() is None else None
         if blocks is not None and not blocks.size % STRIP:
             return Piece.of_blocks(blocks.format, [(blocks.read(), blocks.heads)], blocks.width).values()
@@ -138,8 +167,8 @@ class GgufFile:
             return tensor - self._architecture.norm_offset
         if name.endswith("A_log"):  # stored as what it stands for, -exp of it
             return torch.log(-tensor)
-        if name.endswith("conv1d.weight"):
-            return tensor[:, None]
+        if name.endswith(("conv1d.weight", _ONE_ROW)):
+            return tensor.view(self.shape(name))
         if heads := self._rotated_heads(name):
             return _in_halves(tensor, heads)
         return tensor
@@ -162,18 +191,18 @@ class GgufFile:
 
     def blocks(self, name: str) -> Blocks | None:
         """A matrix in the file's own codes; None where it holds values, or a type that has no kernel."""
-        place = self._header.tensors[self._stored[name]]
+        place = self._places[name]
         if len(place.shape) != 2 or place.kind.name not in FORMATS:
             return None
         return Blocks(place.kind.name, *place.shape, lambda: self._rows(name), self._rotated_heads(name))
 
     def release(self, name: str) -> None:
         """Let go of the file's pages that hold a tensor: they are read again where it is taken again."""
-        self._header.tensors[self._stored[name]].release()
+        self._places[name].release()
 
     def _rows(self, name: str) -> Tensor:
         """A tensor's bytes, row by row."""
-        place = self._header.tensors[self._stored[name]]
+        place = self._places[name]
         return torch.from_numpy(place.bytes).view(*place.shape[:-1], -1)
 
     def take_run(self, names: Sequence[str]) -> Tensor | None:
@@ -188,33 +217,45 @@ class GgufFile:
             return int(self._config["num_attention_heads"])
         return int(self._config["num_key_value_heads"]) if ".k_proj." in name else 0
 
-    def _names(self) -> dict[str, str]:
+    def _named(self) -> Iterator[tuple[str, str, GgufTensor]]:
+        """Hugging Face's name, GGUF's, and the place of each tensor, of each matrix where a tensor stacks an expert's
+        each.
+        """
         kind, layers = str(self.fields["general.architecture"]), int(self._config["num_hidden_layers"])
-        stems = {**_LAYER, **_OTHERWISE.get(kind, {})}
+        stems = {**_LAYER, **_OTHERWISE.get(str(self._config["model_type"]), {})}
         order = list(stems)
-        placed = []
+        placed: list[_Placed] = []
         for stored, tensor in self._header.tensors.items():
             if _IN_CONFIG.fullmatch(stored):
                 continue
             match = _PLACE.fullmatch(stored)
             number, stem, suffix = match.groups() if match else (None, "", None)
             if number is None and stem in _TOP:
-                placed.append(((-1 if stem == "token_embd" else layers, 0, 0), f"{_TOP[stem]}.{suffix}", stored))
+                at = -1 if stem == "token_embd" else layers
+                placed.append(((at, 0, 0), f"{_TOP[stem]}.{suffix}", stored, tensor))
             elif number is not None and int(number) < layers and stem in stems:
-                where = (int(number), int(suffix == "bias"), order.index(stem))
                 name = stems[stem] if stems[stem] in _BARE else f"{stems[stem]}.{suffix}"
-                placed.append((where, f"model.layers.{number}.{name}", stored))
+                where, name = (int(number), int(suffix == "bias")), f"model.layers.{number}.{name}"
+                placed += _matrices(where, order.index(stem), name, stored, tensor)
             elif number is not None and layers <= int(number) < layers + self._drafts:
                 if int(number) > layers or (stem not in _HEAD and stem not in stems):
                     continue  # of a second head, or a copy of the model's own tables
                 name = _HEAD.get(stem) or f"mtp.layers.0.{stems[stem]}"
-                placed.append(((layers + 1, 0, [*_HEAD, *order].index(stem)), f"{name}.{suffix}", stored))
+                placed += _matrices((layers + 1, 0), [*_HEAD, *order].index(stem), f"{name}.{suffix}", stored, tensor)
             else:
                 raise ModelError(f"{self.path} holds the tensor {stored}, which {kind} models don't have.")
             rotated = self._rotated_heads(placed[-1][1])
             if rotated and tensor.shape[0] % (2 * rotated):
                 raise ModelError(f"{self.path} holds {stored} with {tensor.shape[0]} rows for {rotated} heads.")
-        return {name: stored for _, name, stored in sorted(placed)}
+        return (entry[1:] for entry in sorted(placed, key=lambda entry: entry[:2]))
+
+
+def _matrices(where: tuple[int, ...], order: int, name: str, stored: str, tensor: GgufTensor) -> list[_Placed]:
+    """A tensor by its place, or where it stacks the experts' matrices each of them, an expert's beside each other."""
+    if "*" not in name or len(tensor.shape) != 3:
+        return [((*where, order), name, stored, tensor)]
+    parts = enumerate(tensor.parts())
+    return [((*where, _STACKED, i, order), name.replace("*", str(i)), stored, part) for i, part in parts]
 
 
 def _in_halves(tensor: Tensor, heads: int) -> Tensor:

@@ -71,6 +71,12 @@ class GgufTensor:
         """Its bytes, which nobody may write to."""
         return np.frombuffer(self.buffer, np.uint8, self.nbytes, self.begin)
 
+    def parts(self) -> list[GgufTensor]:
+        """The tensors that it stacks along its first dimension."""
+        count, shape = self.shape[0], self.shape[1:]
+        nbytes = self.nbytes // count
+        return [GgufTensor(shape, self.kind, self.begin + i * nbytes, nbytes, self.buffer) for i in range(count)]
+
     def release(self) -> None:
         """Let go of the pages that its bytes fill: mapped bytes count as this process's memory once read."""
         begin = -(-self.begin // mmap.PAGESIZE) * mmap.PAGESIZE

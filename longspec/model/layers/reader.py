@@ -33,11 +33,25 @@ _NAMES = {
         "mlp.up_proj": "feed_forward.w3",
         "mlp.down_proj": "feed_forward.w2",
         "norm": "embedding_norm",
-    }
+    },
+    "mixtral": {
+        "mlp.gate": "block_sparse_moe.gate",
+        "mlp.experts.*.gate_proj": "block_sparse_moe.experts.*.w1",
+        "mlp.experts.*.up_proj": "block_sparse_moe.experts.*.w3",
+        "mlp.experts.*.down_proj": "block_sparse_moe.experts.*.w2",
+    },
 }
-"""By family: what its checkpoints call a module otherwise than Llama's."""
+_NAMES["lfm2_moe"] = _NAMES["lfm2"] | {
+    "mlp": "feed_forward",
+    "mlp.gate": "feed_forward.gate",
+    "mlp.experts.*.gate_proj": "feed_forward.experts.*.w1",
+    "mlp.experts.*.up_proj": "feed_forward.experts.*.w3",
+    "mlp.experts.*.down_proj": "feed_forward.experts.*.w2",
+}
+"""By family: what its checkpoints call a module otherwise than Llama's and Qwen's; `*` is an expert's number."""
 
 _MODULE = re.compile(r"(layers\.\d+\.)?(.+)\.(\w+)")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 
 
 class Reader:
@@ -70,6 +84,10 @@ class Reader:
     @property
     def strict(self) -> bool:
         return self._tile is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
 
     def embedding(self) -> Tensor | CodedLinear:
         """The table [V, width]: in the file's codes where it has some and the matrices are coded, else dense."""
@@ -125,6 +143,10 @@ class Reader:
     def has(self, name: str) -> bool:
         return self._stored(name) in self._weights
 
+    def beyond(self, name: str, said: str) -> ModelError:
+        """The error for a tensor that the config leaves no place for."""
+        return ModelError(f"The checkpoint holds {self._stored(name)}, and its config.json says {said}.")
+
     def _stored(self, name: str) -> str:
         """The tensor's name in the file, of its name in a Llama checkpoint."""
         found = _MODULE.fullmatch(name)
@@ -133,7 +155,8 @@ class Reader:
         if self._places is not None and not layer:
             return f"{self._places[module]}.{kind}"
         before = f"{self._prefix}{layer}" if self._places is None else self._places[layer]
-        return f"{before}{self._names.get(module, module)}.{kind}"
+        expert, general = "".join(_EXPERT.findall(module)), _EXPERT.sub("*", module)
+        return f"{before}{self._names.get(general, general).replace('*', expert)}.{kind}"
 
     def _matrix(self, names: Sequence[str], shape: tuple[int, int], bias: Tensor | None = None) -> Any:
         if self._coded is None:

@@ -65,8 +65,9 @@ def parameters(config: Config, *, tied: bool) -> int:
     thousandth.
     """
     heads = (config.heads + 2 * config.key_heads) * config.head_dim
-    layer = config.width * (heads + config.heads * config.head_dim + 3 * config.mlp_width)
-    return config.layers * layer + config.vocabulary * config.width * (1 if tied else 2)
+    channels = sum(3 * config.channels(i, active=False) for i in range(config.layers))
+    layers = config.width * (config.layers * (heads + config.heads * config.head_dim) + channels)
+    return layers + config.vocabulary * config.width * (1 if tied else 2)
 
 
 _DEQUANTIZED = 9

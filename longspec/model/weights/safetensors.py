@@ -119,6 +119,14 @@ class Shard:
         self._bytes, self._map = torch.frombuffer(buffer, dtype=torch.uint8), None
         return True
 
+    def split(self, name: str, parts: Sequence[str]) -> None:
+        """Name the equal parts along dimension 0 of a tensor, of as many as that has, instead of the whole."""
+        whole = self._spans.pop(name)
+        nbytes = (whole.end - whole.begin) // len(parts)
+        for i, part in enumerate(parts):
+            begin = whole.begin + i * nbytes
+            self._spans[part] = _Span(whole.dtype, whole.shape[1:], begin, begin + nbytes)
+
     def take(self, name: str) -> Tensor:
         """The tensor, as a view of the file."""
         span = self._spans[name]
