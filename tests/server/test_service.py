@@ -100,7 +100,7 @@ def finished(made: Engine, schedule: Schedule, prompt: str, **options: Any) -> S
     return session
 
 
-@pytest.mark.parametrize("cache", LOSSLESS)
+@pytest.mark.parametrize("cache", sorted(LOSSLESS))
 def test_prefixes_change_no_text(tmp_path: Any, cache: str) -> None:
     made = engine(tiny(tmp_path, end_tokens=()), "ngram", cache=cache)
     schedule, start = Schedule(made, 4, kept=1 << 26), "ABCDEFGH" * 20
