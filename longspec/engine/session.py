@@ -20,7 +20,7 @@ from longspec.calls.call import Call, CallPart
 from longspec.calls.reader import Reader
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
-from longspec.errors import LongspecError
+from longspec.errors import ModelError
 from longspec.sampling.processors import Processor, penalised
 from longspec.sampling.sampler import Sampling, noise_key, rank
 from longspec.text.detokenizer import Transcript
@@ -187,10 +187,10 @@ class Session:
         """Append the kept tokens and the bonus, up to the end of the answer.
 
         Raises:
-            LongspecError: the model chose no token, as its logits aren't numbers.
+            ModelError: the model chose no token, as its logits aren't numbers.
         """
         if verdict.bonus < 0:
-            raise LongspecError(
+            raise ModelError(
                 f"After {len(self.tokens):,} tokens of prompt and answer the model's logits aren't finite numbers (NaN "
                 "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."
             )
