@@ -157,8 +157,9 @@ def test_what_contradicts_the_config_is_said(
     if removed:
         held = load_file(folder / "model.safetensors")
         save_file({name: held[name] for name in held if removed not in name}, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=said) as refused:
         load(folder)
+    assert refused.value.exit_code == 3
 
 
 _TYPES = {"lfm2_moe": ["conv", "full_attention"], "qwen3_5_moe": ["linear_attention", "full_attention"]}
