@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -142,18 +143,8 @@ def run(
     options = loading.engine_options(ctx)
     quiet, stats = reporting.settled(ctx)
     unanswered = None
-    written = {
-        "the output": delivery.output,
-        "a part of the output": delivery.output and f"{delivery.output}.part",
-        "the prompt cache": delivery.prompt_cache,
-        "the profile": tracing.profile,
-    }
-    others = [loading.model, loading.skip_set, constraints.json_schema]
-    refuse_same_files(written, [*(asking.file or []), *(loading.draft_from or []), *others])
-    if asking.each_line and (asking.go_on or delivery.log):
-        raise UsageError("--each-line writes many answers, and the log is of conversations; leave one out.")
-    if tracing.profile is not None and asking.each_line:
-        raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
+    read = [*(asking.file or []), *(loading.draft_from or []), loading.model, loading.skip_set, constraints.json_schema]
+    _check_places(asking, delivery, tracing, read)
     with (
         Progress(loading.model, quiet=quiet) as progress,
         _opened(delivery.output, progress, raw=delivery.raw_output or reporting.as_json or asking.each_line) as out,
@@ -188,6 +179,21 @@ def run(
                 _answer(call)
     if unanswered is not None:  # only now that all valid lines are in the file
         raise unanswered
+
+
+def _check_places(asking: Asking, delivery: Delivery, tracing: Tracing, read: Sequence[str | Path | None]) -> None:
+    """Refuse to write over what is read, or what can't be written for many answers, before anything is."""
+    written = {
+        "the output": delivery.output,
+        "a part of the output": delivery.output and f"{delivery.output}.part",
+        "the prompt cache": delivery.prompt_cache,
+        "the profile": tracing.profile,
+    }
+    refuse_same_files(written, read)
+    if asking.each_line and (asking.go_on or delivery.log):
+        raise UsageError("--each-line writes many answers, and the log is of conversations; leave one out.")
+    if tracing.profile is not None and asking.each_line:
+        raise UsageError("--profile follows one answer, and --each-line writes many; leave one out.")
 
 
 def _answer(call: Call) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 from longspec.bench.harness import Column, Progress, Row, Table, Took, Turns
 from longspec.bench.plot import draw_batches
+from longspec.bench.side_by_side import write_all
 from longspec.engine.engine import Engine
-from longspec.engine.scheduler import Schedule
 
 __all__ = ["LENGTHS", "TEXTS", "BatchWorkload"]
 
@@ -107,17 +106,7 @@ class BatchWorkload:
         sessions = [
             engine.open(prompt, max_new_tokens=self._new, temperature=0, key=str(i)) for i, prompt in enumerate(prompts)
         ]
-        schedule = Schedule(engine, width)
-        for session in sessions:
-            for _ in engine.prefill(session):
-                pass
-            schedule.add(session)
-        began = perf_counter()
-        while schedule:
-            for _, event in schedule.step():
-                if isinstance(event, Exception):  # without its tokens the rate would be wrong
-                    raise event
-        seconds = perf_counter() - began
+        seconds = write_all(engine, sessions, width)
         if name:
             self._answers[name] = [session.answer for session in sessions]
         return Took(

@@ -42,8 +42,8 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     import torch
 
     from longspec import __version__
+    from longspec.bench.side_by_side import write_all
     from longspec.engine.engine import Engine
-    from longspec.engine.scheduler import Schedule
     from longspec.model.load import open_model
 
     found = open_model(settings["model"], dtype=settings["dtype"], device="cpu")
@@ -70,17 +70,7 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
                 pass
             seconds = session.last_token - (session.prefilled or began)
             return {"tokens": len(session.answer), "seconds": seconds, "first": session.first_token - began}
-        schedule = Schedule(engine, case["width"])
-        for session in sessions:
-            for _ in engine.prefill(session):
-                pass
-            schedule.add(session)
-        began = perf_counter()
-        while schedule:
-            for _, event in schedule.step():
-                if isinstance(event, Exception):  # without its tokens the rate would be wrong
-                    raise event
-        seconds = perf_counter() - began
+        seconds = write_all(engine, sessions, case["width"])
         return {"tokens": sum(len(session.answer) for session in sessions), "seconds": seconds, "first": None}
 
     versions = {"longspec": __version__, "torch": torch.__version__}

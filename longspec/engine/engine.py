@@ -30,7 +30,7 @@ from longspec.engine.memory_guard import Watch
 from longspec.engine.opening import Prepared, prepare
 from longspec.engine.options import Options, check, drafter_options, kind
 from longspec.engine.passes import one_at_a_time
-from longspec.engine.prefix_cache import keep, resume, take_over
+from longspec.engine.prompt_cache import keep, resume, take_over
 from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator

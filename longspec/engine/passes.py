@@ -18,7 +18,7 @@ import torch
 from longspec.cache import BLOCK, CACHES
 from longspec.engine.forward import Input, Output, forward
 from longspec.engine.memory_guard import Watch
-from longspec.engine.prefix_cache import keep
+from longspec.engine.prompt_cache import keep
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError

@@ -1,73 +1,94 @@
-"""Prefix reuse: a new sequence takes cached rows of the same prefix from a file (`--prompt-cache`) or a session.
+"""Rows of finished texts, kept for prompts that begin alike: the next turn of a chat reads its new tokens only.
 
-Takes sessions and empty caches; the file format is `longspec.cache.snapshot`'s.
+Takes sessions; gives caches. Knows no request and no order of passes. The text that was used least recently goes first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
 
-from longspec.cache.snapshot import Snapshot, check_place, save
 from longspec.cache.stage import BLOCK, Cache
 from longspec.engine.session import Session
-from longspec.errors import UsageError
-from longspec.model.load import Model
+from longspec.errors import LongspecError
 
-__all__ = ["keep", "resume", "take_over"]
+__all__ = ["Prefixes", "common"]
 
-
-def keep(session: Session, model: Model, path: Path) -> None:
-    """Write the rows of the session's tokens that its cache holds. LongspecError where the file can't be written."""
-    words = {**_words(model, session.cache_name), "long": str(session.long)}
-    save(path, words, session.tokens[: session.cache.length], session.cache)
+_NEARLY_ALL = 0.9
+"""Of a text's rows: who goes on from so many takes the cache itself. A fork of a fork of a fork has many pieces, which
+every later pass reads one by one."""
 
 
-def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[int], *, limit: int, long: bool) -> None:
-    """Load the file's rows for the common prefix with `tokens`, at most all but the last, into an empty cache.
+@dataclass(slots=True, eq=False)
+class _Kept:
+    tokens: list[int]
+    cache: Cache
+    cache_name: str
+    long: bool  # rotated for a sequence beyond a longrope model's original context
 
-    A missing file leaves the cache empty; a cache that can't be truncated to the common prefix stays empty, or
-    shorter.
-
-    Raises:
-        UsageError: the file is damaged, or was made by another model, dtype or kind of cache.
-    """
-    check_place(path)
-    if not path.exists():
-        return
-    snapshot = Snapshot(path)
-    snapshot.check(_words(model, name))
-    common = snapshot.common(tokens[:-1])
-    # A longrope model's rows of a short sequence are rotated by other factors than a long one's. More rows than
-    # `limit` would take memory that isn't planned.
-    if not common or snapshot.identity.get("long") != str(long) or snapshot.length > limit:
-        return
-    snapshot.load(cache)
-    if common < cache.length:
-        cache.truncate(common)
+    @property
+    def nbytes(self) -> int:
+        room = self.cache.room(self.cache.length)
+        return room.device + room.host
 
 
-def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bool) -> Cache:
-    """Take a finished session's cache, truncated to the common prefix, the new prompt's last token excluded.
+class Prefixes:
+    """At most `most` bytes of rows."""
 
-    The earlier session gets the fresh cache in exchange, so that no third one takes rows that have changed meanwhile.
-    A cache that can't be truncated there is emptied; with no common prefix, the new sequence keeps the fresh cache.
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: list[_Kept] = []  # the last used one last
 
-    Raises:
-        UsageError: the earlier sequence is still being decoded.
-    """
-    if earlier.finish_reason is None:
-        raise UsageError("The earlier text is still being written; end it before another takes its cache.")
-    rows = zip(earlier.tokens[: earlier.cache.length], tokens[:-1], strict=False)
-    common = next((i for i, (old, new) in enumerate(rows) if old != new), min(earlier.cache.length, len(tokens) - 1))
-    if not common or earlier.long != long:
-        return fresh
-    cache, earlier.cache = earlier.cache, fresh
-    if common < cache.length:
-        cache.truncate(common)
-    return cache
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self._kept)
+
+    def keep(self, session: Session) -> None:
+        """Keep a finished session's cache, which nobody writes to any more."""
+        tokens = session.tokens[: session.cache.length]
+        if self.most <= 0 or len(tokens) < BLOCK:
+            return
+        kept = _Kept(tokens, session.cache, session.cache_name, session.long)
+        if kept.nbytes > self.most:
+            return
+        # What this text begins with is in it.
+        self._kept = [one for one in self._kept if one.long != kept.long or one.tokens != tokens[: len(one.tokens)]]
+        self._kept.append(kept)
+        while self.nbytes > self.most:
+            del self._kept[0]
+
+    def shared(self, session: Session) -> int:
+        """How many rows of the session's prompt are kept: 0, or a block at least."""
+        return self._best(session)[1]
+
+    def give(self, session: Session) -> None:
+        """Give these rows to a session with an empty cache."""
+        kept, length = self._best(session)
+        if kept is None:
+            return
+        whole = length >= _NEARLY_ALL * len(kept.tokens) and kept.cache.can_cut_anywhere
+        self._kept.remove(kept)
+        with suppress(LongspecError, OSError, MemoryError):  # only an optimisation: without it the rows are read
+            if whole:
+                kept.cache.truncate(length)
+                session.cache = kept.cache
+            else:
+                self._kept.append(kept)
+                session.cache = kept.cache.fork(length)
+            session.cache_name, session.cached = kept.cache_name, session.cache.length
+
+    def _best(self, session: Session) -> tuple[_Kept | None, int]:
+        prompt = session.tokens[:-1]
+        alike = [(common(one.tokens, prompt), one) for one in self._kept if one.long == session.long]
+        length, kept = max(alike, key=lambda each: each[0], default=(0, None))
+        return (kept, length) if length >= BLOCK else (None, 0)
 
 
-def _words(model: Model, cache_name: str) -> dict[str, str]:
-    """The fields of a snapshot's identity: the rows are reused only if all are equal."""
-    return {**model.fingerprint, "cache": cache_name, "size of blocks": str(BLOCK)}
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common prefix."""
+    at, most = 0, min(len(one), len(other))
+    while at < most and one[at : at + BLOCK] == other[at : at + BLOCK]:
+        at += BLOCK
+    rest = zip(one[at : at + BLOCK], other[at : at + BLOCK], strict=False)
+    return next((at + i for i, (a, b) in enumerate(rest) if a != b), min(at + BLOCK, most) if at < most else most)

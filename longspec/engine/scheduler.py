@@ -28,7 +28,7 @@ from typing import Protocol, Unpack
 from longspec.cache.stage import BLOCK, Cache
 from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
-from longspec.engine.prefixes import Prefixes, common
+from longspec.engine.prefix_cache import Prefixes, common
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
 from longspec.text.prompt import Prompt

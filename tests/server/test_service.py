@@ -17,7 +17,7 @@ from support.servers import Served, serving, until
 
 from longspec.cache import LOSSLESS
 from longspec.engine.engine import Engine
-from longspec.engine.prefixes import Prefixes, common
+from longspec.engine.prefix_cache import Prefixes, common
 from longspec.engine.scheduler import Schedule
 from longspec.engine.session import Session
 
