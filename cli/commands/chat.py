@@ -16,7 +16,7 @@ import typer
 from longspec.cli import BEGAN
 from longspec.cli.io.chat_loop import COMMANDS, Dialogue, short_name
 from longspec.cli.io.colour import can_colour
-from longspec.cli.io.line_editor import PipedLines, TypedLines, quiet_keys
+from longspec.cli.io.line_editor import PipedLines, TypedLines
 from longspec.cli.io.page import page
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.stream_answer import load
@@ -87,14 +87,13 @@ def chat(
             progress.say(f"talking with {short_name(loaded.model.name)}; ? says how, exit or Ctrl-D ends")
         colours = showing.show_drafts and can_colour()
         output = page(raw=showing.raw_output or colours)
-        with quiet_keys():
-            Dialogue(
-                conversation,
-                lines,
-                progress,
-                engine,
-                output=output,
-                colours=colours,
-                stats=stats,
-                hide=reasoning.hide_reasoning,
-            ).hold()
+        Dialogue(
+            conversation,
+            lines,
+            progress,
+            engine,
+            output=output,
+            colours=colours,
+            stats=stats,
+            hide=reasoning.hide_reasoning,
+        ).hold()

@@ -21,7 +21,6 @@ from longspec.cli.io import server_client as remote
 from longspec.cli.io import signals
 from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.each_line import answer_lines
-from longspec.cli.io.line_editor import quiet_keys
 from longspec.cli.io.output_file import OutputFile
 from longspec.cli.io.page import Page, page
 from longspec.cli.io.progress import Progress
@@ -175,8 +174,7 @@ def run(
         if asking.each_line:
             unanswered = answer_lines(call)
         else:
-            with quiet_keys():
-                _answer(call)
+            _answer(call)
     if unanswered is not None:  # only now that all valid lines are in the file
         raise unanswered
 

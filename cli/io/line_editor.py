@@ -126,14 +126,16 @@ class TypedLines:
 
 @contextmanager
 def quiet_keys() -> Iterator[None]:
-    """Within the block, a terminal doesn't print ^C into the text where one is typed."""
-    import termios
-
-    if sys.stdin is None or not os.isatty(0):
+    """Within the block, a terminal prints no key that is typed into the text, Ctrl-C neither; the next line read has
+    them. In the background nothing is changed: the system would stop a process that tries.
+    """
+    if sys.stdin is None or not os.isatty(0) or os.tcgetpgrp(0) != os.getpgrp():
         yield
         return
+    import termios
+
     before = termios.tcgetattr(0)
-    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(0, termios.TCSANOW, quiet)
     try:
         yield

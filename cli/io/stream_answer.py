@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from longspec.cli.io import signals
+from longspec.cli.io.line_editor import quiet_keys
 from longspec.cli.io.progress import thinking
 from longspec.errors import LongspecError
 
@@ -47,6 +48,7 @@ class Policy:
     paint: Callable[[str], str] | None = None
 
 
+@quiet_keys()
 def stream(
     source: Local | Remote, output: Output | OutputFile | Page, progress: Progress, policy: Policy
 ) -> signals.Interrupted | None:

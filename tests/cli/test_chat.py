@@ -424,6 +424,7 @@ def test_interrupts_at_a_terminal(tiny_folder: str, home: Path) -> None:
     talk = Talk(["-m", tiny_folder, "--dtype", "fp32", "--temperature", "0"], home)
     seen = (talk.begin("hello") + talk.type("\x03")).replace("\r\n", "\n")
     assert "^C" not in seen
+    assert "\x03" not in seen
     assert "stays in the conversation" in seen
     assert talk.type("\x03").endswith("> ")  # at the prompt it begins the line anew
     talk.say(f"/save {home}/talk")
