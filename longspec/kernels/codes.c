@@ -29,13 +29,20 @@ static Kind kind_of(int64_t format) {
     }
 }
 
-static Offsets offsets(int64_t format, int64_t width) {
+int64_t tile_bytes(int64_t format, int64_t width) {
     const Kind k = kind_of(format);
-    return offsets_of(width, k.bits, k.scales, k.has_low);
+    return format == FORMAT_FP8 ? float8_tile(width) : coded_tile(width, k.bits, k.scales, k.has_low);
 }
 
-int64_t tile_bytes(int64_t format, int64_t width) {
-    return format == FORMAT_FP8 ? float8_tile(width) : offsets(format, width).end;
+/* Of the span of a tile of such a width that has column `column`. */
+static Offsets offsets(Kind k, int64_t width, int64_t column) {
+    const int64_t left = width - column / SHARED_BY * SHARED_BY;
+    return offsets_of((left < SHARED_BY ? left : SHARED_BY) / 32, k.bits, k.scales, k.has_low);
+}
+
+/* Where in a tile that span begins. */
+static int64_t span_at(Kind k, int64_t column) {
+    return column / SHARED_BY * offsets_of(SPAN, k.bits, k.scales, k.has_low).end;
 }
 
 /* Bytes of a row of a file's blocks. */
@@ -60,31 +67,30 @@ static void put_codes(const Block *blocks, int group, int bits, uint8_t *to) {
         for (int i = 0; i < 64; i++) singles[i] |= (uint8_t)((words[j][i] >> (bits - 1) & 1) << j);
 }
 
-/* What 16 outputs' blocks say of up to 256 columns from `column` on, into their tile. */
-static void put_blocks(const Block *blocks, Kind k, const Offsets *o, int64_t column, int64_t width, char *tile) {
-    for (int group = 0; group < 8 && column + 32 * group < width; group++) {
-        const int64_t g = column / 32 + group, place = g / groups_of(k.scales), size = scale_bytes(k.scales);
-        char *steps = tile + o->steps + place * size, *lows = tile + o->lows + place * (has_zeros(k.scales) ? 16 : size);
-        put_codes(blocks, group, k.bits, (uint8_t *)tile + g * 64 * lines_of(k.bits));
+/* What 16 outputs' blocks say of up to 256 columns, into their span. */
+static void put_blocks(const Block *blocks, Kind k, Offsets o, char *span) {
+    for (int g = 0; g < (o.end - o.codes) / (64 * lines_of(k.bits)); g++) {
+        const int64_t place = g / groups_of(k.scales), size = scale_bytes(k.scales);
+        char *steps = span + place * size, *lows = span + o.lows + place * (has_zeros(k.scales) ? 16 : size);
+        put_codes(blocks, g, k.bits, (uint8_t *)span + o.codes + g * 64 * lines_of(k.bits));
         for (int i = 0; i < TILE && k.scales == PLAIN; i++) {
-            memcpy(steps + 2 * i, blocks[i].plain_steps + group, 2);
-            if (k.has_low) memcpy(lows + 2 * i, blocks[i].plain_lows + group, 2);
+            memcpy(steps + 2 * i, blocks[i].plain_steps + g, 2);
+            if (k.has_low) memcpy(lows + 2 * i, blocks[i].plain_lows + g, 2);
         }
-        for (int i = 0; i < TILE && k.scales == EXPONENT; i++) steps[i] = (char)blocks[i].exponents[group];
+        for (int i = 0; i < TILE && k.scales == EXPONENT; i++) steps[i] = (char)blocks[i].exponents[g];
         for (int i = 0; i < TILE && has_zeros(k.scales); i++) {
-            memcpy(steps + 4 * i, blocks[i].whole_steps + group, 4);
-            lows[i] = (char)blocks[i].zeros[group];
+            memcpy(steps + 4 * i, blocks[i].whole_steps + g, 4);
+            lows[i] = (char)blocks[i].zeros[g];
         }
         for (int half = 0; half < (k.scales == BY_16 ? 2 : k.scales == BY_32); half++)
             for (int i = 0; i < TILE; i++) {
-                steps[16 * half + i] = (char)blocks[i].steps[2 * group + half];
-                if (k.has_low) lows[16 * half + i] = (char)blocks[i].lows[2 * group + half];
+                steps[16 * half + i] = (char)blocks[i].steps[2 * g + half];
+                if (k.has_low) lows[16 * half + i] = (char)blocks[i].lows[2 * g + half];
             }
     }
     if (k.scales < BY_32) return;
-    char *shared = tile + o->shared + column / SHARED_BY * 32 * (1 + k.has_low);
     for (int i = 0; i < TILE; i++)
-        for (int n = 0; n <= k.has_low; n++) memcpy(shared + 32 * n + 2 * i, blocks[i].shared + n, 2);
+        for (int n = 0; n <= k.has_low; n++) memcpy(span + o.shared + 32 * n + 2 * i, blocks[i].shared + n, 2);
 }
 
 /* Where output `out` of the matrix stands in a file whose `heads` heads have rows in pairs (0, d/2, 1, d/2 + 1, ...), as
@@ -210,15 +216,15 @@ static void float8_by(void *args, Team *t, int64_t rank) {
 static void tiles_by(void *args, Team *t, int64_t rank) {
     const Job *job = args;
     const Kind k = kind_of(job->format);
-    const Offsets o = offsets(job->format, job->width);
+    const int64_t bytes = tile_bytes(job->format, job->width);
     (void)rank;
     SHARED(t, tile, job->size / TILE) {
         Block blocks[TILE];
-        char *at = job->to + tile * o.end;
-        memset(at, 0, (size_t)o.end);
+        char *at = job->to + tile * bytes;
+        memset(at, 0, (size_t)bytes);
         for (int64_t column = 0; column < job->width; column += COLUMNS) {
             for (int i = 0; i < TILE; i++) fill(job, tile * TILE + i, column, blocks + i);
-            put_blocks(blocks, k, &o, column, job->width, at);
+            put_blocks(blocks, k, offsets(k, job->width, column), at + span_at(k, column));
         }
     }
     meet(t);
@@ -256,13 +262,13 @@ static float power_of(uint8_t e) {
     return value;
 }
 
-/* The step, or the low, of a group's half `half` for output i of the tile. */
-static float scale_at(const char *tile, const Offsets *o, Kind k, int64_t g, int half, int i, int is_low) {
-    const char *at = tile + (is_low ? o->lows : o->steps) + g / groups_of(k.scales) * scale_bytes(k.scales);
+/* The step, or the low, of half `half` of a span's group for output i of the tile. */
+static float scale_at(const char *span, const Offsets *o, Kind k, int64_t g, int half, int i, int is_low) {
+    const char *at = span + is_low * o->lows + g / groups_of(k.scales) * scale_bytes(k.scales);
     if (has_zeros(k.scales)) return ((const float *)at)[i];
     if (k.scales == PLAIN) return one_fp16(half_at((const uint8_t *)at + 2 * i));
     if (k.scales == EXPONENT) return power_of((uint8_t)at[i]);
-    const char *shared = tile + o->shared + g / 8 * 32 * (1 + k.has_low) + 32 * is_low;
+    const char *shared = span + o->shared + 32 * is_low;
     const int8_t whole = (int8_t)at[(k.scales == BY_16 ? 16 * half : 0) + i];
     return one_fp16(half_at((const uint8_t *)shared + 2 * i)) * (float)whole * (is_low ? -1.0f : 1.0f);
 }
@@ -299,20 +305,22 @@ static void float8_values_by(void *args, Team *t, int64_t rank) {
 static void values_by(void *args, Team *t, int64_t rank) {
     const Job *job = args;
     const Kind k = kind_of(job->format);
-    const Offsets o = offsets(job->format, job->width);
+    const int64_t bytes = tile_bytes(job->format, job->width);
     (void)rank;
     SHARED(t, n, job->size) {
-        const char *tile = (const char *)job->from + job->chosen[n] / TILE * o.end;
+        const char *tile = (const char *)job->from + job->chosen[n] / TILE * bytes;
         const int i = (int)(job->chosen[n] % TILE);
         for (int64_t c = 0; c < job->width; c += 16) {
-            const int64_t g = c / 32;
+            const Offsets o = offsets(k, job->width, c);
+            const char *span = tile + span_at(k, c);
+            const int64_t g = c % SHARED_BY / 32;
             const int half = (int)(c % 32 / 16);
-            const uint8_t *codes = (const uint8_t *)tile + g * 64 * lines_of(k.bits);
-            const float step = scale_at(tile, &o, k, g, half, i, 0), low = k.has_low ? scale_at(tile, &o, k, g, half, i, 1) : 0;
+            const uint8_t *codes = (const uint8_t *)span + o.codes + g * 64 * lines_of(k.bits);
+            const float step = scale_at(span, &o, k, g, half, i, 0), low = k.has_low ? scale_at(span, &o, k, g, half, i, 1) : 0;
             for (int at = 0; at < 16; at++) {
                 int code = code_at(codes, k.bits, i, 16 * half + at);
                 if (k.bits > 8) code = TABLES[k.bits == FP4][code];
-                else if (has_zeros(k.scales)) code -= (uint8_t)tile[o.lows + g / groups_of(k.scales) * 16 + i];
+                else if (has_zeros(k.scales)) code -= (uint8_t)span[o.lows + g / groups_of(k.scales) * 16 + i];
                 else if (!k.has_low) code -= middle_of(k.bits);
                 const float value = (float)code * step;
                 ((float *)job->to)[n * job->width + c + at] = k.has_low ? value + low : value;

@@ -84,16 +84,24 @@ static void code_rows(const bf16 *x, int64_t rows, int64_t width, int64_t part, 
     if (live % 4 == 3) to->sums[2 * at + live] = to->sums[2 * at + TILE + live] = 0; /* three rows go as four */
 }
 
-/* A tile of a matrix: where its groups' steps, lows and shared factors are. */
+/* A span of a tile: where its groups' codes, steps, lows and shared factors are. */
 typedef struct {
     const uint8_t *codes;
     const char *steps, *lows, *shared;
-} Tile;
+} Span;
 
-INLINE Tile tile_of(const Matrix *m, int64_t tile, const int bits, const int scales, const int has_low) {
-    const Offsets o = offsets_of(m->width, bits, scales, has_low);
-    const char *at = (const char *)m->weight + tile * o.end;
-    return (Tile){(const uint8_t *)at, at + o.steps, at + o.lows, at + o.shared};
+/* The span of a tile that begins with group `first`. */
+INLINE Span span_of(const Matrix *m, int64_t tile, int64_t first, const int bits, const int scales, const int has_low) {
+    const int64_t left = m->width / GROUP - first;
+    const Offsets o = offsets_of(left < SPAN ? left : SPAN, bits, scales, has_low);
+    const char *at = (const char *)m->weight + tile * coded_tile(m->width, bits, scales, has_low) +
+                     first / SPAN * offsets_of(SPAN, bits, scales, has_low).end;
+    return (Span){(const uint8_t *)at + o.codes, at, at + o.lows, at + o.shared};
+}
+
+/* Scales stand before their codes, and are asked for with them. */
+INLINE void prefetch_scales(const Span *s) {
+    for (const char *at = s->steps; at < (const char *)s->codes; at += 64) __builtin_prefetch(at + AHEAD);
 }
 
 /* 2^(e - 128) of bytes e, denormal below 2. */
@@ -102,23 +110,22 @@ INLINE vf powers_of(const uint8_t *from) {
     return choose((vi)(e < 2), (vf)((e + 1) << 21), (vf)((e - 1) << 23));
 }
 
-/* Steps of a group's half, or its lows, for the outputs of piece p. A product of fp16 and 8 bits is exact. */
-INLINE vf scales_of(const Tile *t, int64_t g, const int half, const int p, const int scales, const int has_low, const int is_low) {
-    const char *from = (is_low ? t->lows : t->steps) + g / groups_of(scales) * scale_bytes(scales);
+/* Steps of half of a span's group, or its lows, for the outputs of piece p. A product of fp16 and 8 bits is exact. */
+INLINE vf scales_of(const Span *s, int64_t g, const int half, const int p, const int scales, const int is_low) {
+    const char *from = (is_low ? s->lows : s->steps) + g / groups_of(scales) * scale_bytes(scales);
     if (has_zeros(scales)) return load((const float *)from + p * LANES);
     if (scales == PLAIN) return load_fp16((const fp16 *)from + p * LANES);
     if (scales == EXPONENT) return powers_of((const uint8_t *)from + p * LANES);
-    const fp16 *shared = (const fp16 *)(t->shared + g / (SHARED_BY / GROUP) * 32 * (1 + has_low)) + 16 * is_low;
-    const vf factor = load_fp16(shared + p * LANES);
+    const vf factor = load_fp16((const fp16 *)s->shared + 16 * is_low + p * LANES);
     const vi whole = load_int8(from + 16 * half + p * LANES);
     return is_low ? to_float(whole) * -factor : to_float(whole) * factor;
 }
 
-/* What a group's codes stand above, of the outputs of piece p: their middle or their zero points, where products aren't
+/* What the codes of a span's group stand above, of the outputs of piece p: their middle or their zero points, where products aren't
  * centred and there is no low. */
-INLINE vi middles_of(const Tile *t, int64_t g, const int p, const int bits, const int scales) {
+INLINE vi middles_of(const Span *s, int64_t g, const int p, const int bits, const int scales) {
     if (!has_zeros(scales)) return (vi){0} + middle_of(bits);
-    return (vi)load_uint8(t->lows + g / groups_of(scales) * TILE + p * LANES);
+    return (vi)load_uint8(s->lows + g / groups_of(scales) * TILE + p * LANES);
 }
 
 /* What a group gives to a row's outputs: the codes' sums of its halves (or of all of it, in the first), without the middle.
@@ -137,31 +144,36 @@ INLINE vf add_group(vf sum, const vi dots[2], const vf steps[2], const vf lows[2
 /* Sums of a tile's 16 outputs for `rows` rows, at most CODE_ROWS. */
 INLINE void by_words(const Matrix *m, int64_t tile, const Coded *x, const int rows, const int bits, const int scales,
                      const int has_low, float *sums, int64_t stride) {
-    const Tile t = tile_of(m, tile, bits, scales, has_low);
     const int halves = scales == BY_16 ? 2 : 1;
     vf made[CODE_ROWS][PIECES];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < PIECES; p++) made[r][p] = all(0);
-    for (int64_t g = 0; g < m->width / GROUP; g++) {
-        vi dots[2][CODE_ROWS][PIECES];
-        group_dot(t.codes + g * 64 * lines_of(bits), bits, halves, x->codes + g * GROUP, m->width, rows, dots);
-        UNROLL for (int p = 0; p < PIECES; p++) {
-            vf steps[2], lows[2];
-            const vi middles = middles_of(&t, g, p, bits, scales);
-            UNROLL for (int h = 0; h < halves; h++) {
-                steps[h] = scales_of(&t, g, h, p, scales, has_low, 0);
-                lows[h] = has_low ? scales_of(&t, g, h, p, scales, has_low, 1) : steps[h];
-            }
-            UNROLL for (int r = 0; r < rows; r++) {
-                const int64_t at = g * TILE + r;
-                const int32_t *both = x->sums + 2 * g * TILE + r;
-                vi centred[2];
+    for (int64_t first = 0; first < m->width / GROUP; first += SPAN) {
+        const int64_t left = m->width / GROUP - first, count = left < SPAN ? left : SPAN;
+        const Span s = span_of(m, tile, first, bits, scales, has_low);
+        prefetch_scales(&s);
+        for (int64_t i = 0; i < count; i++) {
+            vi dots[2][CODE_ROWS][PIECES];
+            const int64_t g = first + i;
+            group_dot(s.codes + i * 64 * lines_of(bits), bits, halves, x->codes + g * GROUP, m->width, rows, dots);
+            UNROLL for (int p = 0; p < PIECES; p++) {
+                vf steps[2], lows[2];
+                const vi middles = middles_of(&s, i, p, bits, scales);
                 UNROLL for (int h = 0; h < halves; h++) {
-                    const int32_t of_row = halves == 1 ? both[0] + both[TILE] : both[h * TILE];
-                    centred[h] = dots[h][r][p];
-                    if (!has_low && !is_centred(bits)) centred[h] -= of_row * middles;
+                    steps[h] = scales_of(&s, i, h, p, scales, 0);
+                    lows[h] = has_low ? scales_of(&s, i, h, p, scales, 1) : steps[h];
                 }
-                made[r][p] = add_group(made[r][p], centred, steps, lows, halves, has_low, x->scales[at], x->totals[at], both);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const int64_t at = g * TILE + r;
+                    const int32_t *both = x->sums + 2 * g * TILE + r;
+                    vi centred[2];
+                    UNROLL for (int h = 0; h < halves; h++) {
+                        const int32_t of_row = halves == 1 ? both[0] + both[TILE] : both[h * TILE];
+                        centred[h] = dots[h][r][p];
+                        if (!has_low && !is_centred(bits)) centred[h] -= of_row * middles;
+                    }
+                    made[r][p] = add_group(made[r][p], centred, steps, lows, halves, has_low, x->scales[at], x->totals[at], both);
+                }
             }
         }
     }

@@ -22,17 +22,20 @@ static void add(const void *bytes, size_t count) {
 
 /* 16 outputs of a format: random codes, and scales that are numbers. */
 static void draw_tile(uint8_t *tile, int64_t width, int bits, int scales, int has_low) {
-    const Offsets o = offsets_of(width, bits, scales, has_low);
-    for (int64_t i = 0; i < o.end; i++) tile[i] = (uint8_t)drawn();
-    for (int64_t i = scales == PLAIN ? o.steps : o.shared; i + 1 < o.end; i += 2) {
-        const fp16 value = (fp16)(drawn() & 0x8000) | drawn() % 0x3c00;
-        memcpy(tile + i, &value, 2);
+    for (int64_t first = 0; first < width; first += SHARED_BY) {
+        const Offsets o = offsets_of((width - first < SHARED_BY ? width - first : SHARED_BY) / GROUP, bits, scales, has_low);
+        for (int64_t i = 0; i < o.end; i++) tile[i] = (uint8_t)drawn();
+        for (int64_t i = scales == PLAIN ? 0 : o.shared; i + 1 < o.codes; i += 2) {
+            const fp16 value = (fp16)(drawn() & 0x8000) | drawn() % 0x3c00;
+            memcpy(tile + i, &value, 2);
+        }
+        for (int64_t i = 0; has_zeros(scales) && i < o.lows; i += 4) {
+            const float value = number() / 100;
+            memcpy(tile + i, &value, 4);
+        }
+        for (int64_t i = 0; scales == EXPONENT && i < o.lows; i++) tile[i] = 100 + drawn() % 40;
+        tile += o.end;
     }
-    for (int64_t i = o.steps; has_zeros(scales) && i < o.lows; i += 4) {
-        const float value = number() / 100;
-        memcpy(tile + i, &value, 4);
-    }
-    for (int64_t i = o.steps; scales == EXPONENT && i < o.lows; i++) tile[i] = 100 + drawn() % 40;
 }
 
 /* 16 outputs of FP8: any bytes, and scales that are numbers. */
@@ -48,7 +51,7 @@ static void draw_float8(uint8_t *tile, int64_t width) {
 }
 
 static void products(int64_t size, int64_t width, int64_t format, int bits, int scales, int has_low) {
-    const int64_t codes = offsets_of(width, bits, scales, has_low).end;
+    const int64_t codes = coded_tile(width, bits, scales, has_low);
     const int64_t bytes = format == BF16 ? 32 * width : format == FORMAT_FP8 ? float8_tile(width) : codes;
     uint8_t *weight = calloc(1, (size_t)(size / TILE * bytes + 65536));
     bf16 *bias = malloc((size_t)(2 * size)), *x = malloc((size_t)(130 * width * 2));

@@ -17,18 +17,21 @@ INLINE void unpack_group(const uint8_t *from, const int bits, const int halves, 
  * taking turns group by group is a quarter slower. Four products are under way, and a sum is stored four later. */
 INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *all_rows, int64_t rows, const int bits, const int scales,
                      const int has_low, float *sums, int64_t stride) {
-    const Tile t = tile_of(m, tile, bits, scales, has_low);
     const int halves = scales == BY_16 ? 2 : 1;
     const int64_t groups = m->width / GROUP;
     int32_t made[2 * RUN][TILE][WIDE] __attribute__((aligned(64)));
     vq words[2 * RUN][WORDS];
     for (int64_t start = 0; start < groups; start += RUN) {
         const int64_t count = groups - start < RUN ? groups - start : RUN, products = count * halves;
-        const uint8_t *from = bits == 8 ? t.codes + start * 512 : (const uint8_t *)words;
-        if (bits != 8)
-            for (int64_t g = 0; g < count; g++) unpack_group(t.codes + (start + g) * 64 * lines_of(bits), bits, halves, words + g * halves);
-        else
-            for (int64_t i = 0; i < count * 512; i += 64) _mm_prefetch((const char *)from + i + AHEAD, _MM_HINT_T0);
+        const uint8_t *from[2 * RUN]; /* of each product, its codes as a tile */
+        for (int64_t g = 0; g < count; g++) {
+            const Span s = span_of(m, tile, (start + g) / SPAN * SPAN, bits, scales, has_low);
+            if ((start + g) % SPAN == 0) prefetch_scales(&s);
+            const uint8_t *codes = s.codes + (start + g) % SPAN * 64 * lines_of(bits);
+            if (bits != 8) unpack_group(codes, bits, halves, words + g * halves);
+            for (int j = 0; bits == 8 && j < WORDS; j++) _mm_prefetch((const char *)codes + 64 * j + AHEAD, _MM_HINT_T0);
+            for (int h = 0; h < halves; h++) from[g * halves + h] = bits == 8 ? codes : (const uint8_t *)(words + g * halves + h);
+        }
         for (int64_t first = 0; first < rows; first += TILE) {
             const Coded x = from_row(all_rows, first, m->width);
 #define MULTIPLY(n, slot, of_rows, of_codes)                                                  \
@@ -37,7 +40,7 @@ INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *all_rows, int64
         if ((n) < products) {                                                                 \
             _tile_zero(slot);                                                                 \
             _tile_loadd(of_rows, x.codes + (start + (n) / halves) * GROUP, m->width);         \
-            _tile_loadd(of_codes, from + (n) * 512, 64);                                      \
+            _tile_loadd(of_codes, from[n], 64);                                               \
             _tile_dpbsud(slot, of_rows, of_codes);                                            \
         }                                                                                     \
     }
@@ -55,9 +58,11 @@ INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *all_rows, int64
                 for (int r = 0; r < AT_ONCE; r++) total[r] = start ? load(to + r * stride) : all(0);
                 for (int64_t g = 0; g < count; g++) {
                     vf steps[2], lows[2];
-                    const vi middles = has_low ? (vi){0} : middles_of(&t, start + g, 0, bits, scales);
-                    UNROLL for (int h = 0; h < halves; h++) steps[h] = scales_of(&t, start + g, h, 0, scales, has_low, 0);
-                    UNROLL for (int h = 0; h < halves; h++) lows[h] = scales_of(&t, start + g, h, 0, scales, has_low, has_low);
+                    const Span s = span_of(m, tile, (start + g) / SPAN * SPAN, bits, scales, has_low);
+                    const int64_t i = (start + g) % SPAN;
+                    const vi middles = has_low ? (vi){0} : middles_of(&s, i, 0, bits, scales);
+                    UNROLL for (int h = 0; h < halves; h++) steps[h] = scales_of(&s, i, h, 0, scales, 0);
+                    UNROLL for (int h = 0; h < halves; h++) lows[h] = scales_of(&s, i, h, 0, scales, has_low);
                     UNROLL for (int r = 0; r < AT_ONCE; r++) {
                         const int64_t at = (start + g) * TILE + row + r;
                         const int32_t *both = x.sums + 2 * (start + g) * TILE + row + r;

@@ -1,5 +1,6 @@
 /* Plain C: what the other headers are tested against, and what runs on a processor that none of them knows. */
 enum { ROWS_AT_ONCE = 1, VALUE_ROWS = 4, CODE_ROWS = 4 };
+enum { AHEAD = 1024 }; /* bytes: codes are asked for so early */
 
 #include "planes.h"
 

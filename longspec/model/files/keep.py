@@ -27,6 +27,7 @@ __all__ = ["keep", "kept"]
 _MATRICES = tuple(
     f".{name}_proj.weight" for name in ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
 )  # a layer's, as its reader names them
+_SPAN = 8 * (2 * STRIP + STRIP * GROUP // 2)  # bytes that a tile of Q4_0 has for 256 columns
 _SHARD = 1 << 30  # bytes that are held until they are written
 _SCHEME = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False}
 
@@ -107,13 +108,20 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     if not name.endswith(_MATRICES) or weight.ndim != 2 or weight.shape[0] % STRIP or weight.shape[1] % GROUP:
         return {name: weight.contiguous()}
     piece = Piece.of_values(weight, "Q4_0")
-    size, groups = piece.size, piece.width // GROUP
-    planes = piece.tiles[:, : groups * 256].view(-1, groups, 4, STRIP, 4)  # [tile, group, word, output, column]
-    codes = torch.stack((planes & 15, planes >> 4), 2).permute(0, 4, 1, 2, 3, 5).reshape(size, -1)  # [out, in]
-    steps = piece.tiles[:, groups * 256 : groups * (256 + 2 * STRIP)].contiguous().view(torch.float16)
+    spans = [_span(part) for part in piece.tiles.split(_SPAN, dim=1)]
+    codes = torch.cat([codes for codes, _ in spans], 1)
     stem = name.removesuffix(".weight")
     return {
         f"{stem}.weight_packed": (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int32),
-        f"{stem}.weight_scale": steps.view(-1, groups, STRIP).transpose(1, 2).reshape(size, groups).contiguous(),
+        f"{stem}.weight_scale": torch.cat([steps for _, steps in spans], 1),
         f"{stem}.weight_shape": torch.tensor(weight.shape),
     }
+
+
+def _span(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and steps [out, groups] of tiles' columns, 256 or what is left, as formats.h lays out Q4_0."""
+    groups = tiles.shape[1] // (_SPAN // 8)
+    steps = tiles[:, : groups * 2 * STRIP].contiguous().view(torch.float16).view(-1, groups, STRIP)
+    planes = tiles[:, tiles.shape[1] - groups * 256 :].reshape(-1, groups, 4, STRIP, 4)  # [tile, group, word, out, in]
+    codes = torch.stack((planes & 15, planes >> 4), 2).permute(0, 4, 1, 2, 3, 5)
+    return codes.reshape(-1, groups * GROUP), steps.transpose(1, 2).reshape(-1, groups)
