@@ -17,7 +17,7 @@ from torch import Tensor
 from longspec.cache.stage import Stage
 from longspec.engine.session import Session
 from longspec.model.decoder import Chunk, Decoder, Rows
-from longspec.sampling.sampler import choose, likeliest
+from longspec.sampling.sampler import choose, likeliest, sound
 from longspec.sampling.verify import verify
 from longspec.types import Begun, Draft, Needs, TokenLogprob, Verdict
 
@@ -202,8 +202,8 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenL
 
 
 def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
-    """The target's token after every choosing position, input by input, in one copy to the host; -1 where a logit is
-    NaN or infinite, which its row's sum is too then: 5 us of a row of 49,152.
+    """The target's token after every choosing position, input by input, in one copy to the host; -1 where the model
+    gave no numbers to choose from.
     """
     chosen, start = [], 0
     for _, alike in groupby(inputs, _sampled_alike):
@@ -218,8 +218,7 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
         contexts = [session.seen.union(path) for path in group[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
-    sound = logits.sum(-1, dtype=torch.float32) < float("inf")
-    flat, ends = torch.cat(chosen).where(sound, -1).tolist(), list(accumulate(one.choosing for one in inputs))
+    flat, ends = torch.cat(chosen).where(sound(logits), -1).tolist(), list(accumulate(one.choosing for one in inputs))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 

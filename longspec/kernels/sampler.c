@@ -1,4 +1,5 @@
-/* Rows of logits: their greatest few, and the token that a row's noise chooses (sampling.py has the same in torch).
+/* Rows of logits: whether one can choose among them, their greatest few, and the token that a row's noise chooses (sampler.py has
+ * the same in torch).
  *
  * A block of columns is looked through only where its greatest is above the least that is held: of 49,152 columns some
  * eighty blocks, for eight. So a row costs hardly more than reading it.
@@ -85,6 +86,20 @@ static inline float exponential(float x) {
 
 BEST(best16, uint16_t, int16_t, key16, INT16_MIN)
 BEST(best32, uint32_t, int32_t, key32, INT32_MIN)
+
+/* Whether one can choose among a row's logits: none is NaN, or infinite other than below. */
+#define SOUND(name, type, infinity)                                                               \
+    void name(const type *logits, int64_t rows, int64_t size, int64_t *sound) {                   \
+        for (int64_t row = 0; row < rows; row++, logits += size) {                                \
+            type wrong = 0;                                                                       \
+            for (int64_t i = 0; i < size; i++)                                                    \
+                wrong |= (type)(logits[i] << 1) > (type)(infinity << 1) || logits[i] == infinity; \
+            sound[row] = !wrong;                                                                  \
+        }                                                                                         \
+    }
+
+SOUND(sound16, uint16_t, 0x7f80)
+SOUND(sound32, uint32_t, 0x7f800000u)
 
 /* Of `count` scores in falling order, how many top-p and min-p keep; `whole`: the sum of e^(score - scores[0]). */
 static int64_t nucleus(const float *scores, int64_t count, float whole, float top_p, float min_p) {

@@ -26,7 +26,7 @@ from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.sampling.parameters import Sampling
 
-__all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank"]
+__all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank", "sound"]
 
 _SOURCE = "sampler.c"
 _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
@@ -106,6 +106,20 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     held = grouped.gather(2, groups[:, None].expand(-1, 64, -1)).flatten(1)
     best = held.topk(count).indices
     return best // count * (size // 64) + groups.gather(1, best % count)
+
+
+def sound(logits: Tensor) -> Tensor:
+    """Whether one can choose among a row's logits [r, V]: none is NaN or positive infinity, as their sum is too then.
+
+    On a CPU by the kernel: torch shares a sum of more than 32,768 values among its own threads, which then spin where
+    the kernels' team works (the default model wrote 90 tokens a second and not 170 on two cores).
+    """
+    kernel = _kernel(logits)
+    if kernel is None:
+        return logits.sum(-1, dtype=torch.float32) < float("inf")
+    logits, found = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
+    kernel("sound", logits.data_ptr(), *logits.shape, found.data_ptr())
+    return found.bool()
 
 
 def _kernel(logits: Tensor) -> Callable[..., None] | None:

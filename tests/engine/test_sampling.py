@@ -14,7 +14,7 @@ from torch import Tensor
 from longspec.errors import UsageError
 from longspec.sampling import sampler
 from longspec.sampling.parameters import LEAST_TEMPERATURE, PARAMETERS, Bounds, Sampling, SamplingOptions, without_idle
-from longspec.sampling.sampler import choose, gumbel, noise_key, rank
+from longspec.sampling.sampler import choose, gumbel, noise_key, rank, sound
 
 DRAWS = 40_000
 ALPHA = 1e-6
@@ -272,3 +272,11 @@ def test_a_tiny_penalty_does_not_overflow() -> None:
     likely = {token for token in (3, 4) if logits[0, token] > 0} or set(range(700))
     assert {*choose(logits, sampling, keys, seen).tolist()} <= likely
     assert bool(rank(logits, sampling, keys, seen, 1)[1].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_nothing_can_be_chosen_from(dtype: torch.dtype) -> None:
+    values = [0.0, math.inf, -math.inf, math.nan, -math.nan, 3e38, -3e38]
+    logits = torch.randn(len(values), 300).to(dtype)
+    logits[torch.arange(len(values)), torch.arange(len(values)) * 40] = torch.tensor(values).to(dtype)
+    assert sound(logits).tolist() == [True, False, True, False, False, True, True]
