@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 128, MOST = 64, SUMS = 16 };
+enum { BLOCK = 128, MOST = 128, LOOKED = 64, SUMS = 16 };
 
 /* Bits of a bf16 or fp32 value as an integer that is greater where the value is; and the value. */
 static inline int16_t key16(uint16_t x) { return (int16_t)(x ^ (uint16_t)(((int16_t)x >> 15) & 0x7fff)); }
@@ -113,6 +113,25 @@ static int64_t nucleus(const float *scores, int64_t count, float whole, float to
     return kept;
 }
 
+/* The logarithm of a row's sum of e^(logit / temperature). */
+#define MASS(name, type, value, best)                                                                        \
+    void name(const type *logits, int64_t rows, int64_t size, float temperature, float *mass) {              \
+        for (int64_t row = 0; row < rows; row++, logits += size) {                                           \
+            int64_t first, i = 0;                                                                            \
+            best(logits, 1, size, 1, &first);                                                                \
+            const float most = value(logits[first]) / temperature;                                           \
+            float sums[SUMS] = {0}, whole = 0;                                                               \
+            for (; i + SUMS <= size; i += SUMS)                                                              \
+                for (int64_t k = 0; k < SUMS; k++) sums[k] += exponential(value(logits[i + k]) / temperature - most); \
+            for (; i < size; i++) sums[0] += exponential(value(logits[i]) / temperature - most);             \
+            for (int64_t k = 0; k < SUMS; k++) whole += sums[k];                                             \
+            mass[row] = most + logf(whole);                                                                  \
+        }                                                                                                    \
+    }
+
+MASS(mass16, uint16_t, value16, best16)
+MASS(mass32, uint32_t, value32, best32)
+
 /* What a call is for. */
 typedef struct {
     const void *logits;
@@ -125,14 +144,14 @@ typedef struct {
 } Choice;
 
 /* chosen [rows]: what each row's key chooses of its logits / temperature [rows, size] by top-k, top-p and min-p; -1
- * where they may keep more than the best MOST, or top-k is above it.
+ * where they may keep more than the best LOOKED, or top-k is above MOST.
  *
  * Without any of them all tokens are in play: only those are looked at closely whose noise can be great enough, which
  * its exponent tells (of 49,152 some twenty).
  */
 #define CHOOSE(name, type, value, best)                                                                                \
     static void name##_row(const Choice *c, int64_t row) {                                                             \
-        const int64_t looked = c->top_k ? c->top_k : MOST, count = looked < c->size ? looked : c->size;                \
+        const int64_t looked = c->top_k ? c->top_k : LOOKED, count = looked < c->size ? looked : c->size;                \
         const type *own = (const type *)c->logits + row * c->size;                                                     \
         int64_t tokens[MOST], kept = 1;                                                                                \
         float scores[MOST];                                                                                            \

@@ -29,7 +29,7 @@ from longspec.sampling.parameters import Sampling
 __all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank", "sound"]
 
 _SOURCE = "sampler.c"
-_KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 64
+_KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 128
 """Suffix of the C functions by dtype, and the largest `count` of the C kernel."""
 
 _MOST_LOGIT = 1e30
@@ -122,6 +122,16 @@ def sound(logits: Tensor) -> Tensor:
     return found.bool()
 
 
+def _mass(logits: Tensor, temperature: float) -> Tensor:
+    """The logarithm [r, 1] of the sum of e^(logit / temperature) over a row of logits [r, V]."""
+    kernel = _kernel(logits)
+    if kernel is None:
+        return torch.logsumexp(logits.float() / temperature, -1, keepdim=True)
+    logits, mass = logits.contiguous(), torch.empty(len(logits), 1)
+    kernel("mass", logits.data_ptr(), *logits.shape, ctypes.c_float(temperature), mass.data_ptr())
+    return mass
+
+
 def _kernel(logits: Tensor) -> Callable[..., None] | None:
     """Calls a C function of `sampler.c` for these logits, by name and arguments (addresses as integers); or None."""
     kernel = library(_SOURCE) if logits.device.type == "cpu" and logits.dtype in _KERNELS else ""
@@ -156,12 +166,12 @@ def rank(
         columns = contexts if vocabulary is None else [_columns(vocabulary, context) for context in contexts]
         logits = _penalised(logits.float(), sampling.repetition_penalty, columns)
     if sampling.is_greedy:
-        values, tokens = logits.topk(min(count, logits.shape[1])) if count > 1 else logits.max(-1, keepdim=True)
-        tokens = tokens if vocabulary is None else vocabulary[tokens]
-        return tokens, torch.exp(values.float() - torch.logsumexp(logits.float(), -1, keepdim=True))
-    scores = logits.float() / sampling.temperature
-    values, tokens = scores.topk(min(sampling.top_k or _LOOKS[0], scores.shape[1]))
-    whole = torch.logsumexp(values if sampling.top_k else scores, -1, keepdim=True)
+        tokens = likeliest(logits, min(count, logits.shape[1]))
+        chances = torch.exp(logits.gather(1, tokens).float() - _mass(logits, 1.0))
+        return tokens if vocabulary is None else vocabulary[tokens], chances
+    tokens = likeliest(logits, min(sampling.top_k or _LOOKS[0], logits.shape[1]))
+    values = logits.gather(1, tokens).float() / sampling.temperature
+    whole = torch.logsumexp(values, -1, keepdim=True) if sampling.top_k else _mass(logits, sampling.temperature)
     tokens = tokens if vocabulary is None else vocabulary[tokens]
     noisy = _nucleus(values, whole, sampling) + gumbel(keys, tokens)
     chances, best = torch.softmax(noisy, -1).topk(min(count, noisy.shape[1]))

@@ -280,3 +280,19 @@ def test_rows_that_nothing_can_be_chosen_from(dtype: torch.dtype) -> None:
     logits = torch.randn(len(values), 300).to(dtype)
     logits[torch.arange(len(values)), torch.arange(len(values)) * 40] = torch.tensor(values).to(dtype)
     assert sound(logits).tolist() == [True, False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_are_ranked_by_their_probability(temperature: float, dtype: torch.dtype) -> None:
+    logits = (torch.randn(3, 700, generator=torch.Generator().manual_seed(2)) * 4).to(dtype)
+    tokens, chances = rank(logits, Sampling(temperature=temperature), [1, 2, 3], None, 5)
+    scores = logits.double() / (temperature or 1.0)
+    if temperature:
+        scores = scores.log_softmax(-1) + gumbel([1, 2, 3], torch.arange(700)[None])
+        best = logits.float().topk(128).indices
+        scores = torch.full_like(scores, -torch.inf).scatter(1, best, scores.gather(1, best))
+    want = scores.softmax(-1).topk(5)
+    torch.testing.assert_close(chances.double(), want.values, atol=1e-5, rtol=1e-4)
+    if dtype == torch.float32 or temperature:  # rows in bf16 tie
+        assert torch.equal(tokens, want.indices)
