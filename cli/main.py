@@ -28,7 +28,6 @@ CLOSED_PIPE = 128 + 13
 def main() -> NoReturn:
     """The entry point of the program `longspec`."""
     signals.catch()
-    _set_threads()
     try:
         _prepare_streams()
         if not sys.warnoptions:
@@ -64,15 +63,6 @@ def guarded(arguments: Sequence[str]) -> int:
         _say(error)
         return error.exit_code if isinstance(error, LongspecError) else 1
     return code
-
-
-def _set_threads() -> None:
-    """Set OpenMP's wait policy before torch is loaded, unless the user has."""
-    # Waiting threads then spin for 10,000 iterations before they sleep; the system's default is 30 times as many. On
-    # two cores with AMX both settings decode 32 tokens/s alone (the default model, bf16), and 10 against 1.4 beside
-    # one other busy process.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _prepare_streams() -> None:

@@ -51,8 +51,8 @@ class Worker:
         script = [contender.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
         command = script if contender.kind == "llama.cpp" else own
         environment = dict(os.environ)
-        if "OMP_WAIT_POLICY" not in environment:  # as the command itself sets it: waiting threads sleep soon
-            environment.setdefault("GOMP_SPINCOUNT", "10000")
+        if script is command:  # its threads wait as it has them wait, and not as ours do
+            environment.pop("GOMP_SPINCOUNT", None)
         self._heard = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         try:
             self._process = subprocess.Popen(  # noqa: S603

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from longspec.cli import main
 from longspec.machine import system as machine
 
 
@@ -25,12 +26,18 @@ def test_what_the_machine_has() -> None:
     assert machine.total_bytes() >= machine.available_bytes() > 0
 
 
-@pytest.mark.parametrize(("policy", "spins"), [(None, "10000"), ("PASSIVE", None)])
-def test_waiting_threads_sleep_soon(policy: str | None, spins: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {} if policy is None else {"OMP_WAIT_POLICY": policy}
-    monkeypatch.setattr(os, "environ", environment)
-    main._set_threads()
-    assert environment.get("GOMP_SPINCOUNT") == spins
+@pytest.mark.parametrize(
+    ("environment", "spins"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_sleep_soon(environment: dict[str, str], spins: str) -> None:
+    """Torch reads it when it is loaded, which nothing else of the package may do before."""
+    script = "import sys, os, longspec; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=kept | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [spins, "False"]
 
 
 def test_the_users_folders(monkeypatch: pytest.MonkeyPatch) -> None:

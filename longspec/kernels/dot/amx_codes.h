@@ -10,6 +10,20 @@ INLINE void unpack_group(const uint8_t *from, const int bits, const int halves, 
     }
 }
 
+/* Codes of the products of `count` groups from `start` on, each as a tile; those of 8 bits lie in memory as one. */
+INLINE void codes_of(const Matrix *m, int64_t tile, int64_t start, int64_t count, const int bits, const int scales,
+                     const int has_low, vq (*words)[WORDS], const uint8_t **to) {
+    const int halves = scales == BY_16 ? 2 : 1;
+    for (int64_t g = start; g < start + count; g++) {
+        const Span s = span_of(m, tile, g / SPAN * SPAN, bits, scales, has_low);
+        const uint8_t *codes = s.codes + g % SPAN * 64 * lines_of(bits);
+        if (g % SPAN == 0) prefetch_scales(&s);
+        if (bits != 8) unpack_group(codes, bits, halves, words);
+        for (int j = 0; bits == 8 && j < WORDS; j++) _mm_prefetch((const char *)codes + 64 * j + AHEAD, _MM_HINT_T0);
+        for (int h = 0; h < halves; h++, words++) *to++ = bits == 8 ? codes : (const uint8_t *)words;
+    }
+}
+
 /* Sums of an output tile for `rows` rows, 16 at a time; of those behind the last one anything may be summed up.
  *
  * A run of groups is unpacked, then multiplied, then added up: what was just written is slow to load as a tile, and behind
@@ -24,14 +38,7 @@ INLINE void by_tiles(const Matrix *m, int64_t tile, const Coded *all_rows, int64
     for (int64_t start = 0; start < groups; start += RUN) {
         const int64_t count = groups - start < RUN ? groups - start : RUN, products = count * halves;
         const uint8_t *from[2 * RUN]; /* of each product, its codes as a tile */
-        for (int64_t g = 0; g < count; g++) {
-            const Span s = span_of(m, tile, (start + g) / SPAN * SPAN, bits, scales, has_low);
-            if ((start + g) % SPAN == 0) prefetch_scales(&s);
-            const uint8_t *codes = s.codes + (start + g) % SPAN * 64 * lines_of(bits);
-            if (bits != 8) unpack_group(codes, bits, halves, words + g * halves);
-            for (int j = 0; bits == 8 && j < WORDS; j++) _mm_prefetch((const char *)codes + 64 * j + AHEAD, _MM_HINT_T0);
-            for (int h = 0; h < halves; h++) from[g * halves + h] = bits == 8 ? codes : (const uint8_t *)(words + g * halves + h);
-        }
+        codes_of(m, tile, start, count, bits, scales, has_low, words, from);
         for (int64_t first = 0; first < rows; first += TILE) {
             const Coded x = from_row(all_rows, first, m->width);
 #define MULTIPLY(n, slot, of_rows, of_codes)                                                  \

@@ -108,7 +108,7 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     if not name.endswith(_MATRICES) or weight.ndim != 2 or weight.shape[0] % STRIP or weight.shape[1] % GROUP:
         return {name: weight.contiguous()}
     piece = Piece.of_values(weight, "Q4_0")
-    spans = [_span(part) for part in piece.tiles.split(_SPAN, dim=1)]
+    spans = [_span(part) for part in torch.split(piece.tiles, _SPAN, 1)]
     codes = torch.cat([codes for codes, _ in spans], 1)
     stem = name.removesuffix(".weight")
     return {
