@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,15 +44,14 @@ def paths(draft: Draft) -> dict[tuple[int, ...], float]:
     return found
 
 
-def head_of(model: Model) -> Head:
+def head_of(model: Model, **options: Any) -> Head:
     """As it is loaded: in the target's dtype."""
-    return Head(model, ready(model, shaken("clover2", model, depth=4, tokens=DRAFTED)))
+    return Head(model, ready(model, shaken("clover2", model, depth=4, tokens=DRAFTED, **options)))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_it_drafts_as_torch_does(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell, "FLOOR", 0.05)
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.05)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.05)
     model = model_of(folder, dtype)
     head = head_of(model)
     if head._cell is None:
@@ -77,7 +77,7 @@ def test_it_drafts_as_torch_does(folder: Path, dtype: str, monkeypatch: pytest.M
 
 def test_what_the_layers_read_is_what_torch_makes(folder: Path) -> None:
     model = model_of(folder, "bf16")
-    head = head_of(model)
+    head = head_of(model, reads=())
     if head._cell is None:
         pytest.skip(str(cell.missing(head.head.module, head.decoder)))
     generator = torch.Generator().manual_seed(2)
