@@ -17,6 +17,7 @@ from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.writing import SamplingOptions
 from longspec.errors import UsageError
+from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.model.load import Model, Opened
@@ -69,7 +70,7 @@ class Training:
         0.0,
         "Train for about so long: as many steps as a measurement gives.",
         metavar="N",
-        parser=readers.number(readers.Bounds(float, 0.0, 60_000.0)),
+        parser=readers.number(Bounds(float, 0.0, 60_000.0)),
     )
     steps: int = option(2000, "Steps; 2000 if left out.", metavar="N", parser=readers.whole(1))
     tokens: int = option(

@@ -64,7 +64,7 @@ class AtOnce(Drafter):
 
     @property
     def nbytes(self) -> int:
-        own = sum(value.nbytes for value in self._module.state_dict().values())
+        own: int = sum(value.nbytes for value in self._module.state_dict().values())
         return own + (0 if self._places is None else self._rows.nbytes)
 
     def begin(self, session: Writing) -> None:

@@ -58,7 +58,7 @@ class Recurrent(Head):
 
     def units(self, features: Tensor) -> Tensor:
         """Each layer's states of a root mean square of 1: [..., reads * W]."""
-        return unit(features.unflatten(-1, (-1, self.config.width))).flatten(-2)
+        return unit(features.view(*features.shape[:-1], -1, self.config.width)).flatten(-2)
 
     def run(self, features: Tensor, tokens: Tensor) -> Tensor:
         """The layers' output [B, T, W], normed: the hidden states that the cell begins with."""

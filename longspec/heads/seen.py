@@ -67,7 +67,7 @@ def see(model: Model, tokens: Sequence[int], prompt: int, layers: Sequence[int])
         cache.commit(stage, range(len(own)))
         made.append(states)
     whole = {layer: torch.cat([each[layer] for each in made]) for layer in {*layers, last}}
-    pieces = [_likeliest(decoder.logits(piece)) for piece in whole[last].split(_PIECE)]
+    pieces = [_likeliest(decoder.logits(piece)) for piece in torch.split(whole[last], _PIECE)]
     top, probs, rest = (torch.cat(each) for each in zip(*pieces, strict=True))
     kept = {layer: value.to(torch.bfloat16) for layer, value in whole.items()}
     return Seen(prompt, torch.tensor(tokens, dtype=torch.int32), kept, top, probs, rest)

@@ -25,6 +25,7 @@ from longspec.heads.format import Trained, load_head, new_head, save_head
 from longspec.machine.files import read_json, replaced
 from longspec.machine.schema import check, whole
 from longspec.model.load import CODED, Model
+from longspec.training.distil import Text
 from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
 from longspec.training.report import tokens_per_step, write_report
 from longspec.training.ridge import begin
@@ -77,7 +78,8 @@ class Course:
             head, progress = self._train(features, recipe, report, company, int8=int8)
         model, best = self.model, load_head(self.folder, self.model)
         report("validating", 0, 0)
-        worth, written = {}, []
+        worth: dict[str, float] = {}
+        written: list[Text] = []
         for name, made in (("untrained", self._untrained(features)), ("begun", self._begun(features)), ("", best)):
             worth[name], written = tokens_per_step(model, ready(model, made), features.held, self.options)
         size = model.decoder.config.vocabulary

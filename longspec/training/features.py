@@ -250,7 +250,9 @@ def _shard(folder: Path, entry: Mapping[str, Any], layers: Sequence[int], model:
             raise ModelError(f"{path} is damaged: its checksum isn't the one in {MANIFEST}; write the features anew.")
     shard, width = Shard(path), model.decoder.config.width
     top = min(TOP, model.decoder.config.vocabulary)
-    wanted = {f"layer.{layer}": (torch.bfloat16, (rows, width)) for layer in layers}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"layer.{layer}": (torch.bfloat16, (rows, width)) for layer in layers
+    }
     wanted |= {
         "tokens": (torch.int32, (rows,)),
         "rest": (torch.float32, (rows,)),

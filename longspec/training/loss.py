@@ -35,7 +35,7 @@ class Drafted:
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [D, W] and places [V], -1 for what isn't drafted. tokens: of a batch's texts."""
-        found = tokens.unique()
+        found = torch.unique(tokens)
         more = found[self._places[found] < 0]
         if not len(more):
             return self._rows, self._places

@@ -60,6 +60,7 @@ def ridge(model: Model, texts: Sequence[Seen], layers: Sequence[int]) -> Callabl
         assert isinstance(squares, Tensor)
         assert isinstance(products, Tensor)
         penalty = STRENGTH * max(1, count) * torch.eye(len(squares), dtype=torch.float64, device=squares.device)
-        return torch.linalg.solve(squares.double() + penalty, products.double()).T.float()
+        solved: Tensor = torch.linalg.solve(squares.double() + penalty, products.double())
+        return solved.T.float()
 
     return fit

@@ -101,7 +101,7 @@ class Average:
     def follow(self, head: Trained, step: int) -> None:
         """step: from 0. The average is about that of the last ninth of the steps, and of the last thousand at most."""
         kept = min(_KEPT, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [*head.module.parameters()], 1 - kept)  # type: ignore[attr-defined]
+        torch._foreach_lerp_(list(self.values.values()), [*head.module.parameters()], 1 - kept)
 
     def head(self, head: Trained) -> Trained:
         """The head with these weights."""

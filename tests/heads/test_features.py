@@ -202,4 +202,4 @@ def die(folder: Path, out: Path, stage: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    die(*(Path(each) for each in sys.argv[1:3]), sys.argv[3])
+    die(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -15,6 +15,7 @@ from support.native import SIZES, coded
 
 from longspec.drafters.clover import Head
 from longspec.drafters.common import clover_native as cell
+from longspec.heads.clover2 import Clover2
 from longspec.model.load import DTYPES, Model
 from longspec.training.train import ready
 from longspec.types import Draft
@@ -84,6 +85,7 @@ def test_what_the_layers_read_is_what_torch_makes(folder: Path) -> None:
     features, tokens = torch.randn(2, 130, 128, generator=generator).bfloat16()
     module = deepcopy(head.head.module).to(torch.float32)
     with torch.inference_mode():
+        assert isinstance(module, Clover2)
         want = module.enter(features.float(), module.token_norm(tokens.float()))
         got = head._cell.enter(features, tokens)
     assert (got - want).abs().max() < 0.02 * want.abs().max()
