@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options.groups import Only, expanded, group, option
+from longspec.cli.options.groups import Only, argument, expanded, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.results import Results
 from longspec.cli.options.typer_classes import Command, Group
 from longspec.errors import UsageError
 
 if TYPE_CHECKING:
     from longspec.bench.engines import EngineWorkload
-    from longspec.bench.harness import Workload
     from longspec.bench.process import Worker
     from longspec.model.load import Opened
 
@@ -30,42 +28,6 @@ __all__ = ["bench"]
 bench = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, help="Measure, and print a table.")
 
 _SUITE = "Prompts: objects with `category` and `turns`, one a line."
-
-
-@group()
-class Results:
-    """Output files for results, beside stdout."""
-
-    output: Path | None = option(None, "Write the results as JSON.", metavar="FILE", once=True)
-    plot: Path | None = option(None, "Draw them (.svg or .png).", metavar="FILE")
-
-    def check(self, *read: str | Path | None) -> None:
-        """Raise UsageError where a file can't be written, or is one of those read, before an hour of measuring."""
-        refuse_same_files({"the report": self.output, "the plot": self.plot}, read)
-        for path in filter(None, (self.output, self.plot)):
-            if not path.parent.is_dir():
-                raise UsageError(
-                    f"{path} can't be written: there is no folder {path.parent}; make it, or name another file."
-                )
-        if self.plot is not None:
-            from longspec.bench.plot import load_matplotlib
-
-            load_matplotlib()
-
-    def take(self, workload: Workload, progress: Progress) -> None:
-        """Run a benchmark: each row is printed when it is measured, the complete report as the last line."""
-        from longspec.bench.harness import report
-
-        progress.stop()
-        typer.echo(workload.table.head)
-        rows = []
-        for row in workload.rows(progress.report):
-            progress.stop()
-            typer.echo(workload.table.line(row))
-            rows.append(row)
-        if self.plot is not None:
-            workload.draw(rows, self.plot)
-        typer.echo(json.dumps(report(workload, rows, self.output)))
 
 
 @group()
@@ -209,6 +171,49 @@ def batch(options: BatchOptions, loading: Annotated[Loading, Only("model", "dtyp
             fixed[length] = Engine(model, drafter=options.drafter, control="fixed", draft_tokens=length)
         auto = Engine(model, drafter=options.drafter)
         results.take(BatchWorkload(fixed, auto, prompts, texts, options.max_new_tokens, options.rounds), progress)
+
+
+@group()
+class HeadOptions:
+    """Heads, prompts and lengths."""
+
+    heads: list[Path] | None = argument(
+        None, "Folders of trained heads. Those that come along for the model, if left out.", metavar="DIR..."
+    )
+    suite: Path = option(what=_SUITE, metavar="FILE")
+    prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
+    rounds: int = option(3, "Of what is timed.", metavar="N", parser=readers.whole(1))
+    max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
+
+
+@bench.command("heads", cls=Command)
+@expanded
+def heads(options: HeadOptions, loading: Annotated[Loading, Only("model", "threads")], results: Results) -> None:
+    """Compare trained heads: size, accuracy by depth, tokens per step, and speed beside plain decoding."""
+    results.check(options.suite, loading.model)
+    from longspec.bench.harness import read_suite, sample
+    from longspec.bench.heads import HeadWorkload
+    from longspec.heads.format import shipped
+    from longspec.model.load import CODED, native_dtype, open_model
+
+    prompts = [prompt for some in sample(read_suite(options.suite), options.prompts).values() for prompt in some]
+    if not prompts:
+        raise UsageError(f"{options.suite} has no prompt; a suite has an object with `category` and `turns` a line.")
+    with Progress(loading.model) as progress:
+        opened = open_model(loading.model, report=progress.report)
+        opened.set_threads(loading.threads)
+        dtypes = [native_dtype(opened.device), *([opened.dtype] if opened.dtype in CODED else [])]
+        models = {
+            dtype: open_model(loading.model, dtype=dtype, report=progress.report).load(report=progress.report)
+            for dtype in dtypes
+        }
+        folders = options.heads or list(shipped(models[dtypes[0]]).values())
+        if not folders:
+            raise UsageError(
+                f"No head comes with longspec for {loading.model}; name folders that `longspec train` wrote."
+            )
+        workload = HeadWorkload(models, folders, prompts, options.max_new_tokens, options.rounds)
+        results.take(workload, progress)
 
 
 @group()

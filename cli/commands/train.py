@@ -17,9 +17,11 @@ from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.writing import SamplingOptions
 from longspec.errors import UsageError
+from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.model.load import Model, Opened
+    from longspec.training.train import Recipe
 
 __all__ = ["EPILOG", "train"]
 
@@ -28,11 +30,14 @@ Examples:
   longspec train clover2 --prompts prompts.jsonl -o head --dry-run
   longspec train clover2 -m smollm2 --prompts prompts.jsonl -o head
   longspec run --drafter ./head "Why is the sky blue?"
+  longspec train features -m smollm2 --prompts prompts.jsonl -o features
+  longspec train clover -m smollm2 --features features -o other --minutes 40
 
 \b
 The model answers the prompts, and the head learns to foresee the answers. What
 it will take is said before it starts. Interrupted or killed, the same command
-goes on. The report goes to stdout, and to report.json in the folder.
+goes on. The report goes to stdout, and to report.json in the folder. Several
+heads are trained from one folder of features, which is written once.
 """
 
 
@@ -40,11 +45,33 @@ goes on. The report goes to stdout, and to report.json in the folder.
 class Training:
     """The head, its data, and the length of training."""
 
-    head: str = argument(what="What to train: clover or clover2.", metavar="HEAD")
-    prompts: Path = option(
-        what='What the model answers: a line for each, an object with a "prompt", or with "turns".', metavar="FILE"
+    head: str = argument(
+        what="What to train: clover, clover2 or medusa; or features: what they are trained on.",
+        metavar="HEAD",
     )
-    output: Path = option(what="The head, and the work on it.", short="-o", metavar="DIR")
+    prompts: Path | None = option(
+        None,
+        'What the model answers: a line for each, an object with a "prompt", or with "turns".',
+        metavar="FILE",
+        once=True,
+    )
+    features: Path | None = option(
+        None, "Train on this folder of features, instead of prompts.", metavar="DIR", once=True
+    )
+    output: Path = option(what="The head, and the work on it; or the features.", short="-o", metavar="DIR")
+    layers: list[Any] | None = option(
+        None,
+        "Of the features: a layer whose states are kept; may be repeated. Those that any head reads, if left out.",
+        metavar="N",
+        parser=readers.whole(0),
+        once=True,
+    )
+    minutes: float = option(
+        0.0,
+        "Train for about so long: as many steps as a measurement gives.",
+        metavar="N",
+        parser=readers.number(Bounds(float, 0.0, 60_000.0)),
+    )
     steps: int = option(2000, "Steps; 2000 if left out.", metavar="N", parser=readers.whole(1))
     tokens: int = option(
         1000 * 1024, "Tokens that the model writes; 1000k if left out.", metavar="N", parser=readers.tokens
@@ -59,8 +86,8 @@ class Training:
         5, "Tokens that are drafted behind each other; 5 if left out.", metavar="N", parser=readers.whole(1)
     )
     draft_vocab: int = option(
-        16384,
-        "Draft only the N most frequent tokens; 16384 if left out, 0 is all.",
+        8192,
+        "Draft only the N most frequent tokens; 8192 if left out, 0 is all.",
         metavar="N",
         parser=readers.whole(0),
     )
@@ -81,19 +108,17 @@ def train(
     reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
     """Train a head that drafts for a model, on what the model answers."""
-    refuse_same_files({"the head": training.output}, [training.prompts])
+    _check(training)
+    refuse_same_files({"the output": training.output}, filter(None, [training.prompts, training.features]))
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {loading.model}")
         from longspec.heads import KINDS
-        from longspec.training.course import start
         from longspec.training.distil import read_prompts
-        from longspec.training.plan import make_plan
         from longspec.training.train import Recipe
 
-        if training.head not in KINDS:
-            raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}.")
-        prompts = read_prompts(training.prompts)
-        model, writer = _models(loading, progress)
+        if training.head not in (*KINDS, "features"):
+            raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}; or features.")
+        prompts = [] if training.prompts is None else read_prompts(training.prompts)
         recipe = Recipe(
             training.head,
             training.steps,
@@ -102,21 +127,73 @@ def train(
             training.draft_vocab,
             sampling.seed or 0,
             invented=training.invent,
+            greedy=sampling.temperature is None,
+            minutes=training.minutes,
         )
-        sampled = _sampling(model.defaults, sampling.temperature, recipe.seed)
-        course = start(model, recipe, training.output, prompts, sampled, writer, training.first)
-        if int(os.environ.get("RANK", "0")) == 0:
-            progress.report("measuring")
-            progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
-        if training.dry_run:
+        model, writer = _models(loading, progress)
+        options = _sampling(model.defaults, sampling.temperature, recipe.seed)
+        if training.head == "features":
+            said = _features(training, model, writer or model, recipe, prompts, options, progress)
+            typer.echo(json.dumps(said, ensure_ascii=False) if reporting.as_json else f"Kept in {training.output}")
             return
-        report = course.run(progress.report, int8=training.int8)
-    if report is None:  # a process of a distributed run other than the one that reports
+        report = _head(training, model, writer, recipe, prompts, options, progress)
+    if report is None:  # a dry run; a process of a distributed run other than the one that reports
         return
     if reporting.as_json:
         typer.echo(json.dumps({**report, "folder": str(training.output)}, ensure_ascii=False))
     else:
         typer.echo(_table(report, training.output))
+
+
+def _check(training: Training) -> None:
+    if (training.prompts is None) == (training.features is None):
+        raise UsageError("A head is trained on --prompts or on --features: give one of the two.")
+    if training.head == "features" and training.features is not None:
+        raise UsageError("Features are written from --prompts; name the head that is to be trained on --features.")
+    if training.layers and training.head != "features":
+        raise UsageError("--layers is for `longspec train features`: a head reads those that it reads.")
+
+
+def _features(
+    training: Training,
+    model: Model,
+    writer: Model,
+    recipe: Recipe,
+    prompts: list[str],
+    options: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    from longspec.heads import KINDS
+    from longspec.training.course import split
+    from longspec.training.features import Content, layers_of, write_features
+
+    layers, count = training.layers or layers_of(list(KINDS), model), model.decoder.config.layers
+    if max(layers) > count:
+        raise UsageError(f"There is no layer {max(layers)}; {model.name} has {count}, and 0 is the embedding.")
+    used, held = split(prompts, recipe.seed)
+    content = Content(used, held, layers, options, recipe.tokens, recipe.window, recipe.invented, greedy=recipe.greedy)
+    if not training.dry_run:
+        write_features(model, writer, training.output, content, progress.report)
+    return {"folder": str(training.output), "layers": sorted({*layers, count}), **content.about(model, writer)}
+
+
+def _head(
+    training: Training,
+    model: Model,
+    writer: Model | None,
+    recipe: Recipe,
+    prompts: list[str],
+    options: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any] | None:
+    from longspec.training.course import start
+    from longspec.training.plan import make_plan
+
+    course = start(model, recipe, training.output, prompts, options, writer, training.first, training.features)
+    if int(os.environ.get("RANK", "0")) == 0:
+        progress.report("measuring")
+        progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
+    return None if training.dry_run else course.run(progress.report, int8=training.int8)
 
 
 def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
@@ -134,12 +211,14 @@ def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
 
 
 def _sampling(defaults: Any, temperature: float | None, seed: int) -> dict[str, Any]:
-    """The model's sampling defaults; sampled even if these are greedy, so that one prompt gives several answers."""
+    """The model's sampling defaults; where these are greedy sampled at 0.7, so that one prompt gives several answers.
+    If no temperature was asked for, every other text is greedy beside that.
+    """
     chosen: dict[str, Any] = {"seed": seed}
     if temperature is not None:
         chosen["temperature"] = temperature
     elif not defaults.get("do_sample"):
-        chosen["temperature"] = 0.8
+        chosen["temperature"] = 0.7
     return chosen
 
 

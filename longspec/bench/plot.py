@@ -8,7 +8,7 @@ from typing import Any
 
 from longspec.errors import UsageError
 
-__all__ = ["draw_batches", "draw_caches", "draw_drafters", "draw_engines", "load_matplotlib"]
+__all__ = ["draw_batches", "draw_caches", "draw_drafters", "draw_engines", "draw_heads", "load_matplotlib"]
 
 
 def draw_caches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -87,6 +87,25 @@ def draw_batches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("texts side by side")
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
+    figure.savefig(path)
+
+
+def draw_heads(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot each head's accuracy over the depths, and its tokens per step with a chain and with a tree."""
+    figure = _figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        left.plot(range(1, len(row["accuracy"]) + 1), row["accuracy"], marker="o", label=row["head"])
+    left.set(xlabel="depth", ylabel="right behind true tokens", ylim=(0, 1))
+    left.legend(fontsize=8)
+    for i, name in enumerate(("chain", "tree")):
+        values = [row["tokens_per_step"][name] for row in rows]
+        right.bar([place + i * 0.4 for place in range(len(rows))], values, 0.4, label=name)
+    right.set_xticks(
+        [place + 0.2 for place in range(len(rows))], [row["head"] for row in rows], rotation=35, ha="right"
+    )
+    right.set_ylabel("tokens per step")
+    right.legend(fontsize=8)
     figure.savefig(path)
 
 

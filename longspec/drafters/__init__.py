@@ -3,7 +3,8 @@
 A new drafter is a file with a subclass of `longspec.types.Drafter`, and a line in `DRAFTERS`; the losslessness tests
 run every drafter of that dict. Other packages add drafters by the entry point `longspec.drafters`
 (`longspec.drafters.spec`). A trained draft head is named by its folder, or by its kind where one ships with longspec
-for the model; its file format is a line in `HEADS`.
+for the model. Formats of others are lines in `HEADS`; how one of our own drafts is said by the class that its module is
+made from, in `WAYS`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from longspec.drafters.all_depths import AtOnce
 from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.eagle3 import Eagle
@@ -24,9 +26,15 @@ from longspec.drafters.none import Nothing
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
+from longspec.heads import KINDS
+from longspec.heads import head as heads
+from longspec.heads.all_depths import AllDepths
+from longspec.heads.format import Trained
+from longspec.heads.recurrent import Recurrent
+from longspec.model.load import Model
 from longspec.types import Drafter
 
-__all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS"]
+__all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS", "WAYS", "drafter_of", "way_of"]
 
 DRAFT_TOKENS = 15
 """Default limit of a draft's tokens. With the last committed token they fill a tile of 16 token positions: a bf16
@@ -54,8 +62,22 @@ def _names(raw: Mapping[str, Any]) -> str:
 
 
 HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
-    Head: lambda raw: "longspec" in raw,
     Eagle: lambda raw: "eagle3" in _names(raw),
     Medusa: lambda raw: "medusa_num_heads" in raw,
 }
-"""Drafter class by head format: the first whose test accepts the folder's config.json is used."""
+"""Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
+
+WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce}
+"""Drafter class by the class that a head's module is made from."""
+
+
+def way_of(kind: str) -> type[Drafter]:
+    """The drafter class for a kind of head in KINDS."""
+    return next(drafter for module, drafter in WAYS.items() if issubclass(KINDS[kind], module))
+
+
+def drafter_of(model: Model, head: Trained) -> Drafter:
+    """A drafter with a loaded head."""
+    make: Any = way_of(head.kind)
+    drafter: Drafter = make(model, head)
+    return drafter

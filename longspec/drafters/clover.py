@@ -1,6 +1,6 @@
-"""A trained Clover head as a drafter: it reads the target's hidden states, and expands a tree with its output cell.
+"""A trained `Recurrent` head as a drafter: it reads the target's hidden states, and expands a tree with its cell.
 
-Takes a loaded target and a `Trained` head. The engine hands over the hidden state of each committed token position
+Takes a loaded target and a `Trained` head. The engine hands over the hidden states of each committed token position
 (`common/head_cache.py`). The head's layers have a KV cache of their own; a draft runs them once over the new
 positions, and then the cell once per expanded node.
 
@@ -22,7 +22,9 @@ from longspec.cache.tree import Tree
 from longspec.drafters.common.clover_native import Cell, missing
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
+from longspec.heads.clover2 import Clover2
 from longspec.heads.format import Trained, load_head, room
+from longspec.heads.recurrent import Recurrent
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import Model
 from longspec.model.native import missing as kernel_lacks
@@ -49,11 +51,12 @@ class _Growth:
 
 
 class Head(Drafter):
-    """Drafts with a Clover head; an empty draft where the target's hidden states aren't available."""
+    """Drafts with a head such as Clover's; an empty draft where the target's hidden states aren't available."""
 
     def __init__(self, model: Model, head: Trained) -> None:
-        self.head = head
-        self._target = model.decoder
+        self.head, self._target = head, model.decoder
+        assert isinstance(head.module, Recurrent)
+        self._module: Recurrent = head.module
         config = head.config(model)
         held = {name: value.detach().to(model.decoder.dtype) for name, value in head.module.state_dict().items()}
         names = {name: value for name, value in held.items() if name.startswith("layers.")}
@@ -71,7 +74,7 @@ class Head(Drafter):
             with torch.inference_mode():
                 tokens = torch.arange(config.vocabulary) if self._places is None else self._places
                 self._cell = Cell(head.module, self.decoder, target.embed(tokens), coded=coded)  # type: ignore[arg-type]
-        self.needs = Needs(layers=(target.config.layers,))
+        self.needs = Needs(layers=head.reads(model))
         self._held_bytes: int = sum(value.nbytes for value in held.values())
 
     @property
@@ -91,7 +94,7 @@ class Head(Drafter):
         self._follow.begin(session)
 
     def read(self, session: Writing, features: Sequence[Tensor]) -> None:
-        self._follow.read(session, features[0])
+        self._follow.read(session, features[0] if len(features) == 1 else torch.cat(list(features), -1))
 
     @torch.inference_mode()
     def propose(
@@ -100,7 +103,7 @@ class Head(Drafter):
         rooms = self._follow.rooms(sessions, limits)
         if self._cell is not None and ahead is None and all(session.is_plain for session in sessions):
             return [self._grown(self._cell, session, room) for session, room in zip(sessions, rooms, strict=True)]
-        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places)
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places, of_head=True)
 
     def _grown(self, cell: Cell, session: Writing, room: int) -> Draft:
         last = self._follow.last(session)
@@ -111,11 +114,11 @@ class Head(Drafter):
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)
         assert last is not None
-        return _Growth(self.head.module.between(last)), len(session.tokens) - 1, session.tokens[-1:]
+        return _Growth(self._module.between(last)), len(session.tokens) - 1, session.tokens[-1:]
 
     def forward(self, rows: Rows) -> Tensor:
         """Outputs of the cell [r, width]: depth by depth, the nodes of one depth in one batch."""
-        module, tokens = self.head.module, self.head.module.token_norm(self._target.embed(rows.tokens))
+        module, tokens = self._module, self._module.token_norm(self._target.embed(rows.tokens))
         made = torch.empty_like(tokens)
         lacking = [(span.stage, at) for span in rows.spans for at in range(span.staged.stop - span.staged.start)]
         starts = [span.at.start for span in rows.spans for _ in range(span.staged.stop - span.staged.start)]
@@ -147,8 +150,11 @@ class Head(Drafter):
         pass
 
     def _run(self, rows: Rows, features: Tensor) -> Tensor:
-        tokens = self._target.embed(rows.tokens)
-        if self._cell is not None:
-            return self.decoder.forward(rows, self._cell.enter(features, tokens))
-        module = self.head.module
-        return self.decoder.forward(rows, module.enter(features, module.token_norm(tokens)))
+        tokens, module = self._target.embed(rows.tokens), self._module
+        if self._cell is None:
+            return self.decoder.forward(rows, module.enter(features, module.token_norm(tokens)))
+        entered = self._cell.enter(features[:, -tokens.shape[1] :], tokens)
+        if module.fuse is not None:
+            assert isinstance(module, Clover2)
+            entered = module.fused(entered, features, module.token_norm(tokens))
+        return self.decoder.forward(rows, entered)

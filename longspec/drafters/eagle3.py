@@ -63,7 +63,7 @@ class Eagle(Drafter):
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         rooms = self._follow.rooms(sessions, limits)
-        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens)
+        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens, of_head=True)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)

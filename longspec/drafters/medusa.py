@@ -80,7 +80,7 @@ class Medusa(Drafter):
         fits = [knows and len(guess) < self.heads.depth for knows, guess in zip(known, guesses, strict=True)]
         rooms = [limit if fit else 0 for limit, fit in zip(limits, fits, strict=True)]
         longest = max((len(guess) for guess in guesses), default=0)
-        return grow(self, sessions, rooms, ahead, depth=max(1, self.heads.depth - longest))
+        return grow(self, sessions, rooms, ahead, depth=max(1, self.heads.depth - longest), of_head=True)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         hidden = self.decoder.normed(self._newest[session][1])

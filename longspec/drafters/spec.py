@@ -15,8 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from longspec.drafters import DRAFTERS, HEADS
-from longspec.drafters.clover import Head
+from longspec.drafters import DRAFTERS, HEADS, way_of
 from longspec.errors import UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, fitting, is_head, read_about, read_config, shipped
@@ -128,7 +127,7 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
 
 
 def published(raw: Mapping[str, Any]) -> type[Drafter] | None:
-    """The drafter class for a head with this config.json; None for an unknown format."""
+    """The drafter class for a head of others with this config.json; None for an unknown format."""
     return next((kind for kind, knows in HEADS.items() if knows(raw)), None)
 
 
@@ -145,12 +144,11 @@ def _kind(name: str, text: str) -> type[Drafter]:
     if name in DRAFTERS:
         return DRAFTERS[name]
     if name in KINDS:
-        return Head
+        return way_of(name)
     if is_head(name):
-        kind = published(read_config(name))
-        if kind is None or kind is Head:
-            read_about(name)  # raises the error that fits
-        return kind or Head
+        raw = read_config(name)
+        kind = None if "longspec" in raw else published(raw)
+        return kind or way_of(read_about(name)["kind"])
     if name == "auto":
         raise UsageError(f"auto isn't put over or under others, as in {text!r}: name them, or use auto alone.")
     for entry in entry_points(group=GROUP, name=name):

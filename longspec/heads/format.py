@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import KINDS
-from longspec.heads.layers import Head, block_of
+from longspec.heads.head import Head
+from longspec.heads.layers import block_of
 from longspec.machine.files import read_json, replaced
-from longspec.machine.schema import TABLE, TEXT, check, listed, whole
+from longspec.machine.schema import TABLE, TEXT, check, listed, shown, whole
 from longspec.model.config import Config
 from longspec.model.load import Model
 from longspec.model.weights.read import check_values
@@ -58,6 +59,7 @@ _NAMES = {
     "longspec": TABLE,
 }
 _SIZES = {"depth": whole(1, MOST_DEPTH), "window": whole(1, MOST_WINDOW), "draft_vocabulary": whole(1, 1 << 31)}
+_READS = listed(whole(0, 1 << 16), 64)
 _SCALE = ".scale"
 _OFFSETS, _DRAFTED = "d2t", "t2d"  # [D] target id - draft id; [V] bool, True for tokens of the draft vocabulary
 
@@ -77,6 +79,10 @@ class Trained:
         head = model.decoder.head
         return head if self.tokens is None else head[self.tokens.to(head.device)]
 
+    def reads(self, model: Model) -> tuple[int, ...]:
+        """The target's layers whose hidden states it reads."""
+        return self.module.reads or (model.decoder.config.layers,)
+
     def config(self, model: Model) -> Config:
         """Config of the head's layers."""
         target = model.decoder.config
@@ -85,9 +91,17 @@ class Trained:
 
 
 def new_head(
-    kind: str, model: Model, *, depth: int = 5, window: int = 512, tokens: Tensor | None = None, seed: int = 0
+    kind: str,
+    model: Model,
+    *,
+    depth: int = 5,
+    window: int = 512,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    reads: Sequence[int] | None = None,
 ) -> Trained:
-    """An untrained head, whose final norm is a copy of the target's.
+    """An untrained head, whose final norm is a copy of the target's. reads: the layers that it reads, rather than those
+    that its kind wants.
 
     Raises:
         UsageError: an unknown kind, or a depth or window out of range.
@@ -99,7 +113,8 @@ def new_head(
                          f"{MOST_WINDOW:,} are possible.")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = KINDS[kind](block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1))
+        reads = KINDS[kind].reads_of(model.decoder.config.layers) if reads is None else reads
+        module = KINDS[kind](block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1), reads, depth)
     with torch.no_grad():
         module.norm.weight.copy_(_final_norm(model))
     return Trained(kind, depth, window, tokens, module.to(model.decoder.device))
@@ -206,12 +221,17 @@ def read_about(folder: str | Path) -> dict[str, Any]:
             "kind": found["speculators_model_type"],
             "depth": asked["proposal_methods"][0]["speculative_tokens"],
             "window": own["window"],
+            "reads": own.get("reads", []),
             "draft_vocabulary": found["draft_vocab_size"],
             "target": {"name": asked["verifier"]["name_or_path"], "lineage": own["lineage"]},
         }
     except (KeyError, IndexError, TypeError):
         about = {"kind": None}
-    if about["kind"] not in KINDS or not all(kind.holds(about[name]) for name, kind in _SIZES.items()):
+    if (
+        about["kind"] not in KINDS
+        or not all(kind.holds(about[name]) for name, kind in _SIZES.items())
+        or not (_READS.holds(about["reads"]))
+    ):
         raise UsageError(f"{path} is damaged: its kind, depth, window, vocabulary or target can't be; "
                          "fetch it again, or train anew.")  # fmt: skip
     return about
@@ -246,6 +266,7 @@ def _about(head: Trained, model: Model, *, int8: bool) -> dict[str, Any]:
         "longspec": {
             "version": _VERSION,
             "window": head.window,
+            "reads": list(head.module.reads),
             "storage": "int8" if int8 else "float",
             "lineage": model.lineage,
         },
@@ -266,11 +287,15 @@ def load_head(folder: str | Path, model: Model) -> Trained:
             f"The head in {folder} was trained for {name!r}, whose weights or shape are not those of {model.name}; "
             "take the model that it was trained for, or train a head for this one."
         )
+    if any(layer > model.decoder.config.layers for layer in about["reads"]):
+        raise UsageError(f"{Path(folder) / CONFIG} is damaged: it reads the layers {shown(about['reads'])}, and "
+                         f"{model.name} has {model.decoder.config.layers}; fetch it again, or train anew.")  # fmt: skip
     shard = Shard(Path(folder) / WEIGHTS)
     tensors = {name: shard.take(name) for name in shard.names}
     tensors.pop(_DRAFTED, None)
     tokens = _draft_tokens(Path(folder) / WEIGHTS, tensors.pop(_OFFSETS, None), about, model)
-    head = new_head(about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens)
+    head = new_head(about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens,
+                    reads=about["reads"])  # fmt: skip
     state, decoder = head.module.state_dict(), model.decoder
     for name, held in state.items():
         state[name] = _plain(Path(folder) / WEIGHTS, name, tensors, held).to(decoder.device, decoder.dtype)

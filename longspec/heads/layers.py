@@ -1,8 +1,6 @@
-"""Trainable modules of draft heads, and their unrolling over the draft depths.
+"""Trainable parts of draft heads: norm, layer, attention to one token.
 
-A head takes the target's last hidden states and the token after each, and gives hidden states for the target's LM head.
-These are the differentiable forms; in decoding `longspec.drafters.clover` runs the layers through a `Decoder`. Tests
-check that both agree.
+These are the differentiable forms; in decoding `longspec.drafters.clover` runs layers through a `Decoder`.
 
 Shapes: B sequences of T positions, W the target's width.
 """
@@ -10,7 +8,6 @@ Shapes: B sequences of T positions, W the target's width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from longspec.model.config import Config, Rope
 from longspec.model.rope import Rotation, rotate
 
-__all__ = ["Head", "Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "unroll"]
+__all__ = ["Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "positions_of"]
 
 
 class Norm(nn.Module):
@@ -32,36 +29,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class Head(nn.Module):
-    """A recurrent draft head, one step for each draft depth. A subclass is made from its layers' config (`block_of`).
-
-    Hidden states and embeddings have any leading dimensions; `tokens` are normed embeddings.
-    """
-
-    LAYERS: ClassVar[int]
-    """Number of layers over the sequence's hidden states."""
-
-    layers: nn.ModuleList
-    token_norm: Norm  # of embeddings
-    between: Norm  # after the layers
-    norm: Norm  # of the output, in place of the target's final norm
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-
-    def enter(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Input of the layers [..., W], from each position's hidden state and the token after it."""
-        raise NotImplementedError
-
-    def begin(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """State and output after the last committed token. hidden: the layers' output for the position before it."""
-        raise NotImplementedError
-
-    def step(self, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Next state and output, after one more draft token."""
-        raise NotImplementedError
 
 
 class TokenAttention(nn.Module):
@@ -78,6 +45,12 @@ class TokenAttention(nn.Module):
             self.query.bias.fill_(1.0)
             self.key.bias.fill_(1.0)
             self.value.bias.zero_()
+
+    def start(self, value: Tensor) -> None:
+        """Begin as the linear map `value` [W, W] of the token: queries and keys are nearly their biases, and alike."""
+        self.query.weight.mul_(0.1)
+        self.key.weight.mul_(0.1)
+        self.value.weight.copy_(value)
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """[..., W], from normed hidden states and tokens [..., W]."""
@@ -164,26 +137,11 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
     )
 
 
-def unroll(head: Head, config: Config, features: Tensor, tokens: Tensor, depth: int) -> list[Tensor]:
-    """The head's outputs at every position and depth (teacher forcing): `depth` tensors, the i-th one [B, T - i, W].
-
-    features: [B, T, W], hidden states. tokens: [B, T, W], normed embeddings of the token after each position. Position
-    t of the i-th output predicts token t + i + 2 of the sequence.
-    """
-    length = features.shape[1]
-    positions = torch.arange(length, device=features.device)
-    rope = config.ropes[0]
+def positions_of(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rotary cosines and sines of positions 0 to `length` - 1, for layers of this config."""
+    positions, rope = torch.arange(length, device=device), config.ropes[0]
     assert rope is not None
-    turn = Rotation(rope, features.device)(positions, positions < 0, features.dtype)
-    hidden = head.enter(features, tokens)
-    for layer in head.layers:
-        hidden = layer(hidden, turn)
-    state, out = head.begin(head.between(hidden), tokens)
-    outs = [out]
-    for i in range(1, min(depth, length)):
-        state, out = head.step(state[:, :-1], tokens[:, i:])
-        outs.append(out)
-    return outs
+    return Rotation(rope, device)(positions, positions < 0, dtype)
 
 
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -1,31 +1,61 @@
-"""Published Medusa heads (2401.10774): head k predicts the token k + 2 positions after a hidden state's, k from 0.
+"""Medusa heads (2401.10774): head k predicts the token k + 2 positions after a hidden state's, k from 0.
 
     head k:  n times  h <- h + silu(W h + b),  then logits = W_k h, with the target's LM head if the file has no W_k
 
-Takes a folder and a target; gives a `Medusa`. These files don't identify the weights that they were trained for: only
-sizes are compared with the target's. Pickles (medusa_lm_head.pt) are not read; safetensors of the same names are.
+Those that longspec trains (`Heads`) have one block each, n = 1, behind a linear probe of their depth, and the target's
+LM head. Of published ones this takes a folder and a target, and gives a `Medusa`. These files don't identify the
+weights that they were trained for: only sizes are compared with the target's. Pickles (medusa_lm_head.pt) are not read;
+safetensors of the same names are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspec.errors import ModelError, UsageError
+from longspec.heads.all_depths import AllDepths
+from longspec.heads.head import Fit, unit
+from longspec.heads.layers import Norm
 from longspec.machine.schema import whole
+from longspec.model.config import Config
 from longspec.model.load import Model
 from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
-__all__ = ["Medusa", "load_medusa"]
+__all__ = ["Heads", "Medusa", "load_medusa"]
 
 _MOST = 64  # heads; also residual blocks in each
 _FILES = ("medusa_lm_head.safetensors", "model.safetensors")
+
+
+class Heads(AllDepths):
+    """Trainable heads, one a depth."""
+
+    def __init__(self, config: Config, reads: Sequence[int], depth: int) -> None:
+        super().__init__(config, reads, depth)
+        width = config.width
+        self.probes = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norm = Norm(width, config.eps)
+        for block in self.blocks:
+            nn.init.zeros_(block.weight)  # type: ignore[arg-type]
+
+    def all_depths(self, features: Tensor, tokens: Tensor) -> Tensor:
+        probed = [probe(unit(features)) for probe in self.probes]
+        return torch.stack([h + F.silu(block(h)) for h, block in zip(probed, self.blocks, strict=True)], -2)
+
+    def start(self, fit: Fit) -> None:
+        last = self.reads[-1]
+        for i, (probe, block) in enumerate(zip(self.probes, self.blocks, strict=True)):
+            probe.weight.copy_(fit(lambda batch: unit(batch.states[last]), i + 1))  # type: ignore[operator]
+            nn.init.zeros_(block.bias)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

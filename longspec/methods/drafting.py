@@ -80,7 +80,12 @@ _SMALLER = (
 _HEADS = (
     _OWN("Clover", "2405.00263", "--drafter clover", "one cell for all depths; trained by `longspec train`"),
     _OWN("Clover-2", "2408.00264", "--drafter clover2", "comes along for the default model"),
-    _OWN("Medusa", "2401.10774", "--drafter FOLDER", "published heads; its typical acceptance is below"),
+    _OWN(
+        "Medusa",
+        "2401.10774",
+        "--drafter FOLDER",
+        "published heads, and our own; typical acceptance is below",
+    ),
     _OWN("EAGLE-3", "2503.01840", "--drafter FOLDER", "published heads, in two layouts"),
     _OWN("EAGLE", "2401.15077", "", "EAGLE-3 took its place"),
     _OWN("P-EAGLE", "2602.01469", "", "its layout isn't read"),

@@ -1,10 +1,10 @@
-"""The training pipeline in one folder: texts, training, report. An interrupted run continues from the folder's files.
+"""The training pipeline in one folder: features, training, report. An interrupted run continues from its files.
 
 config.json, model.safetensors   the best head so far, for --drafter FOLDER
 report.json, report.png          loss, accuracy and tokens per step
 work/recipe.json                 the folder's recipe: a run with another one is refused
-     texts.jsonl                 the texts that the target generated
-     checkpoint.safetensors      parameters, optimizer state and progress
+     features/                   what the head is trained on, where no other folder of features was named
+     checkpoint.safetensors      parameters, their average, optimizer state and progress
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, UsageError
+from longspec.heads.accuracy import accuracies
 from longspec.heads.format import Trained, load_head, new_head, save_head
 from longspec.machine.files import read_json, replaced
+from longspec.machine.schema import check, whole
 from longspec.model.load import CODED, Model
-from longspec.training.distil import Text, distil
-from longspec.training.report import accuracies, tokens_per_step, write_report
+from longspec.training.distil import Text
+from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
+from longspec.training.report import tokens_per_step, write_report
+from longspec.training.ridge import begin
 from longspec.training.together import Together, together
-from longspec.training.train import Progress, Recipe, frequent, ready, train
+from longspec.training.train import Progress, Recipe, frequent, ready, seconds_of_a_step, train
 
-__all__ = ["Course", "start"]
+__all__ = ["Course", "split", "start"]
 
 Report = Callable[[str, int, int], None]
 
-MOST_HELD = 16
+MOST_HELD = 64
 """Limit of the prompts held out for validation, which are a tenth of all."""
 
 
@@ -47,6 +50,7 @@ class Course:
     options: dict[str, Any]  # of `Engine.open`, for generating texts
     writer: Model  # generates the texts: the model itself, or the same in a faster dtype
     first: Trained | None = None  # a trained head as the starting point
+    features: Path | None = None  # a folder of features, instead of prompts
 
     def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
         """Train to the end, from the folder's state; returns the report, which is also written to the folder.
@@ -60,71 +64,121 @@ class Course:
         with together(self.model.decoder.device) as company:
             if not company.first:
                 company.wait()
-                self._train(self._texts(report), report, company, int8=int8)
+                features = self._features()
+                company.wait()
+                self._train(features, self._recipe(), report, company, int8=int8)
                 return None
             self._claim(self.folder / "work")
-            texts = self._texts(report)
+            if self.features is None:
+                write_features(self.model, self.writer, self._work, self.content(), report)
             company.wait()
-            head, progress = self._train(texts, report, company, int8=int8)
+            features = self._features()
+            recipe = self._timed(features, report)
+            company.wait()
+            head, progress = self._train(features, recipe, report, company, int8=int8)
         model, best = self.model, load_head(self.folder, self.model)
         report("validating", 0, 0)
-        untrained, written = tokens_per_step(model, ready(model, self._untrained(head.tokens)), self.held, self.options)
+        worth: dict[str, float] = {}
+        written: list[Text] = []
+        for name, made in (("untrained", self._untrained(features)), ("begun", self._begun(features)), ("", best)):
+            worth[name], written = tokens_per_step(model, ready(model, made), features.held, self.options)
         size = model.decoder.config.vocabulary
         said = {
-            "head": self.recipe.kind,
+            "head": recipe.kind,
             "target": model.name,
             "dtype": model.dtype,
-            "writer": self.writer.dtype,
-            "recipe": asdict(self.recipe),
-            "texts": len(texts),
+            "recipe": asdict(recipe),
+            "features": dict(features.about),
+            "texts": len(features),
+            "rows": features.rows,
+            "parameters": sum(value.numel() for value in head.module.parameters()),
             "draft_vocabulary": size if head.tokens is None else len(head.tokens),
             "steps": progress.step,
-            "tokens_per_step": round(tokens_per_step(model, best, self.held, self.options)[0], 4),
-            "untrained_tokens_per_step": round(untrained, 4),
-            "accuracy": accuracies(model, best, written),
+            "tokens_per_step": round(worth[""], 4),
+            "begun_tokens_per_step": round(worth["begun"], 4),
+            "untrained_tokens_per_step": round(worth["untrained"], 4),
+            "accuracy": accuracies(model, best, [(text.tokens, text.prompt) for text in written]),
             "history": [[step, round(loss, 5), round(worth, 4)] for step, loss, worth in progress.history],
         }
         write_report(self.folder, said)
         return said
 
-    def _texts(self, report: Report) -> list[Text]:
-        return distil(
-            Engine(self.writer, drafter="ngram", cache="dense"),
-            self.prompts,
-            self.folder / "work" / "texts.jsonl",
-            tokens=self.recipe.tokens,
-            length=min(self.recipe.window, self.model.decoder.config.context),
-            options=self.options,
-            report=report,
-            invented=self.recipe.invented,
-        )
-
-    def _untrained(self, tokens: Tensor | None) -> Trained:
+    def content(self) -> Content:
+        """Of the folder's own features."""
         recipe = self.recipe
-        return new_head(
-            recipe.kind, self.model, depth=recipe.depth, window=recipe.window, tokens=tokens, seed=recipe.seed
+        return Content(
+            self.prompts,
+            self.held,
+            layers_of([recipe.kind], self.model),
+            self.options,
+            recipe.tokens,
+            recipe.window,
+            recipe.invented,
+            recipe.greedy,
         )
 
-    def _begun(self, tokens: Tensor | None) -> Trained:
-        """The head at step 0: untrained, or with the weights and draft vocabulary of `first`."""
-        head = self._untrained(tokens if self.first is None else self.first.tokens)
-        if self.first is not None:
+    @property
+    def _work(self) -> Path:
+        return self.folder / "work" / "features"
+
+    def _features(self) -> Features:
+        return Features.open(self.features or self._work, self.model, self.recipe.kind)
+
+    def _timed(self, features: Features, report: Report) -> Recipe:
+        """The recipe with its steps: of a budget in minutes, as many as a measurement gives, once for the folder."""
+        path, recipe = self.folder / "work" / "steps.json", self.recipe
+        if recipe.minutes and not path.exists():
+            report("measuring", 0, 0)
+            seconds = seconds_of_a_step(self.model, self._begun(features), features, recipe)
+            steps = max(1, int(recipe.minutes * 60 / seconds))
+            _written(path, {"steps": steps, "seconds_of_a_step": seconds})
+        return self._recipe()
+
+    def _recipe(self) -> Recipe:
+        if not self.recipe.minutes:
+            return self.recipe
+        path = self.folder / "work" / "steps.json"
+        found = read_json(path, 1 << 16, "The number of steps", hint="delete it to measure anew")
+        check(f"The file {path}", found, {"steps": whole(1, 1 << 40)}, UsageError, needed=frozenset({"steps"}))
+        return replace(self.recipe, steps=found["steps"])
+
+    def _tokens(self, features: Features) -> Tensor | None:
+        model = self.model
+        return frequent(features.texts(), self.recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens)
+
+    def _untrained(self, features: Features) -> Trained:
+        recipe, first = self.recipe, self.first
+        return new_head(
+            recipe.kind,
+            self.model,
+            depth=recipe.depth,
+            window=recipe.window,
+            tokens=self._tokens(features) if first is None else first.tokens,
+            seed=recipe.seed,
+            reads=None if first is None else first.module.reads,
+        )
+
+    def _begun(self, features: Features) -> Trained:
+        """The head at step 0: what least squares find, or `first`, with its draft vocabulary."""
+        head = self._untrained(features)
+        if self.first is None:
+            begin(self.model, head, features)
+        else:
             head.module.load_state_dict(self.first.module.state_dict())
         return head
 
     def _train(
-        self, texts: Sequence[Text], report: Report, company: Together, *, int8: bool
+        self, features: Features, recipe: Recipe, report: Report, company: Together, *, int8: bool
     ) -> tuple[Trained, Progress]:
         """The head after the last step, and the progress; the best head is written to the folder."""
-        model, recipe = self.model, self.recipe
-        head = self._begun(frequent(texts, recipe.draft_vocab, model.decoder.config.vocabulary, model.end_tokens))
+        model, head = self.model, self._begun(features)
         progress = train(
             model,
             head,
-            texts,
+            features,
             recipe,
             self.folder / "work" / "checkpoint.safetensors",
-            validate=lambda made: tokens_per_step(model, made, self.held, self.options)[0],
+            validate=lambda made: tokens_per_step(model, made, features.held, self.options)[0],
             keep=lambda made: save_head(self.folder, made, model, int8=int8),
             report=report,
             company=company,
@@ -141,12 +195,13 @@ class Course:
             "prompts": sha256("\0".join(self.prompts).encode()).hexdigest(),
             "sampling": self.options,
             "first": None if self.first is None else _digest(self.first),
+            "features": None if self.features is None else sha256((self.features / MANIFEST).read_bytes()).hexdigest(),
         }))  # fmt: skip
         path = work / "recipe.json"
         try:
             work.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
+                _written(path, said)
         except OSError as error:
             raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
         begun = read_json(path, 1 << 16, "The recipe", hint="name another folder")
@@ -154,6 +209,24 @@ class Course:
         if other:
             raise UsageError(f"{self.folder} holds another training (its {', '.join(other)} differ); ask for the same, "
                              "or name another folder.")  # fmt: skip
+
+
+def split(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Prompts to train on and prompts held out. Duplicates are dropped, evenly spaced ones are held out, and the others
+    are shuffled by the seed, since a file may be sorted by kind.
+
+    Raises:
+        UsageError: there are fewer than two.
+    """
+    prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
+    if len(prompts) < 2:
+        raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
+                         "a training needs two or more, since some are kept for validation.")  # fmt: skip
+    count = min(MOST_HELD, max(1, len(prompts) // 10))
+    kept = {i * len(prompts) // count for i in range(count)}
+    distilled = [prompt for i, prompt in enumerate(prompts) if i not in kept]
+    order = torch.randperm(len(distilled), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [distilled[i] for i in order], [prompts[i] for i in sorted(kept)]
 
 
 def start(
@@ -164,15 +237,16 @@ def start(
     options: dict[str, Any],
     writer: Model | None = None,
     first: Path | None = None,
+    features: Path | None = None,
 ) -> Course:
-    """Set up a training. Duplicate prompts are dropped, evenly spaced ones are held out for validation, and the others
-    are shuffled by the seed, since a file may be sorted by kind.
+    """Set up a training, on prompts, some of which are held out (`split`), or on a folder of features.
 
     writer: the same model in the dtype in which it generates the texts; default: `model`. first: folder of a trained
-    head as the starting point.
+    head as the starting point. features: a folder that `write_features` wrote; prompts are of no use then.
 
     Raises:
-        UsageError: fewer than two prompts, an int8 model, or a first head of another kind or model.
+        UsageError: fewer than two prompts, an int8 model, a first head of another kind or model, or features that are
+            no folder.
     """
     if model.dtype in CODED:
         raise UsageError("A head is trained on a model in bf16 or fp32, and drafts for its int8 form too: take "
@@ -185,24 +259,15 @@ def start(
                          "the head that is wanted.")  # fmt: skip
     if held is not None:
         recipe = replace(recipe, draft_vocab=0 if held.tokens is None else len(held.tokens))
-    prompts = list({" ".join(prompt.split()).casefold(): prompt for prompt in prompts}.values())
-    if len(prompts) < 2:
-        raise UsageError(f"There {'is' if prompts else 'are'} {len(prompts) or 'no'} prompt{'' if prompts else 's'}; "
-                         "a training needs two or more, since some are kept for validation.")  # fmt: skip
-    count = min(MOST_HELD, max(1, len(prompts) // 10))
-    kept = {i * len(prompts) // count for i in range(count)}
-    distilled = [prompt for i, prompt in enumerate(prompts) if i not in kept]
-    order = torch.randperm(len(distilled), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    return Course(
-        model,
-        recipe,
-        folder,
-        [distilled[i] for i in order],
-        [prompts[i] for i in sorted(kept)],
-        options,
-        writer or model,
-        held,
-    )
+    if features is None:
+        distilled, validating = split(prompts, recipe.seed)
+    else:
+        options, distilled, validating = Features.sampling(features), [], Features.held_of(features)
+    return Course(model, recipe, folder, distilled, validating, options, writer or model, held, features)
+
+
+def _written(path: Path, said: Any) -> None:
+    replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
 
 
 def _digest(head: Trained) -> str:

@@ -78,10 +78,12 @@ def distil(
     options: dict[str, Any],
     report: Report,
     invented: int = 0,
+    greedy: bool = False,
 ) -> list[Text]:
     """Generate texts of at most `length` tokens, until the answers have `tokens` tokens in total.
 
-    options: of `Engine.open`. invented: percentage of texts whose prompt the target generates.
+    options: of `Engine.open`. invented: percentage of texts whose prompt the target generates. greedy: every other text
+    is written at temperature 0, no prompt twice.
 
     Raises:
         UsageError: the file holds something else, all prompts are too long for an answer, or the model has no chat
@@ -89,7 +91,7 @@ def distil(
         LongspecError: the file can't be written.
     """
     texts = {text.number: text for text in read_texts(path, engine.model.decoder.config.vocabulary)}
-    desk = _Desk(engine, prompts, length, options, invented)
+    desk = _Desk(engine, prompts, length, options, invented, greedy=greedy)
     number, unusable = 0, 0
     last = max(texts, default=-1)  # lower numbers missing in the file were unusable, or unfinished
     try:
@@ -122,12 +124,19 @@ class _Desk:
     """The batch of texts being generated, by number; their prompts are given, or generated first."""
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[str], length: int, options: dict[str, Any], invented: int
+        self,
+        engine: Engine,
+        prompts: Sequence[str],
+        length: int,
+        options: dict[str, Any],
+        invented: int,
+        *,
+        greedy: bool,
     ) -> None:
         self.active: dict[int, Session] = {}
         self._inventing: set[int] = set()
         self._engine, self._prompts, self._length, self._options = engine, prompts, length, options
-        self._invented = invented
+        self._invented, self._greedy = invented, greedy
         self._before = opening(engine.model.vocabulary) if invented else ""
 
     def begin(self, number: int) -> bool:
@@ -157,7 +166,7 @@ class _Desk:
     def _answer(self, number: int, prompt: str) -> bool:
         """Start the answer to a prompt; False if the prompt takes more than half of the length."""
         try:
-            session = self._engine.open(prompt, key=str(number), **self._options)
+            session = self._engine.open(prompt, key=str(number), **self._options_of(number))
         except ContextError:
             return False
         if session.prompt_length > self._length // 2:
@@ -165,6 +174,12 @@ class _Desk:
         session.limit = min(session.limit, self._length)
         self._open(number, session)
         return True
+
+    def _options_of(self, number: int) -> dict[str, Any]:
+        """Options of a text. Where prompts are answered again, the others are greedy; a third time none is."""
+        turn = number // len(self._prompts)
+        greedy = self._greedy and turn < 2 and (number + turn) % 2 == 0
+        return {**self._options, "temperature": 0.0} if greedy else self._options
 
     def _open(self, number: int, session: Session) -> None:
         for _ in self._engine.prefill(session):

@@ -1,55 +1,294 @@
-"""The target's hidden states over training texts: the inputs and regression targets of a head.
+"""What heads are trained on, as a folder: texts, the target's hidden states and its distributions.
 
-Computing them is a large part of a training step. They are kept from one epoch to the next, bit for bit in the model's
-dtype, as long as they fit into a quarter of the free memory; the others are recomputed.
+    features.json        model, layers, held-out prompts, and every shard with its checksum; written anew after each
+    texts.jsonl          the texts, one by one as the target wrote them
+    shard-00000.safetensors
+        tokens [r] int32, starts [m + 1], prompts [m] int64     m texts, one behind the other
+        layer.N [r, W] bf16          hidden states after N of the target's layers, before any norm
+        top [r, k] int32, probs [r, k] fp16, rest [r] fp32      the likeliest next tokens, and what all others have
+
+A folder is written once for a model and a file of prompts, and any kind of head is trained from it. Writing goes on
+where it was interrupted. A folder of another model, and a shard that isn't what was written, are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from longspec.cache import CACHES
-from longspec.machine.system import available_bytes
-from longspec.model.decoder import Chunk, Decoder, Rows
+from longspec.engine.engine import Engine
+from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.heads import KINDS
+from longspec.heads.seen import TOP, Seen, see
+from longspec.machine.files import opened, read_json, replaced
+from longspec.machine.schema import FLAG, TABLE, TEXT, check, listed, whole
+from longspec.model.load import Model
+from longspec.model.weights.safetensors import Shard
+from longspec.training.distil import Text, distil
 
-__all__ = ["Features", "features"]
+__all__ = ["MANIFEST", "Content", "Features", "layers_of", "write_features"]
 
-CHUNK = 512
-"""Token positions of a forward pass."""
+Report = Callable[[str, int, int], None]
 
-_SHARE = 0.25  # of the memory that is free at the start
+MANIFEST = "features.json"
+
+TEXTS = 64
+"""Texts of a shard: 25,000 rows, about 100 MB with three layers of the default model."""
+
+_VERSION = 1
+_MOST_NBYTES = 64 << 20  # of the manifest: held-out prompts, which have up to 1 MiB each
+_HINT = "`longspec train features` writes one"
+_FIELDS = {
+    "version": whole(_VERSION, _VERSION),
+    "lineage": TEXT,
+    "model": TEXT,
+    "about": TABLE,
+    "layers": listed(whole(0, 1 << 16), 1 << 10),
+    "held": listed(TEXT, 1 << 16),
+    "complete": FLAG,
+    "shards": listed(TABLE, 1 << 20),
+}
+_SHARD = {"name": TEXT, "rows": whole(1, 1 << 40), "texts": whole(1, TEXTS), "sha256": TEXT}
 
 
-class Features:
-    """Cache of hidden states by text. room: its capacity in bytes; default: a share (`_SHARE`) of the free memory."""
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a folder is to hold."""
 
-    def __init__(self, decoder: Decoder, room: int | None = None) -> None:
-        self._decoder = decoder
-        self._room = int(available_bytes() * _SHARE) if room is None else room
-        self._kept: dict[int, Tensor] = {}
+    prompts: Sequence[str]  # that texts are generated from
+    held: Sequence[str]  # prompts that validate a head, and have no texts
+    layers: Sequence[int]  # of the target, whose states are kept
+    options: Mapping[str, Any]  # of `Engine.open`
+    tokens: int = 1_000_000  # of generated answers
+    window: int = 512  # tokens of a text at most
+    invented: int = 0  # percentage of texts whose prompt the target generates
+    greedy: bool = False  # every other text is written at temperature 0
 
-    def of(self, number: int, tokens: Sequence[int]) -> Tensor:
-        """Hidden states [n, width] of the text with this number."""
-        found = self._kept.get(number)
-        if found is None:
-            found = features(self._decoder, tokens)
-            if found.nbytes <= self._room:
-                self._room -= found.nbytes
-                self._kept[number] = found
+    def about(self, model: Model, writer: Model) -> dict[str, Any]:
+        """What has to be the same for writing to go on."""
+        said = {
+            "dtype": model.dtype,
+            "writer": writer.dtype,
+            "prompts": hashlib.sha256("\0".join(self.prompts).encode()).hexdigest(),
+            "sampling": dict(self.options),
+            "tokens": self.tokens,
+            "window": self.window,
+            "invented": self.invented,
+            "greedy": self.greedy,
+            "top": TOP,
+        }
+        found: dict[str, Any] = json.loads(json.dumps(said))
         return found
 
 
-@torch.no_grad()
-def features(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
-    """Hidden states [n, width], one for each token, before the final norm."""
-    cache, made = CACHES["dense"](decoder.shape), []
-    for start in range(0, len(tokens), CHUNK):
-        own = tokens[start : start + CHUNK]
-        stage = cache.open()
-        staged = stage.add(range(-1, len(own) - 1))
-        made.append(decoder.forward(Rows.of([Chunk(stage, staged, own, start, False)], decoder.device)))
-        cache.commit(stage, range(len(own)))
-    return torch.cat(made)
+class Features:
+    """A folder's texts, by number. Hidden states are read where they lie, through memory maps."""
+
+    def __init__(self, shards: Sequence[Shard], held: Sequence[str], layers: Sequence[int], about: Mapping[str, Any]):
+        self.held, self.layers, self.about = held, tuple(layers), about
+        self._shards = shards
+        self._starts = [shard.take("starts").tolist() for shard in shards]
+        self._prompts = [shard.take("prompts").tolist() for shard in shards]
+        self._firsts = [0, *accumulate(map(len, self._prompts))]
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @property
+    def rows(self) -> int:
+        return sum(starts[-1] for starts in self._starts)
+
+    def text(self, number: int) -> Text:
+        shard, at, rows = self._place(number)
+        return Text(number, self._prompts[shard][at], self._shards[shard].take("tokens")[rows].tolist())
+
+    def texts(self) -> list[Text]:
+        return [self.text(number) for number in range(len(self))]
+
+    def seen(self, number: int, layers: Sequence[int]) -> Seen:
+        """A text with the states of some layers."""
+        which, at, rows = self._place(number)
+        shard = self._shards[which]
+        return Seen(
+            self._prompts[which][at],
+            shard.take("tokens")[rows],
+            {layer: shard.take(f"layer.{layer}")[rows] for layer in {*layers, self.layers[-1]}},
+            *(shard.take(name)[rows] for name in ("top", "probs", "rest")),
+        )
+
+    def _place(self, number: int) -> tuple[int, int, slice]:
+        shard = bisect_right(self._firsts, number) - 1
+        at = number - self._firsts[shard]
+        return shard, at, slice(self._starts[shard][at], self._starts[shard][at + 1])
+
+    @classmethod
+    def sampling(cls, folder: Path) -> dict[str, Any]:
+        """The options of `Engine.open` that a folder's texts were written with. The errors are those of `open`."""
+        options = _manifest(folder)["about"].get("sampling")
+        return options if isinstance(options, dict) else {}
+
+    @classmethod
+    def held_of(cls, folder: Path) -> list[str]:
+        """The prompts that a folder holds out. The errors are those of `open`."""
+        held: list[str] = _manifest(folder)["held"]
+        return held
+
+    @classmethod
+    def open(cls, folder: Path, model: Model, kind: str) -> Features:
+        """A folder that is complete, for training a kind of head. Every shard is read once, for its checksum.
+
+        Raises:
+            UsageError: there is none, it is of another model, or lacks a layer or its end.
+            ModelError: a shard isn't what was written.
+        """
+        found = _manifest(folder)
+        if found["lineage"] != model.lineage:
+            raise UsageError(
+                f"The features in {folder} are of {found['model']!r}, whose weights or shape are not those of "
+                f"{model.name}; take the model that they were written with, or write others."
+            )
+        if not found["complete"]:
+            raise UsageError(f"The features in {folder} aren't complete: their writing was interrupted; go on with the "
+                             "same `longspec train features`.")  # fmt: skip
+        lacking = sorted({*KINDS[kind].reads_of(model.decoder.config.layers)} - {*found["layers"]})
+        if lacking:
+            raise UsageError(f"The features in {folder} are of the layers {_said(found['layers'])}, and {kind} reads "
+                             f"{_said(lacking)} too; write others with --layers.")  # fmt: skip
+        shards = [_shard(folder, entry, found["layers"], model) for entry in found["shards"]]
+        if not shards:
+            raise UsageError(f"The features in {folder} hold no text; write others.")
+        return cls(shards, found["held"], found["layers"], found["about"])
+
+
+def layers_of(kinds: Sequence[str], model: Model) -> list[int]:
+    """The layers that these kinds of heads read of a model, and its last one."""
+    count = model.decoder.config.layers
+    return sorted({count, *(layer for kind in kinds for layer in KINDS[kind].reads_of(count))})
+
+
+def write_features(model: Model, writer: Model, folder: Path, content: Content, report: Report) -> None:
+    """Write a folder, or go on with one. writer: the same model in the dtype in which it generates the texts.
+
+    Raises:
+        UsageError: the folder holds other features, or no prompt can be used.
+        LongspecError: a file can't be written.
+    """
+    about, wanted = content.about(model, writer), sorted({*content.layers, model.decoder.config.layers})
+    found: dict[str, Any] = {
+        "version": _VERSION,
+        "lineage": model.lineage,
+        "model": model.name,
+        "about": about,
+        "layers": wanted,
+        "held": list(content.held),
+        "complete": False,
+        "shards": [],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            before = _manifest(folder)
+            other = [name for name in about if before["about"].get(name) != about[name]]
+            other += [name for name in ("lineage", "layers", "held") if before[name] != found[name]]
+            if other:
+                raise UsageError(f"{folder} holds other features (their {', '.join(other)} differ); ask for the same, "
+                                 "or name another folder.")  # fmt: skip
+            if before["complete"]:
+                return
+            found["shards"] = before["shards"]
+        _keep(folder, found)
+        texts = distil(
+            Engine(writer, drafter="ngram", cache="dense"),
+            content.prompts,
+            folder / "texts.jsonl",
+            tokens=content.tokens,
+            length=min(content.window, model.decoder.config.context),
+            options=dict(content.options),
+            report=report,
+            invented=content.invented,
+            greedy=content.greedy,
+        )
+        for first in range(len(found["shards"]) * TEXTS, len(texts), TEXTS):
+            report("reading texts", first, len(texts))
+            found["shards"].append(_write(model, folder, first // TEXTS, texts[first : first + TEXTS], wanted))
+            _keep(folder, found)
+        _keep(folder, {**found, "complete": True})
+    except OSError as error:
+        raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
+
+
+def _write(model: Model, folder: Path, number: int, texts: Sequence[Text], layers: Sequence[int]) -> dict[str, Any]:
+    """Write a shard; returns its entry in the manifest."""
+    from safetensors.torch import save_file
+
+    seen = [see(model, text.tokens, text.prompt, layers) for text in texts]
+    joined = {f"layer.{layer}": torch.cat([each.states[layer] for each in seen]) for layer in layers}
+    joined |= {name: torch.cat([getattr(each, name) for each in seen]) for name in ("tokens", "top", "probs", "rest")}
+    joined["starts"] = torch.tensor([0, *accumulate(len(text.tokens) for text in texts)])
+    joined["prompts"] = torch.tensor([text.prompt for text in texts])
+    held = {name: value.cpu().contiguous() for name, value in joined.items()}
+    name = f"shard-{number:05d}.safetensors"
+    replaced(folder / name, lambda path: save_file(held, path))
+    with opened(folder / name, "The shard") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "rows": len(joined["tokens"]), "texts": len(texts), "sha256": digest}
+
+
+def _shard(folder: Path, entry: Mapping[str, Any], layers: Sequence[int], model: Model) -> Shard:
+    """A shard of the manifest, whose bytes and shapes are what they should be."""
+    path, rows, texts = folder / entry["name"], entry["rows"], entry["texts"]
+    with opened(path, "The shard", hint="write the features anew", error=ModelError) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise ModelError(f"{path} is damaged: its checksum isn't the one in {MANIFEST}; write the features anew.")
+    shard, width = Shard(path), model.decoder.config.width
+    top = min(TOP, model.decoder.config.vocabulary)
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"layer.{layer}": (torch.bfloat16, (rows, width)) for layer in layers
+    }
+    wanted |= {
+        "tokens": (torch.int32, (rows,)),
+        "rest": (torch.float32, (rows,)),
+        "starts": (torch.int64, (texts + 1,)),
+    }
+    wanted |= {
+        "prompts": (torch.int64, (texts,)),
+        "top": (torch.int32, (rows, top)),
+        "probs": (torch.float16, (rows, top)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        if name not in shard.names or (shard.dtype(name), shard.shape(name)) != (dtype, shape):
+            raise ModelError(f"{path} isn't what {MANIFEST} says: {name} should be {list(shape)} of "
+                             f"{str(dtype).removeprefix('torch.')}; write the features anew.")  # fmt: skip
+    starts, prompts, size = shard.take("starts"), shard.take("prompts"), model.decoder.config.vocabulary
+    within = all(0 <= int(shard.take(name).min()) <= int(shard.take(name).max()) < size for name in ("tokens", "top"))
+    lengths = starts.diff()
+    if starts[[0, -1]].tolist() != [0, rows] or not bool(((prompts > 0) & (prompts < lengths)).all()) or not within:
+        raise ModelError(f"{path} holds texts or tokens that can't be of {model.name}; write the features anew.")
+    return shard
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    found = read_json(path, _MOST_NBYTES, "The manifest of the features", hint=_HINT)
+    check(f"The manifest {path}", found, _FIELDS, UsageError, needed=frozenset(_FIELDS))
+    for number, entry in enumerate(found["shards"]):
+        check(f"Shard {number} of {path}", entry, _SHARD, UsageError, needed=frozenset(_SHARD))
+        if entry["name"] != f"shard-{number:05d}.safetensors":
+            raise UsageError(f"The manifest {path} names the shard {entry['name'][:40]!r}; {_HINT}.")
+    return found
+
+
+def _keep(folder: Path, manifest: Mapping[str, Any]) -> None:
+    replaced(folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+
+
+def _said(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

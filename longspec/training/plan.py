@@ -6,7 +6,7 @@ Takes a target, a recipe and prompts; runs a few steps of each stage and gives a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 
 from longspec.engine.engine import Engine
 from longspec.heads.format import Trained, new_head
+from longspec.heads.seen import batch_of, see
 from longspec.model.load import Model
 from longspec.training.distil import TOGETHER, Text
-from longspec.training.features import features
+from longspec.training.loss import Drafted, loss_of
 from longspec.training.report import ANSWER, tokens_per_step
-from longspec.training.train import Recipe, frequent, loss_of, ready
+from longspec.training.train import Recipe, frequent, ready
 
 __all__ = ["Plan", "make_plan"]
 
@@ -57,8 +58,9 @@ def make_plan(
     options: dict[str, Any],
     writer: Model | None = None,
 ) -> Plan:
-    """Measure with an untrained head, which is then dropped; no files are written."""
-    seconds_per_token = _writing(writer or model, prompts, options)
+    """Measure with an untrained head, which is then dropped; no files are written. Without prompts no text will be."""
+    seconds_per_token = _writing(writer or model, prompts, options) if prompts else 0.0
+    distilled = recipe.tokens if prompts else 0
     length = min(recipe.window, model.decoder.config.context)
     size = model.decoder.config.vocabulary
     tokens = torch.randint(size, (length,), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
@@ -72,17 +74,18 @@ def make_plan(
     validation = (perf_counter() - began) / min(2, len(held)) * len(held) * (recipe.validations + 2)
     parameters = sum(parameter.numel() for parameter in head.module.parameters())
     target = sum(tensor.numel() for tensor in model.decoder.tensors() if tensor.dim() == 2)
-    rows = recipe.steps * recipe.texts * length
+    steps = round(recipe.minutes * 60 / step_seconds) if recipe.minutes else recipe.steps
+    rows = steps * recipe.texts * length
     written = len(head.rows(model)) * model.decoder.config.width
     # 2 FLOPs per weight forward, 4 backward. The LM head is frozen: 2 backward.
-    per_row = 2 * target + 6 * parameters + recipe.depth * 4 * written + 2 * written
+    per_row = 6 * parameters + recipe.depth * 4 * written
     return Plan(
         parameters=parameters,
-        distil_tokens=recipe.tokens,
+        distil_tokens=distilled,
         train_tokens=rows,
-        flops=float(rows * per_row + 2 * target * recipe.tokens),
-        distil_hours=recipe.tokens * seconds_per_token / 3600,
-        train_hours=recipe.steps * step_seconds / 3600,
+        flops=float(rows * per_row + 2 * 2 * target * distilled),
+        distil_hours=distilled * seconds_per_token / 3600,
+        train_hours=steps * step_seconds / 3600,
         validation_hours=validation / 3600,
         step_seconds=step_seconds,
     )
@@ -110,8 +113,9 @@ def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> f
 
 def _training(model: Model, head: Trained, text: Text) -> float:
     """Seconds of one text's forward and backward pass, after a warm-up."""
-    rows = head.rows(model)
+    seen, layers = see(model, text.tokens, text.prompt, head.reads(model)), head.reads(model)
+    drafted = Drafted(model, head)
     for _ in range(2):
         began = perf_counter()
-        loss_of(model, replace(head), rows, text, features(model.decoder, text.tokens)).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, head, drafted, *batch_of(model, [seen], layers)).backward()  # type: ignore[no-untyped-call]
     return perf_counter() - began

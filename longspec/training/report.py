@@ -1,7 +1,6 @@
-"""Evaluation of a head: accuracy by draft depth, tokens per step in the engine, and a report of both.
+"""Evaluation of a head: tokens per step in the engine, with drafts of the maximal length; and the report of a training.
 
-Takes a target and a head that is ready to draft. Accuracy is measured with teacher forcing, as in training; tokens per
-step is measured in the engine, with drafts of the maximal length.
+Takes a target and a head that is ready to draft.
 """
 
 from __future__ import annotations
@@ -11,20 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from longspec.drafters.clover import Head
+from longspec.drafters import drafter_of
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
 from longspec.errors import LongspecError
 from longspec.heads.format import Trained
-from longspec.heads.layers import unroll
 from longspec.machine.files import replaced
 from longspec.model.load import Model
 from longspec.training.distil import Text
-from longspec.training.features import features
 
-__all__ = ["accuracies", "draw", "tokens_per_step", "write_report"]
+__all__ = ["draw", "tokens_per_step", "write_report"]
 
 ANSWER = 64
 """Limit of the answer to a held-out prompt, in tokens."""
@@ -34,7 +29,7 @@ def tokens_per_step(
     model: Model, head: Trained, prompts: Sequence[str], options: dict[str, Any]
 ) -> tuple[float, list[Text]]:
     """Tokens per step over all prompts, generated in one batch; and the texts, which are the same for every head."""
-    engine = Engine(model, drafter=Head(model, head), cache="dense", control="fixed")
+    engine = Engine(model, drafter=drafter_of(model, head), cache="dense", control="fixed")
     sessions = []
     for number, prompt in enumerate(prompts):
         session = engine.open(prompt, key=f"held out {number}", **options)
@@ -47,26 +42,6 @@ def tokens_per_step(
     steps = sum(session.stats.steps for session in sessions)
     committed = sum(session.stats.committed for session in sessions)
     return committed / steps, [_text(number, session) for number, session in enumerate(sessions)]
-
-
-@torch.no_grad()
-def accuracies(model: Model, head: Trained, texts: Sequence[Text]) -> list[float]:
-    """By depth, how often the head's argmax is the target's, given the true tokens before (teacher forcing)."""
-    decoder, config, rows = model.decoder, head.config(model), head.rows(model)
-    right, seen = torch.zeros(head.depth), torch.zeros(head.depth)
-    for text in texts:
-        hidden = features(decoder, text.tokens)
-        wanted = decoder.logits(hidden).argmax(-1)  # [n]
-        embedded = decoder.embed(torch.tensor(text.tokens[1:], device=decoder.device))
-        outs = unroll(head.module, config, hidden[None, :-1], head.module.token_norm(embedded)[None], head.depth)
-        for i, out in enumerate(outs):
-            first = max(0, text.prompt - 2 - i)
-            tokens = (head.module.norm(out[0, first:]) @ rows.T).argmax(-1)
-            if head.tokens is not None:
-                tokens = head.tokens.to(tokens.device)[tokens]
-            right[i] += (tokens == wanted[first + i + 1 :]).sum().cpu()
-            seen[i] += len(tokens)
-    return [round(share, 4) for share in (right / seen.clamp_min(1)).tolist()]
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ from support.native import SIZES, coded
 from support.real import default
 
 from longspec.cache import CACHES
+from longspec.drafters import drafter_of
 from longspec.drafters.clover import Head
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
-from longspec.heads.layers import unroll
+from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
 
 
@@ -39,9 +40,9 @@ def some(model: Model) -> torch.Tensor:
 def test_a_head_never_changes_a_text(
     model: Model, kind: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
     written = []
-    for drafter in ("none", Head(model, shaken(kind, model, depth=4, tokens=some(model)))):
+    for drafter in ("none", drafter_of(model, shaken(kind, model, depth=4, tokens=some(model)))):
         made = engine(model, drafter, cache=cache, draft_tokens=7)
         sessions = [
             made.open(prompt, raw=True, max_new_tokens=25, key=str(i), **options)
@@ -52,20 +53,20 @@ def test_a_head_never_changes_a_text(
     assert sum(session.stats.drafted for session in sessions) > 40 * texts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind, module in KINDS.items() if issubclass(module, Recurrent)])
 @pytest.mark.parametrize("window", [512, 40])
 def test_drafting_equals_the_unrolled_training(
     model: Model, kind: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind a text of several steps: the first chain's hidden states, from the head's caches and all at once."""
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_BREADTH", 1)
     head = shaken(kind, model, depth=4, window=window)
     drafter, outs, features = Head(model, head), [], []
     made = engine(model, drafter, draft_tokens=6)
     session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
     read, forward = drafter.read, drafter.forward
-    drafter.read = lambda s, rows: (features.append(rows[0]), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    drafter.read = lambda s, rows: (features.append(torch.cat(list(rows), -1)), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for _ in made.prefill(session):
         pass
     for _ in range(4):
@@ -79,9 +80,10 @@ def test_drafting_equals_the_unrolled_training(
     rows = torch.cat(features)
     assert len(rows) == len(session.tokens) - 1
     padded = torch.cat((rows, torch.zeros(len(draft), rows.shape[1])))
+    assert isinstance(head.module, Recurrent)
     tokens = head.module.token_norm(model.decoder.embed(torch.tensor([text[1:]])))
     with torch.no_grad():
-        unrolled = unroll(head.module, drafter.decoder.config, padded[None, : tokens.shape[1]], tokens, 4)
+        unrolled = head.module.unroll(padded[None, : tokens.shape[1]], tokens)
     want = torch.stack([out[0, len(session.tokens) - 2] for out in unrolled])
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
 

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_a_published_head_never_changes_a_text(
     model: Model, tmp_path: Path, layout: str, cache: str, options: Any, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
     folder, written = write(tmp_path / "head", layout, model), []
     for drafter in ("none", str(folder)):
         made = engine(model, drafter, cache=cache, draft_tokens=7)
@@ -46,8 +46,8 @@ def test_an_eagle_head_drafts_what_its_equations_say(
     model: Model, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written down once more, a whole text at once, and each drafted row appended to it."""
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.0)
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.BREADTH", 1)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_BREADTH", 1)
     drafter = parse(str(write(tmp_path / "head", layout, model))).make(model)
     assert isinstance(drafter, Eagle)
     made = engine(model, drafter, draft_tokens=6)

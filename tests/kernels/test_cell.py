@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support.native import SIZES, coded
 
 from longspec.drafters.clover import Head
 from longspec.drafters.common import clover_native as cell
+from longspec.heads.clover2 import Clover2
 from longspec.model.load import DTYPES, Model
 from longspec.training.train import ready
 from longspec.types import Draft
@@ -43,15 +45,14 @@ def paths(draft: Draft) -> dict[tuple[int, ...], float]:
     return found
 
 
-def head_of(model: Model) -> Head:
+def head_of(model: Model, **options: Any) -> Head:
     """As it is loaded: in the target's dtype."""
-    return Head(model, ready(model, shaken("clover2", model, depth=4, tokens=DRAFTED)))
+    return Head(model, ready(model, shaken("clover2", model, depth=4, tokens=DRAFTED, **options)))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_it_drafts_as_torch_does(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cell, "FLOOR", 0.05)
-    monkeypatch.setattr("longspec.drafters.common.tree_growth.FLOOR", 0.05)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.05)
     model = model_of(folder, dtype)
     head = head_of(model)
     if head._cell is None:
@@ -77,13 +78,14 @@ def test_it_drafts_as_torch_does(folder: Path, dtype: str, monkeypatch: pytest.M
 
 def test_what_the_layers_read_is_what_torch_makes(folder: Path) -> None:
     model = model_of(folder, "bf16")
-    head = head_of(model)
+    head = head_of(model, reads=())
     if head._cell is None:
         pytest.skip(str(cell.missing(head.head.module, head.decoder)))
     generator = torch.Generator().manual_seed(2)
     features, tokens = torch.randn(2, 130, 128, generator=generator).bfloat16()
     module = deepcopy(head.head.module).to(torch.float32)
     with torch.inference_mode():
+        assert isinstance(module, Clover2)
         want = module.enter(features.float(), module.token_norm(tokens.float()))
         got = head._cell.enter(features, tokens)
     assert (got - want).abs().max() < 0.02 * want.abs().max()

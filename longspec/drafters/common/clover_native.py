@@ -1,7 +1,7 @@
 """A Clover-2 head's cell in C: expands the whole draft tree of one greedy sequence in a call.
 
-Takes a head, its decoder and the embeddings of its draft tokens; gives the draft that `grow` would give with a lower
-floor, up to bf16 rounding. It needs the native kernel of the target's layers. An expanded node costs three small matrix
+Takes a head, its decoder and the embeddings of its draft tokens; gives the draft that `grow` would give, up to
+bf16 rounding. It needs the native kernel of the target's layers. An expanded node costs three small matrix
 products.
 """
 
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspec.drafters.common.tree_growth import BREADTH, likeliest
+from longspec.drafters.common import tree_growth
+from longspec.drafters.common.tree_growth import likeliest
 from longspec.heads.clover2 import Clover2
 from longspec.kernels.boundary import pointer
 from longspec.kernels.build import library
@@ -25,9 +26,6 @@ from longspec.model.weights.quantized import CodedLinear, Piece
 from longspec.types import Draft
 
 __all__ = ["Cell", "missing"]
-
-FLOOR = 0.1
-"""Least path probability of an expanded node. Lower than `tree_growth.FLOOR`: an expansion in C is cheaper."""
 
 _MOST_TABLE = 64 << 20
 """Limit in bytes of the precomputed K, V and join tables of the draft tokens: 3 x [D, width] in bf16."""
@@ -116,7 +114,8 @@ class Cell:
 
     def draft(self, hidden: Tensor, limit: int, deepest: int, vocabulary: Tensor | None) -> Draft:
         """The `limit` most probable nodes of the tree. hidden: [width], the layers' output for the newest position."""
-        most, expanded = (limit + 1) * BREADTH, (limit + 1) * self._width
+        breadth, floor = tree_growth.HEAD_BREADTH, tree_growth.HEAD_FLOOR
+        most, expanded = (limit + 1) * breadth, (limit + 1) * self._width
         room = hidden.new_empty(2 * expanded + max(self._cell.size, self._width))
         numbers = torch.empty(4, most, dtype=torch.int64)
         chances = torch.empty(most, dtype=torch.float32)
@@ -126,8 +125,8 @@ class Cell:
             pointer(hidden := hidden.contiguous(), torch.bfloat16, self._width),
             limit,
             deepest,
-            BREADTH,
-            FLOOR,
+            breadth,
+            floor,
             *(room[at:].data_ptr() for at in (0, expanded, 2 * expanded)),
             self._kernel.workspace(),
             *(tokens, parents, chances.data_ptr(), depths, rows),

@@ -1,0 +1,134 @@
+"""Trained heads beside each other: their size, how often they are right, and what they bring.
+
+Takes heads in folders, one loaded target by dtype, and prompts; gives one row per head. Accuracy is by depth, behind
+the true tokens of plain decoding's greedy answers. Tokens per step are counted with so many tokens drafted in every
+step, of greedy and of sampled answers; seconds are compared with plain decoding's in turns, under the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from longspec.bench.harness import Column, Progress, Row, Table, Took, Turns
+from longspec.bench.plot import draw_heads
+from longspec.bench.side_by_side import write_all
+from longspec.drafters import drafter_of
+from longspec.engine.engine import Engine
+from longspec.heads.accuracy import accuracies
+from longspec.heads.format import Trained, load_head
+from longspec.model.load import Model
+
+__all__ = ["DRAFTED", "HeadWorkload"]
+
+DRAFTED = {"chain": 4, "tree": 15}
+"""Tokens that are drafted in every step: what pays where rows are dear, and what fills a tile."""
+
+TEMPERATURE = 0.8
+WIDTHS = (1, 8)
+SIDE_BY_SIDE = 8  # where only steps are counted
+
+
+class HeadWorkload:
+    """models: the target by dtype, the first one in bf16 or fp32: what heads are trained on."""
+
+    what = "trained heads: size, accuracy by depth, tokens per step, and speed beside plain decoding"
+    table = Table(
+        Column("head", -14, "{head}"),
+        Column("M", 6, lambda row: f"{row['parameters'] / 1e6:.2f}"),
+        Column("MB/draft", 8, lambda row: f"{row['bytes_read'] / 1e6:.1f}"),
+        Column("right", -24, lambda row: " ".join(f"{share:.2f}" for share in row["accuracy"][:5])),
+        Column("4", 5, "{tokens_per_step[chain]:.2f}"),
+        Column("15", 5, "{tokens_per_step[tree]:.2f}"),
+        Column("15, .8", 6, "{sampled_tokens_per_step[tree]:.2f}"),
+        Column("ratios", -30, lambda row: " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())),
+    )
+
+    def __init__(
+        self, models: Mapping[str, Model], folders: Sequence[Path], prompts: Sequence[str], new_tokens: int, rounds: int
+    ) -> None:
+        self._models, self._prompts, self._new, self._rounds = models, prompts, new_tokens, rounds
+        self._first = next(iter(models.values()))
+        self._heads = {folder.name: (folder, load_head(folder, self._first)) for folder in folders}
+
+    def rows(self, progress: Progress) -> Iterator[Row]:
+        plain = Engine(self._first, drafter="none")
+        texts = self._texts(plain)
+        for done, (name, (folder, head)) in enumerate(self._heads.items()):
+            progress(name, done, len(self._heads))
+            weights, read = head.module.cost()
+            rows = head.rows(self._first)
+            yield {
+                "head": name,
+                "kind": head.kind,
+                "depth": head.depth,
+                "reads": list(head.reads(self._first)),
+                "draft_vocabulary": len(rows),
+                "parameters": sum(value.numel() for value in head.module.parameters()),
+                "bytes_read": 2 * (weights + read * rows.numel()),
+                "accuracy": accuracies(self._first, head, texts),
+                "accuracy_among_3": accuracies(self._first, head, texts, among=3),
+                "tokens_per_step": self._steps(head, 0.0),
+                "sampled_tokens_per_step": self._steps(head, TEMPERATURE),
+                "ratio": {
+                    f"{dtype}, {width}": ratio
+                    for dtype, model in self._models.items()
+                    for width, ratio in self._ratios(model, folder).items()
+                },
+            }
+
+    def about(self) -> Row:
+        return {
+            "model": self._first.name,
+            "dtypes": list(self._models),
+            "prompts": len(self._prompts),
+            "max_new_tokens": self._new,
+            "rounds": self._rounds,
+            "temperature": TEMPERATURE,
+            "drafted": DRAFTED,
+        }
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        draw_heads(rows, path)
+
+    def _texts(self, engine: Engine) -> list[tuple[list[int], int]]:
+        """Plain decoding's greedy answers behind their prompts, with the prompts' lengths."""
+        sessions = [engine.open(prompt, max_new_tokens=self._new, temperature=0) for prompt in self._prompts]
+        write_all(engine, sessions, SIDE_BY_SIDE)
+        return [(list(session.tokens), session.prompt_length) for session in sessions]
+
+    def _steps(self, head: Trained, temperature: float) -> dict[str, float]:
+        """Tokens per step by the tokens that are drafted in each."""
+        found = {}
+        for name, count in DRAFTED.items():
+            drafter = drafter_of(self._first, head)
+            engine = Engine(self._first, drafter=drafter, control="fixed", draft_tokens=count)
+            took = self._write(engine, SIDE_BY_SIDE, self._prompts, temperature=temperature)
+            found[name] = took.tokens / took.steps
+        return found
+
+    def _ratios(self, model: Model, folder: Path) -> dict[int, float]:
+        """By texts side by side: tokens per second over plain decoding's, the median over the rounds."""
+        engines = {"none": Engine(model, drafter="none"), "head": Engine(model, drafter=str(folder.resolve()))}
+        turns, found = Turns(), {}
+        for width in WIDTHS:
+            writers = {name: partial(self._write, engine, width) for name, engine in engines.items()}
+            turns.write(writers, self._prompts[:width], lambda _: None)  # warm-up
+            took = [turns.write(writers, self._prompts, lambda _: None) for _ in range(self._rounds)]
+            found[width] = median(each["head"].rate / max(each["none"].rate, 1e-9) for each in took)
+        return found
+
+    def _write(self, engine: Engine, width: int, prompts: Sequence[str], temperature: float = 0.0) -> Took:
+        sessions = [
+            engine.open(prompt, max_new_tokens=self._new, temperature=temperature, seed=0, key=str(i))
+            for i, prompt in enumerate(prompts)
+        ]
+        seconds = write_all(engine, sessions, width)
+        return Took(
+            prompts=len(sessions),
+            tokens=sum(len(session.answer) for session in sessions),
+            seconds=seconds,
+            steps=sum(session.stats.steps for session in sessions),
+        )
