@@ -92,10 +92,10 @@ def test_texts_to_draft_from(tiny: str, home: Path) -> None:
 
 def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
     small = str(write_tiny(tmp_path, context=1000))
-    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home, whole=True)
     assert (refused.code, refused.out) == (4, b"")
     assert "The memory budget is 50 MiB" in refused.err
-    with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):
+    with server(["-m", small, *TINY, "--memory", "4GiB"], home, whole=True) as (process, url):
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             whole = client.completions.create(model=small, prompt="A", max_tokens=5)
             assert whole.usage is not None
