@@ -229,7 +229,7 @@ def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int, *m
     arguments = ["batch", str(source), "-o", str(out), "-m", tiny, *SETTINGS, *more, "-q"]
     generator, lived = random.Random(seed), 0
     for _ in range(kills):
-        with started(arguments, home, whole=True) as process:
+        with started(arguments, home) as process:
             begun = out.stat().st_size if out.exists() else 0
             end = time.monotonic() + SECONDS
             while process.poll() is None and (not out.exists() or out.stat().st_size == begun):
@@ -239,6 +239,8 @@ def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int, *m
             lived += process.poll() is None
             process.kill()
             process.wait()
+            assert process.stdout is not None
+            process.stdout.read()  # its end: nobody writes any more
     assert lived, "every run had ended before it was killed"
     assert batch(tiny, source, out, *more) == 0
     assert answers(out) == answers(home / "whole")

@@ -118,7 +118,11 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def address(user: dict[str, str]) -> Iterator[str]:
     """Of `longspec serve`, up while pages are run."""
     process = subprocess.Popen(
-        [*forked.command(), "serve", "--port", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=user
+        [*forked.command(), "serve", "--port", "0"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=user,
     )
     try:
         assert process.stderr is not None

@@ -181,13 +181,13 @@ def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -
 
 @pytest.mark.real
 def test_the_default_model(home: Path) -> None:
-    alone = Engine(default("fp32")).generate("Why is the sky blue?", max_new_tokens=24)
+    alone = Engine(default("auto")).generate("Why is the sky blue?", max_new_tokens=24)
     pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
-    with server(["--dtype", "fp32"], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
+    with server([], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
         asked = client.chat.completions.create(
             model="smollm2", messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=24
         )
         assert asked.choices[0].message.content == alone.text
-        run = ["run", "--no-stdin", "--dtype", "fp32", "--max-new-tokens", "24", "Why is the sky blue?"]
+        run = ["run", "--no-stdin", "--max-new-tokens", "24", "Why is the sky blue?"]
         code, out, _, imported = loads(run, home, pulled)
         assert (code, out.decode(), imported) == (0, alone.text + "\n", False)

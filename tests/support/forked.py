@@ -2,7 +2,8 @@
 
 `command()` is started in place of `python -m longspec.cli.main`: a small process (support.stand_in) that stands for one
 which a server of this test process forks. That isn't the right one for what only a whole process has: its imports, its
-memory and other limits, its terminal's foreground, the very moment of `kill -9`.
+memory and other limits, its locale, its terminal's foreground. After `kill -9` of the small process the other one is
+gone when their pipes end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,26 +31,31 @@ LARGEST = 1 << 17
 """Bytes of arguments and environment."""
 
 
+def command(module: str = "longspec.cli.main") -> list[str]:
+    """What to start; arguments follow, for the function `main` of this module."""
+    if (name := server()) is None:
+        return [sys.executable, "-m", module]
+    return [sys.executable, "-I", "-S", str(stand_in.__file__), name, module]
+
+
 @cache
-def command() -> list[str]:
-    """What to start; the command's arguments follow. The server ends when its standard input does: with this process,
-    however that ends.
-    """
+def server() -> str | None:
+    """The name of a server, which ends when its standard input does: with this process, however that ends."""
     if not hasattr(os, "pidfd_open"):  # it is Linux that has it
-        return [sys.executable, "-m", "longspec.cli.main"]
+        return None
     name = f"longspec-tests-{os.getpid()}"
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{name}")
         listener.listen(64)
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "support.forked", str(listener.fileno())],
             cwd=tests, stdin=subprocess.PIPE, pass_fds=[listener.fileno()],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         )  # fmt: skip
-    atexit.register(server.communicate)
-    return [sys.executable, "-I", "-S", str(stand_in.__file__), name]
+    atexit.register(process.communicate)
+    return name
 
 
 @dataclass(frozen=True)
@@ -91,18 +98,19 @@ def forked(listener: socket.socket) -> Child:
     pid = os.fork()
     if pid == 0:
         try:
-            become(files, *json.loads(asked))
-        finally:
-            os._exit(70)  # where `become` failed: the command ends its process
+            become(asked, files)
+            os._exit(0)
+        finally:  # after an error
+            traceback.print_exc()
+            os._exit(70)
     for file in files:
         os.close(file)
     return Child(pid, os.pidfd_open(pid), caller)
 
 
-def become(
-    files: list[int], arguments: list[str], folder: str, settings: dict[str, str], streams: list[int], ignored: list[int]
-) -> None:
-    """Make of this process what a new one finds, and run the command in it."""
+def become(asked: bytes, files: list[int]) -> None:
+    """Make of this process what a new one finds, and run the module's `main` in it."""
+    arguments, folder, settings, streams, ignored = json.loads(asked)
     for number in range(3):
         os.close(number)
     for number, file in zip(streams, files, strict=True):
@@ -114,10 +122,9 @@ def become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(settings)
-    sys.argv = ["longspec", *arguments]
-    from longspec.cli.main import main
-
-    main()
+    sys.argv = arguments
+    import_module(arguments[0]).main()
+    print(end="", flush=True)
 
 
 def stream(number: int) -> Any:

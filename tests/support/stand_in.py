@@ -1,7 +1,7 @@
 """A script that stands for a process which a server forks (support.forked), and costs 20 ms.
 
-Arguments: the server's name, then those of the command. The server gets them with this process's folder, environment
-and standard streams; signals are handed on, and how the forked process ends is how this one ends.
+Arguments: the server's name, a module, then those for its `main`. The server gets them with this process's folder,
+environment and standard streams; signals are handed on, and how the forked process ends is how this one ends.
 """
 
 import json
@@ -33,6 +33,7 @@ if __name__ == "__main__":
         signal.signal(each, lambda number, frame: server.send(bytes([number])))
     code = os.waitstatus_to_exitcode(int.from_bytes(server.recv(4), "little"))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
