@@ -107,10 +107,13 @@ def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_signal_keeps_what_was_written(up: str, tiny: str, home: Path, more: list[str]) -> None:
+    until(lambda: not health(up)["texts"])
     with started(["run", "--no-stdin", "-m", tiny, *TINY, *more, "hi"], home) as process:
         assert process.stdout is not None
         if more:
             until(lambda: bool(health(up)["texts"]))
+            with openai.OpenAI(base_url=up, api_key="none", max_retries=0) as client:  # whose turn comes after it
+                client.completions.create(model=tiny, prompt="A", max_tokens=1)
         else:
             os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
