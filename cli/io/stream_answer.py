@@ -87,10 +87,12 @@ def stream(
     except BrokenPipeError:
         progress.stop()
         raise
-    except Exception:
+    except Exception as error:
         progress.stop()
         with suppress(OSError, LongspecError):
             output.end_line()
+        if interrupted is not None and isinstance(error, LongspecError) and not source.text:
+            raise interrupted from error  # a server's word on a text that was ended before it began
         raise
     progress.stop()
     if policy.text and (interrupted is None or output.is_ready):

@@ -239,6 +239,8 @@ def kill_and_resume(tiny: str, home: Path, count: int, kills: int, seed: int, *m
             lived += process.poll() is None
             process.kill()
             process.wait()
+            assert process.stdout is not None
+            process.stdout.read()  # its end: nobody writes any more
     assert lived, "every run had ended before it was killed"
     assert batch(tiny, source, out, *more) == 0
     assert answers(out) == answers(home / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,27 @@ from longspec.cache import BLOCK, CACHES, Dense, Shape
 from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder
 
-_HYBRIDS = [pytest.param(family, marks=pytest.mark.full) for family in ("qwen3_5", "lfm2")]  # see test_hybrid.py
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The usual run has llama with every kind, and mistral with a few: all its layers have windows, whose rows no kind
+    encodes or moves, so that all its kinds give the same bits. The hybrids have test_hybrid.py.
+    """
+    if {"model", "kind"} <= {*metafunc.fixturenames}:
+        usual = [("llama", kind) for kind in CACHES] + [("mistral", kind) for kind in ("dense", "int4", "disk")]
+        every = product(("llama", "gemma3", "mistral", "qwen3_5", "lfm2"), CACHES)
+        pairs = [pytest.param(*pair, marks=[] if pair in usual else pytest.mark.full) for pair in every]
+        metafunc.parametrize(("model", "kind"), pairs, indirect=True)
+    elif "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", CACHES, indirect=True)
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.full), "mistral", *_HYBRIDS])
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     with torch.inference_mode():
         yield load(write(oracle(request.param), tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(params=CACHES)
+@pytest.fixture
 def kind(request: pytest.FixtureRequest) -> Any:
     return CACHES[request.param]
 
@@ -159,13 +171,14 @@ def differently(model: Decoder, kind: Any) -> Iterator[torch.Tensor]:
 
 def test_what_a_row_reads_does_not_depend_on_its_pass(model: Decoder, kind: Any) -> None:
     """Rows of passes of different sizes differ in their last bits. Where a value lies between two codes within that,
-    its code falls to the other side, and the rows that read it differ by more; so half of the rows are held to 1e-4,
-    and all of them, to the bit, where passes don't differ (below). A wrong rule shows in all rows from block 2 on.
+    its code falls to the other side, and the rows that read it differ by more, by some 1e-4; so half of the rows are
+    held to 1e-3, and all of them, to the bit, where passes don't differ (below). A wrong rule shows in all rows from
+    block 2 on: codes of 8 bits move half of them by 9e-3 and more.
     """
     whole, *others = differently(model, kind)
     for other in others:
         apart = (whole - other).abs().amax(-1)
-        assert (apart.max() if kind in (CACHES["dense"], *_ALL_ROWS) else apart.median()) < 1e-4
+        assert apart.max() < 1e-4 if kind in (CACHES["dense"], *_ALL_ROWS) else apart.median() < 1e-3
         assert apart.max() < 0.02 * whole.abs().max()
 
 

@@ -10,6 +10,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,14 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", CACHES)
+def _matrix() -> Iterator[Any]:
+    """The usual run has every cache sampled, and one of rows and one of codes greedily."""
+    for kind, (way, settings) in product(CACHES, {"sampled": {"temperature": 0.8, "seed": 3}, "greedy": {}}.items()):
+        usual = way == "sampled" or kind in ("dense", "int4")
+        yield pytest.param(kind, settings, id=f"{kind}-{way}", marks=[] if usual else pytest.mark.full)
+
+
+@pytest.mark.parametrize(("kind", "settings"), list(_matrix()))
 def test_a_kept_cache_changes_no_text(model: Model, kind: str, settings: dict[str, Any]) -> None:
     made = engine(model, "ngram", cache=kind)
     conversation = talk(made, QUESTIONS, **settings)

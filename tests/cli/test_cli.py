@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.commands import COMMAND, ROOT, SECONDS, Terminal, call, environment, inside, started
 
 from longspec.cli.main import guarded
@@ -259,7 +260,7 @@ def test_options_do_what_they_say(tiny: str, home: Path, capfd: pytest.CaptureFi
 
 def test_utf8_whatever_the_locale(tiny: str, home: Path) -> None:
     arguments = ["run", "héé 世", "-m", tiny, *TINY, "--max-new-tokens", "300", "--temp", "2"]
-    result = call(arguments, home, extra={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    result = call(arguments, home, extra={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, whole=True)
     assert (result.code, result.err) == (0, "")
     assert re.search("[é世😀]", result.out.decode("utf-8"))
 
@@ -267,7 +268,7 @@ def test_utf8_whatever_the_locale(tiny: str, home: Path) -> None:
 def test_closed_standard_streams(tiny: str, home: Path) -> None:
     def shell(redirection: str) -> subprocess.CompletedProcess[bytes]:
         script = f'exec "$@" run -m {tiny} --max-new-tokens 5 hi {redirection}'
-        command = ["sh", "-c", script, "sh", *COMMAND]
+        command = ["sh", "-c", script, "sh", *forked.command()]
         return subprocess.run(command, capture_output=True, cwd=ROOT, env=environment(home), timeout=SECONDS)
 
     assert len(shell("<&-").stdout.decode()) == 6
@@ -327,7 +328,7 @@ def test_a_signal_keeps_what_was_written(signum: int, code: int, tiny: str, home
 def test_a_signal_where_sigint_was_ignored(tiny: str, home: Path) -> None:
     """As in a script's background job."""
     script = 'trap "" INT; exec "$@"'
-    command = ["sh", "-c", script, "sh", *COMMAND, "run", "hi", "-m", tiny, *TINY]
+    command = ["sh", "-c", script, "sh", *forked.command(), "run", "hi", "-m", tiny, *TINY]
     with subprocess.Popen(command, cwd=ROOT, env=environment(home), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)

@@ -326,7 +326,7 @@ def suggested(request: str, folder: Path) -> str | None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("number", [4, 5, 28])
+@pytest.mark.parametrize("number", [4, pytest.param(5, marks=pytest.mark.full), 28])
 def test_the_default_model_does_what_is_asked(number: int, tmp_path: Path) -> None:
     asked = DATA["requests"][number]
     line = suggested(asked["ask"], scratch(tmp_path / "asked"))

@@ -22,7 +22,8 @@ from time import monotonic
 import pytest
 from _pytest.mark import ParameterSet
 from reference import Page, pages
-from support.commands import COMMAND, ROOT, SECONDS, environment, inside
+from support import forked
+from support.commands import ROOT, SECONDS, environment, inside
 
 from longspec.machine.system import cache_folder
 
@@ -153,7 +154,7 @@ def test_a_line_of_the_table(line: Line, tiny: str, tmp_path: Path) -> None:
         check_out(line.out, result.out)
         check_err(line.err, result.err)
         return
-    program = line.command.replace("longspec", " ".join(COMMAND), 1)
+    program = line.command.replace("longspec", " ".join(forked.command()), 1)
     process = subprocess.Popen(
         ["bash", "-c", f"exec {program}"],
         cwd=tmp_path,

@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.commands import COMMAND, ROOT, SECONDS, environment, inside, started, write_tiny
+from support import forked
+from support.commands import ROOT, SECONDS, environment, inside, started, write_tiny
 
 from longspec.cli.commands.prompts import folders
 from longspec.cli.main import guarded
@@ -442,7 +443,7 @@ def test_help_needs_no_jinja() -> None:
 def test_a_commit_message_of_a_diff() -> None:
     """As at a terminal; the environment's own folders, where the model is."""
     diff = "--- a/greet.py\n+++ b/greet.py\n@@ -1,2 +1,2 @@\n def greet():\n-    print('Helo')\n+    print('Hello')\n"
-    command = [*COMMAND, "run", "-t", "commit-message", "--max-new-tokens", "40"]
+    command = [*forked.command(), "run", "-t", "commit-message", "--max-new-tokens", "40"]
     done = subprocess.run(command, input=diff, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 2

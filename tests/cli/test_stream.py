@@ -125,3 +125,22 @@ def test_an_error_stands_below_what_was_written() -> None:
     with pytest.raises(LongspecError, match="no more"), Progress("m", quiet=True) as progress:
         stream(source, sink, progress, Policy(stream=True, text=True))
     assert sink.writes == ["hm ", "so", "\n"]
+
+
+class Unread(Pieces):
+    """A server's text that is ended while its prompt is being read."""
+
+    ended = False
+
+    def advance(self, progress: Progress) -> None:
+        if self.ended:
+            raise LongspecError("The text was ended while its prompt was being read.")
+        interrupt()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_signal_before_a_server_has_begun_is_what_ended_it() -> None:
+    with pytest.raises(signals.Interrupted):
+        run(Unread(), Policy(stream=True, text=True))

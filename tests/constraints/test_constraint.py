@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.commands import inside, write_tiny
 from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
-from support.real import default
+from support.real import exact
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
 from longspec.constraints.matcher import Constraint
@@ -302,7 +302,7 @@ ASKED = [
 
 @cache
 def real(drafter: str) -> Engine:
-    return Engine(default("fp32"), drafter=drafter)
+    return Engine(exact(), drafter=drafter)
 
 
 def _validates(schema: dict[str, Any], asked: str, **options: Any) -> None:

@@ -13,7 +13,7 @@ from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny, vocabulary, with_heads
 from support.heads import shaken
 from support.native import SIZES, coded
-from support.real import default
+from support.real import exact
 
 from longspec.cache import CACHES
 from longspec.drafters import drafter_of
@@ -216,7 +216,7 @@ def test_damaged_heads_are_refused(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_a_head_never_changes_the_default_model_s_text(tmp_path: Path) -> None:
-    model = default("fp32")
+    model = exact()
     tokens = torch.arange(0, model.decoder.config.vocabulary, 24)[:2048]
     save_head(tmp_path, shaken("clover2", model, tokens=tokens), model, int8=True)
     texts = []

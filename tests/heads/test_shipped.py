@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.engines import engine, finish
-from support.real import default
+from support.real import default, exact
 
 from longspec.cache import CACHES
 from longspec.engine.engine import Engine
@@ -47,8 +47,8 @@ def _matrix() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("kind", "options", "drafter"), list(_matrix()))
 def test_it_changes_no_token(kind: str, options: dict[str, Any], drafter: str) -> None:
-    """In fp32, 1 and 8 texts at once."""
-    model = default("fp32")
+    """1 and 8 texts at once."""
+    model = exact()
     plain, _ = written(engine(model, cache=kind), PROMPTS, 14, **options)
     made = engine(model, drafter, cache=kind, draft_tokens=6)
     assert written(made, PROMPTS, 14, **options)[0] == plain

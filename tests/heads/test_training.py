@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import forked
 from support.commands import SECONDS, inside, write_tiny
 from support.engines import engine, of_folder, tiny
 
@@ -169,7 +170,7 @@ def test_a_kill_changes_no_bit(model: Model, folder: Path, tmp_path: Path) -> No
     said = start(model, RECIPE, tmp_path / "whole", PROMPTS, SAMPLED).run(silent)
     for stage in ("writing texts", "training", "validating"):
         process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(tmp_path / "killed"), stage],
+            [*forked.command("heads.test_training"), str(folder), str(tmp_path / "killed"), stage],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )
         assert process.wait(SECONDS) == -signal.SIGKILL
@@ -261,7 +262,7 @@ def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
 
 
 def test_the_command_trains_a_head_that_run_takes(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path / "model", context=2000)
+    folder = write_tiny(tmp_path / "model", context=256)
     (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     train = ["train", "clover", "-m", str(folder), "--prompts", str(tmp_path / "prompts"), "--tokens", "400"]
     train += ["-o", str(tmp_path / "head"), "--steps", "3", "--draft-vocab", "64", "--int8", "--threads", "1"]
@@ -296,7 +297,7 @@ def test_a_plan_is_of_the_recipe(model: Model) -> None:
     assert not Path("nowhere").exists()
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     target, out, what = sys.argv[1:]
     if what == "together":
@@ -304,3 +305,7 @@ if __name__ == "__main__":
             print("reported")
     else:
         die(Path(target), Path(out), what)
+
+
+if __name__ == "__main__":
+    main()

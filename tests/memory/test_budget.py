@@ -6,6 +6,7 @@ import json
 import mmap
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,18 +154,17 @@ def test_the_least_change_that_fits_is_chosen() -> None:
     assert [one.cache for one in order[:: len(CHUNKS) * len(drafts)]] == ["dense", "int8", "int4", "disk"]
     assert [one.draft_tokens for one in order[:: len(CHUNKS)]] == drafts * 4
     assert [one.prefill_rows for one in order[: len(CHUNKS)]] == list(CHUNKS)
-    chosen = []
-    for budget in range(800 * MIB, 500 * MIB, -MIB):
-        if budget < (least := min(one.need.total for one in order)):
-            with pytest.raises(BudgetError, match=f"budget is {shown(budget)}.*need at least {shown(least)}"):
-                plan(asked, budget)
-            continue
-        made = plan(asked, budget)
-        assert made.choice.need.total <= budget
-        first = next(one for one in order if one.need.total <= budget)
-        assert made.choice == first
-        chosen.append(made.choice.cache)
-    assert list(dict.fromkeys(chosen)) == ["dense", "int8", "int4"]
+    best = [one for i, one in enumerate(order) if all(one.need.total < earlier.need.total for earlier in order[:i])]
+    assert list(dict.fromkeys(one.cache for one in best)) == ["dense", "int8", "int4"]
+    for one, other in pairwise(best):  # to the byte
+        assert plan(asked, one.need.total).choice == one
+        assert plan(asked, one.need.total - 1).choice == other
+    least = best[-1].need.total
+    assert plan(asked, least).choice == best[-1]
+    with pytest.raises(BudgetError, match=f"budget is {shown(least - MIB)}.*need at least {shown(least)}"):
+        plan(asked, least - MIB)
+    with pytest.raises(BudgetError):
+        plan(asked, least - 1)
 
 
 def test_the_plan_says_what_it_picked() -> None:

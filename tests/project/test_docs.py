@@ -30,7 +30,8 @@ from xml.etree import ElementTree
 import pytest
 from _pytest.mark import ParameterSet
 from figures import FIGURES, FOLDER
-from support.commands import COMMAND, ROOT, SECONDS
+from support import forked
+from support.commands import ROOT, SECONDS
 
 from longspec.cli.app import program
 from longspec.machine.system import cache_folder
@@ -83,7 +84,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("user")
     (home / "bin").mkdir()
     program = home / "bin" / "longspec"
-    program.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {" ".join(forked.command())} "$@"\n')
     program.chmod(0o755)
     editor = home / "bin" / "editor"  # of somebody who writes into a template what docs/prompts.md shows
     (template,) = (fence["body"] for fence in FENCE.finditer((ROOT / "docs" / "prompts.md").read_text())
@@ -117,7 +118,11 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def address(user: dict[str, str]) -> Iterator[str]:
     """Of `longspec serve`, up while pages are run."""
     process = subprocess.Popen(
-        [*COMMAND, "serve", "--port", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=user
+        [*forked.command(), "serve", "--port", "0"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=user,
     )
     try:
         assert process.stderr is not None

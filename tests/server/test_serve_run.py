@@ -92,10 +92,10 @@ def test_texts_to_draft_from(tiny: str, home: Path) -> None:
 
 def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
     small = str(write_tiny(tmp_path, context=1000))
-    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home)
+    refused = call(["serve", "--port", "0", "-m", small, *TINY, "--memory", "50MiB"], home, whole=True)
     assert (refused.code, refused.out) == (4, b"")
     assert "The memory budget is 50 MiB" in refused.err
-    with server(["-m", small, *TINY, "--memory", "4GiB"], home) as (process, url):
+    with server(["-m", small, *TINY, "--memory", "4GiB"], home, whole=True) as (process, url):
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             whole = client.completions.create(model=small, prompt="A", max_tokens=5)
             assert whole.usage is not None
@@ -107,10 +107,13 @@ def test_a_server_with_a_memory_budget(tmp_path: Path, home: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_signal_keeps_what_was_written(up: str, tiny: str, home: Path, more: list[str]) -> None:
+    until(lambda: not health(up)["texts"])
     with started(["run", "--no-stdin", "-m", tiny, *TINY, *more, "hi"], home) as process:
         assert process.stdout is not None
         if more:
             until(lambda: bool(health(up)["texts"]))
+            with openai.OpenAI(base_url=up, api_key="none", max_retries=0) as client:  # whose turn comes after it
+                client.completions.create(model=tiny, prompt="A", max_tokens=1)
         else:
             os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
@@ -181,13 +184,13 @@ def test_a_socket_is_named_after_model_and_settings(tiny: str, tmp_path: Path) -
 
 @pytest.mark.real
 def test_the_default_model(home: Path) -> None:
-    alone = Engine(default("fp32")).generate("Why is the sky blue?", max_new_tokens=24)
+    alone = Engine(default("auto")).generate("Why is the sky blue?", max_new_tokens=24)
     pulled = {"XDG_CACHE_HOME": str(cache_folder().parent)}
-    with server(["--dtype", "fp32"], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
+    with server([], home, pulled) as (_, url), openai.OpenAI(base_url=url, api_key="none") as client:
         asked = client.chat.completions.create(
             model="smollm2", messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=24
         )
         assert asked.choices[0].message.content == alone.text
-        run = ["run", "--no-stdin", "--dtype", "fp32", "--max-new-tokens", "24", "Why is the sky blue?"]
+        run = ["run", "--no-stdin", "--max-new-tokens", "24", "Why is the sky blue?"]
         code, out, _, imported = loads(run, home, pulled)
         assert (code, out.decode(), imported) == (0, alone.text + "\n", False)

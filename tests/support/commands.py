@@ -1,8 +1,9 @@
 """The command in this process and as one of its own, and a tiny checkpoint that it can run: one printable character
 per token.
 
-A process costs two seconds, most of them torch's import. `inside` is for what it says, writes and returns; `call` and
-`started` are for what only a process has: signals, pipes that close, terminals, its memory, what it imports.
+`inside` is for what it says, writes and returns; `call` and `started` are for what only a process has: signals, pipes
+that close, files that end. Theirs is forked from one that has torch, whose import is most of what a new process costs;
+`COMMAND` and `whole=True` are the new process all the same, for its memory, its imports, its locale, its terminal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from time import monotonic
 
 import torch
+from support import forked
 from support.checkpoints import oracle, write
 from support.letters import TEMPLATE, tokenizer_of
 
@@ -137,11 +139,16 @@ def inside(
 
 
 def call(
-    arguments: Sequence[str | bytes], home: Path, stdin: bytes = b"", extra: Mapping[str, str] | None = None
+    arguments: Sequence[str | bytes],
+    home: Path,
+    stdin: bytes = b"",
+    extra: Mapping[str, str] | None = None,
+    *,
+    whole: bool = False,
 ) -> Result:
     """Run the command to its end."""
     done = subprocess.run(
-        [*COMMAND, *arguments],
+        [*(COMMAND if whole else forked.command()), *arguments],
         input=stdin,
         capture_output=True,
         cwd=ROOT,
@@ -153,11 +160,21 @@ def call(
 
 @contextmanager
 def started(
-    arguments: Sequence[str], home: Path, stdin: int = subprocess.DEVNULL, stderr: int = subprocess.PIPE
+    arguments: Sequence[str],
+    home: Path,
+    stdin: int = subprocess.DEVNULL,
+    stderr: int = subprocess.PIPE,
+    *,
+    whole: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command while it runs; killed if it is left running."""
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT, env=environment(home)
+        [*(COMMAND if whole else forked.command()), *arguments],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        cwd=ROOT,
+        env=environment(home),
     )
     try:
         yield process

@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import openai
+from support import forked
 from support.commands import COMMAND, ROOT, SECONDS, call, environment
 
 from longspec.engine.engine import Engine
@@ -83,11 +84,11 @@ def serving(made: Engine, **options: Any) -> Iterator[Served]:
 
 @contextmanager
 def server(
-    arguments: list[str], home: Path, extra: Mapping[str, str] | None = None
+    arguments: list[str], home: Path, extra: Mapping[str, str] | None = None, *, whole: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its address once it listens."""
     process = subprocess.Popen(
-        [*COMMAND, "serve", "--port", "0", *arguments],
+        [*(COMMAND if whole else forked.command()), "serve", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,7 +110,7 @@ def server(
 
 def loads(arguments: list[str], home: Path, extra: Mapping[str, str] | None = None) -> tuple[int, bytes, str, bool]:
     """Exit code, stdout, stderr, and whether `longspec run` imported torch."""
-    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1", **(extra or {})})
+    done = call(arguments, home, extra={"PYTHONPROFILEIMPORTTIME": "1", **(extra or {})}, whole=True)
     lines = [line for line in done.err.splitlines(keepends=True) if not line.startswith("import time:")]
     imported = re.search(r"\| +torch$", done.err, re.MULTILINE) is not None
     return done.code, done.out, "".join(lines), imported
