@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # OpenMP's threads, which torch has beside the kernels' team, spin behind each operator that they share: 300,000 times
-# unless the user or this says otherwise, some milliseconds in which the team lacks a core. It is read when torch is loaded.
-# (On two cores of a Zen 4 processor the default model wrote 90 tokens a second with and 170 without.)
+# unless the user or this says otherwise, some milliseconds in which the team lacks a core. Torch reads it when it is
+# loaded. (On two cores of a Zen 4 processor the default model wrote 90 tokens a second with and 170 without.)
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
