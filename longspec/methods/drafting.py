@@ -83,8 +83,8 @@ _HEADS = (
     _OWN(
         "Medusa",
         "2401.10774",
-        "--drafter FOLDER",
-        "published heads, and our own; typical acceptance is below",
+        "--drafter medusa",
+        "trained by `longspec train`; a folder's published heads too; typical acceptance is below",
     ),
     _OWN("EAGLE-3", "2503.01840", "--drafter FOLDER", "published heads, in two layouts"),
     _OWN("EAGLE", "2401.15077", "", "EAGLE-3 took its place"),

@@ -298,7 +298,7 @@ def test_no_file_is_two_things_at_once(tiny: str, home: Path, capfd: pytest.Capt
         "is the plot too": ["bench", "cache", "--text", str(source), "--plot", str(source)],
         "is the report too": ["bench", "drafters", "--suite", str(source), "--output", str(source)],
         "is the set too": ["tune", "-m", str(source), "--output", str(source)],
-        "is the head too": ["train", "clover", "--prompts", str(source), "-o", str(source)],
+        "is the output too, so": ["train", "clover", "--prompts", str(source), "-o", str(source)],
     }
     for said, arguments in others.items():
         assert guarded([*arguments, *([] if "-m" in arguments else ["-m", tiny])]) == 2, arguments

@@ -34,6 +34,7 @@ from longspec.model.gguf.tokenizer import build_tokenizer
 from longspec.model.weights import read, safetensors
 from longspec.model.weights.read import Weights
 from longspec.model.weights.safetensors import Shard
+from longspec.training import features
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -299,6 +300,7 @@ def test_limits_md_names_every_limit() -> None:
         "parts of a split GGUF file": header._MOST_PARTS,
         "merges of a GGUF file's sentencepiece tokens": gguf_tokenizer._MOST_MERGES,
         "a draft head's config": heads._MOST_NBYTES,
+        "the manifest of a folder of features": features._MOST_NBYTES,
         "the index of a prompt cache": snapshot._INDEX_LIMIT,
         "arrays and objects within each other in JSON": files.MOST_DEPTH,
         "layers of a model": config_values.MOST_LAYERS,
