@@ -14,6 +14,7 @@ times, at most an eighth of the memory is unused, and only one layer's buffer is
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,7 +27,6 @@ __all__ = ["Dense", "DenseStage", "near_start"]
 
 _SPLIT_ROWS = 64
 """From this many staged rows on (prefill chunks) the committed rows are a segment of their own, which needs no mask."""
-
 
 _NEAR_UNIT = 16
 """Unit of capacity of a residual window, in rows: the window is short, and whole blocks would waste more of it."""
@@ -66,9 +66,8 @@ class Dense(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers) + sum(
-            buffer.nbytes for buffers, _ in self._shared for buffer in buffers
-        )
+        runs = [self._buffers, *(buffers for buffers, _ in self._shared)]
+        return sum(buffer.nbytes for run in runs for buffer in run)
 
     def open(self) -> DenseStage:
         stage = DenseStage(self, behind=self._behind is None or self._behind() is None)
@@ -184,8 +183,7 @@ class Dense(Cache):
         self._changes += 1
 
     def _empty(self, rows: int) -> Tensor:
-        s = self.shape
-        return s.empty((2, s.key_heads, rows, s.head_dim), s.dtype)
+        return self.shape.empty((2, self.shape.key_heads, rows, self.shape.head_dim), self.shape.dtype)
 
 
 class DenseStage(Stage):
@@ -243,6 +241,16 @@ class DenseStage(Stage):
         buffer[0, :, at] = keys.transpose(0, 1)
         buffer[1, :, at] = values.transpose(0, 1)
         self.filled(layer, rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._check_fresh()
+        self._tree.keep(rows)
+        self._reaches.clear()
+        for layer, buffer in enumerate(self.buffers):
+            held = self._held[layer] = bisect_left(rows, self._held[layer])
+            if held and rows[held - 1] >= held:  # else they stay where they are
+                own = buffer[:, :, self.offset :]
+                own[:, :, :held] = own.index_select(2, _index(rows[:held], buffer))
 
     def is_known(self, rows: slice) -> bool:
         return True

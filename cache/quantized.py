@@ -208,6 +208,11 @@ class QuantizedStage(Stage):
     def filled(self, layer: int, rows: slice) -> None:
         self.near.filled(layer, rows)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        self.near.keep(rows)
+        self._bounds.clear()
+        self._cache._forget_codes_from(self._length)
+
     def reads(self, rows: slice) -> list[int]:
         return self.near.reads(rows)
 

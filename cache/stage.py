@@ -222,6 +222,12 @@ class Stage(ABC):
         queries [q, H, D].
         """
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all other rows: these, rising and each with its parent, are the stage's first ones from now on. A row
+        must have been put in every layer in which a later one was.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't forget some of its rows")
+
     def is_known(self, rows: slice) -> bool:
         """Whether it is known before any layer has run what `rows` will read: only then the rest may be asked for."""
         return False

@@ -38,6 +38,16 @@ class Tree:
             self.is_chain = self.is_chain and parent == row - 1
         return slice(start, len(self.parents))
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all other rows. Raises ValueError unless they rise, and a row's parent stays with it."""
+        places = {-1: -1} | {row: i for i, row in enumerate(rows)}
+        orphans = [row for row in rows if self.parents[row] not in places]
+        if list(rows) != sorted(places.keys() - {-1}) or orphans:
+            raise ValueError(f"rows {list(rows)} can't stay alone: they must rise, each behind its parent")
+        parents = [places[self.parents[row]] for row in rows]
+        self.parents, self.depths, self.is_chain = [], [], True
+        self.add(parents)
+
     def path(self, row: int) -> list[int]:
         """The row's ancestors and itself, root first."""
         path = []

@@ -33,7 +33,7 @@ FinishReason = Literal["stop", "length", "loop", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Positions that a drafter has run through the target's first layers; the verification pass resumes from there.
+    """Positions that a drafter has run through the target's first layers, or all; the verification pass resumes there.
 
     They are the tokens that the cache lacks and the first ones of a draft that is a chain, in this order.
     """

@@ -22,6 +22,7 @@ DRAFTERS = (
     "recycle",
     "skip",
     "exit",
+    "pipeline",
     "sparse",
     "model",
     "mtp",

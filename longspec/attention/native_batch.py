@@ -27,6 +27,7 @@ __all__ = ["Texts", "reads"]
 
 
 _RUN_WORDS = 12
+_CODED_WORDS = 9  # pointers of a coded layer, as `_places` gives them
 
 
 class _Text(ctypes.Structure):
@@ -45,11 +46,13 @@ class Span(Protocol):
     def staged(self) -> slice: ...  # their indices in the stage
     @property
     def at(self) -> slice: ...  # their indices in the pass
+    @property
+    def shift(self) -> int: ...  # the pass's layer i is their layer i + shift, which has the same window
 
 
 def reads(span: Span) -> bool:
     """Whether the segments of these positions are known before any layer has run."""
-    return span.stage.is_known(span.staged)
+    return span.stage.is_known(span.staged) and not (span.shift and span.stage.by_layer)
 
 
 class Texts:
@@ -103,7 +106,7 @@ class Texts:
             raise ValueError(f"a pass of {self._rows} rows can't be of {len(made)}")
         for span in self._spans:
             for layer in layers:
-                span.stage.filled(layer, span.staged)
+                span.stage.filled(layer + span.shift, span.staged)
 
     @property
     def call(self) -> tuple[int | None, int, int, int, int | None]:
@@ -126,24 +129,26 @@ class Texts:
         texts = []
         for span in self._spans:
             rows = span.at.stop - span.at.start
-            runs = [self._run(run, rows) for run in span.stage.runs(layer, span.staged)]
+            runs = [self._run(run, rows, span.shift) for run in span.stage.runs(layer + span.shift, span.staged)]
             words = (ctypes.c_int64 * (_RUN_WORDS * len(runs)))(*[word for run in runs for word in run])
             self._held.append(words)
             put = span.stage.offset + span.staged.start
             texts.append(_Text(ctypes.addressof(words), len(runs), span.at.start, rows, put))
         return (_Text * len(texts))(*texts)
 
-    def _run(self, run: Segment, rows: int) -> tuple[int, ...]:
+    def _run(self, run: Segment, rows: int, shift: int) -> tuple[int, ...]:
         """A segment as the fields of the kernel's struct, twelve words."""
         limits = [word or 0 for word in cpu.limits(run.bounds, rows, self._held)]
         if run.codec is None:
             capacity = run.layers[0][0].shape[1]
-            return self._placed(run), cpu.DENSE, 16, capacity, run.column, run.columns, run.start, *limits
+            return self._placed(run, shift), cpu.DENSE, 16, capacity, run.column, run.columns, run.start, *limits
         kind, bits = cpu.kind_of(run.codec), run.codec.bits
-        return self._placed(run), kind, bits, 0, run.column, run.columns, run.start, *limits
+        return self._placed(run, shift), kind, bits, 0, run.column, run.columns, run.start, *limits
 
-    def _placed(self, run: Segment) -> int:
-        """The address of the int64 array of per-layer base pointers; cached per list of tensors."""
+    def _placed(self, run: Segment, shift: int) -> int:
+        """The address of the int64 array of per-layer base pointers, those from layer `shift` on; cached per list of
+        tensors.
+        """
         tensors = run.layers
         if id(tensors) not in self._places:
             if run.codec is None:
@@ -154,7 +159,8 @@ class Texts:
             array = (ctypes.c_int64 * len(places))(*places)
             self._held += (array, tensors)
             self._places[id(tensors)] = ctypes.addressof(array)
-        return self._places[id(tensors)]
+        words = 1 if run.codec is None else _CODED_WORDS
+        return self._places[id(tensors)] + shift * words * ctypes.sizeof(ctypes.c_int64)
 
 
 def _places(codes: tuple[Tensor, ...], kind: int) -> list[int]:

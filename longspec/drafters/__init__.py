@@ -23,6 +23,7 @@ from longspec.drafters.medusa import Medusa
 from longspec.drafters.mtp import Multitoken
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
+from longspec.drafters.pipeline import Pipeline
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
@@ -48,6 +49,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "recycle": Recycle,
     "skip": Skipping,
     "exit": Exit,
+    "pipeline": Pipeline,
     "sparse": Sparse,
     "model": DraftModel,
     "mtp": Multitoken,

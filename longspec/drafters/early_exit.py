@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import UsageError
+from longspec.model.config import Config
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.types import Begun, Commit, Draft, Drafter, Verdict, Writing
 
@@ -64,13 +65,15 @@ class Exit(Drafter):
 
     def __init__(self, decoder: Decoder, exits: Sequence[int] | None = None) -> None:
         self.decoder = decoder
-        self.exits = usual(decoder.config.layers) if exits is None else tuple(exits)
+        self.exits = usual(decoder.config) if exits is None else tuple(exits)
         self.thresholds = [0.6] * len(self.exits)
         self._made: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
 
     @classmethod
     def make(cls, model: Any, inner: Drafter | None = None, *, layers: str = "") -> Drafter:
-        """layers: after which of them it may exit, such as 10/15/20; a third, a half and two thirds if empty."""
+        """layers: after which of them it may exit, such as 10/15/20; a third, a half and two thirds if empty, and of a
+        looped model the end of each loop.
+        """
         return cls(model.decoder, _exits(layers, model.decoder.config.layers) if layers else None)
 
     @torch.inference_mode()
@@ -152,8 +155,13 @@ class Exit(Drafter):
         return unsure
 
 
-def usual(layers: int) -> tuple[int, ...]:
-    """Default exits: after a third, a half and two thirds of the layers, without duplicates."""
+def usual(config: Config) -> tuple[int, ...]:
+    """Default exits: after a third, a half and two thirds of the layers, without duplicates; of a looped model after
+    each loop, where its head is at home.
+    """
+    layers = config.layers
+    if config.loops > 1:
+        return tuple(range(config.group, layers, config.group))
     return tuple(sorted({layers // 3, layers // 2, layers * 2 // 3} - {0, layers}))
 
 

@@ -149,7 +149,7 @@ def _layers(
     for one, span in zip(inputs, rows.spans, strict=True):
         if one.begun is not None:
             hidden[span.at][: len(one.begun.layers)] = one.begun.hidden
-    for first, last in pairwise(sorted({*layers, *needed, last_layer})):
+    for first, last in pairwise(sorted({0, *layers, *needed, last_layer})):
         chunks = [one.chunk(sum(layer > first for layer in one.layers)) for one in inputs]
         part = Rows.of([chunk for chunk in chunks if chunk.tokens], decoder.device)
         lacking = torch.tensor([layer <= first for layer in layers], device=decoder.device)

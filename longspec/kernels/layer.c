@@ -4,6 +4,7 @@
  *     finish    output and residual, norm, gate and up, activation, down and residual
  *     layers    both, and attention between them, for a run of layers
  *     linear    norm, if any, then one product: the head
+ *     norm      a norm alone: between two loops of a looped model
  *     experts   the MLPs of a mixture, each for its own rows
  *
  * Weights are read where they lie, once for up to 64 rows: bf16 as a checkpoint has them, or codes (quantized.h). Sums
@@ -87,6 +88,11 @@ void linear(const Matrix *m, const float *norm, float eps, const bf16 *x, int64_
             Team *t, int64_t threads) {
     Product p = {m, norm, eps, x, rows, y, logits, parted(workspace, m->width)};
     lead(t, threads, linear_by, &p);
+}
+
+/* y [rows, width] = norm(x). */
+void norm(const float *weight, float eps, const bf16 *x, int64_t rows, int64_t width, bf16 *y) {
+    for (int64_t row = 0; row < rows; row++) rms_norm(x + row * width, weight, width, eps, y + row * width);
 }
 
 /* Halves (a, b) of a head become (a cos - b sin, b cos + a sin); cos and signed sin [dims]. */

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from longspec.errors import ModelError
 from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, turned
 from longspec.model.hybrids import HYBRIDS, ZERO_CENTRED, Delta, fields_of, plain_config
+from longspec.model.looped import LOOPED, loops_of
 from longspec.model.mixtures import MIXTURES, Mixture, mixture_of
 from longspec.model.weights.scheme import QUANTIZED, scheme_of
 
@@ -23,7 +24,7 @@ __all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
 Norms = Literal["before", "after", "both"]
 
 _ATTENTION_ONLY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
-FAMILIES = tuple(dict.fromkeys((*_ATTENTION_ONLY, *MIXTURES, *HYBRIDS)))
+FAMILIES = tuple(dict.fromkeys((*_ATTENTION_ONLY, *LOOPED, *MIXTURES, *HYBRIDS)))
 """Values of `model_type` that this decoder speaks. Those of _WITH_IMAGES are read too, for their text part."""
 
 _WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
@@ -102,10 +103,17 @@ class Config:
     delta: Delta | None = field(default=None, repr=False)
     convolution: int = field(default=0, repr=False)  # positions that a short convolution reads
     mixture: Mixture | None = field(default=None, repr=False)  # of experts
+    # Times that a looped model's layers run. Each run is a layer of its own here, with its own rows in the cache.
+    loops: int = field(default=1, repr=False)
 
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def group(self) -> int:
+        """The layers of one loop: those that have weights."""
+        return self.layers // self.loops
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
@@ -150,7 +158,8 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         raise ModelError(f"The activation {activation!r} is not supported; longspec knows {', '.join(_ACTIVATIONS)}.")
     if raw.get("use_bidirectional_attention"):
         raise ModelError("This checkpoint attends in both directions: it embeds texts and can't write them.")
-    sliding, hybrid = _sliding(family, raw, layers), fields_of(family, raw, layers)
+    loops, hybrid = loops_of(family, raw), fields_of(family, raw, layers)
+    sliding = _sliding(family, raw, layers) * loops
     ropes, context, end = _ropes(family, raw, sliding, head_dim), _context(raw), raw.get("eos_token_id")
     return Config(
         family=family,
@@ -166,7 +175,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         windows=tuple(raw["sliding_window"] if slides else None for slides in sliding),
         ropes=ropes,
         scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
-        norms="both" if gemma else "after" if family == "olmo2" else "before",
+        norms="both" if gemma or family in LOOPED else "after" if family == "olmo2" else "before",
         query_norm="head" if family in _HEAD_NORMS else "width" if family in _WIDTH_NORMS else None,
         norm_offset=1.0 if gemma or family in ZERO_CENTRED else 0.0,
         embedding_scale=width**0.5 if gemma else 1.0,
@@ -176,6 +185,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
         **hybrid,
         mixture=mixture_of(family, raw, layers),
+        loops=loops,
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
 

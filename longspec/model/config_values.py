@@ -13,9 +13,10 @@ from typing import Any
 from longspec.errors import ModelError
 from longspec.machine.schema import FLAG, TABLE, TEXT, check, either, listed, number, shown, whole
 
-__all__ = ["MOST_CONTEXT", "MOST_LAYERS", "TOKENS", "checked", "checked_rope", "turned"]
+__all__ = ["MOST_CONTEXT", "MOST_LAYERS", "MOST_LOOPS", "TOKENS", "checked", "checked_rope", "turned"]
 
 MOST_LAYERS = 10_000
+MOST_LOOPS = 1_000
 MOST_CONTEXT = 1 << 30
 _MOST_WIDTH = 1 << 24
 _MOST_EXPERTS = 1 << 14
@@ -78,6 +79,9 @@ _KINDS = {
     "norm_topk_prob": FLAG,
     "use_expert_bias": FLAG,
     "routed_scaling_factor": number(0, 1e6, above=True),
+    "total_ut_steps": whole(1, MOST_LOOPS),
+    "early_exit_threshold": number(0, 1e6),
+    "early_exit_step": whole(0, MOST_LOOPS),
 }
 _NEEDED = frozenset(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 
@@ -130,7 +134,7 @@ def checked(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {**_DEFAULTS.get(family, {}), **raw}
     if family == "llama" or (
-        family in ("qwen2", "qwen3", "qwen3_moe", "smollm3") and not raw.get("use_sliding_window")
+        family in ("qwen2", "qwen3", "qwen3_moe", "smollm3", "ouro") and not raw.get("use_sliding_window")
     ):
         values["sliding_window"] = None  # what such a file says of it isn't used
     check("The model's config.json can't be used: it", values, _KINDS, ModelError, needed=_NEEDED)

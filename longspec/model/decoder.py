@@ -11,8 +11,9 @@ matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from longspec.attention.native_batch import Texts, reads
 from longspec.cache.stage import Shape
 from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
-from longspec.model.layer import Layer, read_layer, shape_of
+from longspec.model.layer import Layer, looped, read_layer, shape_of
 from longspec.model.layers.dense_mlp import DenseMlp
 from longspec.model.layers.reader import Reader
 from longspec.model.linear import Linear
@@ -81,7 +82,7 @@ class Decoder:
         reader = Reader(config, weights, device, STRICT_TILE if strict else None, coded, places)
         table = getattr(output, "weight", output)
         self._embedding = reader.embedding() if output is None else table
-        self._layers = [read_layer(reader, i) for i in range(config.layers)]
+        self._layers = looped([read_layer(reader, i) for i in range(config.group)], config.loops)
         self._norm = reader.norm("norm", config.width)
         self._head: Any = reader.head(self._embedding) if output is None else output
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
@@ -114,9 +115,10 @@ class Decoder:
 
     def touched(self, rows: int) -> int:
         """Bytes of weights that a pass of so many rows is expected to read: of a mixture, the union of their experts'
-        besides all that isn't an expert's.
+        besides all that isn't an expert's; of a looped model, its layers in each loop.
         """
-        unread = 0.0
+        later = (part for layer in self._layers[self.config.group :] for part in layer.weights)
+        unread = 0.0 - sum(tensor.nbytes for part in later for tensor in _tensors(part))
         for layer in self._layers:
             held = sum(tensor.nbytes for part in layer.mlp.weights for tensor in _tensors(part))
             unread += held - layer.mlp.touched(rows)
@@ -128,7 +130,7 @@ class Decoder:
     def _held(self) -> Iterator[Any]:
         """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
         yield self._embedding
-        yield from (part for layer in self._layers for part in layer.weights)
+        yield from (part for layer in self._layers[: self.config.group] for part in layer.weights)
         yield self._norm
         yield self._head
 
@@ -208,8 +210,9 @@ class Decoder:
     ) -> Tensor:
         """Hidden states [r, width] after layers first..last, whose keys and values are staged.
 
-        Without `hidden` the pass begins with the tokens' embeddings. `logits` applies the final norm. A layer whose
-        attention is skipped stages nothing.
+        Without `hidden` the pass begins with the tokens' embeddings. `logits` applies the final norm, which a looped
+        model's rows go through between two loops too, so that `logits` reads out the end of any loop. Rows may be whole
+        loops ahead of the pass (`Span.shift`). A layer whose attention is skipped stages nothing.
         """
         last = self.config.layers if last is None else last
         if self._graphs is not None and hidden is None and (first, last) == (0, self.config.layers) and not skip:
@@ -218,9 +221,32 @@ class Decoder:
                 return made
         if hidden is None:
             hidden = self.embed(rows.tokens)
-        run, fused = self._pass(rows), self._fused
+        run, group = self._pass(rows), self.config.group
+        cuts = [i for i in range(first + 1, last) if i % group == 0]
+        for start, stop in pairwise([first, *cuts, last]):
+            hidden = self._layers_of(start, stop, self._into_loop(start, hidden, rows), run, skip)
+        return hidden
+
+    def _into_loop(self, layer: int, hidden: Tensor, rows: Rows) -> Tensor:
+        """Hidden states [r, width] as this layer takes them: where it is the first of a later loop, normed."""
+        if self.config.loops == 1 or layer % self.config.group:
+            return hidden
+        norm: Callable[[Tensor], Tensor] = self._norm if self._fused is None else self._fused.norm
+        later = [span.at for span in rows.spans if layer + span.shift]
+        if len(later) == len(rows.spans):
+            return norm(hidden)
+        hidden = hidden.clone()
+        for at in later:
+            hidden[at] = norm(hidden[at])
+        return hidden
+
+    def _layers_of(self, first: int, last: int, hidden: Tensor, run: Pass, skip: Skip) -> Tensor:
+        """Hidden states [r, width] after layers first..last, all of one loop."""
+        fused = self._fused
         if fused is not None and run.by_kernel and not self.config.mixers and not self.config.mixture:
-            parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
+            parts = [3] * self.config.layers
+            if skip:
+                parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(len(parts))]
             return fused.layers(first, last, hidden, run, parts)
         for i in range(first, last):
             layer, mixes, mlp = self._layers[i], i not in skip.attention, i not in skip.mlp

@@ -5,8 +5,8 @@ Takes a config and a reader of weights; gives layers, and the shape of a cache f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from longspec.model.layers import MIXERS, MLPS
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
 
-__all__ = ["Layer", "read_layer", "shape_of"]
+__all__ = ["Layer", "looped", "read_layer", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,15 @@ def read_layer(reader: Reader, i: int) -> Layer:
         mlp=MLPS[spec.mlp].read(reader, i),
         after_mlp=reader.norm(f"{at}.post_feedforward_layernorm", c.width) if after else None,
     )
+
+
+def looped(layers: Sequence[Layer], loops: int) -> list[Layer]:
+    """The layers as often as they run. A loop's have their own places in the cache, and share their weights."""
+    return [
+        replace(layer, mixer=replace(layer.mixer, place=layer.mixer.place + loop * len(layers)))
+        for loop in range(loops)
+        for layer in layers
+    ]
 
 
 def shape_of(config: Config, dtype: torch.dtype, device: torch.device) -> Shape:

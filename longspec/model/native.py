@@ -103,9 +103,8 @@ class Fused:
         self._kernel = found
         self._config = config
         self._norms: list[Tensor] = []  # in fp32
-        self._layers = [
-            self._layer(layer, dense=spec.mlp == "dense") for layer, spec in zip(layers, config.specs, strict=True)
-        ]
+        some = zip(layers[: config.group], config.specs, strict=False)
+        self._layers = [self._layer(layer, dense=spec.mlp == "dense") for layer, spec in some] * config.loops
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
         self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
         self._in_all = (
@@ -210,6 +209,14 @@ class Fused:
         )
         return logits
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Hidden states [r, width] behind the final norm."""
+        rows, hidden = len(hidden), hidden.contiguous()
+        made = torch.empty_like(hidden)
+        at = pointer(hidden, torch.bfloat16, rows, self._config.width)
+        self._kernel.norm(self._norm, self._config.eps, at, rows, self._config.width, made.data_ptr())
+        return made
+
     def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
         """The addresses of cosines and signed sines [r, 1, dims], and dims."""
         dims = turned(turn[0].shape[-1], self._config.head_dim)
@@ -272,6 +279,7 @@ def kernel() -> ctypes.CDLL | str:
     found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place, place, number)
     found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, place, number, place, place, place)
     found.project.argtypes = (place, place, number, place, place, number, place, place, place, number)
+    found.norm.argtypes = (place, ctypes.c_float, place, number, number, place)
     found.experts.argtypes = (place, place, number, number, place, place, place, place, number)
     found.finish.argtypes = (place, place, place, number, number, place, place, place, number)
     return found

@@ -25,6 +25,7 @@ class Span:
     stage: Stage
     staged: slice  # their indices in the stage
     at: slice  # their indices in the pass
+    shift: int = 0  # the pass's layer i is their layer i + shift: they are whole loops of a looped model ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Chunk:
     tokens: Sequence[int]
     length: int  # committed rows before the stage
     long: bool  # planned beyond a longrope model's original context
+    shift: int = 0  # as a span's
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Rows:
             tokens += chunk.tokens
             positions += [chunk.length + depth for depth in chunk.stage.depths[chunk.staged]]
             long += [chunk.long] * len(chunk.tokens)
-            spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens))))
+            spans.append(Span(chunk.stage, chunk.staged, slice(start, len(tokens)), chunk.shift))
         numbers = torch.tensor([tokens, positions, long], device=device)  # one copy to the device
         return cls(numbers[0], numbers[1], numbers[2].bool(), spans)
 
@@ -73,7 +75,7 @@ class Rows:
             if some.start < some.stop:
                 first, shift = len(at), span.at.start - span.staged.start
                 at += range(some.start + shift, some.stop + shift)
-                spans.append(Span(span.stage, some, slice(first, len(at))))
+                spans.append(Span(span.stage, some, slice(first, len(at)), span.shift))
         return replace(self, tokens=self.tokens[at], positions=self.positions[at], long=self.long[at], spans=spans), at
 
 

@@ -16,7 +16,7 @@ from support.passes import write as commit
 
 from longspec.cache import BLOCK, CACHES, Dense, Shape
 from longspec.cache.tree import Tree
-from longspec.model.decoder import Decoder
+from longspec.model.decoder import Decoder, Rows, Span
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,6 +74,36 @@ def test_a_kept_path_equals_the_same_text(model: Decoder, kind: Any) -> None:
     assert cache.length == BLOCK + 24
     difference = continuation(model, cache) - continuation(model, filled(model, kind, BLOCK + 24))
     assert difference.abs().max() < TOLERANCE
+
+
+def test_kept_rows_of_a_stage_equal_a_stage_of_these_alone(model: Decoder, kind: Any) -> None:
+    """Two chains that part at row 4; the second is forgotten, comes again, and the first one is, with one row more."""
+    if not hasattr(kind(model.shape), "near") and kind is not Dense:
+        pytest.skip("a cache of states forgets no rows of a stage")
+    for length in (40, BLOCK - 8):
+        cache = filled(model, kind, length)
+        own, other = TOKENS[length : length + 12], TOKENS[200:208]
+        stage, _ = feed(model, cache, own[:4] + other + own[4:], [*range(-1, 11), 3, *range(12, 19)])
+        stage.keep([0, 1, 2, 3, *range(12, 18)])
+        assert list(stage.depths) == list(range(10))
+        rows = stage.add([9, 10])
+        positions = torch.tensor([length + 10, length + 11])
+        flat = Rows(
+            torch.tensor(own[10:]), positions, torch.zeros(2, dtype=torch.bool), [Span(stage, rows, slice(0, 2))]
+        )
+        got = model.logits(model.forward(flat))
+        _, want = feed(model, filled(model, kind, length), own)
+        assert (got - want[10:]).abs().max() < TOLERANCE
+        cache.commit(stage, range(12))
+        difference = continuation(model, cache) - continuation(model, filled(model, kind, length + 12))
+        assert difference.abs().max() < TOLERANCE
+
+
+def test_a_stage_keeps_no_row_without_its_parent(model: Decoder) -> None:
+    stage, _ = feed(model, filled(model, CACHES["dense"], 9), TOKENS[9:14], [-1, 0, 0, 1, 2])
+    for rows in ([0, 3], [1], [0, 2, 1]):
+        with pytest.raises(ValueError, match="can't stay alone"):
+            stage.keep(rows)
 
 
 def test_stages_side_by_side_do_not_see_each_other(model: Decoder, kind: Any) -> None:

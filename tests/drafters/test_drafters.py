@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import engine, prompts, tiny, vocabulary
+from support.engines import engine, fits, prompts, tiny, vocabulary
 
 from longspec.drafters import DRAFTERS
 from longspec.drafters.auto import LARGE, auto
@@ -210,7 +210,7 @@ def test_another_vocabulary_is_mapped_or_refused(tmp_path: Path, model: Model) -
         match(model, small)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if fits(name, "llama")])
 def test_no_drafter_exceeds_its_limit(model: Model, name: str) -> None:
     drafter = parse(name, {"draft": model} if name == "model" else {}).make(model)
     session = started(engine(model, "ngram"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from support.engines import RandomTrees, engine, every_drafter, finish, prompts, tiny
+from support.engines import RandomTrees, engine, every_drafter, finish, fits, prompts, tiny
 
 import longspec.engine.forward as module
 from longspec.cache import BLOCK, CACHES
@@ -61,16 +61,28 @@ _GREEDY = "ngram", "random trees", "always right"  # every drafter's greedy text
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
 _MIXTURES = ["qwen3_moe", "qwen3_5_moe"]
+_LOOPED = ["ouro"]
+_IN_LOOPED = [
+    ("pipeline", "dense"),
+    ("pipeline", "int4"),
+    ("pipeline", "offload"),
+    ("exit", "dense"),
+    ("skip", "dense"),
+]
 _IN_MIXTURES = [("random trees", "dense"), ("ngram", "dense")]
 _IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
 
 def _matrix() -> Iterator[Any]:
     """Every family, drafter, cache and way, for one session and three; what is alike is left to the full matrix."""
-    families = [*FAMILIES, *_HYBRIDS, *_MIXTURES]
+    families = [*FAMILIES, *_HYBRIDS, *_MIXTURES, *_LOOPED]
     for family, drafter, kind, way, count in product(families, every_drafter({}), CACHES, WAYS, (1, 3)):
         llama = family == "llama"
-        if family in _HYBRIDS:
+        if not fits(drafter, family):
+            continue
+        if family in _LOOPED:
+            usual = (drafter, kind) in _IN_LOOPED and way == "sampled"
+        elif family in _HYBRIDS:
             usual = family == "qwen3_5" and (drafter, kind) in _IN_HYBRIDS and way == "sampled"
         elif family in _MIXTURES:
             usual = family == "qwen3_moe" and (drafter, kind) in _IN_MIXTURES and way == "sampled"

@@ -132,6 +132,7 @@ class Rows(NamedTuple):
     stage: DenseStage | QuantizedStage
     staged: slice
     at: slice
+    shift: int = 0
 
 
 def grown(shape: Shape, length: int, seed: int, codec: Codec | None = None) -> Dense | Quantized:

@@ -56,9 +56,16 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=["llama", "sliding windows"])
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "sliding windows": ("mistral", {"sliding_window": 150}),
+    "loops": ("ouro", {}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family, changes = ("llama", {}) if request.param == "llama" else ("mistral", {"sliding_window": 150})
+    family, changes = FAMILIES[request.param]
     return write(oracle(family, **{**SIZES, **changes}, max_position_embeddings=2048), tmp_path_factory.mktemp("exact"))
 
 

@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 32},
     "phi3": {},
     "olmo2": {},
+    "ouro": {"num_hidden_layers": 2, "total_ut_steps": 2},  # random loops make more of what was rounded
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.looped import Looped
 
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
@@ -100,6 +101,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe": ("Qwen3_5Moe", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
     "qwen3_next_moe": ("Qwen3Next", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
     "lfm2_moe": ("Lfm2Moe", {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}),
+    "ouro": ("Ouro", {"model_type": "ouro", "num_hidden_layers": 2, "total_ut_steps": 4}),
 }
 
 
@@ -107,10 +109,14 @@ _LAYER = re.compile(r"(.*)layers\.(\d+)\.(.+)")
 
 
 def oracle(name: str, **changes: Any) -> Any:
-    """The family's transformers model: fp32, eager attention, random weights, norms and biases too."""
+    """The family's transformers model, which Ouro has none of: fp32, eager attention, random weights, norms and biases
+    too.
+    """
+    family, extra = FAMILIES[name]
+    if family == "Ouro":
+        return Looped({**_COMMON, **extra, **changes})
     import transformers
 
-    family, extra = FAMILIES[name]
     config_class = getattr(
         transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{family}Config"
     )

@@ -33,8 +33,10 @@ def vocabulary(size: int) -> Vocabulary:
 def tiny(
     folder: Path, family: str = "llama", end_tokens: tuple[int, ...] = (2,), *, strict: bool = False, **changes: Any
 ) -> Model:
-    """A model with random weights, and an MTP head."""
-    written = add_head(write(oracle(family, **changes), folder), "qwen" if family == "qwen3_5" else "deepseek")
+    """A model with random weights, and an MTP head where its family may have one."""
+    written = write(oracle(family, **changes), folder)
+    if family != "ouro":  # no head was made for a looped model
+        add_head(written, "qwen" if family == "qwen3_5" else "deepseek")
     return of_folder(written, end_tokens, strict=strict)
 
 
@@ -95,6 +97,13 @@ def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], str | D
         "always right": lambda: RandomTrees(texts, right=1.0),
         "always wrong": lambda: RandomTrees({}),
     }
+
+
+def fits(drafter: str, family: str) -> bool:
+    """Whether a drafter can be had for a family's models: only a looped one's tokens run beside each other, and it has
+    no MTP head.
+    """
+    return drafter != ("mtp" if family == "ouro" else "pipeline")
 
 
 _WITH_HEADS = ("dense", True, 8), ("int4", True, 8), ("dense", False, 1)

@@ -25,6 +25,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "a layer without positions": ("smollm3", {}),
     "norms before and after": ("gemma3", {"head_dim": 32}),
     "norms after, and of all heads": ("olmo2", {}),
+    "four loops": ("ouro", {}),
     "widths of 32": (
         "llama",
         {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1},

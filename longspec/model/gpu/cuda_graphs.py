@@ -77,6 +77,8 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
         return f"CUDA graphs are for a GPU, and this is {device.type}"
     if config.mixers or config.mixture:
         return f"they don't know the layers of {config.family}"
+    if config.loops > 1:
+        return f"they don't know that {config.family}'s layers run {config.loops} times"
     if config.query_norm == "width" or config.head_dim > 256:
         return f"they don't know the heads of {config.family}"
     return triton.missing()

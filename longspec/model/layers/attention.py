@@ -109,7 +109,7 @@ class Attention:
         )
         _, keys, values = heads.tensor_split((self.config.heads, self.config.heads + self.config.key_heads), 1)
         for span in run.rows.spans:
-            span.stage.put(self.place, span.staged, keys[span.at], values[span.at])
+            span.stage.put(self.place + span.shift, span.staged, keys[span.at], values[span.at])
 
     def read_cache(self, made: Tensor, run: Pass) -> Tensor:
         """Stage the keys and values of `made` [r, (H + 2 K) * D], and return attention's output [r, H * D]."""
@@ -124,8 +124,8 @@ class Attention:
         for span in spans:
             if texts is not None and reads(span):
                 continue
-            own = queries[span.at]
-            span.stage.put(self.place, span.staged, keys[span.at], values[span.at])
-            parts = span.stage.parts(self.place, span.staged, own)
+            own, place = queries[span.at], self.place + span.shift
+            span.stage.put(place, span.staged, keys[span.at], values[span.at])
+            parts = span.stage.parts(place, span.staged, own)
             output[span.at] = run.attend(own, parts, c.scale, c.attention_softcap).flatten(1)
         return output

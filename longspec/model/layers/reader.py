@@ -41,6 +41,11 @@ _NAMES = {
         "mlp.experts.*.down_proj": "block_sparse_moe.experts.*.w2",
     },
 }
+_NAMES["ouro"] = {
+    "post_attention_layernorm": "input_layernorm_2",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_attention_layernorm_2",
+}
 _NAMES["lfm2_moe"] = _NAMES["lfm2"] | {
     "mlp": "feed_forward",
     "mlp.gate": "feed_forward.gate",

@@ -65,8 +65,8 @@ def parameters(config: Config, *, tied: bool) -> int:
     thousandth.
     """
     heads = (config.heads + 2 * config.key_heads) * config.head_dim
-    channels = sum(3 * config.channels(i, active=False) for i in range(config.layers))
-    layers = config.width * (config.layers * (heads + config.heads * config.head_dim) + channels)
+    channels = sum(3 * config.channels(i, active=False) for i in range(config.group))
+    layers = config.width * (config.group * (heads + config.heads * config.head_dim) + channels)
     return layers + config.vocabulary * config.width * (1 if tied else 2)
 
 
