@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     found = {"texts": texts, "records": records, "forecast": forecast}[given.part](given)
+    found["hardware"] = {"machine": platform.machine(), "threads": 1, "cpus": os.cpu_count()}
+    found["versions"] = {name: version(name) for name in ("ray", "torch", "transformers")}
     print(json.dumps(found, indent=2))
     if given.output is not None:
         told = json.loads(given.output.read_text()) if given.output.exists() else {}

@@ -95,7 +95,8 @@ def _init(ray: Any, address: str | None) -> None:
         here["include_dashboard"] = False
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **here)
+        with _quiet_stderr():
+            ray.init(log_to_driver=False, logging_level="ERROR", **here)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         said = " ".join(str(error).split())[:300].rstrip(".")
         place = "Ray can't be started here" if address is None else f"No Ray cluster answers at {address}"
@@ -103,6 +104,24 @@ def _init(ray: Any, address: str | None) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Without what Ray's C++ says of its own settings as it starts; what goes wrong is raised."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # the process has no stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _knock(address: str) -> None:
