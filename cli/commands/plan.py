@@ -80,7 +80,7 @@ def plan(
         if place.threads is not None:
             torch.set_num_threads(place.threads)
         measured = None if many.texts is None else Measured.read(many)
-        context = planned.context or (measured and measured.longest)
+        context = planned.context or (None if measured is None else measured.longest)
         request, stored = _request(loading.model, place.device, place.dtype, context)
         report = {"model": loading.model, "format": stored, **_report(request, planned.memory or "auto")}
         if measured is not None:

@@ -141,7 +141,8 @@ def nodes() -> list[dict[str, float]]:
     """The resources of each node of the cluster, as Ray names them."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in alive if node["Alive"]]
 
 
 def places(

@@ -125,7 +125,7 @@ def _datasource(source: Source, finished: Marks) -> Any:
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    class Groups(Datasource):  # type: ignore[misc]
+    class Groups(Datasource):
         def get_read_tasks(self, parallelism: int, *args: Any, **keywords: Any) -> list[Any]:
             return [ReadTask(read, BlockMetadata(None, None, None, None))]
 
@@ -140,7 +140,7 @@ def _datasource(source: Source, finished: Marks) -> Any:
         for group in source.groups(finished):
             yield pyarrow.table({"group": pyarrow.array([pickle.dumps(group)], pyarrow.large_binary())})
 
-    return Groups()
+    return Groups()  # type: ignore[no-untyped-call]
 
 
 def _told(error: BaseException) -> LongspecError:

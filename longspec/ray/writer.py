@@ -35,7 +35,7 @@ class Writer:
     """Loads a model, and writes an answer to every row that it is called with.
 
     model: as for `Engine.load`, whose further keywords are `engine`. column: that of the prompts, each a text or a list
-    of messages. key: that of the ids by which the sampling noise is keyed; where there is none it is keyed by the
+    of messages. ids: that of the ids by which the sampling noise is keyed; where there is none it is keyed by the
     prompt, so that a text depends neither on its place nor on who wrote it. width: texts in a pass. options: of all
     answers.
 
@@ -48,14 +48,14 @@ class Writer:
         model: str = "smollm2",
         *,
         column: str = "prompt",
-        key: str = "id",
+        ids: str = "id",
         width: int | None = None,
         engine: Mapping[str, Any] | None = None,
         **options: Unpack[Options],
     ) -> None:
         check_options(options)
         self.column = column
-        self.key = key
+        self.ids = ids
         self._shared = Shared(Engine.load(model, **(engine or {})), options, width)
         self._numbers = count()
 
@@ -63,8 +63,10 @@ class Writer:
         """The batch's columns with those of the answers. UsageError: it has no column of prompts."""
         if self.column not in batch:
             raise UsageError(f"There is no column {self.column!r}; there are: {', '.join(batch)}. Name it by `column`.")
-        ids = batch.get(self.key)
-        records = [self._record(prompt, None if ids is None else ids[i]) for i, prompt in enumerate(batch[self.column])]
+        names = batch.get(self.ids)
+        records = [
+            self._record(prompt, None if names is None else names[i]) for i, prompt in enumerate(batch[self.column])
+        ]
         answers = [_columns(result) for result in self._shared.write(records)]
         return {**batch, **{name: [answer.get(name) for answer in answers] for name in _COLUMNS}}
 

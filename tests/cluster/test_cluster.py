@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import SECONDS, started
+from support.commands import SECONDS, call, started
 
 from longspec.batch.marks import Marks
 from longspec.batch.output import Output
@@ -268,7 +268,8 @@ def test_actors_and_drivers_killed_ten_times(tiny: str, home: Path) -> None:
                         process.kill()
                         process.wait()
             assert process.poll() != 0 or kills == 10, "there was nothing left to kill"
-    assert guarded([*arguments, str(out), "--on", "ray"]) == 0
+    last = call([*arguments, str(out), "--on", "ray"], home)
+    assert (last.code, last.out, last.err) == (0, b"", "")
     assert answers(out) == answers(home / "one")
 
 
