@@ -21,6 +21,9 @@ __all__ = ["Places", "connected", "nodes", "places", "where"]
 
 _CONNECT_SECONDS = 10.0
 
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+"""How HTTP/2, and so gRPC, begins: a server answers with settings (RFC 9113, section 3.4)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -93,7 +96,7 @@ def _init(ray: Any, address: str | None) -> None:
     here: dict[str, Any] = {"address": address or "local"}
     if address is None:
         here["include_dashboard"] = False
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, debugger = signal.getsignal(signal.SIGTERM), os.environ.get("PYTHONBREAKPOINT")
     try:
         with _quiet_stderr():
             ray.init(log_to_driver=False, logging_level="ERROR", **here)
@@ -101,9 +104,12 @@ def _init(ray: Any, address: str | None) -> None:
         said = " ".join(str(error).split())[:300].rstrip(".")
         place = "Ray can't be started here" if address is None else f"No Ray cluster answers at {address}"
         raise UsageError(f"{place}: {said}; see whether ray status knows it.") from error
-    finally:
+    finally:  # what Ray has put its own in place of
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, handler)
+        os.environ.pop("PYTHONBREAKPOINT", None)
+        if debugger is not None:
+            os.environ["PYTHONBREAKPOINT"] = debugger
 
 
 @contextmanager
@@ -125,11 +131,15 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
+    """Raise UsageError where no gRPC server answers: `ray.init` would wait for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(f"{address!r} is no address of a Ray cluster; give HOST:PORT of its head, such as head:6379.")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as connection:
+            connection.sendall(_HELLO)
+            if connection.recv(9)[3:4] != b"\x04":
+                raise OSError("what listens there is something else")
     except (OSError, OverflowError) as error:
         raise UsageError(
             f"No Ray cluster answers at {address} ({error or type(error).__name__}); start one there by ray start "

@@ -33,7 +33,7 @@ from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, UsageError
 from longspec.ray import Writer
 from longspec.ray.actor import Actor, Order, Report
-from longspec.ray.cluster import Places, connected, places, where
+from longspec.ray.cluster import Places, connected, nodes, places, where
 from longspec.ray.shared import Shared
 from longspec.ray.stream import Source, group_size, reports
 from longspec.types import Stats
@@ -81,6 +81,17 @@ def test_no_answer_is_said_at_once(tiny: str, home: Path, capfd: pytest.CaptureF
         for address, said in {f"127.0.0.1:{port}": "No Ray cluster answers at", "head": "is no address"}.items():
             assert guarded([*arguments, "--on", f"ray:{address}"]) == 2
             assert said in capfd.readouterr().err
+
+
+@needs_ray
+def test_what_is_no_cluster_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspec.ray.cluster._CONNECT_SECONDS", 0.1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UsageError, match="No Ray cluster answers"), connected(address):
+            pass
 
 
 def test_without_ray_the_extra_is_named(home: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +211,16 @@ def cluster() -> Iterator[None]:
     """A Ray that the tests of this file share; the command takes the one that it is in."""
     with connected(None):
         yield
+
+
+@needs_ray
+@quiet_ray
+def test_a_cluster_answers_at_its_address(cluster: None) -> None:
+    import ray
+
+    with connected(ray.get_runtime_context().gcs_address):  # it is this process's already, and only knocked at
+        assert nodes()
+    assert ray.is_initialized()
 
 
 @needs_ray
