@@ -122,9 +122,9 @@ def test_engines_fit_by_threads_or_by_gpus() -> None:
     assert places(two, device="cpu", threads=2, actors=4) == Places(4, 2)
     assert places([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}], device="auto", threads=None) == Places(2, 1, 1)
     assert places([{"CPU": 8.0, "GPU": 2.0}], device="cpu", threads=None) == Places(1, 8)
-    for nodes, asked in ((two, {"device": "cuda"}), (two, {"device": "cpu", "threads": 9}), ([], {"device": "auto"})):
+    for some, asked in ((two, {"device": "cuda"}), (two, {"device": "cpu", "threads": 9}), ([], {"device": "auto"})):
         with pytest.raises(UsageError, match="No node of the Ray cluster"):
-            places(nodes, **{"threads": None, **asked})  # type: ignore[arg-type]
+            places(some, **{"threads": None, **asked})  # type: ignore[arg-type]
 
 
 def test_groups_are_small_where_the_input_is() -> None:
