@@ -6,7 +6,9 @@ run. stdout stays empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspec import __version__
-from longspec.batch import FORMATS, beside, meta_path
+from longspec.batch import FORMATS, beside, is_parts, meta_path
 from longspec.cli import BEGAN
 from longspec.cli.io import signals
 from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.stream_answer import load
+from longspec.cli.options.cluster import Cluster
 from longspec.cli.options.groups import Only, Without, argument, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.parsers import whole
@@ -30,10 +33,12 @@ from longspec.errors import UsageError
 if TYPE_CHECKING:
     from longspec.batch.inputs import Input
     from longspec.batch.marks import Marks
+    from longspec.batch.output import Output
+    from longspec.batch.parts import Parts
     from longspec.batch.requests import Fault, Item
     from longspec.batch.tally import Tally
-    from longspec.cli.io.batch_loop import Loop
-    from longspec.engine.engine import Engine
+    from longspec.cli.io.batch_loop import Loop, Results
+    from longspec.cli.io.cluster_loop import ClusterLoop
     from longspec.engine.options import Options
 
 __all__ = ["EPILOG", "batch"]
@@ -44,6 +49,7 @@ Examples:
   longspec batch reviews.csv -o labels.jsonl --template 'Is this review kind? {text}'
   longspec batch docs/*.md -o summaries.jsonl --template 'Summarise in one sentence: {text}'
   find . -name '*.py' -print0 | longspec batch --files-from - -0 -o out.jsonl --template 'What does this do? {text}'
+  longspec batch prompts.jsonl -o answers.jsonl --on ray:head:6379 --threads 8
 
 \b
 The same command again goes on where it ended. A line that can't be answered becomes a line with its error.
@@ -59,12 +65,14 @@ class Files:
 
     inputs: list[str] | None = argument(
         None,
-        "A file of prompts (.jsonl, .csv, .tsv, .txt), - for standard input, or many files of one prompt each.",
+        "A file of prompts (.jsonl, .csv, .tsv, .parquet, .txt), its URL, - for standard input, or many files of one "
+        "prompt each.",
         metavar="IN...",
     )
     output: str | None = option(
         None,
-        "Where the answers go, one line of JSON each; must be given. What is there is gone on with.",
+        "Where the answers go, one line of JSON each; must be given. What is there is gone on with. A name that ends "
+        "with / or .parquet, or a URL (s3://...), is a folder of files.",
         short="-o",
         metavar="OUT",
         once=True,
@@ -108,8 +116,8 @@ class Files:
     )
 
     @property
-    def path(self) -> Path:
-        """The output's path, checked as far as the options allow."""
+    def name(self) -> str:
+        """The output, checked as far as the options allow."""
         if self.output is None:
             example = f"longspec batch {(self.inputs or ['prompts.jsonl'])[0]} -o answers.jsonl"
             raise UsageError(f"The answers need a file: {example}.")
@@ -119,12 +127,19 @@ class Files:
             )
         if self.retry_errors and self.in_order:
             raise UsageError("--retry-errors adds lines at the end, which --in-order forbids; leave one out.")
-        return Path(self.output)
+        return self.output
 
     def check(self, *read: str | None) -> None:
         """Raise UsageError where a file that is written is another one too; `read`: those that others name."""
-        written = {"the output": self.path, "the output's record": meta_path(self.path), "its copy": beside(self.path)}
-        refuse_same_files({**written, "the summary": self.summary}, [*(self.inputs or []), self.files_from, *read])
+        path, read = Path(self.name), (*(self.inputs or []), self.files_from, *read)
+        written = {"the output": path, "the output's record": meta_path(path), "its copy": beside(path)}
+        refuse_same_files({**({} if is_parts(self.name) else written), "the summary": self.summary}, read)
+
+    def opened(self) -> Output | Parts:
+        from longspec.batch.output import Output
+        from longspec.batch.parts import Parts
+
+        return Parts(self.name) if is_parts(self.name) else Output(Path(self.name))
 
 
 def batch(
@@ -134,6 +149,7 @@ def batch(
     loading: Annotated[Loading, Without("draft_from", "remember")],
     sampling: SamplingOptions,
     reasoning: Annotated[Reasoning, Without("hide_reasoning")],
+    cluster: Cluster,
     reporting: Annotated[Reporting, Only("quiet")],
 ) -> None:
     """Answer many prompts, and write each answer as a line of JSON.
@@ -143,9 +159,8 @@ def batch(
     from longspec.batch.about import About  # imported late, as all below: other commands start sooner
     from longspec.batch.inputs import open_input
     from longspec.batch.marks import fresh
-    from longspec.batch.output import Output
 
-    path = files.path
+    cluster.check(files.inputs or [], files.files_from, in_order=files.in_order)
     writing = text_options(ctx, framing, sampling, reasoning)
     options = loading.engine_options(ctx)
     files.check(loading.model, loading.skip_set)
@@ -159,9 +174,9 @@ def batch(
             files.inputs or [], form=files.form, template=files.template, files_from=files.files_from, null=files.null
         ) as source,
         Progress(loading.model, quiet=reporting.quiet) as progress,
-        Output(path) as out,
+        files.opened() as out,
     ):
-        about = About(out.path, empty=out.is_empty, anyway=files.continue_anyway)
+        about = About(out, anyway=files.continue_anyway)
         settings = _settings(files, source, writing)
         about.check(settings)
         progress.report("reading what is there")
@@ -173,33 +188,100 @@ def batch(
             if files.summary is not None:
                 _summarise(files.summary, _tally(finished, failed), "none", complete=True)
             raise typer.Exit(1 if failed else 0)
-        engine = load(loading.model, options, BEGAN, progress)
-        identity = _identity(engine)
-        about.check(identity)
-        about.write({"longspec": __version__, "model": loading.model, **settings, **identity})
-        from longspec.batch.job import Job
-        from longspec.cli.io.batch_loop import Loop
+        from longspec.cli.io.batch_loop import Results
 
-        job = Job(engine, chain((first,), records), writing, width, in_order=files.in_order)
-        tally = _tally(finished, failed)
+        def begin(identity: Mapping[str, str]) -> None:
+            about.check(identity)
+            about.write({"longspec": __version__, "model": loading.model, **settings, **identity})
+
         left = _left(source, files.limit, len(finished))
-        _run(Loop(job, out, tally, progress, files.max_errors, left, openai=source.format == "openai"), files.summary)
-    if tally.failed + tally.failed_before:
+        results = Results(out, _tally(finished, failed), progress, files.max_errors, left)
+        task = _Task(loading.model, options, writing, width, openai=source.format == "openai")
+        if cluster.on is None:
+            _here(task, files, chain((first,), records), results, begin)
+        else:
+            _there(task, files, cluster, finished, results, begin)
+    if results.tally.failed + results.tally.failed_before:
         raise typer.Exit(1)
 
 
-def _run(loop: Loop, summary: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What answers depend on, and how many are written side by side."""
+
+    model: str
+    loading: dict[str, Any]
+    writing: Options
+    width: int | None
+    openai: bool
+
+
+def _here(
+    task: _Task,
+    files: Files,
+    records: Iterator[Item | Fault],
+    results: Results,
+    begin: Callable[[Mapping[str, str]], None],
+) -> None:
+    """Answer the records in this process."""
+    engine = load(task.model, task.loading, BEGAN, results.progress)
+    from longspec.batch.about import identity
+    from longspec.batch.job import Job
+    from longspec.cli.io.batch_loop import Loop
+
+    begin(identity(engine))
+    job = Job(engine, records, task.writing, task.width, in_order=files.in_order)
+    _run(Loop(job, results, openai=task.openai), files.summary)
+
+
+def _there(
+    task: _Task,
+    files: Files,
+    cluster: Cluster,
+    finished: Marks,
+    results: Results,
+    begin: Callable[[Mapping[str, str]], None],
+) -> None:
+    """Answer the records on a Ray cluster."""
+    results.progress.report("looking for Ray")
+    from longspec.cli.io.cluster_loop import ClusterLoop
+    from longspec.engine.scheduler import WIDTH
+    from longspec.ray.actor import Order
+    from longspec.ray.cluster import connected, nodes, places
+    from longspec.ray.stream import Source, group_size, reports
+
+    folder, width = os.getcwd(), task.width or WIDTH
+    with connected(cluster.address):
+        found = places(nodes(), device=task.loading["device"], threads=task.loading["threads"], actors=cluster.actors)
+        results.progress.say(f"{found} for {task.model}")
+        source = Source(
+            tuple(files.inputs or ()),
+            files.form,
+            files.template,
+            files.files_from,
+            files.null,
+            files.limit,
+            folder,
+            group_size(results.left, found.actors * width),
+        )
+        loading = {**task.loading, **found.options}
+        order = Order(__version__, task.model, loading, task.writing, task.width, task.openai, folder)
+        loop = ClusterLoop(reports(source, finished, order, found, width), results, finished, begin)
+        _run(loop, files.summary)
+
+
+def _run(loop: Loop | ClusterLoop, summary: str | None) -> None:
     """Answer all records; print the closing line however it ends."""
-    complete, tally, drafter = False, loop.tally, loop.job.engine.drafter_name
+    complete, results = False, loop.results
     try:
         loop.go()
         complete = True
     finally:
-        loop.progress.stop()
+        results.progress.stop()
         with signals.deferred():
-            sentence = tally.sentence(drafter)
-            loop.progress.say(f"{sentence}; why they failed stands in {loop.out.path}" if tally.failed else sentence)
-            _summarise(summary, tally, drafter, complete=complete)
+            sentence, failed = results.tally.sentence(loop.drafter), results.tally.failed
+            results.progress.say(f"{sentence}; why they failed stands in {results.out.path}" if failed else sentence)
+            _summarise(summary, results.tally, loop.drafter, complete=complete, more=loop.report())
 
 
 def _settings(files: Files, source: Input, writing: Options) -> dict[str, Any]:
@@ -222,11 +304,13 @@ def _tally(finished: Marks, failed: int) -> Tally:
     return Tally(len(finished), failed)
 
 
-def _summarise(summary: str | None, tally: Tally, drafter: str, *, complete: bool) -> None:
+def _summarise(
+    summary: str | None, tally: Tally, drafter: str, *, complete: bool, more: Mapping[str, Any] | None = None
+) -> None:
     if summary is not None:
         from longspec.batch.about import write_json
 
-        write_json(Path(summary), {"complete": complete, **tally.report(drafter)})
+        write_json(Path(summary), {"complete": complete, **tally.report(drafter), **(more or {})})
 
 
 def _left(source: Input, limit: int | None, finished: int) -> int:
@@ -235,18 +319,6 @@ def _left(source: Input, limit: int | None, finished: int) -> int:
         return 0
     counts = [count for count in (source.count, limit) if count is not None]
     return max(0, min(counts) - finished)
-
-
-def _identity(engine: Engine) -> dict[str, str]:
-    """The model's part of the metadata, under the names that an error uses."""
-    fingerprint = engine.model.fingerprint
-    return {
-        "weights": fingerprint["model"],
-        "tokenizer": fingerprint["tokenizer"],
-        "dtype": fingerprint["dtype"],
-        "strictness": fingerprint["strictness"],
-        "cache": engine.cache_name,
-    }
 
 
 def _noted(records: Iterator[Item | Fault], progress: Progress) -> Iterator[Item | Fault]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspec.cli.io.batch_forecast import Many, Measured, forecast, print_forecast
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, group, option
@@ -29,6 +30,7 @@ EPILOG = """\b
 Examples:
   longspec plan --model smollm2 --context 4000
   longspec plan -m Qwen/Qwen3-8B --context 32k --memory 12GiB
+  longspec plan --texts 1e7 --nodes 8 --measured run.json --lengths answers.jsonl
 
 \b
 The table goes to stdout. The exit code is 0, also where nothing fits: it is an answer.
@@ -66,21 +68,37 @@ def plan(
     loading: Annotated[Loading, Only("model")],
     planned: Planned,
     place: Annotated[Loading, Only("device", "dtype", "threads")],
+    many: Many,
     reporting: Annotated[Reporting, Only("as_json")],
 ) -> None:
     """Show what each kind of cache takes for a text, and which fit, without loading the model."""
+    many.check()
     with Progress(loading.model) as progress:
         progress.report(f"reading {loading.model}")
         import torch
 
         if place.threads is not None:
             torch.set_num_threads(place.threads)
-        request, stored = _request(loading.model, place.device, place.dtype, planned.context)
-    report = {"model": loading.model, "format": stored, **_report(request, planned.memory or "auto")}
+        measured = None if many.texts is None else Measured.read(many)
+        context = planned.context or (None if measured is None else measured.longest)
+        request, stored = _request(loading.model, place.device, place.dtype, context)
+        report = {"model": loading.model, "format": stored, **_report(request, planned.memory or "auto")}
+        if measured is not None:
+            progress.report("simulating the batch")
+            report["batch"] = forecast(many, measured, _memory(request, measured.width))
     if reporting.as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
+        if measured is not None:
+            print_forecast(report["batch"])
+
+
+def _memory(request: Request, texts: int) -> int:
+    """Bytes of an engine with so many texts side by side, with the cache that is taken while memory lasts."""
+    from longspec.memory.plan import CHUNKS, choice
+
+    return choice(replace(request, texts=texts), "dense", CHUNKS[0]).need.total
 
 
 def _request(model: str, device: str, dtype: str, context: int | None) -> tuple[Request, str | None]:

@@ -15,7 +15,7 @@ from longspec.errors import UsageError
 from longspec.machine.system import parse_bytes
 from longspec.sampling.parameters import Bounds
 
-__all__ = ["number", "one_of", "size", "tokens", "whole"]
+__all__ = ["large", "number", "one_of", "size", "tokens", "whole"]
 
 
 def number(bounds: Bounds) -> Callable[[object], Any]:
@@ -40,6 +40,17 @@ def number(bounds: Bounds) -> Callable[[object], Any]:
 def whole(least: int, most: float = math.inf) -> Callable[[object], Any]:
     """A parser of integers from `least` to `most`."""
     return number(Bounds(int, least, most))
+
+
+def large(text: object) -> int:
+    """A whole number of at least 1, also as 1e7."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 and value < 1e15 and value == int(value)):
+        raise typer.BadParameter(f"{str(text)!r} is not a whole number of at least 1, such as 5000 or 1e7.")
+    return int(value)
 
 
 def one_of(*words: str) -> Callable[[object], str]:

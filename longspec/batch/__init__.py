@@ -7,7 +7,7 @@ Nothing here prints, draws or catches signals.
 
 from pathlib import Path
 
-FORMATS = ("jsonl", "openai", "csv", "tsv", "lines", "files")
+FORMATS = ("jsonl", "openai", "csv", "tsv", "parquet", "lines", "files")
 """What an input may be."""
 
 
@@ -19,3 +19,8 @@ def meta_path(output: Path) -> Path:
 def beside(output: Path) -> Path:
     """The file that an output is copied to without its error lines."""
     return output.with_name(f"{output.name}.tmp")
+
+
+def is_parts(output: str) -> bool:
+    """Whether an output of this name is a folder of files."""
+    return "://" in output or output.endswith(("/", ".parquet"))

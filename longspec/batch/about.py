@@ -9,29 +9,41 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from longspec.batch import meta_path
 from longspec.errors import LongspecError, UsageError
-from longspec.machine.files import read_json, replaced
+from longspec.machine.files import replaced
 
-__all__ = ["About", "write_json"]
+if TYPE_CHECKING:
+    from longspec.engine.engine import Engine
 
-_MOST_NBYTES = 1 << 20
+__all__ = ["About", "identity", "write_json"]
+
+
+class Stored(Protocol):
+    """An output with its metadata."""
+
+    path: Any  # its name, in an error
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    def read_about(self) -> Mapping[str, Any]: ...
+
+    def write_about(self, value: Mapping[str, Any]) -> None: ...
 
 
 class About:
-    """The metadata beside an output, and the check against it.
+    """The metadata of an output, and the check against it.
 
     anyway: resume although something differs.
     """
 
-    def __init__(self, output: Path, *, empty: bool, anyway: bool) -> None:
-        self.path = meta_path(output)
+    def __init__(self, output: Stored, *, anyway: bool) -> None:
         self.output = output
         self.anyway = anyway
         self.mixed = False  # whether the output has lines of other settings
-        self.recorded: Mapping[str, Any] | None = None if empty else self._read()
+        self.recorded: Mapping[str, Any] | None = None if output.is_empty else self._read()
 
     def check(self, now: Mapping[str, Any]) -> None:
         """Raise UsageError where the stored metadata differs from `now` in a field that both have."""
@@ -44,8 +56,8 @@ class About:
             if not self.anyway:
                 shown = "" if name in ("input", "weights", "tokenizer") else f" ({_shown(before)}, now {_shown(value)})"
                 raise UsageError(
-                    f"{self.output} was begun with another {name.replace('_', ' ')}{shown}; name another output, or "
-                    "go on in it with --continue-anyway."
+                    f"{self.output.path} was begun with another {name.replace('_', ' ')}{shown}; name another output, "
+                    "or go on in it with --continue-anyway."
                 )
             self.mixed = True
 
@@ -54,20 +66,32 @@ class About:
         mixed = self.mixed or bool((self.recorded or {}).get("mixed"))
         whole = {**now, "mixed": mixed}
         if whole != self.recorded:
-            write_json(self.path, whole)
+            self.output.write_about(whole)
 
     def _read(self) -> Mapping[str, Any] | None:
         try:
-            return read_json(self.path, _MOST_NBYTES, "The record")
-        except UsageError:
-            pass
+            return self.output.read_about()
+        except UsageError as error:
+            lacks = error
         if self.anyway:
             self.mixed = True
             return None
         raise UsageError(
-            f"{self.output} is there, and {self.path.name} doesn't say what it was made from; name another output, or "
+            f"{self.output.path} is there, and its record doesn't say what it was made from; name another output, or "
             "go on in it with --continue-anyway."
-        )
+        ) from lacks
+
+
+def identity(engine: Engine) -> dict[str, str]:
+    """The model's part of the metadata, under the names that an error uses."""
+    fingerprint = engine.model.fingerprint
+    return {
+        "weights": fingerprint["model"],
+        "tokenizer": fingerprint["tokenizer"],
+        "dtype": fingerprint["dtype"],
+        "strictness": fingerprint["strictness"],
+        "cache": engine.cache_name,
+    }
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

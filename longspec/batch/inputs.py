@@ -17,9 +17,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from longspec.batch import FORMATS
+from longspec.batch import FORMATS, parquet
 from longspec.batch.lines import LINE_NBYTES, Line, as_text, names, read_lines
 from longspec.batch.openai import is_openai, openai_request
+from longspec.batch.remote import Object, is_url, open_url
 from longspec.batch.requests import Fault, Id, Item, checked_id, fault, request
 from longspec.batch.template import Template
 from longspec.errors import UsageError
@@ -27,7 +28,15 @@ from longspec.requests.fields import RequestError, parse_object
 
 __all__ = ["Input", "open_input"]
 
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "lines"}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
 _CHUNK = 1 << 20
 
 
@@ -88,6 +97,9 @@ def open_input(
 
 def _one(file: BinaryIO, name: str, form: str | None, template: Template | None) -> Input:
     digest, count = _digest(file)
+    if form == "parquet" or (form is None and Path(name).suffix.lower() == ".parquet"):
+        rows, count = parquet.rows(file, name)
+        return Input("parquet", (request(i, i + 1, row, template) for i, row in enumerate(rows)), digest, count)
     lines = read_lines(file)
     first = next((line for line in lines if not line.is_blank), None)
     form = form or _told(name, first)
@@ -122,6 +134,8 @@ def _told(name: str, first: Line | None) -> str:
 
 
 def _opened(name: str) -> BinaryIO:
+    if is_url(name):
+        return open_url(name)
     try:
         return open(0 if name == "-" else name, "rb", closefd=name != "-")
     except OSError as error:
@@ -129,7 +143,11 @@ def _opened(name: str) -> BinaryIO:
 
 
 def _digest(file: BinaryIO) -> tuple[str | None, int | None]:
-    """The hash of all bytes of a regular file, and its number of lines; the file is rewound to its start."""
+    """The hash of all bytes of a regular file, and its number of lines; the file is rewound to its start. Of an object
+    elsewhere its version, as its storage knows it.
+    """
+    if isinstance(file, Object):
+        return file.version, None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return None, None
     digest, lines, last = hashlib.sha256(), 0, b"\n"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from time import perf_counter
 from typing import TYPE_CHECKING
 
+from longspec.batch.passes import PassTimes
 from longspec.batch.records import Written
 from longspec.batch.requests import Fault, Item, over
 from longspec.engine.scheduler import WIDTH, Schedule
@@ -48,6 +50,8 @@ class Job:
         self.width = width or WIDTH
         self.admitting = True
         self.tokens = 0  # tokens committed so far
+        self.times = PassTimes()
+        self._ended: float | None = None  # the last pass, if texts were left to write
         self._records = records
         self._schedule = Schedule(engine, self.width)
         self._running: dict[Session, Item] = {}
@@ -60,19 +64,33 @@ class Job:
 
     def admit(self) -> Iterator[Result]:
         """Open as many sequences as may begin, and yield the results of those that can't be opened."""
-        while self.admitting and self._schedule.wants and self._has_room:
+        while self.admitting and self.wants:
             record = next(self._records, None)
             if record is None:
                 self.admitting = False
                 return
-            if self._order is not None:
-                self._order.expect(record.index)
-            yield from self._done(record) if isinstance(record, Fault) else self._open(record)
+            yield from self.begin(record)
+
+    @property
+    def wants(self) -> bool:
+        """Whether another record may begin."""
+        return self._schedule.wants > 0 and self._has_room
+
+    def begin(self, record: Item | Fault) -> list[Result]:
+        """Open a record's sequence; returns the result of one that can't be opened."""
+        if self._order is not None:
+            self._order.expect(record.index)
+        return self._done(record) if isinstance(record, Fault) else self._open(record)
 
     def step(self) -> list[Result]:
         """Run one forward pass, and return the results of the sequences that ended."""
         results: list[Result] = []
-        for session, event in self._schedule.step():
+        began, read = self._ended or perf_counter(), self._schedule.prefilled
+        events = self._schedule.step()
+        self._ended = perf_counter()
+        if events or self._schedule.prefilled > read:
+            self.times.add(len(events), self._schedule.prefilled - read, self._ended - began)
+        for session, event in events:
             if isinstance(event, LongspecError):
                 results += self._done(_fault(self._running.pop(session), event))
                 continue
@@ -80,6 +98,8 @@ class Job:
             if event.finish_reason is not None:
                 item = self._running.pop(session)
                 results += self._done(Written(item, self.engine.answer(session), session.stats))
+        if not self._running:
+            self._ended = None
         return results
 
     def close(self) -> None:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from longspec.batch import beside
+from longspec.batch import beside, meta_path
+from longspec.batch.about import write_json
 from longspec.batch.marks import Marks
 from longspec.batch.records import Past, past
 from longspec.errors import LongspecError, UsageError
+from longspec.machine.files import read_json
 from longspec.requests.fields import RequestError, parse_object
 
 __all__ = ["Output"]
+
+_ABOUT_NBYTES = 1 << 20
 
 _LINE_NBYTES = 256 << 20
 """More than the answer of any context; a longer line isn't ours."""
@@ -97,6 +102,14 @@ class Output:
         raise LongspecError(
             f"{self.path} can't be written: {reason}; what is in it is whole, and the same command goes on from there."
         ) from error
+
+    def read_about(self) -> Mapping[str, Any]:
+        """The metadata beside the file. UsageError: there is none."""
+        return read_json(meta_path(self.path), _ABOUT_NBYTES, "The record")
+
+    def write_about(self, value: Mapping[str, Any]) -> None:
+        """Store the metadata atomically. LongspecError: it can't be written."""
+        write_json(meta_path(self.path), value)
 
     def close(self) -> None:
         """Flush the file to the disk, and close it."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from longspec.engine.answer import Answer
     from longspec.types import Stats
 
-__all__ = ["Past", "Written", "line", "past"]
+__all__ = ["Outcome", "Past", "Written", "line", "outcome", "past"]
 
 _REQUEST = "batch_req_"
 
@@ -39,6 +39,24 @@ class Past:
 
     mark: int
     failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A result as the output and the statistics take it: it goes from one process to another."""
+
+    line: bytes
+    mark: int  # of the record: what `past` reads out of the line
+    prompt_tokens: int = 0
+    stats: Stats | None = None  # None of a record that failed
+
+
+def outcome(result: Written | Fault, *, openai: bool) -> Outcome:
+    data = line(result, openai=openai)
+    if isinstance(result, Fault):
+        name = None if result.code == DUPLICATE else result.id
+        return Outcome(data, mark_index(result.index) if name is None else mark_id(name))
+    return Outcome(data, mark_id(result.item.id), result.answer.usage["prompt_tokens"], result.stats)
 
 
 def line(result: Written | Fault, *, openai: bool) -> bytes:

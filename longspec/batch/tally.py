@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from longspec.batch.records import Written
-from longspec.batch.requests import Fault
+from longspec.batch.records import Outcome
 from longspec.types import Stats
 
 __all__ = ["Tally"]
@@ -25,13 +24,13 @@ class Tally:
     prompt_tokens: int = 0
     stats: Stats = field(default_factory=Stats)
 
-    def add(self, result: Written | Fault) -> None:
-        if isinstance(result, Fault):
+    def add(self, outcome: Outcome) -> None:
+        if outcome.stats is None:
             self.failed += 1
             return
         self.written += 1
-        self.prompt_tokens += result.answer.usage["prompt_tokens"]
-        self.stats += result.stats
+        self.prompt_tokens += outcome.prompt_tokens
+        self.stats += outcome.stats
 
     @property
     def done(self) -> int:

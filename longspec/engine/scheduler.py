@@ -95,6 +95,7 @@ class Schedule:
         self._writing: list[Session] = []
         self._trunk: _Trunk | None = None
         self._prefixes = Prefixes(kept)
+        self.prefilled = 0  # tokens of prompts, in all passes so far
 
     def __len__(self) -> int:
         """The number of unfinished sessions."""
@@ -144,8 +145,10 @@ class Schedule:
             else:
                 self._writing.append(session)
         writing, reading = list(self._writing), self._reading
+        start = 0 if reading is None else reading.cache.length
         events = self._pass(writing, reading) if writing or reading is not None else []
         if reading is not None and reading.error is None:
+            self.prefilled += reading.cache.length - start
             self._keep_trunk(reading)
         if reading is not None and (reading.error is not None or not reading.unfed[1:]):
             self._writing.append(reading)

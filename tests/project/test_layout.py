@@ -36,6 +36,7 @@ ROOMS = [
     ["engine"],
     ["requests"],
     ["batch", "bench", "server", "training"],
+    ["ray"],
     ["cli"],
 ]
 STAGE_OF = {name: number for number, names in enumerate(ROOMS) for name in names}
