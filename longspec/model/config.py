@@ -102,6 +102,7 @@ class Config:
     delta: Delta | None = field(default=None, repr=False)
     convolution: int = field(default=0, repr=False)  # positions that a short convolution reads
     mixture: Mixture | None = field(default=None, repr=False)  # of experts
+    sinks: bool = field(default=False, repr=False)  # each query head has a score that takes weight and has no value
 
     @property
     def layers(self) -> int:
@@ -162,7 +163,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         mlp_width=raw["intermediate_size"],
         context=context if gemma else _lengthened(context, ropes),  # Gemma's files say the lengthened one
         eps=float(raw.get("rms_norm_eps", 1e-6)),
-        activation=_ACTIVATIONS[activation],
+        activation="clamped" if family == "gpt_oss" else _ACTIVATIONS[activation],
         windows=tuple(raw["sliding_window"] if slides else None for slides in sliding),
         ropes=ropes,
         scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
@@ -176,6 +177,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         tied=bool(raw.get("tie_word_embeddings", family in _TIED)),
         **hybrid,
         mixture=mixture_of(family, raw, layers),
+        sinks=family == "gpt_oss",
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
 
@@ -203,7 +205,7 @@ def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
     if isinstance(types := raw.get("layer_types"), list):
         return [kind == "sliding_attention" for kind in types]
     match family:
-        case "gemma2":
+        case "gemma2" | "gpt_oss":
             return [i % 2 == 0 for i in range(layers)]
         case "gemma3_text":
             pattern = int(raw.get("sliding_window_pattern") or 6)

@@ -78,6 +78,8 @@ _KINDS = {
     "norm_topk_prob": FLAG,
     "use_expert_bias": FLAG,
     "routed_scaling_factor": number(0, 1e6, above=True),
+    "swiglu_alpha": number(0, 1e6),
+    "swiglu_limit": number(0, 1e6),
 }
 _NEEDED = frozenset(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 
@@ -119,6 +121,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "eos_token_id": 1,
     },
+    "gpt_oss": {"head_dim": 64, "sliding_window": 128, "rms_norm_eps": 1e-5},
 }
 
 

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "use_expert_bias": True,
     },
+    "gpt_oss": {"num_local_experts": 128, "num_experts_per_tok": 4},
 }
 """By family: what transformers' config class says where config.json doesn't."""
 
@@ -56,6 +57,7 @@ class Mixture:
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalised: bool = True  # the weights of a row's experts sum up to 1
     biased: bool = False  # a bias has a say in which experts are chosen, and none in their weights
+    logit_bias: bool = False  # the router's product has a bias
     scale: float = 1.0  # multiplies the weights
 
     def union(self, rows: int) -> float:
@@ -68,7 +70,7 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
     if family not in _DEFAULTS:
         return None
     said = {**_DEFAULTS[family], **{name: value for name, value in raw.items() if value is not None}}
-    experts, chosen = said.get("num_local_experts", said["num_experts"]), said["num_experts_per_tok"]
+    experts, chosen = said.get("num_local_experts", said.get("num_experts")), said["num_experts_per_tok"]
     sparse = _sparse(family, said, layers)
     if not experts or not any(sparse):
         return None
@@ -76,6 +78,10 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
         raise ModelError(f"config.json says that each token goes through {chosen} of {experts} experts.")
     if said.get("clip_qkv") is not None:
         raise ModelError(f"This {family} clips queries, keys and values (clip_qkv), which is not supported.")
+    if family == "gpt_oss" and (said.get("swiglu_alpha", 1.702), said.get("swiglu_limit", 7.0)) != (1.702, 7.0):
+        raise ModelError(
+            "This gpt_oss clamps its MLPs otherwise than at 7 with a slope of 1.702, which isn't supported."
+        )
     lfm2 = family == "lfm2_moe"
     return Mixture(
         experts,
@@ -84,8 +90,9 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
         layers=sparse,
         shared=said.get("shared_expert_intermediate_size", 0),
         score="sigmoid" if lfm2 else "softmax",
-        normalised=bool(said.get("norm_topk_prob", True)) or family in ("mixtral", "qwen3_5_moe_text"),
+        normalised=bool(said.get("norm_topk_prob", True)) or family in ("mixtral", "qwen3_5_moe_text", "gpt_oss"),
         biased=lfm2 and bool(said["use_expert_bias"]),
+        logit_bias=family == "gpt_oss",
         scale=float(said.get("routed_scaling_factor", 1.0)) if lfm2 else 1.0,
     )
 

@@ -25,7 +25,7 @@ from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel,
 
 __all__ = ["ACTIVATIONS", "Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 _UNIT = 32
 _BF16 = 0
 

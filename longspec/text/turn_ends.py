@@ -16,6 +16,8 @@ TURN_ENDS = frozenset(
         "<|eom_id|>",
         "<|end_of_text|>",
         "<|end|>",
+        "<|return|>",
+        "<|call|>",
         "<end_of_turn>",
         "<end_of_utterance>",
         "<EOT>",

@@ -40,6 +40,11 @@ WRITTEN = {
     ),
     "mistral-list": f"[TOOL_CALLS] [{', '.join(HERMES)}]",
     "llama": "; ".join(LLAMA),
+    "harmony": "<|end|><|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
+        + json.dumps(arguments, ensure_ascii=False)
+        for name, arguments in zip(("weather", "rain"), ARGUMENTS, strict=True)
+    ),
 }
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call>",
@@ -47,6 +52,7 @@ TEMPLATES = {
     "mistral": "{{ tools }}[TOOL_CALLS][ARGS]",
     "mistral-list": "{{ tools }}[TOOL_CALLS]",
     "llama": '{{ tools }}ipython "parameters"',
+    "harmony": "{{ tools }}functions.<|channel|>commentary ",
 }
 
 
@@ -169,7 +175,7 @@ def test_strict_tools_are_held_where_they_are_called(name: str) -> None:
 def test_an_answer_is_held_beside_calls(name: str) -> None:
     answer = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     grammar = box(name, "auto").grammar(prepared, answer)
-    assert is_held(grammar, '{"a": 1}')
+    assert is_held(grammar, f'{FORMATS[name].lead}{{"a": 1}}')
     assert is_held(grammar, WRITTEN[name])
     assert not is_held(grammar, "hello")
 

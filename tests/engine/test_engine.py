@@ -59,7 +59,7 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
-_MIXTURES = ["qwen3_moe", "qwen3_5_moe"]
+_MIXTURES = ["qwen3_moe", "qwen3_5_moe", "gpt_oss"]
 _IN_MIXTURES = [("random trees", "dense"), ("ngram", "dense")]
 _IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
@@ -72,7 +72,7 @@ def _matrix() -> Iterator[Any]:
         if family in _HYBRIDS:
             usual = family == "qwen3_5" and (drafter, kind) in _IN_HYBRIDS and way == "sampled"
         elif family in _MIXTURES:
-            usual = family == "qwen3_moe" and (drafter, kind) in _IN_MIXTURES and way == "sampled"
+            usual = family in ("qwen3_moe", "gpt_oss") and (drafter, kind) in _IN_MIXTURES and way == "sampled"
         elif kind == "dense":
             usual = way == "sampled" or (llama and way == "greedy")
         else:

@@ -99,6 +99,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
     "qwen3_next_moe": ("Qwen3Next", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "lfm2_moe": ("Lfm2Moe", {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}),
 }
 
@@ -122,6 +133,10 @@ def oracle(name: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15
             parameter.add_(torch.randn_like(parameter) * scale)
+            if name.endswith("gate_up_proj_bias"):  # beyond where gpt-oss clamps
+                parameter.mul_(20.0)
+            if name.endswith("sinks"):
+                parameter.add_(1.0)
             if name.endswith("A_log"):  # a state that fades at once holds nothing, and its norm amplifies rounding
                 parameter.sub_(3.0)
         for name, buffer in model.named_buffers():

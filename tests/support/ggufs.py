@@ -20,6 +20,7 @@ SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_5_text": "qwen3
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
     "qwen3_5_moe_text": "qwen35moe",
+    "gpt_oss": "gpt-oss",
 }
 """model_type to GGUF's architecture, where they differ."""
 
@@ -46,16 +47,17 @@ def write_gguf(
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    state = [each for entry in model.state_dict().items() for each in _gate_and_up(*entry)]
+    state = [each for entry in model.state_dict().items() for each in _gate_and_up(*entry, config.model_type)]
     for name, tensor in state:
         if name == "lm_head.weight" and tied:
             continue
-        stored = _EXPERTS.get(name.partition(".mlp.")[2])
+        stored = _EXPERTS.get(name.partition(".mlp.")[2].removesuffix("_bias"))
         if stored is not None:
-            stored = f"blk.{name.split('.')[2]}.{stored}.weight"
+            stored = f"blk.{name.split('.')[2]}.{stored}.{'bias' if name.endswith('_bias') else 'weight'}"
         else:
             stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
+        stored += ".weight" if stored.endswith("attn_sinks") else ""
         values = _as_stored(tensor, name, config, kind).contiguous().numpy()
         of_matrix = next((other for part, other in others.items() if part in stored), matrices)
         if of_matrix is None or values.ndim == 1:
@@ -68,6 +70,7 @@ def write_gguf(
 
 _EXPERTS = {
     "gate.weight": "ffn_gate_inp",
+    "router.weight": "ffn_gate_inp",
     "experts.gate_proj": "ffn_gate_exps",
     "experts.up_proj": "ffn_up_exps",
     "experts.down_proj": "ffn_down_exps",
@@ -78,13 +81,21 @@ _EXPERTS = {
 }
 
 
-def _gate_and_up(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The experts' gates and ups, which transformers has in one tensor [experts, 2 channels, width]."""
-    if not name.endswith("experts.gate_up_proj"):
+def _gate_and_up(name: str, tensor: Tensor, family: str) -> Iterator[tuple[str, Tensor]]:
+    """The experts' gates and ups, which transformers has in one tensor [experts, 2 channels, width]; gpt-oss's are
+    [experts, width, 2 channels], in turns, with biases.
+    """
+    if family == "gpt_oss" and ".experts." in name:
+        name, bias = name.removesuffix("_bias"), "_bias" if name.endswith("_bias") else ""
+        rows = tensor if bias else tensor.transpose(1, 2)
+        halves = (rows[:, 0::2], rows[:, 1::2]) if name.endswith("gate_up_proj") else (rows,)
+    elif name.endswith("experts.gate_up_proj"):
+        halves, bias = tensor.chunk(2, 1), ""
+    else:
         yield name, tensor
         return
-    for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
-        yield name.replace("gate_up_proj", part), half
+    for part, half in zip(("gate_proj", "up_proj") if len(halves) == 2 else ("down_proj",), halves, strict=True):
+        yield name.replace("gate_up_proj", part) + bias, half
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -134,7 +145,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> 
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "gemma3":
         writer.add_rope_freq_base_swa(every["sliding_attention"]["rope_theta"])
-    if kind in ("gemma2", "gemma3", "phi3"):
+    if kind in ("gemma2", "gemma3", "phi3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window or 0)
     if kind in ("qwen35", "qwen35moe"):
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)

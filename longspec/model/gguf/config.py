@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM"),
     "qwen35": Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", norm_offset=1.0),
     "qwen35moe": Architecture("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", norm_offset=1.0),
 }
@@ -49,7 +50,7 @@ ARCHITECTURES = {
 _MIXTURES = {"llama": Architecture("mixtral", "MixtralForCausalLM", permuted=True)}
 """Those that are another model where the file has experts."""
 
-_WITH_EXPERTS = ("llama", "qwen3moe", "olmoe", "qwen35moe")
+_WITH_EXPERTS = ("llama", "qwen3moe", "olmoe", "qwen35moe", "gpt-oss")
 
 _END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -169,7 +170,7 @@ def _experts(fields: _Fields) -> dict[str, Any]:
         "num_experts_per_tok": fields.size("expert_used_count"),
         "norm_topk_prob": fields.kind != "olmoe",  # constants of llama.cpp's code
     }
-    if fields.kind == "llama":
+    if fields.kind in ("llama", "gpt-oss"):
         config["num_local_experts"] = config.pop("num_experts")
     for name, said in (("moe_intermediate_size", ""), ("shared_expert_intermediate_size", "shared_")):
         if (size := fields.optional(f"expert_{said}feed_forward_length")) is not None:
@@ -202,6 +203,15 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
         case "phi3":
             original = fields.size("rope.scaling.original_context_length", config["max_position_embeddings"])
             return {"sliding_window": window or None, "original_max_position_embeddings": original}
+        case "gpt-oss":
+            kinds = ("sliding_attention", "full_attention")  # a constant of llama.cpp's code
+            scaling = config["rope_scaling"]
+            return {
+                "sliding_window": window or None,
+                "layer_types": [kinds[i % 2 if window else 1] for i in range(layers)],
+                # No field says so; llama.cpp rounds the ramp's ends, which the model was trained without.
+                "rope_scaling": scaling and {**scaling, "truncate": False},
+            }
         case "smollm3":
             return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # a constant of llama.cpp's code
         case "qwen35" | "qwen35moe":

@@ -72,6 +72,7 @@ _OTHERWISE = {
         "ffn_up_exps": "block_sparse_moe.experts.*.w3",
         "ffn_down_exps": "block_sparse_moe.experts.*.w2",
     },
+    "gpt_oss": {"ffn_gate_inp": "mlp.router", "attn_sinks": "self_attn.sinks"},
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
@@ -91,7 +92,7 @@ _PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
 _PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?([\w.]+?)(?:\.(weight|bias))?", re.ASCII)
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file
-_BARE = ("linear_attn.A_log", "linear_attn.dt_bias")  # without a suffix in a checkpoint
+_BARE = ("linear_attn.A_log", "linear_attn.dt_bias", "self_attn.sinks")  # without a suffix in a checkpoint
 
 
 _Placed = tuple[tuple[int, ...], str, str, GgufTensor]
@@ -252,7 +253,7 @@ class GgufFile:
 
 def _matrices(where: tuple[int, ...], order: int, name: str, stored: str, tensor: GgufTensor) -> list[_Placed]:
     """A tensor by its place, or where it stacks the experts' matrices each of them, an expert's beside each other."""
-    if "*" not in name or len(tensor.shape) != 3:
+    if "*" not in name or len(tensor.shape) != (2 if name.endswith(".bias") else 3):
         return [((*where, order), name, stored, tensor)]
     parts = enumerate(tensor.parts())
     return [((*where, _STACKED, i, order), name.replace("*", str(i)), stored, part) for i, part in parts]

@@ -53,10 +53,11 @@ class Moe:
         if mixture.shared:
             router.append(reader.exact(f"{at}.shared_expert_gate.weight", (1, c.width)))
             experts.append(DenseMlp.of(reader, f"{at}.shared_expert", mixture.shared))
+        offset = reader.exact(f"{at}.gate.bias", (mixture.experts,)) if mixture.logit_bias else None
         native = missing(c, reader.dtype, reader.device) is None
         return cls(
             mixture,
-            Linear(torch.cat(router), tile=_TILE),
+            Linear(torch.cat(router), offset, tile=_TILE),
             bias=reader.exact(f"{at}.expert_bias", (mixture.experts,)) if mixture.biased else None,
             experts=tuple(experts),
             multiply=KernelExperts(experts, c) if native else _by_torch(experts),
@@ -76,7 +77,7 @@ class Moe:
         routed, mixture = self.experts[: self.mixture.experts], self.mixture
         shared = sum(expert.touched(rows) for expert in self.experts[mixture.experts :])
         share = mixture.union(rows) / mixture.experts
-        return self.router.weight.nbytes + shared + share * sum(expert.touched(rows) for expert in routed)
+        return sum(each.nbytes for each in self.router.tensors) + shared + share * sum(expert.touched(rows) for expert in routed)
 
     def __call__(self, x: Tensor) -> Tensor:
         chosen, weights = self.route(x)

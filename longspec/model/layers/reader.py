@@ -41,6 +41,7 @@ _NAMES = {
         "mlp.experts.*.down_proj": "block_sparse_moe.experts.*.w2",
     },
 }
+_NAMES["gpt_oss"] = {"mlp.gate": "mlp.router"}
 _NAMES["lfm2_moe"] = _NAMES["lfm2"] | {
     "mlp": "feed_forward",
     "mlp.gate": "feed_forward.gate",
