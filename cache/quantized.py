@@ -208,6 +208,9 @@ class QuantizedStage(Stage):
     def filled(self, layer: int, rows: slice) -> None:
         self.near.filled(layer, rows)
 
+    def check_complete(self, rows: Sequence[int]) -> None:
+        self.near.check_complete(rows)
+
     def reads(self, rows: slice) -> list[int]:
         return self.near.reads(rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from longspec.calls.format import Format
+from longspec.calls.gemma import Gemma
 from longspec.calls.harmony import Harmony
 from longspec.calls.hermes import Hermes
 from longspec.calls.llama import Llama
@@ -23,6 +24,7 @@ FORMATS: Mapping[str, Format] = {
     "mistral-list": MistralList(),
     "llama": Llama(),
     "harmony": Harmony(),
+    "gemma": Gemma(),
 }
 """By name, in the order in which a template is asked."""
 

@@ -65,7 +65,7 @@ class Toolbox:
         if form is None:
             raise UsageError(
                 "This model's chat template takes no tools, or calls are written in a form that isn't known here; "
-                "leave tools out, or take a model such as Qwen 2.5, Qwen 3, Llama 3, Mistral or gpt-oss."
+                "leave tools out, or take a model such as Qwen 2.5, Qwen 3, Llama 3, Mistral, Gemma 4 or gpt-oss."
             )
         return cls(form, named, choice, parallel)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from longspec.drafters.assistant import Assisting
 from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.eagle3 import Eagle
@@ -24,6 +25,7 @@ from longspec.drafters.none import Nothing
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
+from longspec.heads.assistant import MODEL_TYPES
 from longspec.types import Drafter
 
 __all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS"]
@@ -57,5 +59,6 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
     Head: lambda raw: "longspec" in raw,
     Eagle: lambda raw: "eagle3" in _names(raw),
     Medusa: lambda raw: "medusa_num_heads" in raw,
+    Assisting: lambda raw: raw.get("model_type") in MODEL_TYPES,
 }
 """Drafter class by head format: the first whose test accepts the folder's config.json is used."""

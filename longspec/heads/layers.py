@@ -162,6 +162,7 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
         delta=None,
         mixture=None,
         sinks=False,
+        per_layer=None,
     )
 
 

@@ -82,6 +82,7 @@ _HEADS = (
     _OWN("Clover-2", "2408.00264", "--drafter clover2", "comes along for the default model"),
     _OWN("Medusa", "2401.10774", "--drafter FOLDER", "published heads; its typical acceptance is below"),
     _OWN("EAGLE-3", "2503.01840", "--drafter FOLDER", "published heads, in two layouts"),
+    _OWN("Gemma 4's assistant", "", "--drafter FOLDER", "queries only, over the target's own cache"),
     _OWN("EAGLE", "2401.15077", "", "EAGLE-3 took its place"),
     _OWN("P-EAGLE", "2602.01469", "", "its layout isn't read"),
     _OWN("Hydra", "2402.05109", "", "`clover` and `clover2` take the drafted token too"),

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "use_expert_bias": True,
     },
+    "gemma4_text": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     "gpt_oss": {"num_local_experts": 128, "num_experts_per_tok": 4},
 }
 """By family: what transformers' config class says where config.json doesn't."""
@@ -67,10 +68,11 @@ class Mixture:
 
 def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | None:
     """The mixture of a config.json; None where no layer has experts. ModelError where it contradicts itself."""
-    if family not in _DEFAULTS:
+    if family not in _DEFAULTS or (family == "gemma4_text" and not raw.get("enable_moe_block")):
         return None
     said = {**_DEFAULTS[family], **{name: value for name, value in raw.items() if value is not None}}
-    experts, chosen = said.get("num_local_experts", said.get("num_experts")), said["num_experts_per_tok"]
+    experts: int = said.get("num_local_experts", said.get("num_experts"))
+    chosen: int = said.get("top_k_experts", said.get("num_experts_per_tok"))
     sparse = _sparse(family, said, layers)
     if not experts or not any(sparse):
         return None
@@ -90,7 +92,8 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
         layers=sparse,
         shared=said.get("shared_expert_intermediate_size", 0),
         score="sigmoid" if lfm2 else "softmax",
-        normalised=bool(said.get("norm_topk_prob", True)) or family in ("mixtral", "qwen3_5_moe_text", "gpt_oss"),
+        normalised=bool(said.get("norm_topk_prob", True))
+        or family in ("mixtral", "qwen3_5_moe_text", "gpt_oss", "gemma4_text"),
         biased=lfm2 and bool(said["use_expert_bias"]),
         logit_bias=family == "gpt_oss",
         scale=float(said.get("routed_scaling_factor", 1.0)) if lfm2 else 1.0,

@@ -39,11 +39,15 @@ _HARMONY = Markers(
 )
 """gpt-oss's: an answer is messages on channels, of which `analysis` has the thoughts and comes first."""
 
+_GEMMA = Markers("<|channel>thought", "<channel|>", special=("<|channel>", "<channel|>"))
+"""Gemma 4's."""
+
 
 def find(template: str | None, added: Iterable[str]) -> Markers | None:
     """The marker pair that the template contains, else one among the added tokens; None if there is none."""
-    if _HARMONY.begin in (template or ""):
-        return _HARMONY
+    for channel in (_HARMONY, _GEMMA):
+        if channel.begin in (template or ""):
+            return channel
     named = _TAG.findall(template or "")
     known = dict.fromkeys([*named, *filter(_TAG.fullmatch, added)])  # an ordered set
     pairs = [Markers(tag, end) for tag in known for end in _ends(tag) if end in known]

@@ -19,6 +19,8 @@ TURN_ENDS = frozenset(
         "<|return|>",
         "<|call|>",
         "<end_of_turn>",
+        "<turn|>",
+        "<|tool_response>",
         "<end_of_utterance>",
         "<EOT>",
         "_<EOT>",

@@ -20,7 +20,9 @@ from longspec.model.decoder import Decoder
 _HYBRIDS = [pytest.param(family, marks=pytest.mark.full) for family in ("qwen3_5", "lfm2")]  # see test_hybrid.py
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.full), "mistral", *_HYBRIDS])
+@pytest.fixture(
+    scope="module", params=["llama", pytest.param("gemma3", marks=pytest.mark.full), "mistral", "gemma4", *_HYBRIDS]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     with torch.inference_mode():
         yield load(write(oracle(request.param), tmp_path_factory.mktemp("cache")))

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 
 from longspec.calls import FORMATS
 from longspec.calls.toolbox import Toolbox
+from longspec.engine.conversation import Conversation
 from longspec.model.load import Model, end_tokens
 from longspec.text.detokenizer import Transcript
 from longspec.text.reasoning import Reader, Section
@@ -138,11 +139,28 @@ def test_an_answer_is_held_behind_its_thoughts(model: Model, options: dict[str, 
 
 
 def test_a_call_is_held_behind_its_thoughts(model: Model) -> None:
-    tools = {"tools": [WEATHER, RAIN], "tool_choice": "required"}
-    answer = engine(model, "ngram").generate("ab", **tools, **SAMPLED | {"max_new_tokens": 300})
+    options: dict[str, Any] = {**SAMPLED, "tools": [WEATHER, RAIN], "tool_choice": "required", "max_new_tokens": 300}
+    answer = engine(model, "ngram").generate("ab", **options)
     assert answer.text == ""
     assert answer.calls
     assert answer.calls[0].name in ("weather", "rain")
+
+
+def test_a_conversation_keeps_what_was_said(model: Model) -> None:
+    """The template writes the channel of an earlier answer, and no thoughts."""
+    made = engine(model)
+    conversation = Conversation(made, **SAMPLED, regex="[a-c]{4}")
+    first = "".join(conversation.stream("ab"))
+    said = first.rpartition(FINAL)[2]
+    assert re.fullmatch("[a-c]{4}", said)
+    assert conversation.messages[-1] == {"role": "assistant", "content": said}
+    session = conversation.ask("b")
+    words, written = (
+        made.model.vocabulary,
+        f"<|start|>user<|message|>ab<|end|><|start|>assistant<|message|>{said}<|end|>",
+    )
+    begun = f"{written}<|start|>user<|message|>b<|end|><|start|>assistant<|channel|>analysis<|message|>"
+    assert session.tokens == words.encode(begun, add_special=False)
 
 
 def test_a_budget_closes_the_channel(model: Model) -> None:

@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "gemma2": ("Gemma2", _GEMMA | {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3", _GEMMA | {"tie_word_embeddings": True}),
+    "gemma4": FAMILIES["gemma4"],
+    "gemma4-keys": FAMILIES["gemma4-keys"],
     "mixtral": FAMILIES["mixtral"],
     "olmoe": FAMILIES["olmoe"],
     "qwen3_moe": ("Qwen3Moe", FAMILIES["qwen3_moe"][1] | {"mlp_only_layers": None}),

@@ -54,6 +54,14 @@ _DELTA = {
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _WINDOW = {"sliding_window": 24}
+_GEMMA4 = {
+    **_WINDOW,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -80,6 +88,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+        },
+    ),
+    "gemma4-keys": (
+        "Gemma4",
+        {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "gemma4_moe": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 32,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "gemma4_unified": ("Gemma4Unified", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     "phi3": ("Phi3", {**_WINDOW}),
     "phi3-longrope": (
         "Phi3",
@@ -117,14 +151,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _LAYER = re.compile(r"(.*)layers\.(\d+)\.(.+)")
 
 
+_WITH_IMAGES = ("Gemma3", "Gemma4", "Gemma4Unified", "Qwen3_5", "Qwen3_5Moe")
+
+
 def oracle(name: str, **changes: Any) -> Any:
     """The family's transformers model: fp32, eager attention, random weights, norms and biases too."""
     import transformers
 
     family, extra = FAMILIES[name]
-    config_class = getattr(
-        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{family}Config"
-    )
+    config_class = getattr(transformers, f"{family}TextConfig" if family in _WITH_IMAGES else f"{family}Config")
     config = config_class(**{**_COMMON, **extra, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(len(name))
@@ -140,7 +175,7 @@ def oracle(name: str, **changes: Any) -> Any:
             if name.endswith("A_log"):  # a state that fades at once holds nothing, and its norm amplifies rounding
                 parameter.sub_(3.0)
         for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
+            if name.endswith(("expert_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     return model
 

@@ -17,6 +17,7 @@ from longspec.model.layers.reader import Reader
 
 __all__ = ["DenseMlp"]
 
+
 def _clamped(gate: Tensor, up: Tensor) -> Tensor:
     """gpt-oss's: both are clamped at 7, and up is one more."""
     gate = gate.clamp(max=7.0)
@@ -42,7 +43,7 @@ class DenseMlp:
 
     @classmethod
     def read(cls, reader: Reader, layer: int) -> DenseMlp:
-        return cls.of(reader, f"layers.{layer}.mlp", reader.config.mlp_width)
+        return cls.of(reader, f"layers.{layer}.mlp", reader.config.channels(layer, active=True))
 
     @classmethod
     def of(cls, reader: Reader, at: str, channels: int) -> DenseMlp:

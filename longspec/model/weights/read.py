@@ -74,7 +74,8 @@ class Weights(Mapping[str, Tensor]):
             files = {name: source for name, source in sources.items() if isinstance(source, Shard)}
             made: dict[str, Shard | Packed | Experts] = {**sources}
             if scheme is not None and scheme.layout != "mxfp4":
-                made = {name: sources[name] for name in sources.keys() - files.keys()} | packed(files, scheme, dtype)
+                others = {name: sources[name] for name in sources.keys() - files.keys()}
+                made = {**others, **packed(files, scheme, dtype)}
             _check_floats({name: source for name, source in made.items() if isinstance(source, Shard)})
             return cls(made, dtype)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")

@@ -92,7 +92,8 @@ class Experts:
         stacked, _, kind = self._place(name)
         if kind == "bias" or f"{stacked}_blocks" not in self._sources:
             return None
-        return Blocks("MXFP4", *self.shape(name), lambda: self._blocks(name))
+        size, width = self.shape(name)
+        return Blocks("MXFP4", size, width, lambda: self._blocks(name))
 
     def release(self, name: str) -> None:
         """Let go of the file's pages, once the last expert was taken: they hold all of them."""
