@@ -71,8 +71,8 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
     if family not in _DEFAULTS or (family == "gemma4_text" and not raw.get("enable_moe_block")):
         return None
     said = {**_DEFAULTS[family], **{name: value for name, value in raw.items() if value is not None}}
-    experts: int = said.get("num_local_experts", said.get("num_experts"))
-    chosen: int = said.get("top_k_experts", said.get("num_experts_per_tok"))
+    experts: int = said.get("num_local_experts", said.get("num_experts", 0))
+    chosen: int = said.get("top_k_experts", said.get("num_experts_per_tok", 0))
     sparse = _sparse(family, said, layers)
     if not experts or not any(sparse):
         return None

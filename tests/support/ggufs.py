@@ -48,7 +48,8 @@ def write_gguf(
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    state = [each for entry in model.state_dict().items() for each in _gate_and_up(*entry, config.model_type)]
+    held, family = model.state_dict().items(), config.model_type
+    state = [each for name, tensor in held for each in _gate_and_up(name, tensor, family)]
     for name, tensor in state:
         if name == "lm_head.weight" and tied:
             continue
