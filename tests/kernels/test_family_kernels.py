@@ -22,7 +22,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 32},
     "phi3": {},
     "gpt_oss": {"head_dim": 32, "intermediate_size": 96},
-    "gemma4": {"head_dim": 32, "global_head_dim": 64, "hidden_size_per_layer_input": 32},
     "olmo2": {},
 }
 

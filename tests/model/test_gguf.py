@@ -175,7 +175,7 @@ def test_neighbours_are_read_as_one(pair: tuple[Any, Path]) -> None:
     weights = Weights.of_folder(converted(folder, torch.float32), torch.float32)
     for names in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
         full = [f"model.layers.1.{name}.weight" for name in names]
-        if full[0] in weights:  # Phi-3's are one matrix already
+        if all(name in weights for name in full):  # Phi-3's are one matrix already, and Gemma 4 may have no values
             assert weights.joined(full).data_ptr() == weights[full[0]].data_ptr()
 
 

@@ -112,10 +112,7 @@ class _Valueless(Weights):
 
     def exact(self, name: str) -> Tensor:
         tensor = super().exact(name)
-        if isinstance(source := self._source(name), Shard) and source.dtype(name) == torch.float32:
-            self.mapped[name], self.viewed = tensor.nbytes, True
-        else:
-            self.copied += tensor.nbytes
+        self.copied += tensor.nbytes  # or a page of the file: these are small
         return tensor
 
     def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
