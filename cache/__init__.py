@@ -1,6 +1,7 @@
 """KV caches: one file per kind, over the same blocks of 64 rows. `CACHES` lists them by the name that users write.
 
-A model whose layers aren't all attention has the states of the others beside its rows (`longspec.cache.hybrid`).
+A model whose layers aren't all attention has the states of the others beside its rows (`longspec.cache.hybrid`), and
+one whose layers have heads of different sizes a cache for each size (`longspec.cache.grouped`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense
 from longspec.cache.disk import FileStore
+from longspec.cache.grouped import Grouped
 from longspec.cache.hybrid import Hybrid
 from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
@@ -33,7 +35,7 @@ _ROWS: dict[str, Callable[[Shape], Cache]] = {
 
 def _cache(kind: str, shape: Shape) -> Cache:
     """A cache of this kind for all of a model's layers."""
-    rows = _ROWS[kind](shape)
+    rows = _ROWS[kind](shape) if len(shape.groups) == 1 else Grouped.of(shape, _ROWS[kind])
     return rows if shape.states is None else Hybrid(shape, rows)
 
 

@@ -213,6 +213,9 @@ class QuantizedStage(Stage):
         self._bounds.clear()
         self._cache._forget_codes_from(self._length)
 
+    def check_complete(self, rows: Sequence[int]) -> None:
+        self.near.check_complete(rows)
+
     def reads(self, rows: slice) -> list[int]:
         return self.near.reads(rows)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -66,6 +66,8 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     states: StateSpec | None = None  # of the layers that aren't attention
+    # Per attention layer: key heads and head dimension, where they differ; else empty.
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for a window that holds no row: a kernel's columns would end before they begin."""
@@ -90,4 +92,24 @@ class Shape:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's keys and values in all layers, in `dtype`."""
-        return 2 * self.layers * self.key_heads * self.head_dim * self.dtype.itemsize
+        each = self.sizes or ((self.key_heads, self.head_dim),) * self.layers
+        return 2 * sum(heads * dim for heads, dim in each) * self.dtype.itemsize
+
+    @property
+    def groups(self) -> tuple[Shape, ...]:
+        """A shape for the layers of each size, in the order in which sizes occur."""
+        if not self.sizes:
+            return (self,)
+        return tuple(
+            replace(self, key_heads=size[0], head_dim=size[1], windows=windows, states=None, sizes=())
+            for size in dict.fromkeys(self.sizes)
+            if (windows := tuple(w for w, own in zip(self.windows, self.sizes, strict=True) if own == size))
+        )
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Of each layer, its group and its place there."""
+        if not self.sizes:
+            return tuple((0, i) for i in range(self.layers))
+        order = list(dict.fromkeys(self.sizes))
+        return tuple((order.index(size), self.sizes[:i].count(size)) for i, size in enumerate(self.sizes))

@@ -228,6 +228,9 @@ class Stage(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} can't forget some of its rows")
 
+    def check_complete(self, rows: Sequence[int]) -> None:  # noqa: B027 - what is checked elsewhere needn't be here
+        """Raise ValueError unless these rows can be committed: they hold keys and values in all layers."""
+
     def is_known(self, rows: slice) -> bool:
         """Whether it is known before any layer has run what `rows` will read: only then the rest may be asked for."""
         return False

@@ -6,6 +6,8 @@ arXiv 2502.17421, without its restriction to two segments). A single segment nee
 path.
 
     softmax over A and B together  =  w * softmax over A + (1 - w) * softmax over B,   w = sigmoid(lse_A - lse_B)
+
+A head's sink (gpt-oss) is one more column, of a learned score and no value: B is that column, and its softmax is 0.
 """
 
 from __future__ import annotations
@@ -47,26 +49,30 @@ BACKENDS: dict[str, Backend] = {"flash": flash, "triton": triton}
 """The first that doesn't refuse a part reads it; the reference reads the rest, and on a CPU everything."""
 
 
-def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
+def attend(
+    queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Attention of queries [q, H, D] over all segments; [q, H, D] in the queries' dtype.
 
+    sinks: of each head [H], in fp32: a score that takes its share of the softmax and has no value.
     Every query must have at least one allowed column in at least one segment (its own staged row always is).
     """
     parts = iter(parts)
     head = next(parts)
     parts = chain((head,), parts)
     if cpu.refuses(queries, head) is None:
-        return cpu.attend(queries, parts, scale, softcap)
+        return cpu.attend(queries, parts, scale, softcap, sinks)
     pieces = _readable(queries, parts, softcap)
     part, backend = next(pieces)
     following = next(pieces, None)
-    if following is None and softcap is None and backend is None:
+    if following is None and softcap is None and backend is None and sinks is None:
         return reference.whole(queries, _dense(part), scale)
     total = _read(queries, part, backend, scale, softcap)
     while following is not None:
         total = merge(total, _read(queries, *following, scale, softcap))
         following = next(pieces, None)
-    return total[0].to(queries.dtype)
+    output = total[0] if sinks is None else reference.sunk(*total, sinks)
+    return output.to(queries.dtype)
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from longspec.cache.stage import Segment
 __all__ = ["attend_strictly"]
 
 
-def attend_strictly(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
+def attend_strictly(
+    queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """As `longspec.attention.attend`: queries [q, H, D] over all segments; [q, H, D] in their dtype."""
     pieces = list(reference.decoded(parts))
     chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
@@ -27,10 +29,11 @@ def attend_strictly(queries: Tensor, parts: Iterable[Segment], scale: float, sof
         runs = [_columns(part, None if rows is None else rows[i]) for part, rows in zip(pieces, chosen, strict=True)]
         keys, values = (torch.cat(tensors, 1).contiguous() for tensors in zip(*runs, strict=True))
         row, run = queries[i : i + 1].contiguous(), Segment.dense(keys, values)
-        if softcap is None:
+        if softcap is None and sinks is None:
             output[i : i + 1] = reference.whole(row, run, scale)
-        else:
-            output[i : i + 1] = reference.read(row, run, scale, softcap)[0].to(queries.dtype)
+            continue
+        made, lse = reference.read(row, run, scale, softcap)
+        output[i : i + 1] = (made if sinks is None else reference.sunk(made, lse, sinks)).to(queries.dtype)
     return output
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "limits",
     "missing",
     "refuses",
+    "sinks_of",
     "unfit",
 ]
 
@@ -65,6 +66,7 @@ class Reading(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("query_row", "rows", "key_heads", "groups", "dim")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -92,8 +94,13 @@ def refuses(queries: Tensor, part: Segment) -> str | None:
     return unfit(queries.dtype, queries.device, queries.shape[2])
 
 
-def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None) -> Tensor:
-    """Attention of queries [q, H, D] over all segments, at least one of which has columns; [q, H, D]."""
+def attend(
+    queries: Tensor, parts: Iterable[Segment], scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention of queries [q, H, D] over all segments, at least one of which has columns; [q, H, D].
+
+    sinks: [H] in fp32, as of `longspec.attention.attend`.
+    """
     library, (of_all, threads) = kernel(), team()
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -103,7 +110,7 @@ def attend(queries: Tensor, parts: Iterable[Segment], scale: float, softcap: flo
     for run, is_last in _runs(parts):
         begin = reading is None
         if reading is None or state is None:
-            reading = _reading(queries, run[0], scale, softcap)
+            reading = _reading(queries, run[0], scale, softcap, sinks)
             state = torch.empty(library.attention_state(reading), dtype=torch.uint8)
         held: list[Tensor] = []
         segments = (_Segment * len(run))(*(_segment(part, len(queries), queries.shape[2], held) for part in run))
@@ -134,11 +141,17 @@ def _follows(before: Segment, part: Segment) -> bool:
     return not before.is_coded and not part.is_coded and before.start + before.columns == part.start
 
 
-def _reading(queries: Tensor, part: Segment, scale: float, softcap: float | None) -> Reading:
+def sinks_of(sinks: Tensor | None, heads: int) -> int | None:
+    """The kernel's pointer to the heads' sinks."""
+    return None if sinks is None else pointer(sinks, torch.float32, heads)
+
+
+def _reading(queries: Tensor, part: Segment, scale: float, softcap: float | None, sinks: Tensor | None) -> Reading:
     rows, heads, dim = queries.shape
     key_heads = part.key_heads
     at = pointer(queries, torch.bfloat16, rows, heads, dim)
-    return Reading(at, heads * dim, rows, key_heads, heads // key_heads, dim, scale, softcap or 0.0)
+    groups, held = heads // key_heads, sinks_of(sinks, heads)
+    return Reading(at, heads * dim, rows, key_heads, groups, dim, scale, softcap or 0.0, held)
 
 
 def limits(

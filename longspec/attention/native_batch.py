@@ -87,10 +87,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def read(self, layer: int, made: Tensor, output: Tensor) -> None:
+    def read(self, layer: int, made: Tensor, output: Tensor, sinks: Tensor | None = None) -> None:
         """Write keys and values of `made` [r, (H + 2 K) * D] to the cache, and attention's output to [r, H * D]."""
         texts = self._prepared[self.read_of[layer]]
         self.begin(made, [layer])
+        self._reading.sinks = cpu.sinks_of(sinks, self._reading.key_heads * self._reading.groups)
         at = pointer(output, torch.bfloat16, len(made), None)
         self._kernel.texts_read(
             self._reading, texts, len(texts), layer, 0, len(made), self._workspace(), self._threads, at, self._team

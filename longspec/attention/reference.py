@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspec.cache.stage import Segment
 
-__all__ = ["USE", "decoded", "has_flash", "no_gpu", "read", "read_flash", "whole"]
+__all__ = ["USE", "decoded", "has_flash", "no_gpu", "read", "read_flash", "sunk", "whole"]
 
 USE = "torch's own operators, for the CPU and for what others leave on a GPU"
 
@@ -87,6 +87,11 @@ def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = N
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     output = _ungrouped(torch.matmul(weights, part.values.float()), queries)
     return output, lse.reshape(len(part.keys), groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
+
+
+def sunk(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Output [q, H, D] with log-sum-exp [q, H], after each head's sink [H] took its share; fp32."""
+    return output.float() * torch.sigmoid(lse - sinks)[..., None]
 
 
 @cache

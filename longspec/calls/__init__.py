@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from longspec.calls.format import Format
+from longspec.calls.gemma import Gemma
+from longspec.calls.harmony import Harmony
 from longspec.calls.hermes import Hermes
 from longspec.calls.llama import Llama
 from longspec.calls.mistral import Mistral, MistralList
@@ -21,6 +23,8 @@ FORMATS: Mapping[str, Format] = {
     "mistral": Mistral(),  # before the list, whose mark it has too
     "mistral-list": MistralList(),
     "llama": Llama(),
+    "harmony": Harmony(),
+    "gemma": Gemma(),
 }
 """By name, in the order in which a template is asked."""
 

@@ -45,6 +45,8 @@ class Format(ABC):
     after: ClassVar[str] = ""
     alone: ClassVar[bool] = False
     """Calls are the whole answer: the mark means something at its beginning only."""
+    lead: ClassVar[str] = ""
+    """What an answer that calls nothing begins with."""
     tokens: ClassVar[tuple[str, ...]] = ()
     """What vocabularies may have as special tokens, and is text here."""
 

@@ -65,7 +65,7 @@ class Toolbox:
         if form is None:
             raise UsageError(
                 "This model's chat template takes no tools, or calls are written in a form that isn't known here; "
-                "leave tools out, or take a model such as Qwen 2.5, Qwen 3, Llama 3 or Mistral."
+                "leave tools out, or take a model such as Qwen 2.5, Qwen 3, Llama 3, Mistral, Gemma 4 or gpt-oss."
             )
         return cls(form, named, choice, parallel)
 
@@ -78,6 +78,11 @@ class Toolbox:
     def text(self) -> str:
         """All that they say."""
         return json.dumps(self.told, ensure_ascii=False)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a call must be written, or is held to its schema."""
+        return self.choice not in ("auto", "none") or any(tool.strict for tool in self.tools.values())
 
     def reader(self) -> Reader:
         """For one answer."""
@@ -96,7 +101,7 @@ class Toolbox:
             raise UsageError("Beside tools an answer's JSON schema must be given as a mapping.")
         called = [self.tools[self.choice]] if self.choice in self.tools else [*self.tools.values()]
         must = self.choice not in ("auto", "none")
-        if not must and answer is None and not any(tool.strict for tool in called):
+        if answer is None and not self.is_held:
             return None
         called = [replace(tool, parameters=prepare(dict(tool.parameters))) for tool in called]
         answer = None if answer is None else prepare(dict(answer))
@@ -112,7 +117,7 @@ class Toolbox:
         if must:
             return [f"start: {literal(form.mark)} {calls}"]
         if answer is not None:
-            return [f"start: answer | {literal(form.mark)} {calls}", schema_rule("answer", answer)]
+            return [f"start: {_words(form.lead)} answer | {literal(form.mark)} {calls}", schema_rule("answer", answer)]
         if form.alone:
             return [f"start: FREE | {literal(form.mark)} {calls}", r"FREE: /([^{\s](?s:.*))?/"]
         bare = re.escape(form.mark).replace("/", r"\/")

@@ -35,17 +35,21 @@ class Guide:
         budget: int | None,
         grammar: Constraint | None = None,
         end_tokens: Sequence[int] = (),
+        *,
+        lead: bool = True,
     ) -> None:
+        """lead: what leads to an answer is forced before the grammar begins; else the grammar has it."""
         self._reader = reader
         self._budget = budget
         self._grammar = grammar
         self._end_tokens = list(end_tokens)
+        self._lead = reader.lead if grammar is not None and lead else []
         # With a grammar, the model reasons only if the prompt has opened the section.
         self._place = Place(AFTER) if grammar is not None and place.phase == BEFORE else place
 
     def take(self, token: int) -> bool:
         """Append a token to the sequence; returns whether nothing can follow it."""
-        held = self._grammar is not None and self._place.phase == AFTER
+        held = self._grammar is not None and self._is_held(self._place)
         self._place = self._reader.after(self._place, token)
         return held and self._grammar is not None and self._grammar.take(token)
 
@@ -54,13 +58,15 @@ class Guide:
         tokens [V] of the logits, if they aren't the whole vocabulary; a row whose one allowed token isn't among them
         stays unmasked.
         """
-        if self._place.phase == AFTER:
-            return logits if self._grammar is None else self._grammar.mask(logits, paths, vocabulary)
+        if self._grammar is None and self._place.phase == AFTER:
+            return logits
+        if self._grammar is not None and self._is_held(self._place):
+            return self._grammar.mask(logits, paths, vocabulary)
         if self._grammar is None and not self._may_end(max(map(len, paths), default=0)):
             return logits
         places = list(self._along(paths))
         due = {row: token for row, place in enumerate(places) if (token := self._due(place)) is not None}
-        held = [row for row, place in enumerate(places) if place.phase == AFTER] if self._grammar else []
+        held = [row for row, place in enumerate(places) if self._is_held(place)] if self._grammar else []
         if not due and self._grammar is None:
             return logits
         logits = logits.clone()
@@ -76,7 +82,7 @@ class Guide:
                 logits[row] = float("-inf")
                 logits[row, column] = kept
         if held and self._grammar is not None:
-            inner = [paths[row][len(paths[row]) - places[row].count :] for row in held]
+            inner = [self._inner(paths[row], places[row]) for row in held]
             logits[held] = self._grammar.mask(logits[held], inner, vocabulary)
         return logits
 
@@ -86,7 +92,7 @@ class Guide:
 
     def prune(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         """The draft without the nodes that the grammar forbids after the tokens `ahead`."""
-        if self._grammar is None or self._place.phase != AFTER:
+        if self._grammar is None or not self._is_held(self._place):
             return draft
         return self._grammar.prune(draft, ahead)
 
@@ -98,20 +104,31 @@ class Guide:
 
     def _behind(self, path: Sequence[int], limit: int) -> list[int]:
         """The tokens forced after the sequence and this path, at most `limit`."""
-        if self._place.phase == AFTER:
-            return [] if self._grammar is None else self._grammar.behind(path, limit)
+        if self._grammar is None and self._place.phase == AFTER:
+            return []
+        if self._grammar is not None and self._is_held(self._place):
+            return self._grammar.behind(path, limit)
         [place] = self._along([path])
         tokens: list[int] = []
         while len(tokens) < limit and (token := self._due(place)) is not None:
             tokens.append(token)
             place = self._reader.after(place, token)
-        if self._grammar is not None and place.phase == AFTER:
-            whole = [*path, *tokens]
-            tokens += self._grammar.behind(whole[len(whole) - place.count :], limit - len(tokens))
+        if self._grammar is not None and self._is_held(place):
+            tokens += self._grammar.behind(self._inner([*path, *tokens], place), limit - len(tokens))
         return tokens
+
+    def _is_held(self, place: Place) -> bool:
+        """Whether the grammar, where there is one, says what follows."""
+        return place.phase == AFTER and place.count >= len(self._lead)
+
+    def _inner(self, path: Sequence[int], place: Place) -> Sequence[int]:
+        """The end of a path that is the grammar's."""
+        return path[len(path) - place.count + len(self._lead) :]
 
     def _due(self, place: Place) -> int | None:
         """The token forced at this parser state; None where there is a choice."""
+        if place.phase == AFTER:
+            return self._lead[place.count] if place.count < len(self._lead) else None
         if self._budget is None or place.phase != INSIDE or place.count < self._budget:
             return None
         return self._reader.ending[self._reader.ends(place)]
@@ -139,10 +156,12 @@ def held(
     grammar: str | None,
     size: int,
     end_tokens: Sequence[int],
+    lead: bool = True,
 ) -> tuple[Section | None, Guide | Constraint | None]:
     """The reasoning parser and the constraint of an answer to this prompt.
 
-    grammar: one of `longspec.constraints.grammar.grammar_of`, over a vocabulary of `size` logits.
+    grammar: one of `longspec.constraints.grammar.grammar_of`, over a vocabulary of `size` logits. lead: it begins
+    behind what leads to an answer (`Markers.lead`).
 
     Raises:
         UsageError: a budget is given, but the model or the prompt has no reasoning section; or the grammar can't be
@@ -167,7 +186,7 @@ def held(
     section = Section(reader, markers, place)
     if budget is None and (constraint is None or not section.is_open):
         return section, constraint
-    return section, Guide(reader, place, budget, constraint, end_tokens)
+    return section, Guide(reader, place, budget, constraint, end_tokens, lead=lead)
 
 
 def _column(token: int, vocabulary: Tensor | None) -> int | None:

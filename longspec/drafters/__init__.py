@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from longspec.drafters.all_depths import AtOnce
+from longspec.drafters.assistant import Assisting
 from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.eagle3 import Eagle
@@ -33,6 +34,7 @@ from longspec.heads.all_depths import AllDepths
 from longspec.heads.format import Trained
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
+from longspec.heads.assistant import MODEL_TYPES
 from longspec.types import Drafter
 
 __all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS", "WAYS", "drafter_of", "way_of"]
@@ -66,6 +68,7 @@ def _names(raw: Mapping[str, Any]) -> str:
 HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
     Eagle: lambda raw: "eagle3" in _names(raw),
     Medusa: lambda raw: "medusa_num_heads" in raw,
+    Assisting: lambda raw: raw.get("model_type") in MODEL_TYPES,
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 

@@ -100,7 +100,13 @@ class Conversation:
             return False
         ended = session.answer and session.answer[-1] in session.end_tokens
         tokens = session.answer[:-1] if ended else session.answer
-        self.messages = [*self._asked, {"role": "assistant", "content": session.text, "tokens": tokens}]
+        message = {"role": "assistant", "content": session.text, "tokens": tokens}
+        markers = self.engine.model.vocabulary.markers
+        if (
+            markers is not None and markers.lead
+        ):  # gpt-oss's template writes the channels, and refuses texts that have them
+            message = {"role": "assistant", "content": session.said}
+        self.messages = [*self._asked, message]
         return True
 
     def stream(self, text: str) -> Iterator[str]:

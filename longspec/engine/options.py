@@ -165,7 +165,14 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: in
         if not options.get("allow_special_tokens") and (found := vocabulary.special_in(tools.text)):
             raise UsageError(f"A tool holds the name of a special token, {min(found)!r}; leave it out.")
     raw, allow = options.get("raw", False), options.get("allow_special_tokens", False)
-    return encode(vocabulary, prompt, system, raw=raw, variables=told, allow_special=allow, room=room)
+    tokens = encode(vocabulary, prompt, system, raw=raw, variables=told, allow_special=allow, room=room)
+    markers = vocabulary.markers
+    held = any(options.get(name) is not None for name in ("json_schema", "regex")) or (
+        tools is not None and tools.is_held
+    )
+    if held and not raw and markers is not None and markers.lead:  # its thoughts come first; no template opens them
+        tokens += vocabulary.encode(markers.begin, add_special=False)
+    return tokens
 
 
 def check_tokens(tokens: Sequence[int], rows: int) -> None:
@@ -195,6 +202,7 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
         grammar=grammar_of(schema, options.get("regex")) if rules is None else checked(rules),
         size=model.decoder.config.vocabulary,
         end_tokens=model.end_tokens,
+        lead=rules is None,
     )
     top = options.get("logprobs")
     if top is not None and not 0 <= top <= MOST_LOGPROBS:

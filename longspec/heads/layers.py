@@ -134,6 +134,8 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
         output_gate=False,
         delta=None,
         mixture=None,
+        sinks=False,
+        per_layer=None,
     )
 
 

@@ -171,6 +171,8 @@ def _places(checkpoint: Checkpoint, weights: Weights, config: Config) -> Mapping
 
 
 def _found(weights: Weights, config: Config) -> Mapping[str, str] | None:
+    if config.per_layer is not None:  # Gemma 4: no such head exists, and its layers aren't a head's
+        return None
     if f"{_QWEN['fc']}.weight" in weights:
         return _QWEN
     for prefix in ("model.", "model.language_model.", "language_model.model.", ""):

@@ -53,9 +53,17 @@ static void pack_queries(const Rows *rows, int64_t head) {
 static void write_tile(const Reading *r, int64_t head, int64_t tile, const float *from, bf16 *output) {
     const int64_t all_rows = r->rows * r->groups, end = all_rows < (tile + 1) * TILE ? all_rows : (tile + 1) * TILE;
     for (int64_t j = tile * TILE; j < end; j++) {
-        const float sum = from[TILE + j % TILE];
+        float sum = from[TILE + j % TILE], factor = 1;
+        if (r->sinks) {
+            const float sink = r->sinks[head * r->groups + j / r->rows], own = from[j % TILE], most = own > sink ? own : sink;
+            factor = one_exponential(own - most);
+            sum = sum * factor + one_exponential(sink - most);
+        }
         bf16 *out = output + ((j % r->rows * r->key_heads + head) * r->groups + j / r->rows) * r->dim;
-        for (int64_t d = 0; d < r->dim; d += LANES) save_bf16(out + d, load(from + 2 * TILE + j % TILE * r->dim + d) / sum);
+        for (int64_t d = 0; d < r->dim; d += LANES) {
+            const vf joined = load(from + 2 * TILE + j % TILE * r->dim + d);
+            save_bf16(out + d, (r->sinks ? joined * factor : joined) / sum);
+        }
     }
 }
 

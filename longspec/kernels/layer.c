@@ -17,7 +17,7 @@
  */
 #include "products.h"
 
-enum { SILU = 0, GELU_TANH = 1 };
+enum { SILU = 0, GELU_TANH = 1, CLAMPED = 2 };
 enum { ATTENTION = 1, MLP = 2 };
 
 typedef struct {
@@ -35,6 +35,16 @@ static vf activated(vf x, int64_t kind) {
     vf u = x;
     if (kind == GELU_TANH) u = 1.59576912f * (x + 0.044715f * x * x * x); /* tanh is a sigmoid of twice its argument */
     return x / (1.0f + exponential(-u));
+}
+
+/* activation(gate) * up of two products, each step rounded as torch's operators round it. */
+static vf gated_product(vf gate, vf up, int64_t kind) {
+    if (kind != CLAMPED) return rounded(activated(gate, kind)) * up;
+    const vf most = all(7.0f); /* gpt-oss's limit, and the slope of its sigmoid */
+    gate = choose(gate > most, most, gate);
+    up = choose(up > most, most, choose(up < -most, -most, up));
+    const vf open = 1.0f / (1.0f + exponential(-rounded(1.702f * gate)));
+    return rounded(up + 1.0f) * rounded(gate * rounded(open));
 }
 
 static int64_t widest(const Layer *l) {
@@ -144,8 +154,8 @@ static void gated(Team *t, const Matrix *m, int64_t wide, int64_t activation, co
         product(m, wide + out, packed, rows, sums);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < BLOCK; i += LANES) {
-                const vf gate = activated(rounded(load(gates[row] + i)), activation);
-                save_bf16(w->wide + row * wide + out + i, rounded(gate) * rounded(load(sums[row] + i)));
+                const vf gate = rounded(load(gates[row] + i)), up = rounded(load(sums[row] + i));
+                save_bf16(w->wide + row * wide + out + i, gated_product(gate, up, activation));
             }
     }
     meet(t);

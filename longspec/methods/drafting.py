@@ -87,6 +87,7 @@ _HEADS = (
         "trained by `longspec train`; a folder's published heads too; typical acceptance is below",
     ),
     _OWN("EAGLE-3", "2503.01840", "--drafter FOLDER", "published heads, in two layouts"),
+    _OWN("Gemma 4's assistant", "", "--drafter FOLDER", "queries only, over the target's own cache"),
     _OWN("EAGLE", "2401.15077", "", "EAGLE-3 took its place"),
     _OWN("P-EAGLE", "2602.01469", "", "its layout isn't read"),
     _OWN("Hydra", "2402.05109", "", "`clover` and `clover2` take the drafted token too"),

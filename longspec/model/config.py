@@ -17,6 +17,7 @@ from longspec.model.config_values import MOST_CONTEXT, checked, checked_rope, tu
 from longspec.model.hybrids import HYBRIDS, ZERO_CENTRED, Delta, fields_of, plain_config
 from longspec.model.looped import LOOPED, loops_of
 from longspec.model.mixtures import MIXTURES, Mixture, mixture_of
+from longspec.model.per_layer import PER_LAYER, PerLayer, kinds_of, per_layer_of
 from longspec.model.weights.scheme import QUANTIZED, scheme_of
 
 __all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
@@ -24,11 +25,15 @@ __all__ = ["FAMILIES", "Config", "LayerSpec", "Rope"]
 Norms = Literal["before", "after", "both"]
 
 _ATTENTION_ONLY = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
-FAMILIES = tuple(dict.fromkeys((*_ATTENTION_ONLY, *LOOPED, *MIXTURES, *HYBRIDS)))
+FAMILIES = tuple(dict.fromkeys((*_ATTENTION_ONLY, *LOOPED, *PER_LAYER, *MIXTURES, *HYBRIDS)))
 """Values of `model_type` that this decoder speaks. Those of _WITH_IMAGES are read too, for their text part."""
 
 _WITH_IMAGES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-_TIED = ("smollm3", "gemma2", "gemma3_text", "lfm2", "lfm2_moe")
+_WITH_IMAGES |= {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
+_SAME = {"gemma4_unified_text": ("gemma4_text", {"hidden_size_per_layer_input": 0, "sliding_window": 1024})}
+"""Other names of a family, and what their config.json means where it doesn't say."""
+
+_TIED = ("smollm3", "gemma2", "gemma3_text", "gemma4_text", "lfm2", "lfm2_moe")
 """Families of which transformers' config class ties the head to the embeddings where config.json doesn't say."""
 
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", *HYBRIDS)
@@ -37,7 +42,7 @@ _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", *HYBRIDS)
 _WIDTH_NORMS = ("olmo2", "olmoe")
 """Families that norm the queries of all heads at once, and the keys."""
 
-_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -66,7 +71,7 @@ class LayerSpec:
 
     @property
     def is_attention(self) -> bool:
-        return self.mixer == "attention"
+        return self.mixer in ("attention", "shared_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,8 @@ class Config:
     mixture: Mixture | None = field(default=None, repr=False)  # of experts
     # Times that a looped model's layers run. Each run is a layer of its own here, with its own rows in the cache.
     loops: int = field(default=1, repr=False)
+    per_layer: PerLayer | None = field(default=None, repr=False)  # what differs between layers
+    sinks: bool = field(default=False, repr=False)  # each query head has a score that takes weight and has no value
 
     @property
     def layers(self) -> int:
@@ -120,20 +127,33 @@ class Config:
         """Of each layer."""
         mixers = self.mixers or ("attention",) * self.layers
         sparse = self.mixture.layers if self.mixture else (False,) * self.layers
-        mlps = ["experts" if each else "dense" for each in sparse]
+        mixed = "experts" if self.per_layer is None else "dense_and_experts"
+        mlps = [mixed if each else "dense" for each in sparse]
         return tuple(LayerSpec(mixer, mlp, self.norms) for mixer, mlp in zip(mixers, mlps, strict=True))
+
+    def head_channels(self, layer: int) -> int:
+        """Of a layer's queries, keys, values and attention output together, as if it were attention."""
+        if self.per_layer is None:
+            return 2 * (self.heads + self.key_heads) * self.head_dim
+        keys, dim = self.per_layer.heads[layer]
+        own = (2 - self.per_layer.keys_as_values[layer]) * (self.per_layer.sources[layer] == layer)
+        return (2 * self.heads + own * keys) * dim
 
     def channels(self, layer: int, *, active: bool) -> int:
         """Of a layer's MLP: of all experts, or of those that a row goes through."""
-        m = self.mixture
+        m, each = self.mixture, self.per_layer
         if m is None or not m.layers[layer]:
-            return self.mlp_width
-        return m.width * (m.chosen if active else m.experts) + m.shared
+            return self.mlp_width if each is None else each.channels[layer]
+        beside = m.shared if each is None else each.channels[layer]
+        return m.width * (m.chosen if active else m.experts) + beside
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Config:
         """The Config of a config.json. ModelError names what isn't supported or inconsistent."""
         family = raw.get("model_type")
+        if isinstance(family, str) and family in _SAME:
+            name, meant = _SAME[family]
+            return cls.read({**meant, **raw, "model_type": name})
         if isinstance(family, str) and family in _WITH_IMAGES and isinstance(raw.get("text_config"), Mapping):
             outer = {name: raw[name] for name in ("tie_word_embeddings", *QUANTIZED) if name in raw}
             ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
@@ -156,10 +176,14 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"The activation {activation!r} is not supported; longspec knows {', '.join(_ACTIVATIONS)}.")
-    if raw.get("use_bidirectional_attention"):
+    if raw.get("use_bidirectional_attention") not in (None, False, "vision"):  # Gemma 4's pictures see each other whole
         raise ModelError("This checkpoint attends in both directions: it embeds texts and can't write them.")
     loops, hybrid = loops_of(family, raw), fields_of(family, raw, layers)
     sliding = _sliding(family, raw, layers) * loops
+    each = per_layer_of(family, raw, layers)
+    if each is not None:
+        head_dim = max(dim for _, dim in each.heads)
+        hybrid = {"mixers": ("shared_attention",) * layers, "per_layer": each}
     ropes, context, end = _ropes(family, raw, sliding, head_dim), _context(raw), raw.get("eos_token_id")
     return Config(
         family=family,
@@ -168,16 +192,16 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         heads=heads,
         key_heads=raw.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        mlp_width=raw["intermediate_size"],
+        mlp_width=max(each.channels) if each is not None else raw["intermediate_size"],
         context=context if gemma else _lengthened(context, ropes),  # Gemma's files say the lengthened one
         eps=float(raw.get("rms_norm_eps", 1e-6)),
-        activation=_ACTIVATIONS[activation],
+        activation="clamped" if family == "gpt_oss" else _ACTIVATIONS[activation],
         windows=tuple(raw["sliding_window"] if slides else None for slides in sliding),
         ropes=ropes,
-        scale=float(raw.get("query_pre_attn_scalar") or head_dim) ** -0.5 if gemma else head_dim**-0.5,
+        scale=_scale(family, raw, head_dim),
         norms="both" if gemma or family in LOOPED else "after" if family == "olmo2" else "before",
         query_norm="head" if family in _HEAD_NORMS else "width" if family in _WIDTH_NORMS else None,
-        norm_offset=1.0 if gemma or family in ZERO_CENTRED else 0.0,
+        norm_offset=1.0 if (gemma and each is None) or family in ZERO_CENTRED else 0.0,
         embedding_scale=width**0.5 if gemma else 1.0,
         attention_softcap=raw.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
@@ -186,8 +210,18 @@ def _read(family: str, raw: Mapping[str, Any]) -> Config:
         **hybrid,
         mixture=mixture_of(family, raw, layers),
         loops=loops,
+        sinks=family == "gpt_oss",
         end_tokens=tuple(end) if isinstance(end, list) else () if end is None else (end,),
     )
+
+
+def _scale(family: str, raw: Mapping[str, Any], head_dim: int) -> float:
+    """What multiplies the attention scores."""
+    if family in PER_LAYER:
+        return 1.0  # queries and keys are normed with weights that have it
+    said = raw.get("query_pre_attn_scalar") if family.startswith("gemma") else None
+    scale: float = float(said or head_dim) ** -0.5
+    return scale
 
 
 def _context(raw: Mapping[str, Any]) -> int:
@@ -210,10 +244,12 @@ def _sliding(family: str, raw: Mapping[str, Any], layers: int) -> list[bool]:
     """Per layer: whether it attends to a sliding window only."""
     if raw.get("sliding_window") is None:
         return [False] * layers
+    if family in PER_LAYER:
+        return [kind == "sliding_attention" for kind in kinds_of(raw, layers)]
     if isinstance(types := raw.get("layer_types"), list):
         return [kind == "sliding_attention" for kind in types]
     match family:
-        case "gemma2":
+        case "gemma2" | "gpt_oss":
             return [i % 2 == 0 for i in range(layers)]
         case "gemma3_text":
             pattern = int(raw.get("sliding_window_pattern") or 6)
@@ -239,7 +275,7 @@ def _ropes(family: str, raw: Mapping[str, Any], sliding: list[bool], head_dim: i
     values = raw.get("rope_parameters") or {}
     if any(isinstance(inner, Mapping) for inner in values.values()):  # one set of parameters per kind of layer
         full = _rope(raw, values.get("full_attention") or {}, head_dim)
-        local = _rope(raw, values.get("sliding_attention") or {}, head_dim)
+        local = _rope(raw, values.get("sliding_attention") or {}, raw["head_dim"] if family in PER_LAYER else head_dim)
     else:
         full = local = _rope(raw, values or raw.get("rope_scaling") or {}, head_dim)
         if family == "gemma3_text":
@@ -260,6 +296,7 @@ def _rope(raw: Mapping[str, Any], said: Any, head_dim: int) -> Rope:
     partial = values.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     theta = values.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     dims = turned(kind, values, partial, head_dim)
+    values = {**values, "partial_rotary_factor": partial} if kind == "proportional" else values
     kept = {**values, "original_max_position_embeddings": original} if kind != "default" else {}
     frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     return Rope(kind, float(theta), dims, context, tuple(sorted(frozen.items())))

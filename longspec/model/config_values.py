@@ -55,6 +55,15 @@ _KINDS = {
     "rope_theta": _BASE,
     "rope_local_base_freq": _BASE,
     "rope_scaling": TABLE,
+    "per_layer_config": TABLE,
+    "global_head_dim": _HEADS,
+    "num_global_key_value_heads": _HEADS,
+    "num_kv_shared_layers": whole(0, MOST_LAYERS),
+    "hidden_size_per_layer_input": whole(0, _MOST_WIDTH),
+    "vocab_size_per_layer_input": whole(0, (1 << 31) - 1),
+    "use_double_wide_mlp": FLAG,
+    "attention_k_eq_v": FLAG,
+    "enable_moe_block": FLAG,
     "rope_parameters": TABLE,
     "partial_rotary_factor": number(0, 1, above=True),
     "query_pre_attn_scalar": number(0, 1e9, above=True),
@@ -73,6 +82,7 @@ _KINDS = {
     "num_experts": whole(0, _MOST_EXPERTS),
     "num_local_experts": whole(0, _MOST_EXPERTS),
     "num_experts_per_tok": whole(1, _MOST_EXPERTS),
+    "top_k_experts": whole(1, _MOST_EXPERTS),
     "moe_intermediate_size": _SIZE,
     "shared_expert_intermediate_size": whole(0, _MOST_WIDTH),
     "num_dense_layers": whole(0, MOST_LAYERS),
@@ -82,6 +92,8 @@ _KINDS = {
     "total_ut_steps": whole(1, MOST_LOOPS),
     "early_exit_threshold": number(0, 1e6),
     "early_exit_step": whole(0, MOST_LOOPS),
+    "swiglu_alpha": number(0, 1e6),
+    "swiglu_limit": number(0, 1e6),
 }
 _NEEDED = frozenset(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
 
@@ -123,6 +135,25 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "eos_token_id": 1,
     },
+    "gemma4_text": {  # transformers' Gemma4TextConfig
+        "vocab_size": 262_144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 512,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "eos_token_id": 1,
+    },
+    "gpt_oss": {"head_dim": 64, "sliding_window": 128, "rms_norm_eps": 1e-5},
 }
 
 
@@ -172,6 +203,8 @@ def turned(kind: str, values: Mapping[str, Any], partial: float, head_dim: int) 
         ModelError: they are odd or none, or the rope's lists have factors for others.
     """
     dims = int(head_dim * partial + 1e-6)  # 44 * (30 / 44) is below 30
+    if kind == "proportional":  # pairs lie as in a whole head, and most have no angle
+        dims = head_dim
     if dims % 2 or not 2 <= dims <= head_dim:
         raise ModelError(
             f"The model's config.json turns {dims} dimensions of each head; an even number from 2 to the head's "

@@ -28,6 +28,7 @@ from longspec.model.config import Config
 from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.layer import Layer, looped, read_layer, shape_of
 from longspec.model.layers.dense_mlp import DenseMlp
+from longspec.model.layers.layer_inputs import LayerInputs
 from longspec.model.layers.reader import Reader
 from longspec.model.linear import Linear
 from longspec.model.native import Fused, missing
@@ -83,6 +84,7 @@ class Decoder:
         table = getattr(output, "weight", output)
         self._embedding = reader.embedding() if output is None else table
         self._layers = looped([read_layer(reader, i) for i in range(config.group)], config.loops)
+        self._inputs = LayerInputs.read(reader)
         self._norm = reader.norm("norm", config.width)
         self._head: Any = reader.head(self._embedding) if output is None else output
         self._rotations = {rope: Rotation(rope, device) for rope in config.ropes if rope is not None}
@@ -94,6 +96,8 @@ class Decoder:
         self._coded = coded is not None
         self._graphs = None if strict or self._coded or graphs.missing(config, self.dtype, device) else self.graphs()
         self.nbytes = reader.nbytes
+        each = config.per_layer  # layers whose keys and values others read can't be left out of a pass
+        self._read_by_others = frozenset(s for i, s in enumerate(each.sources) if s != i) if each else frozenset()
 
     @property
     def shape(self) -> Shape:
@@ -124,13 +128,16 @@ class Decoder:
             unread += held - layer.mlp.touched(rows)
         table = self._embedding
         if table is not self._head and table is not getattr(self._head, "weight", None):
-            unread += table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes
+            unread += _nbytes(table)
+        unread += 0 if self._inputs is None else _nbytes(self._inputs.table)
         return self.nbytes - round(unread)
 
     def _held(self) -> Iterator[Any]:
         """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
         yield self._embedding
-        yield from (part for layer in self._layers[: self.config.group] for part in layer.weights)
+        parts = [part for layer in self._layers[: self.config.group] for part in layer.weights]
+        parts += [] if self._inputs is None else self._inputs.weights
+        yield from (getattr(part, "linear", part) for part in parts)  # what a KernelLinear multiplies by
         yield self._norm
         yield self._head
 
@@ -249,12 +256,14 @@ class Decoder:
                 parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(len(parts))]
             return fused.layers(first, last, hidden, run, parts)
         for i in range(first, last):
-            layer, mixes, mlp = self._layers[i], i not in skip.attention, i not in skip.mlp
+            layer, mlp = self._layers[i], i not in skip.mlp
+            mixes = i not in skip.attention or i in self._read_by_others
             if fused is not None:
                 whole = isinstance(layer.mlp, DenseMlp)
                 hidden = fused.layer(i, hidden, run, layer.mixer if mixes else None, mlp=mlp and whole)
                 mixes, mlp = False, mlp and not whole
             hidden = _through(layer, hidden, run, mixes=mixes, mlp=mlp)
+            hidden = hidden if layer.end is None else layer.end(hidden, run.inputs)
         return hidden
 
     def fill(self, rows: Rows, hidden: Tensor) -> None:
@@ -270,7 +279,8 @@ class Decoder:
 
     def _pass(self, rows: Rows) -> Pass:
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
-        return Pass(rows, turns, self._texts(rows), self._attend)
+        inputs = None if self._inputs is None else self._inputs(rows.tokens, self.embed(rows.tokens))
+        return Pass(rows, turns, self._texts(rows), self._attend, inputs)
 
     @property
     def is_exact(self) -> bool:
@@ -288,10 +298,14 @@ class Decoder:
     def _texts(self, rows: Rows) -> Texts | None:
         """The batched attention over all spans; None where the kernel can't take them."""
         c = self.config
-        if self.strict or cpu.unfit(self.dtype, self.device, c.head_dim):
+        if self.strict or c.per_layer is not None or cpu.unfit(self.dtype, self.device, c.head_dim):
             return None
         spans = [span for span in rows.spans if reads(span)]
         return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None
+
+
+def _nbytes(table: Tensor | CodedLinear) -> int:
+    return table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes
 
 
 def _through(layer: Layer, hidden: Tensor, run: Pass, *, mixes: bool, mlp: bool) -> Tensor:

@@ -60,9 +60,10 @@ def _weights(decoder: Decoder) -> str:
 
 
 def _said(decoder: Decoder) -> bytes:
-    """The config; of a mixture how experts are chosen too, which no tensor shows."""
+    """The config; how experts are chosen, or layers share, too, which no tensor shows."""
     config = decoder.config
-    return (repr(config) + ("" if config.mixture is None else repr(config.mixture))).encode()
+    beside = [repr(part) for part in (config.mixture, config.per_layer) if part is not None]
+    return "".join([repr(config), *beside]).encode()
 
 
 def _sample(tensor: Tensor, runs: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from longspec.cache.shape import Shape, StateSpec
 from longspec.model.config import Config
 from longspec.model.layers import MIXERS, MLPS
+from longspec.model.layers.layer_inputs import LayerEnd
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
 
@@ -30,6 +31,7 @@ class Layer:
     before_mlp: Norm | None
     mlp: Any  # of MLPS
     after_mlp: Norm | None
+    end: LayerEnd | None = None  # what stands behind both sub-layers
 
     @property
     def weights(self) -> Iterator[Any]:
@@ -39,6 +41,7 @@ class Layer:
         yield from (self.after_mixer, self.before_mlp)
         yield from self.mlp.weights
         yield self.after_mlp
+        yield from () if self.end is None else self.end.weights
 
 
 def read_layer(reader: Reader, i: int) -> Layer:
@@ -48,14 +51,20 @@ def read_layer(reader: Reader, i: int) -> Layer:
     # With four norms (Gemma), Llama's name for the second one is that of the norm after attention; OLMo 2 has only the
     # two after the sub-layers.
     second = "pre_feedforward_layernorm" if spec.norms == "both" else "post_attention_layernorm"
-    at, place = f"layers.{i}", sum(each.is_attention == spec.is_attention for each in c.specs[:i])
+    at = f"layers.{i}"
+    if c.per_layer is None:
+        place = sum(each.is_attention == spec.is_attention for each in c.specs[:i])
+    else:
+        place = c.per_layer.owners.index(c.per_layer.sources[i])
     return Layer(
         before_mixer=reader.norm(f"{at}.input_layernorm", c.width) if before else None,
         mixer=MIXERS[spec.mixer].read(reader, i, place),
         after_mixer=reader.norm(f"{at}.post_attention_layernorm", c.width) if after else None,
-        before_mlp=reader.norm(f"{at}.{second}", c.width) if before else None,
+        # An MLP beside experts norms its rows itself.
+        before_mlp=reader.norm(f"{at}.{second}", c.width) if before and spec.mlp != "dense_and_experts" else None,
         mlp=MLPS[spec.mlp].read(reader, i),
         after_mlp=reader.norm(f"{at}.post_feedforward_layernorm", c.width) if after else None,
+        end=LayerEnd.read(reader, i),
     )
 
 
@@ -70,6 +79,10 @@ def looped(layers: Sequence[Layer], loops: int) -> list[Layer]:
 
 def shape_of(config: Config, dtype: torch.dtype, device: torch.device) -> Shape:
     """What a cache must know of a decoder: the rows of its attention layers, and the states of the others."""
+    if (each := config.per_layer) is not None:
+        windows = tuple(config.windows[i] for i in each.owners)
+        sizes = tuple(each.heads[i] for i in each.owners)
+        return Shape(*sizes[0], windows, dtype, device, sizes=sizes if len(set(sizes)) > 1 else ())
     windows = tuple(window for window, spec in zip(config.windows, config.specs, strict=True) if spec.is_attention)
     others = [spec.mixer for spec in config.specs if not spec.is_attention]
     states: StateSpec | None = MIXERS[others[0]].states(config, dtype, len(others)) if others else None

@@ -233,4 +233,4 @@ def end_tokens(config: Config, defaults: Mapping[str, Any], vocabulary: Vocabula
     ends += config.end_tokens
     ends += [i for i in [vocabulary.id_of("eos_token")] if i is not None]
     ends += vocabulary.turn_ends
-    return tuple(dict.fromkeys(int(end) for end in ends))
+    return tuple(dict.fromkeys(int(end) for end in ends if not vocabulary.is_spoken(int(end))))

@@ -37,6 +37,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "use_expert_bias": True,
     },
+    "gemma4_text": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "gpt_oss": {"num_local_experts": 128, "num_experts_per_tok": 4},
 }
 """By family: what transformers' config class says where config.json doesn't."""
 
@@ -56,6 +58,7 @@ class Mixture:
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalised: bool = True  # the weights of a row's experts sum up to 1
     biased: bool = False  # a bias has a say in which experts are chosen, and none in their weights
+    logit_bias: bool = False  # the router's product has a bias
     scale: float = 1.0  # multiplies the weights
 
     def union(self, rows: int) -> float:
@@ -65,10 +68,11 @@ class Mixture:
 
 def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | None:
     """The mixture of a config.json; None where no layer has experts. ModelError where it contradicts itself."""
-    if family not in _DEFAULTS:
+    if family not in _DEFAULTS or (family == "gemma4_text" and not raw.get("enable_moe_block")):
         return None
     said = {**_DEFAULTS[family], **{name: value for name, value in raw.items() if value is not None}}
-    experts, chosen = said.get("num_local_experts", said["num_experts"]), said["num_experts_per_tok"]
+    experts: int = said.get("num_local_experts", said.get("num_experts", 0))
+    chosen: int = said.get("top_k_experts", said.get("num_experts_per_tok", 0))
     sparse = _sparse(family, said, layers)
     if not experts or not any(sparse):
         return None
@@ -76,6 +80,10 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
         raise ModelError(f"config.json says that each token goes through {chosen} of {experts} experts.")
     if said.get("clip_qkv") is not None:
         raise ModelError(f"This {family} clips queries, keys and values (clip_qkv), which is not supported.")
+    if family == "gpt_oss" and (said.get("swiglu_alpha", 1.702), said.get("swiglu_limit", 7.0)) != (1.702, 7.0):
+        raise ModelError(
+            "This gpt_oss clamps its MLPs otherwise than at 7 with a slope of 1.702, which isn't supported."
+        )
     lfm2 = family == "lfm2_moe"
     return Mixture(
         experts,
@@ -84,8 +92,10 @@ def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | No
         layers=sparse,
         shared=said.get("shared_expert_intermediate_size", 0),
         score="sigmoid" if lfm2 else "softmax",
-        normalised=bool(said.get("norm_topk_prob", True)) or family in ("mixtral", "qwen3_5_moe_text"),
+        normalised=bool(said.get("norm_topk_prob", True))
+        or family in ("mixtral", "qwen3_5_moe_text", "gpt_oss", "gemma4_text"),
         biased=lfm2 and bool(said["use_expert_bias"]),
+        logit_bias=family == "gpt_oss",
         scale=float(said.get("routed_scaling_factor", 1.0)) if lfm2 else 1.0,
     )
 

@@ -25,7 +25,7 @@ from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel,
 
 __all__ = ["ACTIVATIONS", "Fused", "Matrix", "kernel", "matrix_of", "missing"]
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "clamped": 2}
 _UNIT = 32
 _BF16 = 0
 
@@ -81,6 +81,8 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
         return f"it doesn't know the activation {c.activation} of {c.family}"
     sizes = [c.width, c.heads * c.head_dim, c.key_heads * c.head_dim]
     sizes += [c.mlp_width] if any(spec.mlp == "dense" for spec in c.specs) else []
+    if c.per_layer is not None:
+        sizes += [c.per_layer.inputs, *c.per_layer.channels, *(heads * dim for heads, dim in c.per_layer.heads)]
     if c.delta is not None:
         sizes += [c.delta.inputs, c.delta.values]
     if c.mixture is not None:

@@ -1,7 +1,8 @@
 """Rotary position embedding (RoPE): the frequencies of each kind, and the rotation.
 
 Takes a `Rope` and positions, gives cosines and sines in fp32; knows no layer. Kinds: default (Su et al., 2104.09864),
-linear (positions divided), llama3 (long wavelengths divided), yarn (2309.00071), longrope (2402.13753).
+linear (positions divided), proportional (the first pairs of a head only), llama3 (long wavelengths divided), yarn
+(2309.00071), longrope (2402.13753).
 
 A longrope model has two sets of frequencies, one for short sequences and one for those beyond its original context.
 The set is fixed before a sequence's first position, by its planned maximum length: switching during decoding would
@@ -59,6 +60,10 @@ def frequencies(rope: Rope, long: bool = False) -> tuple[Tensor, float]:
     original = rope.get("original_max_position_embeddings", rope.context)
     match rope.kind:
         case "linear":
+            return plain / rope.get("factor", 1.0), 1.0
+        case "proportional":
+            turned = int(rope.get("partial_rotary_factor", 1.0) * rope.dims / 2 + 1e-6)
+            plain = torch.cat((plain[:turned], torch.zeros(len(plain) - turned)))
             return plain / rope.get("factor", 1.0), 1.0
         case "llama3":
             return _llama3(rope, plain, original), 1.0

@@ -87,6 +87,7 @@ class Pass:
     turns: Mapping[Rope, tuple[Tensor, Tensor]]  # cosines and signed sines [r, 1, dims] of each kind of rope
     texts: Texts | None  # the spans that the batched attention kernel takes; None where it takes none
     attend: Callable[..., Tensor]  # of `longspec.attention`, for the others
+    inputs: Tensor | None = None  # [r, layers, p]: each layer's own embeddings of the tokens (Gemma 4)
 
     @property
     def by_kernel(self) -> bool:

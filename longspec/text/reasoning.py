@@ -38,6 +38,7 @@ class Reader:
         self._begin, self._end = markers.begin.encode(), markers.end.encode()
         self.spelled = lru_cache(maxsize=4096)(lambda token: vocabulary.piece(token, first=False) or b"")
         self.ending = vocabulary.encode(markers.end, add_special=False)
+        self.lead = vocabulary.encode(markers.lead, add_special=False) if markers.lead else []
 
     def begun(self, prompt: Sequence[int]) -> Place:
         """State at the end of a prompt: inside if the prompt ends with the begin marker, else before."""
@@ -81,6 +82,7 @@ class Section:
         self._sizes: list[int] = []  # bytes of each token of the section
         self._thought = self._said = 0  # offsets up to which reasoning and content were given
         self._began = [False, False]  # whether their leading blanks were passed over
+        self._lead = markers.lead  # not yet passed over
         self.tokens = 0  # number of reasoning tokens, without the end marker's
 
     @property
@@ -119,7 +121,7 @@ class Section:
         """New reasoning and new content since the last call, as far as they are final.
 
         text: the answer so far. over: the answer has ended. Blanks around the reasoning, and before the content that
-        follows it, are left out.
+        follows it, are left out, and what leads to the content.
         """
         thought = said = ""
         if self._opened is not None:
@@ -130,6 +132,13 @@ class Section:
             self._thought = max(self._thought, self._opened) + len(thought)
             thought = self._stripped(0, thought)
         words = 0 if self._words is None and over and self._opened is None else self._words
+        if words is not None and self._lead:
+            behind = text[words:]
+            if self._lead.startswith(behind) and not over:
+                return thought, ""
+            if behind.startswith(self._lead):
+                self._words = words = words + len(self._lead)
+            self._lead = ""
         if words is not None:
             begin = max(self._said, words)
             said = text[begin:]

@@ -1,4 +1,4 @@
-"""Detection of a model's reasoning markers: <think> and </think>, [THINK] and [/THINK], and the like.
+"""Detection of a model's reasoning markers: <think> and </think>, [THINK] and [/THINK], channels, and the like.
 
 Takes a chat template and the texts of a vocabulary's added tokens: checkpoints declare the markers nowhere else.
 """
@@ -22,10 +22,32 @@ class Markers:
 
     begin: str
     end: str
+    lead: str = ""  # what the answer behind it begins with, and is no part of
+    special: tuple[str, ...] = ()  # special tokens that these are made of, beside each other
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What vocabularies may have as special tokens, and is text here."""
+        return self.special or (self.begin, self.end)
+
+
+_HARMONY = Markers(
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant",
+    "<|channel|>final<|message|>",
+    ("<|start|>", "<|end|>", "<|channel|>", "<|message|>"),
+)
+"""gpt-oss's: an answer is messages on channels, of which `analysis` has the thoughts and comes first."""
+
+_GEMMA = Markers("<|channel>thought", "<channel|>", special=("<|channel>", "<channel|>"))
+"""Gemma 4's."""
 
 
 def find(template: str | None, added: Iterable[str]) -> Markers | None:
     """The marker pair that the template contains, else one among the added tokens; None if there is none."""
+    for channel in (_HARMONY, _GEMMA):
+        if channel.begin in (template or ""):
+            return channel
     named = _TAG.findall(template or "")
     known = dict.fromkeys([*named, *filter(_TAG.fullmatch, added)])  # an ordered set
     pairs = [Markers(tag, end) for tag in known for end in _ends(tag) if end in known]

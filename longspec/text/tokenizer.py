@@ -61,16 +61,16 @@ class Vocabulary:
         tokenizer.no_padding()
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         # Only tokens with an id: the tokenizer would give a new one an id beyond the model's embedding.
-        named = [*self.special.values(), *sorted(TURN_ENDS)]
+        self.markers, self.calls = find(template, added), find_calls(template)
+        # In harmony <|end|> ends a message, of which an answer has several.
+        ends = TURN_ENDS.difference(self.markers.tokens if self.markers else ())
+        named = [*self.special.values(), *sorted(ends)]
         known = [text for text in named if tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in known if text not in added])
-        self.turn_ends = tuple(i for text in sorted(TURN_ENDS) if (i := tokenizer.token_to_id(text)) is not None)
+        self.turn_ends = tuple(i for text in sorted(ends) if (i := tokenizer.token_to_id(text)) is not None)
         decoder_of_added = tokenizer.get_added_tokens_decoder()
         self._silent = {i for i, token in decoder_of_added.items() if token.special} | set(self.turn_ends)
-        self.markers = find(template, added)
-        marks = () if self.markers is None else (self.markers.begin, self.markers.end)
-        self.calls = find_calls(template)
-        spoken = (*marks, *(self.calls.tokens if self.calls else ()))
+        spoken = (*(self.markers.tokens if self.markers else ()), *(self.calls.tokens if self.calls else ()))
         self._spoken = self._silent & {tokenizer.token_to_id(mark) for mark in spoken}
         decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
         self._spells_bytes = b'"ByteLevel"' in decoder
@@ -143,6 +143,10 @@ class Vocabulary:
         """The letters that special tokens of more than one letter begin with."""
         names = [self.tokenizer.id_to_token(token) or "" for token in self._silent]
         return frozenset(name[0] for name in names if len(name) > 1)
+
+    def is_spoken(self, token: int) -> bool:
+        """Whether it is a special token that is text: a mark of thoughts or calls."""
+        return token in self._spoken
 
     def special_ids(self, texts: Iterable[str]) -> list[int]:
         """Ids of the special tokens among these texts: they are never in an answer's text."""

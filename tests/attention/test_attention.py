@@ -84,6 +84,27 @@ def test_attend_is_the_same_whole_in_parts_and_strict(shape: tuple[int, ...], so
         assert (got - want).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sink_is_a_column_without_a_value(shape: tuple[int, ...], softcap: float | None) -> None:
+    queries, keys, values, _ = made(*shape)
+    n, sinks = shape[-1], torch.randn(shape[1], generator=torch.Generator().manual_seed(4)) * 3
+    want = torch.empty(queries.shape, dtype=torch.float64)
+    for head in range(shape[1]):
+        scores = queries[:, head].double() @ keys[head // (shape[1] // shape[2])].double().T * 0.2
+        scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+        weights = torch.softmax(torch.cat((scores, sinks[head].double().expand(len(scores), 1)), 1), -1)
+        want[:, head] = weights[:, :-1] @ values[head // (shape[1] // shape[2])].double()
+    whole = Segment.dense(keys, values)
+    parts = [Segment.dense(keys[:, a:b], values[:, a:b], start=a) for a, b in ((0, n // 2), (n // 2, n)) if a < b]
+    for got in (
+        attend(queries, [whole], 0.2, softcap, sinks),
+        attend(queries, iter(parts), 0.2, softcap, sinks),
+        attend_strictly(queries, parts, 0.2, softcap, sinks),
+    ):
+        assert (got - want).abs().max() < 2e-6
+
+
 def test_flash_and_reference_agree_on_rows_that_read_nothing() -> None:
     queries, keys, values = torch.randn(3, 4, 16), torch.randn(2, 20, 16), torch.randn(2, 20, 16)
     part = Segment.dense(keys, values, Bounds(torch.tensor([0, 20, 5]), torch.tensor([20, 20, 9])))

@@ -20,12 +20,12 @@ from longspec.model.decoder import Decoder, Rows, Span
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The usual run has llama with every kind, and mistral with a few: all its layers have windows, whose rows no kind
-    encodes or moves, so that all its kinds give the same bits. The hybrids have test_hybrid.py.
+    """The usual run has llama and gemma4 with every kind, and mistral with a few: all its layers have windows, whose
+    rows no kind encodes or moves, so that all its kinds give the same bits. The hybrids have test_hybrid.py.
     """
     if {"model", "kind"} <= {*metafunc.fixturenames}:
-        usual = [("llama", kind) for kind in CACHES] + [("mistral", kind) for kind in ("dense", "int4", "disk")]
-        every = product(("llama", "gemma3", "mistral", "qwen3_5", "lfm2"), CACHES)
+        usual = [*product(("llama", "gemma4"), CACHES), *product(("mistral",), ("dense", "int4", "disk"))]
+        every = product(("llama", "gemma3", "gemma4", "mistral", "qwen3_5", "lfm2"), CACHES)
         pairs = [pytest.param(*pair, marks=[] if pair in usual else pytest.mark.full) for pair in every]
         metafunc.parametrize(("model", "kind"), pairs, indirect=True)
     elif "kind" in metafunc.fixturenames:

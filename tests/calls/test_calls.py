@@ -30,6 +30,13 @@ def tags(name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>\n<function={name}>\n{''.join(lines)}</function>\n</tool_call>"
 
 
+def gemma(name: str, arguments: dict[str, Any]) -> str:
+    parts = [
+        f'{key}:<|"|>{value}<|"|>' if isinstance(value, str) else f"{key}:{value}" for key, value in arguments.items()
+    ]
+    return f"<|tool_call>call:{name}{{{','.join(parts)}}}<tool_call|>"
+
+
 HERMES, LLAMA = json_calls("arguments"), json_calls("parameters")
 WRITTEN = {
     "hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in HERMES),
@@ -40,6 +47,12 @@ WRITTEN = {
     ),
     "mistral-list": f"[TOOL_CALLS] [{', '.join(HERMES)}]",
     "llama": "; ".join(LLAMA),
+    "gemma": gemma("weather", ARGUMENTS[0]) + gemma("rain", ARGUMENTS[1]),
+    "harmony": "<|end|><|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
+        + json.dumps(arguments, ensure_ascii=False)
+        for name, arguments in zip(("weather", "rain"), ARGUMENTS, strict=True)
+    ),
 }
 TEMPLATES = {
     "hermes": "{{ tools }}<tool_call>",
@@ -47,6 +60,8 @@ TEMPLATES = {
     "mistral": "{{ tools }}[TOOL_CALLS][ARGS]",
     "mistral-list": "{{ tools }}[TOOL_CALLS]",
     "llama": '{{ tools }}ipython "parameters"',
+    "gemma": "{{ tools }}<|tool_call>call:",
+    "harmony": "{{ tools }}functions.<|channel|>commentary ",
 }
 
 
@@ -169,7 +184,7 @@ def test_strict_tools_are_held_where_they_are_called(name: str) -> None:
 def test_an_answer_is_held_beside_calls(name: str) -> None:
     answer = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     grammar = box(name, "auto").grammar(prepared, answer)
-    assert is_held(grammar, '{"a": 1}')
+    assert is_held(grammar, f'{FORMATS[name].lead}{{"a": 1}}')
     assert is_held(grammar, WRITTEN[name])
     assert not is_held(grammar, "hello")
 

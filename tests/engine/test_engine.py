@@ -60,7 +60,7 @@ def plain(model: Model) -> Callable[..., dict[str, list[int]]]:
 _GREEDY = "ngram", "random trees", "always right"  # every drafter's greedy texts are in constraints/test_constraint.py
 _ELSEWHERE = ("ngram", "greedy"), ("random trees", "sampled")  # than in a dense cache
 _HYBRIDS = ["qwen3_5", "lfm2"]
-_MIXTURES = ["qwen3_moe", "qwen3_5_moe"]
+_MIXTURES = ["qwen3_moe", "qwen3_5_moe", "gpt_oss"]
 _LOOPED = ["ouro"]
 _IN_LOOPED = [
     ("pipeline", "dense"),
@@ -69,13 +69,21 @@ _IN_LOOPED = [
     ("exit", "dense"),
     ("skip", "dense"),
 ]
+_SHARED = ["gemma4"]
+_IN_SHARED = [
+    ("random trees", "dense"),
+    ("skip", "dense"),
+    ("exit", "dense"),
+    ("random trees", "int4"),
+    ("ngram", "offload"),
+]
 _IN_MIXTURES = [("random trees", "dense"), ("ngram", "dense")]
 _IN_HYBRIDS = [("random trees", "dense"), ("exit", "dense"), ("model", "dense"), ("random trees", "int4")]
 
 
 def _matrix() -> Iterator[Any]:
     """Every family, drafter, cache and way, for one session and three; what is alike is left to the full matrix."""
-    families = [*FAMILIES, *_HYBRIDS, *_MIXTURES, *_LOOPED]
+    families = [*FAMILIES, *_HYBRIDS, *_MIXTURES, *_LOOPED, *_SHARED]
     for family, drafter, kind, way, count in product(families, every_drafter({}), CACHES, WAYS, (1, 3)):
         llama = family == "llama"
         if not fits(drafter, family):
@@ -85,7 +93,11 @@ def _matrix() -> Iterator[Any]:
         elif family in _HYBRIDS:
             usual = family == "qwen3_5" and (drafter, kind) in _IN_HYBRIDS and way == "sampled"
         elif family in _MIXTURES:
-            usual = family == "qwen3_moe" and (drafter, kind) in _IN_MIXTURES and way == "sampled"
+            usual = family in ("qwen3_moe", "gpt_oss") and (drafter, kind) in _IN_MIXTURES and way == "sampled"
+        elif family in _SHARED:
+            if drafter == "mtp":  # which it can't have
+                continue
+            usual = (drafter, kind) in _IN_SHARED and way == "sampled"
         elif kind == "dense":
             usual = way == "sampled" or (llama and way == "greedy" and drafter in _GREEDY)
         else:

@@ -29,7 +29,7 @@ static uint8_t codes[4][HEADS * COLUMNS * DIM];
 static fp16 scales[4][HEADS * COLUMNS * DIM];
 
 static void run(const Segment *segments, int64_t count, int64_t rows, float softcap) {
-    const Reading r = {queries, HEADS * GROUPS * DIM, rows, HEADS, GROUPS, DIM, 0.125f, softcap};
+    const Reading r = {queries, HEADS * GROUPS * DIM, rows, HEADS, GROUPS, DIM, 0.125f, softcap, 0};
     char *workspace = malloc((size_t)attention_workspace(&r, segments, count, 1));
     float *kept = malloc((size_t)attention_state(&r));
     attention_read(&r, segments, count, 1, workspace, 1, kept, output, 0);

@@ -79,6 +79,18 @@ def test_bounds_a_tree_and_several_parts(softcap: float | None) -> None:
     check(randn(rows, 9, 64, seed=1), parts[::-1], softcap)
 
 
+@pytest.mark.parametrize("size", [-200.0, 0.0, 3.0, 200.0])
+def test_sinks_take_their_share(size: float) -> None:
+    """Also where they are far below every score, or far above."""
+    kv, queries = randn(2, 3, 700, 64), randn(5, 9, 64, seed=1)
+    sinks = torch.randn(9, generator=torch.Generator().manual_seed(2)) + size
+    parts = [Segment.dense(kv[0, :, :300], kv[1, :, :300]), Segment.dense(kv[0, :, 300:], kv[1, :, 300:], start=300)]
+    wide = [Segment.dense(each.keys.float(), each.values.float()) for each in parts]
+    expected = reference.sunk(*merge(*(reference.read(queries.float(), each, 0.125) for each in wide)), sinks)
+    got = cpu.attend(queries, parts, 0.125, None, sinks).float()
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max() + 1e-30
+
+
 @pytest.mark.parametrize("codec", [Codec(8, symmetric=True), Codec(8), Codec(4), Codec(2), DualCodec()], ids=str)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 def test_codes_are_read_as_they_decode(codec: Codec, dim: int) -> None:

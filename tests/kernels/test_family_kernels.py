@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32},
     "gemma3": {"head_dim": 32},
     "phi3": {},
+    "gpt_oss": {"head_dim": 32, "intermediate_size": 96},
     "olmo2": {},
     "ouro": {"num_hidden_layers": 2, "total_ut_steps": 2},  # random loops make more of what was rounded
 }

@@ -110,7 +110,7 @@ def test_a_cache_takes_the_room_that_it_says(kind: str, length: int, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "llama-tied-biased", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama", "llama-tied-biased", "olmo2", "phi3"])
 def test_weights_are_counted_without_being_read(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = oracle(family)
     checkpoint = find(str(write(model, tmp_path)))

@@ -35,10 +35,11 @@ def made(folder: Path, how: str) -> Decoder:
 
 
 @pytest.mark.parametrize("how", ["bf16", "codes", "strict"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "olmoe", "qwen3_moe"])
 def test_a_rows_bits_do_not_depend_on_its_companions(tmp_path: Path, family: str, how: str) -> None:
     """Rows one by one, in passes of many sizes, and among strangers that go to other experts."""
-    sizes = WIDE if family == "qwen3_moe" else SIZES | {"num_experts": 8, "intermediate_size": 64}
+    plain = SIZES | {"num_experts": 8, "intermediate_size": 64}
+    sizes = {"olmoe": plain, "qwen3_moe": WIDE, "gpt_oss": plain | {"head_dim": 32}}[family]
     decoder = made(write(oracle(family, **sizes), tmp_path), how)
     assert decoder.is_exact
     with torch.inference_mode():
@@ -142,6 +143,7 @@ def _change(folder: Path, changes: dict[str, Any]) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "", "clip_qkv"),
         ("olmoe", {"num_experts": "six"}, "", "num_experts"),
         ("olmoe", {"intermediate_size": 48}, "", r"its config\.json"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "", "clamps its MLPs otherwise"),
         ("mixtral", {}, "experts.2.w2", r"block_sparse_moe\.experts\.2\.w2\.weight is missing"),
         ("lfm2_moe", {}, "expert_bias", r"feed_forward\.expert_bias is missing"),
         ("qwen3_5_moe", {"num_experts": 4}, "", r"experts\.4\.down_proj\.weight, and its config\.json says 4 experts"),

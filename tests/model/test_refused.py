@@ -52,7 +52,7 @@ REFUSED: list[tuple[Any, str]] = [
     (compressed(more={"transform_config": {"config_groups": {"R1": {}}}}), "compressed-tensors"),
     (BITS_AND_BYTES, "bitsandbytes,"),
     *(({"quant_method": name}, f"{name},") for name in (
-        "hqq", "aqlm", "quanto", "torchao", "eetq", "higgs", "spqr", "vptq", "bitnet", "mxfp4", "modelopt", "exl2",
+        "hqq", "aqlm", "quanto", "torchao", "eetq", "higgs", "spqr", "vptq", "bitnet", "modelopt", "exl2",
         "exl3", "auto-round", "quark", "fp_quant",
     )),
     ({"group_size": 64, "bits": 4}, r"an unnamed method \(bits 4, group_size 64\)"),

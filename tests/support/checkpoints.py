@@ -55,6 +55,14 @@ _DELTA = {
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _WINDOW = {"sliding_window": 24}
+_GEMMA4 = {
+    **_WINDOW,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -81,6 +89,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+        },
+    ),
+    "gemma4-keys": (
+        "Gemma4",
+        {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "gemma4_moe": (
+        "Gemma4",
+        {
+            **_GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 32,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "gemma4_unified": ("Gemma4Unified", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     "phi3": ("Phi3", {**_WINDOW}),
     "phi3-longrope": (
         "Phi3",
@@ -100,12 +134,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
     "qwen3_next_moe": ("Qwen3Next", {**_DELTA, **_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 64}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
     "lfm2_moe": ("Lfm2Moe", {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}),
     "ouro": ("Ouro", {"model_type": "ouro", "num_hidden_layers": 2, "total_ut_steps": 4}),
 }
 
 
 _LAYER = re.compile(r"(.*)layers\.(\d+)\.(.+)")
+
+
+_WITH_IMAGES = ("Gemma3", "Gemma4", "Gemma4Unified", "Qwen3_5", "Qwen3_5Moe")
 
 
 def oracle(name: str, **changes: Any) -> Any:
@@ -117,9 +165,7 @@ def oracle(name: str, **changes: Any) -> Any:
         return Looped({**_COMMON, **extra, **changes})
     import transformers
 
-    config_class = getattr(
-        transformers, f"{family}TextConfig" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else f"{family}Config"
-    )
+    config_class = getattr(transformers, f"{family}TextConfig" if family in _WITH_IMAGES else f"{family}Config")
     config = config_class(**{**_COMMON, **extra, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(len(name))
@@ -128,10 +174,14 @@ def oracle(name: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15
             parameter.add_(torch.randn_like(parameter) * scale)
+            if name.endswith("gate_up_proj_bias"):  # beyond where gpt-oss clamps
+                parameter.mul_(20.0)
+            if name.endswith("sinks"):
+                parameter.add_(1.0)
             if name.endswith("A_log"):  # a state that fades at once holds nothing, and its norm amplifies rounding
                 parameter.sub_(3.0)
         for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
+            if name.endswith(("expert_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     return model
 

@@ -20,6 +20,8 @@ SUPPORTED = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_5_text": "qwen3
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
     "qwen3_5_moe_text": "qwen35moe",
+    "gpt_oss": "gpt-oss",
+    "gemma4_text": "gemma4",
 }
 """model_type to GGUF's architecture, where they differ."""
 
@@ -46,16 +48,20 @@ def write_gguf(
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    state = [each for entry in model.state_dict().items() for each in _gate_and_up(*entry)]
+    held, family = model.state_dict().items(), config.model_type
+    state = [each for name, tensor in held for each in _gate_and_up(name, tensor, family)]
     for name, tensor in state:
         if name == "lm_head.weight" and tied:
             continue
-        stored = _EXPERTS.get(name.partition(".mlp.")[2])
-        if stored is not None:
-            stored = f"blk.{name.split('.')[2]}.{stored}.weight"
+        stored = _EXPERTS.get(name.partition(".mlp.")[2].removesuffix("_bias"))
+        if kind == "gemma4" and (place := next((p for p in _GEMMA4 if name.endswith(p)), None)):
+            stored = f"blk.{name.split('.')[2]}.{_GEMMA4[place]}"
+        elif stored is not None:
+            stored = f"blk.{name.split('.')[2]}.{stored}.{'bias' if name.endswith('_bias') else 'weight'}"
         else:
             stored = names.get_name(name.replace("dt_bias", "dt_proj.bias"), try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
+        stored += ".weight" if stored.endswith(("attn_sinks", "layer_output_scale")) else ""
         values = _as_stored(tensor, name, config, kind).contiguous().numpy()
         of_matrix = next((other for part, other in others.items() if part in stored), matrices)
         if of_matrix is None or values.ndim == 1:
@@ -68,6 +74,7 @@ def write_gguf(
 
 _EXPERTS = {
     "gate.weight": "ffn_gate_inp",
+    "router.weight": "ffn_gate_inp",
     "experts.gate_proj": "ffn_gate_exps",
     "experts.up_proj": "ffn_up_exps",
     "experts.down_proj": "ffn_down_exps",
@@ -78,13 +85,30 @@ _EXPERTS = {
 }
 
 
-def _gate_and_up(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The experts' gates and ups, which transformers has in one tensor [experts, 2 channels, width]."""
-    if not name.endswith("experts.gate_up_proj"):
+_GEMMA4 = {
+    "router.scale": "ffn_gate_inp.scale",
+    "per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+}
+
+
+def _gate_and_up(name: str, tensor: Tensor, family: str) -> Iterator[tuple[str, Tensor]]:
+    """The experts' gates and ups, which transformers has in one tensor [experts, 2 channels, width]; gpt-oss's are
+    [experts, width, 2 channels], in turns, with biases.
+    """
+    halves: tuple[Tensor, ...]
+    if family == "gpt_oss" and ".experts." in name:
+        name, bias = name.removesuffix("_bias"), "_bias" if name.endswith("_bias") else ""
+        rows = tensor if bias else tensor.transpose(1, 2)
+        halves = (rows[:, 0::2], rows[:, 1::2]) if name.endswith("gate_up_proj") else (rows,)
+    elif name.endswith("experts.gate_up_proj") and family != "gemma4_text":
+        halves, bias = tensor.chunk(2, 1), ""
+    else:
         yield name, tensor
         return
-    for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
-        yield name.replace("gate_up_proj", part), half
+    for part, half in zip(("gate_proj", "up_proj") if len(halves) == 2 else ("down_proj",), halves, strict=True):
+        yield name.replace("gate_up_proj", part) + bias, half
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -110,20 +134,24 @@ def add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str = "smollm") -> No
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = config.per_layer_config[0] if kind == "gemma4" else config
+    head_dim = getattr(sizes, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(blocks or config.num_hidden_layers)
-    if hasattr(config, "intermediate_size"):
+    if hasattr(config, "intermediate_size") and not getattr(config, "use_double_wide_mlp", False):
         writer.add_feed_forward_length(config.intermediate_size)
     if hasattr(config, "num_experts_per_tok"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if hasattr(config, "moe_intermediate_size"):
+    if getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    if kind == "gemma4":
+        _add_gemma4(writer, config)
+        return
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(head_dim)
@@ -134,7 +162,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> 
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "gemma3":
         writer.add_rope_freq_base_swa(every["sliding_attention"]["rope_theta"])
-    if kind in ("gemma2", "gemma3", "phi3"):
+    if kind in ("gemma2", "gemma3", "phi3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window or 0)
     if kind in ("qwen35", "qwen35moe"):
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
@@ -147,6 +175,35 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, kind: str, blocks: int) -> 
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     _add_rope_scaling(writer, rope, head_dim)
+
+
+def _add_gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
+    """As llama.cpp's converter: what differs between layers as lists."""
+    local, layers = [kind == "sliding_attention" for kind in config.layer_types], range(config.num_hidden_layers)
+    each = [config.per_layer_config[i] for i in layers]
+    whole = each[local.index(False)]
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(whole.head_dim)
+    writer.add_key_length_swa(each[local.index(True)].head_dim)
+    keys = [one.num_key_value_heads for one in each]
+    writer.add_head_count_kv(keys if config.attention_k_eq_v else keys[0])
+    if config.use_double_wide_mlp:
+        first = config.num_hidden_layers - config.num_kv_shared_layers
+        writer.add_feed_forward_length([config.intermediate_size * (1 + (i >= first)) for i in layers])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(local)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.enable_moe_block:
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_count(config.num_experts)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    pairs = whole.head_dim // 2
+    turned = int(rope["full_attention"]["partial_rotary_factor"] * pairs)
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (pairs - turned), np.float32))
 
 
 def _add_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any], head_dim: int) -> None:
@@ -180,13 +237,15 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray[Any, np.d
 def _as_stored(tensor: Tensor, name: str, config: Any, kind: str) -> Tensor:
     if kind in ("qwen35", "qwen35moe") and ".linear_attn." in name:
         return _linear_attention(tensor, name, config)
-    if kind.startswith(("gemma", "qwen35")) and name.endswith("norm.weight"):
+    if kind.startswith(("gemma2", "gemma3", "qwen35")) and name.endswith("norm.weight"):
         return tensor + 1
     if name.endswith("shared_expert_gate.weight"):
         return tensor[0]
+    if kind not in ("llama", "smollm3"):
+        return tensor.to(torch.float32)
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for which, count in heads.items():
-        if kind in ("llama", "smollm3") and f".{which}_proj." in name:  # halves to pairs
+        if f".{which}_proj." in name:  # halves to pairs
             halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
             return halves.transpose(1, 2).reshape(tensor.shape)
     return tensor.to(torch.float32)

@@ -12,7 +12,7 @@ from support.checkpoints import load
 from support.passes import write
 from torch import Tensor
 
-from longspec.cache import Dense
+from longspec.cache import CACHES
 from longspec.model.decoder import Decoder
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -36,7 +36,7 @@ TOKENS = torch.randint(3, 96, (200,), generator=torch.Generator().manual_seed(1)
 
 def logits(made: Decoder, chunks: Sequence[int]) -> Tensor:
     """Of the first tokens, in passes of these sizes: [n, V] in fp64."""
-    cache, out, start = Dense(made.shape), [], 0
+    cache, out, start = CACHES["dense"](made.shape), [], 0
     for size in chunks:
         with torch.inference_mode():
             out.append(write(made, cache, TOKENS[start : start + size]))

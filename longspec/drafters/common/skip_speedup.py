@@ -63,15 +63,16 @@ class Prices:
     def by_bytes(cls, decoder: Decoder, context: int) -> Prices:
         """Estimate from the bytes of weights, keys and values that a pass reads at `context` cached positions."""
         c, size = decoder.config, decoder.dtype.itemsize
-        heads = 2 * (c.heads + c.key_heads) * c.head_dim * c.width * size
+        heads = [c.head_channels(i) * c.width * size for i in range(c.layers)]
         mlps = [3 * c.width * c.channels(i, active=True) * size for i in range(c.layers)]
         row = 2 * c.key_heads * c.head_dim * size
-        attention = [heads + row * min(context, window or context) for window in c.windows]
+        read = [row * min(context, window or context) for window in c.windows]
+        attention = list(map(sum, zip(heads, read, strict=True)))
         slower = _UNFUSED if decoder.slow is None else 1.0
         return cls(
             tuple(map(sum, zip(attention, mlps, strict=True))),
-            tuple(slower * read for read in attention),
-            tuple(slower * read for read in mlps),
+            tuple(slower * each for each in attention),
+            tuple(slower * each for each in mlps),
             c.vocabulary * c.width * size,
         )
 

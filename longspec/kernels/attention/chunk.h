@@ -18,6 +18,7 @@ typedef struct {
     const bf16 *queries; /* [q, key_heads * groups, dim], rows `query_row` apart */
     int64_t query_row, rows, key_heads, groups, dim;
     float scale, softcap; /* 0: no softcap */
+    const float *sinks;   /* of each query head, a score that takes weight and has no value; or null */
 } Reading;
 
 /* A tree's nodes: where they stand, and of each row in hand the last node of the chain whose values it reads. */

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from longspec.errors import ModelError
-from longspec.machine.schema import check, number, shown, whole
+from longspec.machine.schema import check, shown, whole
 from longspec.model.config_values import MOST_LAYERS
+from longspec.model.gguf.fields import BY_LAYER, Fields
+from longspec.model.gguf.gemma4 import gemma4
 from longspec.model.gguf.header import GgufHeader
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_of", "generation_config_of"]
@@ -37,10 +39,12 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", permuted=True),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", norm_offset=1.0),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=1.0),
+    "gemma4": Architecture("gemma4_text", "Gemma4ForCausalLM"),
     "phi3": Architecture("phi3", "Phi3ForCausalLM"),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM"),
     "qwen35": Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", norm_offset=1.0),
     "qwen35moe": Architecture("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", norm_offset=1.0),
 }
@@ -49,12 +53,11 @@ ARCHITECTURES = {
 _MIXTURES = {"llama": Architecture("mixtral", "MixtralForCausalLM", permuted=True)}
 """Those that are another model where the file has experts."""
 
-_WITH_EXPERTS = ("llama", "qwen3moe", "olmoe", "qwen35moe")
+_WITH_EXPERTS = ("llama", "qwen3moe", "olmoe", "qwen35moe", "gpt-oss", "gemma4")
 
 _END_ROLES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _IDS = ("bos", "padding", *_END_ROLES)
-_MOST_FACTORS = 1 << 16  # of a rope's tensor
 _WIDEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models
 
 
@@ -78,7 +81,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
     """The config.json of the file's fields. Raises ModelError where one is missing or makes no sense."""
-    fields = _Fields(header)
+    fields = Fields(header)
     architecture = architecture_of(header)
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
@@ -114,7 +117,10 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     rotated = fields.size("rope.dimension_count", head_dim)
     if rotated != head_dim:
         config["partial_rotary_factor"] = rotated / head_dim
-    return config | _experts(fields) | _peculiar(fields, config)
+    made = config | _experts(fields) | _peculiar(fields, config)
+    if "rope_parameters" in made:  # which say all
+        del made["rope_scaling"], made["rope_theta"]
+    return made
 
 
 def generation_config_of(header: GgufHeader) -> dict[str, Any]:
@@ -134,33 +140,7 @@ def generation_config_of(header: GgufHeader) -> dict[str, Any]:
     }
 
 
-class _Fields:
-    """The fields of the file's own architecture, checked to be numbers."""
-
-    def __init__(self, header: GgufHeader) -> None:
-        self._header = header
-        self.kind = str(header.fields["general.architecture"])
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; an fp32 value is converted to its shortest decimal (1e-05)."""
-        value = self._header.fields.get(f"{self.kind}.{name}", default)
-        kind = number(-3e38, 3e38)  # fp32's range
-        if not kind.holds(value):
-            seen = "lacks" if value is None else f"has the value {shown(value)} in"
-            raise ModelError(f"{self._header.path} {seen} the field {self.kind}.{name}, where a number was expected.")
-        return float(str(np.float32(value))) if isinstance(value, float) else int(value)  # type: ignore[arg-type]
-
-    def size(self, name: str, default: float | None = None) -> int:
-        value = self.number(name, default)
-        if value < 1 or value != int(value):
-            raise ModelError(f"{self._header.path} says {value} in {self.kind}.{name}, where a size was expected.")
-        return int(value)
-
-    def optional(self, name: str, default: float | None = None) -> float | None:
-        return self.number(name) if f"{self.kind}.{name}" in self._header.fields else default
-
-
-def _experts(fields: _Fields) -> dict[str, Any]:
+def _experts(fields: Fields) -> dict[str, Any]:
     """The config fields of a mixture of experts."""
     if not fields.optional("expert_count"):
         return {}
@@ -169,7 +149,7 @@ def _experts(fields: _Fields) -> dict[str, Any]:
         "num_experts_per_tok": fields.size("expert_used_count"),
         "norm_topk_prob": fields.kind != "olmoe",  # constants of llama.cpp's code
     }
-    if fields.kind == "llama":
+    if fields.kind in ("llama", "gpt-oss"):
         config["num_local_experts"] = config.pop("num_experts")
     for name, said in (("moe_intermediate_size", ""), ("shared_expert_intermediate_size", "shared_")):
         if (size := fields.optional(f"expert_{said}feed_forward_length")) is not None:
@@ -177,7 +157,7 @@ def _experts(fields: _Fields) -> dict[str, Any]:
     return config
 
 
-def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
+def _peculiar(fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
     """The config fields that only one family has."""
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     gemma2 = fields.kind == "gemma2"  # whose first files lack what llama.cpp has as defaults
@@ -199,9 +179,20 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
                 peculiar["rope_theta"] = fields.number("rope.freq_base", 1_000_000.0)
                 peculiar["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10_000.0)
             return peculiar
+        case "gemma4":
+            return gemma4(fields, layers, head_dim)
         case "phi3":
             original = fields.size("rope.scaling.original_context_length", config["max_position_embeddings"])
             return {"sliding_window": window or None, "original_max_position_embeddings": original}
+        case "gpt-oss":
+            kinds = ("sliding_attention", "full_attention")  # a constant of llama.cpp's code
+            scaling = config["rope_scaling"]
+            return {
+                "sliding_window": window or None,
+                "layer_types": [kinds[i % 2 if window else 1] for i in range(layers)],
+                # No field says so; llama.cpp rounds the ramp's ends, which the model was trained without.
+                "rope_scaling": scaling and {**scaling, "truncate": False},
+            }
         case "smollm3":
             return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}  # a constant of llama.cpp's code
         case "qwen35" | "qwen35moe":
@@ -221,19 +212,19 @@ def _peculiar(fields: _Fields, config: dict[str, Any]) -> dict[str, Any]:
             return {}
 
 
-def _rope_scaling(header: GgufHeader, fields: _Fields, context: int) -> dict[str, Any] | None:
+def _rope_scaling(header: GgufHeader, fields: Fields, context: int) -> dict[str, Any] | None:
     kind = header.fields.get(f"{fields.kind}.rope.scaling.type")
     original = fields.size("rope.scaling.original_context_length", context)
     if "rope_factors_long.weight" in header.tensors:
         return {
             "rope_type": "longrope",
-            "long_factor": _factors(header, "rope_factors_long.weight"),
-            "short_factor": _factors(header, "rope_factors_short.weight"),
+            "long_factor": fields.factors("rope_factors_long.weight"),
+            "short_factor": fields.factors("rope_factors_short.weight"),
             "original_max_position_embeddings": original,
         }
-    if "rope_freqs.weight" in header.tensors:
+    if "rope_freqs.weight" in header.tensors and fields.kind not in BY_LAYER:
         base = fields.number("rope.freq_base", 10_000.0)
-        return _from_frequencies(_factors(header, "rope_freqs.weight"), base, context)
+        return _from_frequencies(fields.factors("rope_freqs.weight"), base, context)
     # llama.cpp's defaults: linear without a type, the older name of the factor, and 0 for none
     factor = fields.optional("rope.scaling.factor", fields.optional("rope.scale_linear")) or 1.0
     match kind:
@@ -257,16 +248,6 @@ def _rope_scaling(header: GgufHeader, fields: _Fields, context: int) -> dict[str
             }
         case _:
             raise ModelError(f"{header.path} has the rope scaling {shown(kind)}, which is not supported.")
-
-
-def _factors(header: GgufHeader, name: str) -> list[float]:
-    tensor = header.tensors.get(name)
-    if tensor is None or tensor.kind != 0 or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_FACTORS:  # 0 is F32
-        raise ModelError(f"{header.path} should hold {name} as one row of 32-bit floats, and doesn't.")
-    values = tensor.bytes.view("<f4")
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise ModelError(f"{header.path} holds values in {name} that aren't above 0.")
-    return [float(str(value)) for value in values]
 
 
 def _from_frequencies(factors: list[float], theta: float, context: int) -> dict[str, Any]:

@@ -24,7 +24,11 @@ from longspec.model.weights.quantized import FORMATS, STRIP, Blocks, Piece, miss
 
 __all__ = ["GgufFile", "read_gguf"]
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"} | {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 
 # In the order of a converted file: q, k and v adjacent, and gate and up.
 _LAYER = {
@@ -72,8 +76,26 @@ _OTHERWISE = {
         "ffn_up_exps": "block_sparse_moe.experts.*.w3",
         "ffn_down_exps": "block_sparse_moe.experts.*.w2",
     },
+    "gpt_oss": {"ffn_gate_inp": "mlp.router", "attn_sinks": "self_attn.sinks"},
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma4_text": {
+        "ffn_norm": "pre_feedforward_layernorm",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+        "layer_output_scale": "layer_scalar",
+        "ffn_gate_inp": "router.proj",
+        "ffn_gate_up_exps": "experts.*.gate_up_proj",
+        "ffn_gate_exps": "experts.*.gate_proj",
+        "ffn_up_exps": "experts.*.up_proj",
+        "ffn_down_exps": "experts.*.down_proj",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        "ffn_gate_inp.scale": "router.scale",
+        "ffn_down_exps.scale": "router.per_expert_scale",
+    },
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
 """By `model_type`."""
@@ -91,7 +113,8 @@ _PLAIN = {"F64", "F32", "F16", "BF16"}
 _IN_CONFIG = re.compile(r"(rope_freqs|rope_factors_long|rope_factors_short|blk\.\d+\.attn_rot_embd)\.weight")
 _PLACE = re.compile(r"(?:blk\.(\d{1,5})\.)?([\w.]+?)(?:\.(weight|bias))?", re.ASCII)
 _ONE_ROW = "shared_expert_gate.weight"  # a vector in the file
-_BARE = ("linear_attn.A_log", "linear_attn.dt_bias")  # without a suffix in a checkpoint
+_BARE = ("A_log", "dt_bias", "layer_scalar", "per_expert_scale", "router.scale", "sinks")
+"""How names end that have no suffix in a checkpoint."""
 
 
 _Placed = tuple[tuple[int, ...], str, str, GgufTensor]
@@ -231,10 +254,10 @@ class GgufFile:
             match = _PLACE.fullmatch(stored)
             number, stem, suffix = match.groups() if match else (None, "", None)
             if number is None and stem in _TOP:
-                at = -1 if stem == "token_embd" else layers
+                at = layers if stem.startswith("output") else -1
                 placed.append(((at, 0, 0), f"{_TOP[stem]}.{suffix}", stored, tensor))
             elif number is not None and int(number) < layers and stem in stems:
-                name = stems[stem] if stems[stem] in _BARE else f"{stems[stem]}.{suffix}"
+                name = stems[stem] if stems[stem].endswith(_BARE) else f"{stems[stem]}.{suffix}"
                 where, name = (int(number), int(suffix == "bias")), f"model.layers.{number}.{name}"
                 placed += _matrices(where, order.index(stem), name, stored, tensor)
             elif number is not None and layers <= int(number) < layers + self._drafts:
@@ -252,7 +275,7 @@ class GgufFile:
 
 def _matrices(where: tuple[int, ...], order: int, name: str, stored: str, tensor: GgufTensor) -> list[_Placed]:
     """A tensor by its place, or where it stacks the experts' matrices each of them, an expert's beside each other."""
-    if "*" not in name or len(tensor.shape) != 3:
+    if "*" not in name or len(tensor.shape) != (2 if name.endswith(".bias") else 3):
         return [((*where, order), name, stored, tensor)]
     parts = enumerate(tensor.parts())
     return [((*where, _STACKED, i, order), name.replace("*", str(i)), stored, part) for i, part in parts]

@@ -1,7 +1,8 @@
 """The tokenizer of a GGUF file's fields, as a `tokenizers.Tokenizer`.
 
 Takes the fields; knows no file and no model. There are two kinds: `gpt2`, byte-level BPE, with a pre-tokenizer
-pattern that the file only names, and `llama`, sentencepiece's BPE, whose merges follow from the tokens' scores. An
+pattern that the file only names, and `llama`, sentencepiece's BPE, whose merges follow from the tokens' scores; in a
+`gemma4` file it has the merges. An
 unknown pattern is refused: another one would give other tokens without an error.
 
 transformers has builders too; they are internal, moved between 5.17 and 5.23, and don't know `smollm` (the default
@@ -75,9 +76,11 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"The GGUF file has {len(tokens):,} tokens, and not as many token types.")
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece}
     if not isinstance(kind, str) or kind not in builders:
-        raise ModelError(f"The GGUF file's tokenizer kind {shown(kind)} is not supported; known are gpt2 and llama.")
+        raise ModelError(
+            f"The GGUF file's tokenizer kind {shown(kind)} is not supported; known are {', '.join(builders)}."
+        )
     try:
         tokenizer = builders[kind](fields, tokens, kinds)
     except ModelError:
@@ -109,11 +112,7 @@ def tokenizer_config_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
     split = _split(fields)
-    merges = fields.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list) or any(merge.count(" ") != 1 for merge in merges):
-        raise ModelError("The GGUF file holds no list of merges of two tokens each, and its tokenizer needs one.")
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), pairs, ignore_merges=split.whole_words))
+    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), _pairs(fields), ignore_merges=split.whole_words))
     if split.composed:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
@@ -125,13 +124,23 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) 
     return tokenizer
 
 
+def _pairs(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges that a file lists."""
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or any(merge.count(" ") != 1 for merge in merges):
+        raise ModelError("The GGUF file holds no list of merges of two tokens each, and its tokenizer needs one.")
+    return [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+
+
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
-    scores = fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ModelError("The GGUF file holds no score for each of its tokens, and its tokenizer needs them.")
-    vocabulary = _vocabulary(tokens)
+    vocabulary, scores = _vocabulary(tokens), fields.get("tokenizer.ggml.scores")
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
-    merges = _merges(vocabulary, tokens, scores, kinds)
+    if fields.get("tokenizer.ggml.model") == "gemma4":
+        merges = _pairs(fields)
+    elif isinstance(scores, list) and len(scores) == len(tokens):
+        merges = _merges(vocabulary, tokens, scores, kinds)
+    else:
+        raise ModelError("The GGUF file holds no score for each of its tokens, and its tokenizer needs them.")
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefixed = fields.get("tokenizer.ggml.add_space_prefix", True)
@@ -183,7 +192,7 @@ def _adds(fields: Mapping[str, Any], which: str) -> bool:
     """Whether the bos or eos token is added; llama.cpp's defaults where the file doesn't say."""
     said = fields.get(f"tokenizer.ggml.add_{which}_token")
     if said is None and which == "bos":
-        return fields.get("tokenizer.ggml.model") == "llama" or _split(fields).begins
+        return fields.get("tokenizer.ggml.model") in ("llama", "gemma4") or _split(fields).begins
     return bool(said)
 
 

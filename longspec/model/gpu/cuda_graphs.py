@@ -75,7 +75,7 @@ def missing(config: Config, dtype: torch.dtype, device: torch.device) -> str | N
     """The reason why such a decoder records no passes; None where it does."""
     if device.type != "cuda":
         return f"CUDA graphs are for a GPU, and this is {device.type}"
-    if config.mixers or config.mixture:
+    if config.mixers or config.mixture or config.sinks:
         return f"they don't know the layers of {config.family}"
     if config.loops > 1:
         return f"they don't know that {config.family}'s layers run {config.loops} times"

@@ -10,13 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from longspec.model.layers.attention import Attention
+from longspec.model.layers.dense_and_experts import DenseAndExperts
 from longspec.model.layers.dense_mlp import DenseMlp
 from longspec.model.layers.gated_delta import GatedDelta
 from longspec.model.layers.moe import Moe
+from longspec.model.layers.shared_attention import SharedAttention
 from longspec.model.layers.short_conv import ShortConv
 
 __all__ = ["MIXERS", "MLPS"]
 
-MIXERS: dict[str, Any] = {"attention": Attention, "gated_delta": GatedDelta, "short_conv": ShortConv}
+MIXERS: dict[str, Any] = {
+    "attention": Attention,
+    "gated_delta": GatedDelta,
+    "shared_attention": SharedAttention,
+    "short_conv": ShortConv,
+}
 
-MLPS: dict[str, Any] = {"dense": DenseMlp, "experts": Moe}
+MLPS: dict[str, Any] = {"dense": DenseMlp, "dense_and_experts": DenseAndExperts, "experts": Moe}

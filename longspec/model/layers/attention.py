@@ -39,6 +39,7 @@ class Attention:
     key_norm: Norm | None
     output: Any
     strict: bool
+    sinks: Tensor | None = None  # [H] in fp32 (gpt-oss): a score each that takes weight and has no value
 
     @classmethod
     def rows(cls, config: Config, dtype: torch.dtype) -> tuple[RowSpec, ...]:
@@ -61,6 +62,7 @@ class Attention:
             key_norm=reader.norm(f"{at}.k_norm", keys) if keys else None,
             output=reader.linear([f"{at}.o_proj"], c.width, q),
             strict=reader.strict,
+            sinks=reader.exact(f"{at}.sinks", (c.heads,)) if c.sinks else None,
         )
 
     @classmethod
@@ -70,7 +72,7 @@ class Attention:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        return self.inputs, self.query_norm, self.key_norm, self.output
+        return self.inputs, self.query_norm, self.key_norm, self.sinks, self.output
 
     def __call__(self, x: Tensor, run: Pass) -> Tensor:
         left: Tensor = self.output(self.mix(self.inputs(x), run))
@@ -116,7 +118,7 @@ class Attention:
         c, spans, texts = self.config, run.rows.spans, run.texts
         output = made.new_empty(len(made), c.heads * c.head_dim)
         if texts is not None:
-            texts.read(self.place, made, output)
+            texts.read(self.place, made, output, self.sinks)
             if run.by_kernel:
                 return output
         heads = made.view(len(made), -1, c.head_dim)
@@ -127,5 +129,5 @@ class Attention:
             own, place = queries[span.at], self.place + span.shift
             span.stage.put(place, span.staged, keys[span.at], values[span.at])
             parts = span.stage.parts(place, span.staged, own)
-            output[span.at] = run.attend(own, parts, c.scale, c.attention_softcap).flatten(1)
+            output[span.at] = run.attend(own, parts, c.scale, c.attention_softcap, self.sinks).flatten(1)
         return output

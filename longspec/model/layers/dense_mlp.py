@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,11 +17,20 @@ from longspec.model.layers.reader import Reader
 
 __all__ = ["DenseMlp"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+
+def _clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's: both are clamped at 7, and up is one more."""
+    gate = gate.clamp(max=7.0)
+    return (up.clamp(-7.0, 7.0) + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped": _clamped,
 }
+"""By the config's activation: what a product with gate and up becomes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +39,11 @@ class DenseMlp:
 
     gate_up: Any  # Linear or CodedLinear
     down: Any
-    activation: Callable[[Tensor], Tensor]
+    gated: Callable[[Tensor, Tensor], Tensor]
 
     @classmethod
     def read(cls, reader: Reader, layer: int) -> DenseMlp:
-        return cls.of(reader, f"layers.{layer}.mlp", reader.config.mlp_width)
+        return cls.of(reader, f"layers.{layer}.mlp", reader.config.channels(layer, active=True))
 
     @classmethod
     def of(cls, reader: Reader, at: str, channels: int) -> DenseMlp:
@@ -43,7 +53,7 @@ class DenseMlp:
         return cls(
             gate_up=reader.linear([f"{at}.{name}" for name in names], 2 * channels, c.width),
             down=reader.linear([f"{at}.down_proj"], c.width, channels),
-            activation=_ACTIVATIONS[c.activation],
+            gated=_GATED[c.activation],
         )
 
     @property
@@ -57,5 +67,5 @@ class DenseMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        made: Tensor = self.down(self.activation(gate) * up)
+        made: Tensor = self.down(self.gated(gate, up))
         return made

@@ -40,6 +40,7 @@ class Moe:
     bias: Tensor | None  # [experts]
     experts: tuple[DenseMlp, ...]
     multiply: Callable[[Tensor, Sequence[int]], Tensor]  # rows [p, width] sorted by expert, and how many each has
+    factors: Tensor | None = None  # [experts] in fp32: of each expert's weight
 
     @classmethod
     def read(cls, reader: Reader, layer: int) -> Moe:
@@ -53,10 +54,11 @@ class Moe:
         if mixture.shared:
             router.append(reader.exact(f"{at}.shared_expert_gate.weight", (1, c.width)))
             experts.append(DenseMlp.of(reader, f"{at}.shared_expert", mixture.shared))
+        offset = reader.exact(f"{at}.gate.bias", (mixture.experts,)) if mixture.logit_bias else None
         native = missing(c, reader.dtype, reader.device) is None
         return cls(
             mixture,
-            Linear(torch.cat(router), tile=_TILE),
+            Linear(torch.cat(router), offset, tile=_TILE),
             bias=reader.exact(f"{at}.expert_bias", (mixture.experts,)) if mixture.biased else None,
             experts=tuple(experts),
             multiply=KernelExperts(experts, c) if native else _by_torch(experts),
@@ -69,17 +71,22 @@ class Moe:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        return self.router, self.bias, *(each for expert in self.experts for each in expert.weights)
+        return self.router, self.bias, self.factors, *(each for expert in self.experts for each in expert.weights)
 
     def touched(self, rows: int) -> float:
         """Bytes of weights that a pass of so many rows is expected to read."""
         routed, mixture = self.experts[: self.mixture.experts], self.mixture
         shared = sum(expert.touched(rows) for expert in self.experts[mixture.experts :])
         share = mixture.union(rows) / mixture.experts
-        return self.router.weight.nbytes + shared + share * sum(expert.touched(rows) for expert in routed)
+        return (
+            sum(each.nbytes for each in self.router.tensors)
+            + shared
+            + share * sum(expert.touched(rows) for expert in routed)
+        )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        chosen, weights = self.route(x)
+    def __call__(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        """by: what the router takes in place of the rows."""
+        chosen, weights = self.route(x if by is None else by)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         made = x.new_empty(len(order), x.shape[1])
@@ -102,7 +109,7 @@ class Moe:
         weights = scores.gather(-1, chosen)
         if m.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + (1e-6 if m.score == "sigmoid" else 0.0))
-        weights = weights * m.scale
+        weights = weights * (m.scale if self.factors is None else self.factors[chosen])
         if not m.shared:
             return chosen, weights
         last = torch.full_like(chosen[:, :1], m.experts)

@@ -17,6 +17,8 @@ from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.layers.norm import Norm
 from longspec.model.linear import Linear
+from longspec.model.native import missing
+from longspec.model.native_linear import KernelLinear
 from longspec.model.weights.quantized import CodedLinear
 from longspec.model.weights.read import Weights
 
@@ -45,6 +47,10 @@ _NAMES["ouro"] = {
     "post_attention_layernorm": "input_layernorm_2",
     "pre_feedforward_layernorm": "post_attention_layernorm",
     "post_feedforward_layernorm": "post_attention_layernorm_2",
+}
+_NAMES["gpt_oss"] = {"mlp.gate": "mlp.router"}
+_NAMES["gemma4_text"] = {"mlp.gate": "router.proj"} | {
+    f"mlp.experts.*.{matrix}_proj": f"experts.*.{matrix}_proj" for matrix in ("gate_up", "gate", "up", "down")
 }
 _NAMES["lfm2_moe"] = _NAMES["lfm2"] | {
     "mlp": "feed_forward",
@@ -96,7 +102,11 @@ class Reader:
 
     def embedding(self) -> Tensor | CodedLinear:
         """The table [V, width]: in the file's codes where it has some and the matrices are coded, else dense."""
-        name, shape = f"{self._prefix}embed_tokens.weight", (self.config.vocabulary, self.config.width)
+        return self.table("embed_tokens", (self.config.vocabulary, self.config.width))
+
+    def table(self, module: str, shape: tuple[int, int]) -> Tensor | CodedLinear:
+        """A table that rows are looked up in, as the embedding is held."""
+        name = f"{self._prefix}{module}.weight"
         if self._coded is not None and self._weights.blocks(name) is not None:
             made: CodedLinear = self._matrix([name], shape)
             return made
@@ -133,6 +143,11 @@ class Reader:
         biases = [self._stored(f"{name}.bias") for name in names]
         bias = self._take(biases, (rows,)) if biases[0] in self._weights else None
         return self._matrix([self._stored(f"{name}.weight") for name in names], (rows, columns), bias)
+
+    def product(self, name: str, rows: int, columns: int) -> Any:
+        """A matrix [rows, columns] that is multiplied by itself, not as a part of a layer's C call."""
+        made = self.linear([name], rows, columns)
+        return KernelLinear(made) if missing(self.config, self.dtype, self.device) is None else made
 
     def exact(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small tensor's values in fp32, as the file has them: what a state decays by mustn't be rounded."""

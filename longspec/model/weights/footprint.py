@@ -64,9 +64,10 @@ def parameters(config: Config, *, tied: bool) -> int:
     """The number of parameters of such a decoder, without biases and norms within a layer, which are at most a
     thousandth.
     """
-    heads = (config.heads + 2 * config.key_heads) * config.head_dim
-    channels = sum(3 * config.channels(i, active=False) for i in range(config.group))
-    layers = config.width * (config.group * (heads + config.heads * config.head_dim) + channels)
+    each = [config.head_channels(i) + 3 * config.channels(i, active=False) for i in range(config.group)]
+    own = 0 if config.per_layer is None else config.per_layer.inputs * config.layers  # of per-layer embeddings
+    table = 0 if config.per_layer is None else config.per_layer.table
+    layers = config.width * (sum(each) + 3 * own) + table * own
     return layers + config.vocabulary * config.width * (1 if tied else 2)
 
 
@@ -108,6 +109,11 @@ class _Valueless(Weights):
             largest = max(prod(shape) for shape in shapes) * (_DEQUANTIZED if self._gguf else self.dtype.itemsize)
             self.peak = max(self.peak, sum(self.mapped.values()) + self.copied + largest)
         return made
+
+    def exact(self, name: str) -> Tensor:
+        tensor = super().exact(name)
+        self.copied += tensor.nbytes  # or a page of the file: these are small
+        return tensor
 
     def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
         pieces = []

@@ -21,6 +21,7 @@ from longspec.model.weights.packed import Packed, packed
 from longspec.model.weights.quantized import FP8, Blocks, CodedLinear, Piece, Room
 from longspec.model.weights.safetensors import Shard
 from longspec.model.weights.scheme import Scheme
+from longspec.model.weights.stacked import Experts, by_expert
 
 if TYPE_CHECKING:
     from longspec.model.gguf.file import GgufFile
@@ -69,8 +70,12 @@ class Weights(Mapping[str, Tensor]):
         """
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if single.is_file() or index.is_file():
-            sources = _by_expert(_single(single) if single.is_file() else _shards(folder, index))
-            made: Mapping[str, Shard | Packed] = sources if scheme is None else packed(sources, scheme, dtype)
+            sources = by_expert(_single(single) if single.is_file() else _shards(folder, index))
+            files = {name: source for name, source in sources.items() if isinstance(source, Shard)}
+            made: dict[str, Shard | Packed | Experts] = {**sources}
+            if scheme is not None and scheme.layout != "mxfp4":
+                others = {name: sources[name] for name in sources.keys() - files.keys()}
+                made = {**others, **packed(files, scheme, dtype)}
             _check_floats({name: source for name, source in made.items() if isinstance(source, Shard)})
             return cls(made, dtype)
         raise ModelError(f"{folder} holds no model.safetensors: longspec reads weights from safetensors and GGUF only.")
@@ -233,22 +238,6 @@ class _Held:
 def _single(path: Path) -> dict[str, Shard]:
     shard = Shard(path)
     return dict.fromkeys(shard.names, shard)
-
-
-def _by_expert(sources: Mapping[str, Shard]) -> dict[str, Shard]:
-    """The tensors with those that stack all experts' matrices taken apart: `experts.down_proj` [experts, out, in] is
-    `experts.0.down_proj.weight` and so on, as other checkpoints have them.
-    """
-    made: dict[str, Shard] = {}
-    for name, shard in sources.items():
-        stem, _, matrix = name.rpartition(".experts.")
-        if matrix not in ("gate_up_proj", "down_proj") or len(shape := shard.shape(name)) != 3:
-            made[name] = shard
-            continue
-        parts = [f"{stem}.experts.{i}.{matrix}.weight" for i in range(shape[0])]
-        shard.split(name, parts)
-        made |= dict.fromkeys(parts, shard)
-    return made
 
 
 def _check_floats(sources: Mapping[str, Shard]) -> None:

@@ -25,7 +25,7 @@ _SAID = ("format", "fmt", "checkpoint_format", "version", "bits", "num_bits", "g
 class Scheme:
     """How matrices stand in the file: FP8 values, or codes of 4 bits, each with scales beside it."""
 
-    layout: Literal["fp8", "gptq", "awq", "packed"]
+    layout: Literal["fp8", "gptq", "awq", "packed", "mxfp4"]
     group: int | None = None  # columns that share a scale; None: all
     zero_offset: int = 0  # what is added to a stored zero point
     symmetric: bool = False  # all zero points are 8, and none are stored
@@ -39,6 +39,8 @@ class Scheme:
     def __str__(self) -> str:
         if self.layout == "fp8":
             return "fp8 (e4m3), 8 bits a weight"
+        if self.layout == "mxfp4":
+            return "mxfp4 experts, 4.3 bits a weight"
         name = "compressed-tensors" if self.layout == "packed" else self.layout
         if self.group is None:
             return f"{name} by rows, 4 bits a weight"
@@ -71,8 +73,8 @@ def _read(said: Any) -> Scheme:
         what = str(said.get("quant_method", "an unnamed method")) + (f" ({details})" if details else "")
     raise ModelError(
         f"The checkpoint's weights are quantized as {what}, which isn't supported; longspec reads fp32, fp16 and bf16 "
-        "weights, FP8 (e4m3), and GPTQ, AWQ and compressed-tensors in 4 bits without reordered columns from "
-        "safetensors, and GGUF files: take one of these of the same model."
+        "weights, FP8 (e4m3), gpt-oss's MXFP4, and GPTQ, AWQ and compressed-tensors in 4 bits without reordered columns"
+        " from safetensors, and GGUF files: take one of these of the same model."
     )
 
 
@@ -145,4 +147,5 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], Scheme | None]] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "mxfp4": lambda said: Scheme("mxfp4", 32),  # gpt-oss's experts (`longspec.model.weights.stacked`)
 }
