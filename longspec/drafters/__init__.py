@@ -31,10 +31,10 @@ from longspec.drafters.token_recycling import Recycle
 from longspec.heads import KINDS
 from longspec.heads import head as heads
 from longspec.heads.all_depths import AllDepths
+from longspec.heads.assistant import MODEL_TYPES
 from longspec.heads.format import Trained
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
-from longspec.heads.assistant import MODEL_TYPES
 from longspec.types import Drafter
 
 __all__ = ["DRAFTERS", "DRAFT_TOKENS", "HEADS", "WAYS", "drafter_of", "way_of"]
