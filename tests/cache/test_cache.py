@@ -30,6 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("model", "kind"), pairs, indirect=True)
     elif "kind" in metafunc.fixturenames:
         metafunc.parametrize("kind", CACHES, indirect=True)
+    elif "model" in metafunc.fixturenames:
+        metafunc.parametrize("model", ["llama"], indirect=True)
 
 
 @pytest.fixture(scope="module")
