@@ -4,6 +4,7 @@ A head knows the target's widths, but no session and no draft. `longspec.trainin
 said by the class that its own is made from (`longspec.drafters.WAYS`): `Recurrent` token by token, `AllDepths` at once.
 """
 
+from longspec.heads.cerberus import Cerberus
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
 from longspec.heads.head import Head
@@ -11,5 +12,10 @@ from longspec.heads.medusa import Heads as Medusa
 
 __all__ = ["KINDS"]
 
-KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2, "medusa": Medusa}
+KINDS: dict[str, type[Head]] = {
+    "clover": Clover,
+    "clover2": Clover2,
+    "medusa": Medusa,
+    "cerberus": Cerberus,
+}
 """Head modules by the names that the command takes."""

@@ -144,12 +144,13 @@ def test_it_bets_nothing_on_a_text_that_it_did_not_read(model: Model) -> None:
     assert len(drafter.propose([session], [5])[0]) == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_file_gives_the_head_back(model: Model, tmp_path: Path, int8: bool) -> None:
-    head = shaken("clover2", model, depth=3, window=77, tokens=some(model))
+def test_a_file_gives_the_head_back(model: Model, tmp_path: Path, kind: str, int8: bool) -> None:
+    head = shaken(kind, model, depth=3, window=77, tokens=some(model))
     save_head(tmp_path, head, model, int8=int8)
     back = load_head(tmp_path, model)
-    assert (back.kind, back.depth, back.window) == ("clover2", 3, 77)
+    assert (back.kind, back.depth, back.window) == (kind, 3, 77)
     assert back.tokens is not None
     assert torch.equal(back.tokens, some(model))
     for name, value in head.module.state_dict().items():
