@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longspec.model.config import Config, Rope
 from longspec.model.rope import Rotation, rotate
 
-__all__ = ["Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "positions_of"]
+__all__ = ["Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "turn_of"]
 
 
 class Norm(nn.Module):
@@ -88,8 +88,10 @@ class Layer(nn.Module):
         for last in (self.self_attn["o_proj"], self.mlp["down_proj"]):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, W], with causal attention. turn: the rotary cosines and sines."""
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """[B, T, W]. turn: the rotary cosines and sines. mask: [T, T] bool, what a row reads; None is causal attention
+        within the window.
+        """
         c = self.config
         normed = self.input_layernorm(x)
         queries, keys, values = (
@@ -97,7 +99,7 @@ class Layer(nn.Module):
         )
         queries, keys = rotate(queries, *turn), rotate(keys, *turn)
         queries, keys, values = (made.transpose(1, 2) for made in (queries, keys, values))
-        mask = _mask(x.shape[1], c.windows[0], x.device)
+        mask = _mask(x.shape[1], c.windows[0], x.device) if mask is None else mask
         read = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
@@ -137,11 +139,11 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
     )
 
 
-def positions_of(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rotary cosines and sines of positions 0 to `length` - 1, for layers of this config."""
-    positions, rope = torch.arange(length, device=device), config.ropes[0]
+def turn_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rotary cosines and sines of these positions, for layers of this config."""
+    rope = config.ropes[0]
     assert rope is not None
-    return Rotation(rope, device)(positions, positions < 0, dtype)
+    return Rotation(rope, positions.device)(positions, positions < 0, dtype)
 
 
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -18,9 +18,13 @@ from support.real import exact
 from longspec.cache import CACHES
 from longspec.drafters import drafter_of
 from longspec.drafters.clover import Head
+from longspec.drafters.one_pass import Layered
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
+from longspec.heads.head import Batch
+from longspec.heads.one_pass import OnePass
+from longspec.heads.parallelspec import reading
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
 
@@ -86,6 +90,54 @@ def test_drafting_equals_the_unrolled_training(
         unrolled = head.module.unroll(padded[None, : tokens.shape[1]], tokens)
     want = torch.stack([out[0, len(session.tokens) - 2] for out in unrolled])
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, module in KINDS.items() if issubclass(module, OnePass)])
+@pytest.mark.parametrize("window", [512, 40])
+def test_drafting_in_one_pass_equals_the_training_s(
+    model: Model, kind: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a text of several steps: the logits of every depth, from the head's cache and from a whole text."""
+    monkeypatch.setattr("longspec.heads.parallelspec.KEPT", 1.0)
+    head = shaken(kind, model, depth=4, window=window, tokens=some(model))
+    drafter, features = Layered(model, head), []
+    made = engine(model, drafter, draft_tokens=6)
+    session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
+    read = drafter.read
+    drafter.read = lambda s, rows: (features.append(torch.stack(list(rows))), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    for _ in made.prefill(session):
+        pass
+    for _ in range(4):
+        made.step([session])
+    with torch.inference_mode():
+        assert drafter.rooms([session], [6]) == [6]
+        got = drafter.run([session])[0]
+    newest = len(session.tokens) - 2
+    states = torch.nn.functional.pad(torch.cat(features, 1), (0, 0, 0, 6))[:, None]  # [layers, 1, n, W]
+    embedded = torch.nn.functional.pad(model.decoder.embed(torch.tensor([session.tokens])), (0, 0, 0, 5))
+    assert states.shape[2] == embedded.shape[1] > window * (window < 512)
+    with torch.no_grad():
+        outs = list(head.module.outputs(Batch(dict(zip(head.reads(model), states, strict=True)), embedded)))
+    assert [out.behind for out in outs] == [1, 2, 3, 4]
+    for depth, out in enumerate(outs):
+        places = torch.arange(out.hidden.shape[1]) if out.places is None else out.places
+        (own,) = (places == newest).nonzero()[:, 0]
+        want = head.module.norm(out.hidden[0, own]) @ head.rows(model).T
+        torch.testing.assert_close(got[depth], want, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_read_the_text_before_them_and_their_own_group() -> None:
+    """Against the rule said row by row."""
+    anchors, depths = torch.tensor([0, 1, 2, 3, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    got = reading(anchors, depths, 3)
+    rows = list(zip(anchors.tolist(), depths.tolist(), strict=True))
+    for i, (anchor, depth) in enumerate(rows):
+        want = [
+            (before <= anchor if deep == 0 else before == anchor and deep <= depth)
+            and anchor + depth - before - deep < 3
+            for before, deep in rows
+        ]
+        assert got[i].tolist() == want
 
 
 @pytest.mark.parametrize("drafter", ["", "recycle+", "recycle+ngram+"])
