@@ -11,6 +11,7 @@ from longspec.heads.clover2 import Clover2
 from longspec.heads.head import Head
 from longspec.heads.medusa import Heads as Medusa
 from longspec.heads.parallelspec import ParallelSpec
+from longspec.heads.specformer import SpecFormer
 
 __all__ = ["KINDS"]
 
@@ -20,5 +21,6 @@ KINDS: dict[str, type[Head]] = {
     "medusa": Medusa,
     "cerberus": Cerberus,
     "parallelspec": ParallelSpec,
+    "specformer": SpecFormer,
 }
 """Head modules by the names that the command takes."""

@@ -93,7 +93,7 @@ _HEADS = (
     _OWN("ReDrafter", "2403.09919", "", "`clover` is recurrent too; its layout isn't read"),
     _OWN("Cerberus heads", "2410.13344", "--drafter cerberus", "two blocks; each depth reads the one before it"),
     _OWN("ParallelSpec", "2410.05589", "--drafter parallelspec", "one layer; deep anchors dropped as P-EAGLE does it"),
-    _OWN("SpecFormer", "2511.20340", "", "no head drafts several depths in one pass", planned=True),
+    _OWN("SpecFormer", "2511.20340", "--drafter specformer", "a chain of one pass; its block reads both ways"),
     _OWN("PaSS", "2311.13581", "", "rows without a token can't enter a pass"),
     _OWN("BiTA", "2401.12522", "", "rows without a token can't enter a pass"),
     _OWN("multi-token prediction", "2404.19737", "--drafter mtp", "the checkpoint's own head, where it has one"),

@@ -126,6 +126,25 @@ def test_drafting_in_one_pass_equals_the_training_s(
         torch.testing.assert_close(got[depth], want, atol=1e-4, rtol=1e-4)
 
 
+def test_specformer_drafts_a_chain_for_each_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest token of every depth, of two texts in one pass as of each alone."""
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
+    head = shaken("specformer", model, depth=4, tokens=some(model))
+    drafter = Layered(model, head)
+    made = engine(model, drafter)
+    sessions = [made.open(prompt, raw=True, max_new_tokens=9) for prompt in prompts(2)]
+    for session in sessions:
+        for _ in made.prefill(session):
+            pass
+    made.step(sessions)
+    drafts = drafter.propose(sessions, [7, 7])
+    for session, draft in zip(sessions, drafts, strict=True):
+        assert draft.parents.tolist() == [-1, 0, 1, 2]
+        with torch.inference_mode():
+            best = drafter.run([session])[0].argmax(-1)
+        assert draft.tokens.tolist() == some(model)[best].tolist()
+
+
 def test_masks_read_the_text_before_them_and_their_own_group() -> None:
     """Against the rule said row by row."""
     anchors, depths = torch.tensor([0, 1, 2, 3, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
@@ -155,14 +174,15 @@ def test_a_head_drafts_for_a_schedule_and_for_another_drafter(model: Model, tmp_
     assert sum(answer.speculation["drafted"] for answer in answers.values()) > 50  # type: ignore[union-attr]
 
 
-def test_a_head_drafts_for_the_int8_form_of_its_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["clover2", "cerberus", "parallelspec", "specformer"])
+def test_a_head_drafts_for_the_int8_form_of_its_target(tmp_path: Path, kind: str) -> None:
     folder = write(oracle("llama", **SIZES), tmp_path / "model")
     plain, codes = (
         Model("tiny", dtype, made, vocabulary(made.config.vocabulary), (), {}, {})
         for dtype, made in (("bf16", load(folder, torch.bfloat16)), ("int8", coded(folder)))
     )
     assert plain.lineage == codes.lineage
-    save_head(tmp_path / "head", shaken("clover2", plain, tokens=some(plain)), plain)
+    save_head(tmp_path / "head", shaken(kind, plain, tokens=some(plain)), plain)
     torch.testing.assert_close(codes.decoder.head, plain.decoder.head, atol=0.02, rtol=0.05)
     texts = []
     for drafter in ("none", str(tmp_path / "head")):

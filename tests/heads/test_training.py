@@ -266,7 +266,7 @@ def course(folder: Path, out: Path) -> Course:
     return start(of_folder(folder, (2, 5)), RECIPE, out, PROMPTS, SAMPLED)
 
 
-@pytest.mark.parametrize("kind", ["clover2", "cerberus", "parallelspec"])
+@pytest.mark.parametrize("kind", ["clover2", "cerberus", "parallelspec", "specformer"])
 def test_a_trained_head_beats_an_untrained_one(tmp_path: Path, kind: str) -> None:
     """200 steps on a target of few layers, whose texts are easier to foresee than chance."""
     model = tiny(tmp_path / "target", end_tokens=(), num_hidden_layers=1)
