@@ -24,6 +24,7 @@ from longspec.drafters.medusa import Medusa
 from longspec.drafters.mtp import Multitoken
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
+from longspec.drafters.one_pass import Layered
 from longspec.drafters.pipeline import Pipeline
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix
@@ -33,6 +34,7 @@ from longspec.heads import head as heads
 from longspec.heads.all_depths import AllDepths
 from longspec.heads.assistant import MODEL_TYPES
 from longspec.heads.format import Trained
+from longspec.heads.one_pass import OnePass
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
 from longspec.types import Drafter
@@ -72,7 +74,7 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 
-WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce}
+WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce, OnePass: Layered}
 """Drafter class by the class that a head's module is made from."""
 
 

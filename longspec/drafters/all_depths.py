@@ -17,7 +17,6 @@ from torch import Tensor
 
 from longspec.cache.tree import Tree
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.all_depths import AllDepths
 from longspec.heads.format import Trained, load_head, room
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
@@ -44,13 +43,16 @@ class _Growth:
 class AtOnce(Drafter):
     """Drafts with such a head; an empty draft where the newest position's hidden states aren't known."""
 
+    breadth: int | None = None
+    """Candidates of a node; None is the tree's own choice."""
+
     def __init__(self, model: Model, head: Trained) -> None:
         self.head, self.decoder = head, model.decoder
-        assert isinstance(head.module, AllDepths)
-        self._module: AllDepths = head.module.to(model.decoder.dtype)
+        self._module: Any = head.module.to(model.decoder.dtype)  # AllDepths, or what a subclass drafts with
         self._rows = head.rows(model)
         self._places = None if head.tokens is None else head.tokens.to(model.decoder.device)
         self.needs = Needs(layers=head.reads(model))
+        self._logits: dict[Writing, Tensor] = {}  # [depth, D], of the sessions that are being drafted for
         # By session: committed length, and the states [reads * W] of the last committed position.
         self._newest: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()
 
@@ -77,22 +79,26 @@ class AtOnce(Drafter):
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        known = [self._newest.get(session, (-1, None))[0] == len(session.tokens) - 1 for session in sessions]
         guesses = ahead or [()] * len(sessions)
-        fits = [knows and len(guess) < self.head.depth for knows, guess in zip(known, guesses, strict=True)]
-        rooms = [limit if fit else 0 for limit, fit in zip(limits, fits, strict=True)]
-        self._run([session for session, room in zip(sessions, rooms, strict=True) if room])
-        depth = self.head.depth - max((len(guess) for guess in guesses), default=0)
-        return grow(self, sessions, rooms, ahead, depth=max(1, depth), vocabulary=self._places, of_head=True)
+        fits = [limit if len(guess) < self.head.depth else 0 for limit, guess in zip(limits, guesses, strict=True)]
+        rooms = self.rooms(sessions, fits)
+        drafting = [session for session, room in zip(sessions, rooms, strict=True) if room]
+        self._logits = dict(zip(drafting, self.run(drafting), strict=True)) if drafting else {}
+        depth = max(1, self.head.depth - max((len(guess) for guess in guesses), default=0))
+        places = self._places
+        return grow(self, sessions, rooms, ahead, depth=depth, vocabulary=places, of_head=True, breadth=self.breadth)
 
-    def _run(self, sessions: Sequence[Writing]) -> None:
-        """The head over these sessions' newest positions, in one call."""
-        self._logits: dict[Writing, Tensor] = {}
-        if sessions:
-            features = torch.stack([self._newest[session][1] for session in sessions])
-            last = torch.tensor([session.tokens[-1] for session in sessions], device=features.device)
-            made = self._module.norm(self._module.all_depths(features, self.decoder.embed(last)))
-            self._logits = dict(zip(sessions, made @ self._rows.T, strict=True))
+    def rooms(self, sessions: Sequence[Writing], limits: Sequence[int]) -> list[int]:
+        """The sessions' limits, 0 where the newest position's hidden states aren't known."""
+        known = [self._newest.get(session, (-1, None))[0] == len(session.tokens) - 1 for session in sessions]
+        return [limit if knows else 0 for limit, knows in zip(limits, known, strict=True)]
+
+    def run(self, sessions: Sequence[Writing]) -> Tensor:
+        """Logits [B, depth, D] behind these sessions' newest positions, in one call."""
+        features = torch.stack([self._newest[session][1] for session in sessions])
+        last = torch.tensor([session.tokens[-1] for session in sessions], device=features.device)
+        made: Tensor = self._module.norm(self._module.all_depths(features, self.decoder.embed(last)))
+        return made @ self._rows.T
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         return _Growth(self._logits[session]), len(session.tokens) - 1, session.tokens[-1:]

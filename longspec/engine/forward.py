@@ -136,7 +136,8 @@ def _layers(
     positions of an input are never behind its later ones, so those that lack a layer are the last of their inputs.
     (Earlier layers of begun positions aren't computed again: drafters get their last state for them.)
     """
-    last_layer, hidden, features = decoder.config.layers, None, {}
+    last_layer, hidden = decoder.config.layers, None
+    features = {0: decoder.embed(rows.tokens)} if 0 in needed else {}
     if all(one.begun is None for one in inputs):
         for first, last in pairwise(sorted({0, *needed, last_layer})):
             hidden = decoder.forward(rows, hidden, first, last)

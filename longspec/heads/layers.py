@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from longspec.model.config import Config, Rope
 from longspec.model.rope import Rotation, rotate
 
-__all__ = ["Layer", "Norm", "TokenAttention", "block_of", "heads_of", "near_identity", "positions_of"]
+__all__ = [
+    "Layer",
+    "Norm",
+    "TokenAttention",
+    "attended",
+    "block_of",
+    "heads_of",
+    "near_identity",
+    "projections",
+    "turn_of",
+]
 
 
 class Norm(nn.Module):
@@ -67,17 +77,9 @@ class Layer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c, self.config = config, config
-        inner, outer = c.heads * c.head_dim, c.key_heads * c.head_dim
         self.input_layernorm = Norm(c.width, c.eps)
         self.post_attention_layernorm = Norm(c.width, c.eps)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(c.width, inner, bias=False),
-                "k_proj": nn.Linear(c.width, outer, bias=False),
-                "v_proj": nn.Linear(c.width, outer, bias=False),
-                "o_proj": nn.Linear(inner, c.width, bias=False),
-            }
-        )
+        self.self_attn = projections(c)
         self.mlp = nn.ModuleDict(
             {
                 "gate_proj": nn.Linear(c.width, c.mlp_width, bias=False),
@@ -85,27 +87,62 @@ class Layer(nn.Module):
                 "down_proj": nn.Linear(c.mlp_width, c.width, bias=False),
             }
         )
-        for last in (self.self_attn["o_proj"], self.mlp["down_proj"]):
-            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.mlp["down_proj"].weight)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, W], with causal attention. turn: the rotary cosines and sines."""
-        c = self.config
-        normed = self.input_layernorm(x)
-        queries, keys, values = (
-            self.self_attn[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
-        )
-        queries, keys = rotate(queries, *turn), rotate(keys, *turn)
-        queries, keys, values = (made.transpose(1, 2) for made in (queries, keys, values))
-        mask = _mask(x.shape[1], c.windows[0], x.device)
-        read = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        x = x + self.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """[B, T, W]. turn: the rotary cosines and sines. mask: [T, T] bool, what a row reads; None is causal attention
+        within the window.
+        """
+        return self.fed(self.mixed(x, turn, mask))
+
+    def mixed(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """The first half: X and attention."""
+        mask = _mask(x.shape[1], self.config.windows[0], x.device) if mask is None else mask
+        return x + attended(self.self_attn, self.input_layernorm(x), self.config, turn, mask, is_causal=mask is None)
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The second half: X and the MLP. x: [..., W]."""
         normed = self.post_attention_layernorm(x)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
         left: Tensor = x + self.mlp["down_proj"](gated)
         return left
+
+
+def projections(config: Config) -> nn.ModuleDict:
+    """The products of an attention, named as in a checkpoint; its output is 0 at first."""
+    inner, outer = config.heads * config.head_dim, config.key_heads * config.head_dim
+    made = nn.ModuleDict(
+        {
+            "q_proj": nn.Linear(config.width, inner, bias=False),
+            "k_proj": nn.Linear(config.width, outer, bias=False),
+            "v_proj": nn.Linear(config.width, outer, bias=False),
+            "o_proj": nn.Linear(inner, config.width, bias=False),
+        }
+    )
+    nn.init.zeros_(made["o_proj"].weight)  # type: ignore[arg-type]
+    return made
+
+
+def attended(
+    products: nn.ModuleDict,
+    normed: Tensor,
+    config: Config,
+    turn: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """Attention [B, T, W] over the rows of normed [B, T, W]: those that the mask lets a row read, the rows up to its
+    own, or all.
+    """
+    queries, keys, values = (
+        products[name](normed).unflatten(-1, (-1, config.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    queries, keys = rotate(queries, *turn), rotate(keys, *turn)
+    queries, keys, values = (made.transpose(1, 2) for made in (queries, keys, values))
+    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+    left: Tensor = products["o_proj"](read.transpose(1, 2).flatten(2))
+    return left
 
 
 def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Config:
@@ -139,11 +176,11 @@ def block_of(target: Config, layers: int, window: int, vocabulary: int) -> Confi
     )
 
 
-def positions_of(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rotary cosines and sines of positions 0 to `length` - 1, for layers of this config."""
-    positions, rope = torch.arange(length, device=device), config.ropes[0]
+def turn_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rotary cosines and sines of these positions, for layers of this config."""
+    rope = config.ropes[0]
     assert rope is not None
-    return Rotation(rope, device)(positions, positions < 0, dtype)
+    return Rotation(rope, positions.device)(positions, positions < 0, dtype)
 
 
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

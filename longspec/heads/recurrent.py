@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longspec.heads.head import DECAY, Batch, Head, Out, unit
-from longspec.heads.layers import Norm, positions_of
+from longspec.heads.layers import Norm, turn_of
 from longspec.model.config import Config
 
 __all__ = ["Recurrent"]
@@ -63,7 +63,7 @@ class Recurrent(Head):
     def run(self, features: Tensor, tokens: Tensor) -> Tensor:
         """The layers' output [B, T, W], normed: the hidden states that the cell begins with."""
         hidden = self.enter(features, tokens)
-        turn = positions_of(self.config, features.shape[1], features.device, features.dtype)
+        turn = turn_of(self.config, torch.arange(features.shape[1], device=features.device), features.dtype)
         for layer in self.layers:
             hidden = layer(hidden, turn)
         return cast(Tensor, self.between(hidden))

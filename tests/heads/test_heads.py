@@ -18,9 +18,13 @@ from support.real import exact
 from longspec.cache import CACHES
 from longspec.drafters import drafter_of
 from longspec.drafters.clover import Head
+from longspec.drafters.one_pass import Layered
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
+from longspec.heads.head import Batch
+from longspec.heads.one_pass import OnePass
+from longspec.heads.parallelspec import reading
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
 
@@ -88,6 +92,73 @@ def test_drafting_equals_the_unrolled_training(
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, module in KINDS.items() if issubclass(module, OnePass)])
+@pytest.mark.parametrize("window", [512, 40])
+def test_drafting_in_one_pass_equals_the_training_s(
+    model: Model, kind: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a text of several steps: the logits of every depth, from the head's cache and from a whole text."""
+    monkeypatch.setattr("longspec.heads.parallelspec.KEPT", 1.0)
+    head = shaken(kind, model, depth=4, window=window, tokens=some(model))
+    drafter, features = Layered(model, head), []
+    made = engine(model, drafter, draft_tokens=6)
+    session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
+    read = drafter.read
+    drafter.read = lambda s, rows: (features.append(torch.stack(list(rows))), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    for _ in made.prefill(session):
+        pass
+    for _ in range(4):
+        made.step([session])
+    with torch.inference_mode():
+        assert drafter.rooms([session], [6]) == [6]
+        got = drafter.run([session])[0]
+    newest = len(session.tokens) - 2
+    states = torch.nn.functional.pad(torch.cat(features, 1), (0, 0, 0, 6))[:, None]  # [layers, 1, n, W]
+    embedded = torch.nn.functional.pad(model.decoder.embed(torch.tensor([session.tokens])), (0, 0, 0, 5))
+    assert states.shape[2] == embedded.shape[1] > window * (window < 512)
+    with torch.no_grad():
+        outs = list(head.module.outputs(Batch(dict(zip(head.reads(model), states, strict=True)), embedded)))
+    assert [out.behind for out in outs] == [1, 2, 3, 4]
+    for depth, out in enumerate(outs):
+        places = torch.arange(out.hidden.shape[1]) if out.places is None else out.places
+        (own,) = (places == newest).nonzero()[:, 0]
+        want = head.module.norm(out.hidden[0, own]) @ head.rows(model).T
+        torch.testing.assert_close(got[depth], want, atol=1e-4, rtol=1e-4)
+
+
+def test_specformer_drafts_a_chain_for_each_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest token of every depth, of two texts in one pass as of each alone."""
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
+    head = shaken("specformer", model, depth=4, tokens=some(model))
+    drafter = Layered(model, head)
+    made = engine(model, drafter)
+    sessions = [made.open(prompt, raw=True, max_new_tokens=9) for prompt in prompts(2)]
+    for session in sessions:
+        for _ in made.prefill(session):
+            pass
+    made.step(sessions)
+    drafts = drafter.propose(sessions, [7, 7])
+    for session, draft in zip(sessions, drafts, strict=True):
+        assert draft.parents.tolist() == [-1, 0, 1, 2]
+        with torch.inference_mode():
+            best = drafter.run([session])[0].argmax(-1)
+        assert draft.tokens.tolist() == some(model)[best].tolist()
+
+
+def test_masks_read_the_text_before_them_and_their_own_group() -> None:
+    """Against the rule said row by row."""
+    anchors, depths = torch.tensor([0, 1, 2, 3, 1, 3, 3]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    got = reading(anchors, depths, 3)
+    rows = list(zip(anchors.tolist(), depths.tolist(), strict=True))
+    for i, (anchor, depth) in enumerate(rows):
+        want = [
+            (before <= anchor if deep == 0 else before == anchor and deep <= depth)
+            and anchor + depth - before - deep < 3
+            for before, deep in rows
+        ]
+        assert got[i].tolist() == want
+
+
 @pytest.mark.parametrize("drafter", ["", "recycle+", "recycle+ngram+"])
 def test_a_head_drafts_for_a_schedule_and_for_another_drafter(model: Model, tmp_path: Path, drafter: str) -> None:
     """Prompts are read in the passes of texts that are being written, and share their rows; a grammar holds one."""
@@ -103,14 +174,15 @@ def test_a_head_drafts_for_a_schedule_and_for_another_drafter(model: Model, tmp_
     assert sum(answer.speculation["drafted"] for answer in answers.values()) > 50  # type: ignore[union-attr]
 
 
-def test_a_head_drafts_for_the_int8_form_of_its_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["clover2", "cerberus", "parallelspec", "specformer"])
+def test_a_head_drafts_for_the_int8_form_of_its_target(tmp_path: Path, kind: str) -> None:
     folder = write(oracle("llama", **SIZES), tmp_path / "model")
     plain, codes = (
         Model("tiny", dtype, made, vocabulary(made.config.vocabulary), (), {}, {})
         for dtype, made in (("bf16", load(folder, torch.bfloat16)), ("int8", coded(folder)))
     )
     assert plain.lineage == codes.lineage
-    save_head(tmp_path / "head", shaken("clover2", plain, tokens=some(plain)), plain)
+    save_head(tmp_path / "head", shaken(kind, plain, tokens=some(plain)), plain)
     torch.testing.assert_close(codes.decoder.head, plain.decoder.head, atol=0.02, rtol=0.05)
     texts = []
     for drafter in ("none", str(tmp_path / "head")):
@@ -144,12 +216,13 @@ def test_it_bets_nothing_on_a_text_that_it_did_not_read(model: Model) -> None:
     assert len(drafter.propose([session], [5])[0]) == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_file_gives_the_head_back(model: Model, tmp_path: Path, int8: bool) -> None:
-    head = shaken("clover2", model, depth=3, window=77, tokens=some(model))
+def test_a_file_gives_the_head_back(model: Model, tmp_path: Path, kind: str, int8: bool) -> None:
+    head = shaken(kind, model, depth=3, window=77, tokens=some(model))
     save_head(tmp_path, head, model, int8=int8)
     back = load_head(tmp_path, model)
-    assert (back.kind, back.depth, back.window) == ("clover2", 3, 77)
+    assert (back.kind, back.depth, back.window) == (kind, 3, 77)
     assert back.tokens is not None
     assert torch.equal(back.tokens, some(model))
     for name, value in head.module.state_dict().items():

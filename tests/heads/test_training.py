@@ -185,6 +185,23 @@ def test_a_kill_changes_no_bit(model: Model, folder: Path, tmp_path: Path) -> No
         start(model, RECIPE, tmp_path / "whole", PROMPTS, {**SAMPLED, "seed": 4}).run(silent)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_on_where_it_was(model: Model, tmp_path: Path, kind: str) -> None:
+    """What a head draws at random too is of the step, not of the process."""
+    recipe = replace(RECIPE, kind=kind)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("training", 6):
+            raise KeyboardInterrupt
+
+    start(model, recipe, tmp_path / "whole", PROMPTS, SAMPLED).run(silent)
+    with pytest.raises(KeyboardInterrupt):
+        start(model, recipe, tmp_path / "cut", PROMPTS, SAMPLED).run(stop)
+    start(model, recipe, tmp_path / "cut", PROMPTS, SAMPLED).run(silent)
+    work = [(tmp_path / name / "work" / "checkpoint.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert work[0] == work[1]
+
+
 def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
     """With its draft vocabulary; another head to begin with is another training."""
     recipe = replace(RECIPE, steps=1, rate=0.0)
@@ -249,10 +266,11 @@ def course(folder: Path, out: Path) -> Course:
     return start(of_folder(folder, (2, 5)), RECIPE, out, PROMPTS, SAMPLED)
 
 
-def test_a_trained_head_beats_an_untrained_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["clover2", "cerberus", "parallelspec", "specformer"])
+def test_a_trained_head_beats_an_untrained_one(tmp_path: Path, kind: str) -> None:
     """200 steps on a target of few layers, whose texts are easier to foresee than chance."""
     model = tiny(tmp_path / "target", end_tokens=(), num_hidden_layers=1)
-    recipe = Recipe(kind="clover2", steps=200, tokens=6000, depth=3, window=96, texts=2, validations=2, rate=3e-3)
+    recipe = Recipe(kind=kind, steps=200, tokens=6000, depth=3, window=96, texts=2, validations=2, rate=3e-3)
     said = start(model, recipe, tmp_path / "out", PROMPTS, {**SAMPLED, "temperature": 0.3}).run(silent)
     assert said is not None
     assert said["begun_tokens_per_step"] > said["untrained_tokens_per_step"] + 0.1  # least squares

@@ -29,7 +29,7 @@ class _Notes:
     cache: Dense
     first: int = 0  # the position of the cache's first row; > 0 behind a snapshot, whose hidden states are unknown
     waiting: list[Tensor] = field(default_factory=list)  # [m, width] each: hidden states that the layers haven't run
-    last: Tensor | None = None  # the layers' output for the newest row
+    last: Tensor | None = None  # the layers' output for the newest row, and for masks
 
     @property
     def done(self) -> int:
@@ -46,11 +46,11 @@ class Follow:
     """KV caches of one head, by session.
 
     run: runs the head's layers over rows (tokens, each after its hidden state) and hidden states; gives [r, ...].
+    masks: rows without token and hidden state that stand behind a session's newest one in each pass, and are dropped.
     """
 
-    def __init__(self, shape: Shape, run: Callable[[Rows, Tensor], Tensor]) -> None:
-        self._shape = shape
-        self._run = run
+    def __init__(self, shape: Shape, run: Callable[[Rows, Tensor], Tensor], masks: int = 0) -> None:
+        self._shape, self._run, self._masks = shape, run, masks
         self._notes: WeakKeyDictionary[Writing, _Notes] = WeakKeyDictionary()
 
     def begin(self, session: Writing) -> None:
@@ -69,7 +69,9 @@ class Follow:
                 self.catch_up([session])
 
     def last(self, session: Writing) -> Tensor | None:
-        """The layers' output for the last committed position, len(tokens) - 2; None if not caught up with it."""
+        """The layers' output for the last committed position, len(tokens) - 2, with masks [1 + masks, ...] for these
+        too; None if not caught up with it.
+        """
         notes = self._notes.get(session)
         return notes.last if notes is not None and notes.done == len(session.tokens) - 1 else None
 
@@ -91,9 +93,10 @@ class Follow:
                 continue
             start, count = own.done, own.lacking
             stage = own.cache.open()
-            staged = stage.add(range(-1, count - 1))
+            staged = stage.add(range(-1, count + self._masks - 1))
             stages.append(stage)
-            chunks.append(Chunk(stage, staged, session.tokens[start + 1 : start + count + 1], start, False))
+            tokens = [*session.tokens[start + 1 : start + count + 1], *[0] * self._masks]
+            chunks.append(Chunk(stage, staged, tokens, start, False))
             features += own.waiting
             notes.append(own)
         if not chunks:
@@ -101,5 +104,6 @@ class Follow:
         rows = Rows.of(chunks, self._shape.device)
         made = self._run(rows, torch.cat(features))
         for own, stage, span in zip(notes, stages, rows.spans, strict=True):
-            own.cache.commit(stage, range(len(stage.depths)))
-            own.waiting, own.last = [], made[span.at.stop - 1]
+            own.cache.commit(stage, range(len(stage.depths) - self._masks))
+            newest = span.at.stop - 1 - self._masks
+            own.waiting, own.last = [], made[newest : span.at.stop] if self._masks else made[newest]

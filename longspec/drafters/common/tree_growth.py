@@ -164,15 +164,18 @@ def grow(
     depth: int | None = None,
     vocabulary: Tensor | None = None,
     of_head: bool = False,
+    breadth: int | None = None,
 ) -> list[Draft]:
     """A draft for each session. inner: a drafter whose drafts the reader verifies. of_head: the reader is a head.
+    breadth: candidates of an expanded node, if not the usual number; 1 makes chains.
 
     ahead: assumed tokens of each session, behind which its draft begins. depth: depth limit of the tree, if the reader
     has one. vocabulary: [D], the tokens of the reader's logits; default: all of the target's.
     """
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}
-    breadth, floor = (HEAD_BREADTH, HEAD_FLOOR) if of_head else (BREADTH, FLOOR)
+    usual, floor = (HEAD_BREADTH, HEAD_FLOOR) if of_head else (BREADTH, FLOOR)
+    breadth = breadth or usual
     for i, (session, limit) in enumerate(zip(sessions, limits, strict=True)):
         if limit > 0:
             guess = ahead[i] if ahead else ()
