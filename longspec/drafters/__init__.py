@@ -32,6 +32,7 @@ from longspec.heads import KINDS
 from longspec.heads import head as heads
 from longspec.heads.all_depths import AllDepths
 from longspec.heads.assistant import MODEL_TYPES
+from longspec.heads.exits import Exits
 from longspec.heads.format import Trained
 from longspec.heads.recurrent import Recurrent
 from longspec.model.load import Model
@@ -72,7 +73,7 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 
-WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce}
+WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce, Exits: Exit}
 """Drafter class by the class that a head's module is made from."""
 
 

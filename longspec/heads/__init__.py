@@ -1,15 +1,17 @@
 """Draft heads that are trained for a target: modules by their names, and their files.
 
 A head knows the target's widths, but no session and no draft. `longspec.training` trains any head; how one drafts is
-said by the class that its own is made from (`longspec.drafters.WAYS`): `Recurrent` token by token, `AllDepths` at once.
+said by the class that its own is made from (`longspec.drafters.WAYS`): `Recurrent` token by token, `AllDepths` at once,
+`Exits` within the target's own pass.
 """
 
 from longspec.heads.clover import Clover
 from longspec.heads.clover2 import Clover2
+from longspec.heads.exits import Exits
 from longspec.heads.head import Head
 from longspec.heads.medusa import Heads as Medusa
 
 __all__ = ["KINDS"]
 
-KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2, "medusa": Medusa}
+KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2, "exits": Exits, "medusa": Medusa}
 """Head modules by the names that the command takes."""
