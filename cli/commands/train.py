@@ -46,7 +46,7 @@ class Training:
     """The head, its data, and the length of training."""
 
     head: str = argument(
-        what="What to train: clover, clover2, exits or medusa; or features: what they are trained on.",
+        what="What to train: clover, clover2, exits, medusa or transfer; or features: what they are trained on.",
         metavar="HEAD",
     )
     prompts: Path | None = option(

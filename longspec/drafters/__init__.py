@@ -18,6 +18,7 @@ from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.eagle3 import Eagle
 from longspec.drafters.early_exit import Exit
+from longspec.drafters.hidden_transfer import HiddenTransfer
 from longspec.drafters.layer_skip import Skipping
 from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.medusa import Medusa
@@ -35,6 +36,7 @@ from longspec.heads.assistant import MODEL_TYPES
 from longspec.heads.exits import Exits
 from longspec.heads.format import Trained
 from longspec.heads.recurrent import Recurrent
+from longspec.heads.transfer import Transfer
 from longspec.model.load import Model
 from longspec.types import Drafter
 
@@ -73,7 +75,12 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 
-WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce, Exits: Exit}
+WAYS: dict[type[heads.Head], type[Drafter]] = {
+    Recurrent: Head,
+    AllDepths: AtOnce,
+    Exits: Exit,
+    Transfer: HiddenTransfer,
+}
 """Drafter class by the class that a head's module is made from."""
 
 

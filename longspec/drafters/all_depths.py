@@ -17,7 +17,6 @@ from torch import Tensor
 
 from longspec.cache.tree import Tree
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.all_depths import AllDepths
 from longspec.heads.format import Trained, load_head, room
 from longspec.model.decoder import Rows
 from longspec.model.load import Model
@@ -46,8 +45,7 @@ class AtOnce(Drafter):
 
     def __init__(self, model: Model, head: Trained) -> None:
         self.head, self.decoder = head, model.decoder
-        assert isinstance(head.module, AllDepths)
-        self._module: AllDepths = head.module.to(model.decoder.dtype)
+        self._module: Any = head.module.to(model.decoder.dtype)
         self._rows = head.rows(model)
         self._places = None if head.tokens is None else head.tokens.to(model.decoder.device)
         self.needs = Needs(layers=head.reads(model))
@@ -89,10 +87,15 @@ class AtOnce(Drafter):
         """The head over these sessions' newest positions, in one call."""
         self._logits: dict[Writing, Tensor] = {}
         if sessions:
-            features = torch.stack([self._newest[session][1] for session in sessions])
-            last = torch.tensor([session.tokens[-1] for session in sessions], device=features.device)
-            made = self._module.norm(self._module.all_depths(features, self.decoder.embed(last)))
+            made = self._module.norm(self._outputs(sessions))
             self._logits = dict(zip(sessions, made @ self._rows.T, strict=True))
+
+    def _outputs(self, sessions: Sequence[Writing]) -> Tensor:
+        """[s, depth, W], before the head's norm."""
+        features = torch.stack([self._newest[session][1] for session in sessions])
+        last = torch.tensor([session.tokens[-1] for session in sessions], device=features.device)
+        made: Tensor = self._module.all_depths(features, self.decoder.embed(last))
+        return made
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         return _Growth(self._logits[session]), len(session.tokens) - 1, session.tokens[-1:]

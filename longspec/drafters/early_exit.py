@@ -83,8 +83,8 @@ class Exit(Drafter):
 
     @classmethod
     def make(cls, model: Any, inner: Drafter | None = None, *, layers: str = "", folder: str | Path = "") -> Drafter:
-        """layers: after which of them it may exit, such as 10/15/20; if empty a third, a half and two thirds, of a looped
-        model the end of each loop, or a trained head's own. folder: of such a head.
+        """layers: after which of them it may exit, such as 10/15/20; empty: a third, a half and two thirds, the end of
+        each loop of a looped model, or a trained head's own. folder: of such a head.
         """
         count = model.decoder.config.layers
         exits = _exits(layers, count) if layers else None

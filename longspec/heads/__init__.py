@@ -2,7 +2,7 @@
 
 A head knows the target's widths, but no session and no draft. `longspec.training` trains any head; how one drafts is
 said by the class that its own is made from (`longspec.drafters.WAYS`): `Recurrent` token by token, `AllDepths` at once,
-`Exits` within the target's own pass.
+`Exits` within the target's own pass, `Transfer` through its last layers.
 """
 
 from longspec.heads.clover import Clover
@@ -10,8 +10,15 @@ from longspec.heads.clover2 import Clover2
 from longspec.heads.exits import Exits
 from longspec.heads.head import Head
 from longspec.heads.medusa import Heads as Medusa
+from longspec.heads.transfer import Transfer
 
 __all__ = ["KINDS"]
 
-KINDS: dict[str, type[Head]] = {"clover": Clover, "clover2": Clover2, "exits": Exits, "medusa": Medusa}
+KINDS: dict[str, type[Head]] = {
+    "clover": Clover,
+    "clover2": Clover2,
+    "exits": Exits,
+    "medusa": Medusa,
+    "transfer": Transfer,
+}
 """Head modules by the names that the command takes."""

@@ -7,12 +7,13 @@ Takes a target, a head in the target's dtype, and texts; gives shares by depth, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longspec.heads.format import Trained
-from longspec.heads.head import Batch, Judged
+from longspec.heads.head import Judged
 from longspec.heads.seen import batch_of, see
 from longspec.model.load import Model
 
@@ -54,7 +55,8 @@ def _outputs(
     for tokens, prompt in texts:
         batch, target = batch_of(model, [see(model, tokens, prompt, layers)], layers)
         states = {layer: state.to(rows.dtype) for layer, state in batch.states.items()}
-        for number, out in enumerate(head.module.outputs(Batch(states, batch.embedded.to(rows.dtype)))):
+        batch = replace(batch, states=states, embedded=batch.embedded.to(rows.dtype))
+        for number, out in enumerate(head.module.outputs(batch)):
             places = torch.arange(out.hidden.shape[1]) if out.places is None else out.places
             at = places.to(rows.device) + out.behind
             own = (at < target.tokens.shape[1]).nonzero()[:, 0]

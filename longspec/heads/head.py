@@ -36,6 +36,8 @@ class Batch:
     states: Mapping[int, Tensor]  # by number of target layers: hidden states [B, n, W] after so many
     embedded: Tensor  # [B, n, W], the target's embeddings of the tokens themselves
     step: int = 0  # of the training: the seed of what a head draws at random
+    beside: Callable[[Tensor, Mapping[int, Sequence[Tensor]]], Tensor] | None = None
+    """`longspec.model.beside.beside` of the target: rows without a token, through its frozen layers."""
 
     def read(self, layers: Sequence[int]) -> Tensor:
         """[B, n, layers * W]: these layers' hidden states, joined."""
@@ -55,9 +57,9 @@ class Out:
 class Fit(Protocol):
     """Ridge regression over a training's texts."""
 
-    def __call__(self, inputs: Callable[[Batch], Tensor], behind: int) -> Tensor:
-        """The matrix [W, I] that best makes the target's last states, `behind` positions on and of root mean square 1,
-        of `inputs` [B, R, I], whose row t is of position t.
+    def __call__(self, inputs: Callable[[Batch], Tensor], behind: int, layer: int | None = None) -> Tensor:
+        """The matrix [W, I] that best makes the target's last states, or those after `layer`, `behind` positions on and
+        of root mean square 1, of `inputs` [B, R, I], whose row t is of position t.
         """
         ...
 

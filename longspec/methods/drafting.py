@@ -44,7 +44,7 @@ _LAYERS = (
     _OWN("SPEED", "2310.12072", "--drafter pipeline", "for looped models; their own readouts, no trained classifier"),
     _OWN("LoopSpec", "2609.17184", "--drafter pipeline", "one or two guesses; by fixed noise, without resampling"),
     _OWN("Kangaroo", "2404.18911", "", "its adapter is trained for each target, for less than EAGLE-3 gains"),
-    _OWN("Hidden Transfer", "2404.12022", "", "rows without a token can't enter a pass", planned=True),
+    _OWN("Hidden Transfer", "2404.12022", "--drafter transfer", "its rows have a pass of their own"),
 )
 
 _VIEWS = (
