@@ -18,6 +18,7 @@ from longspec.errors import UsageError
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.layer import Layer
+from longspec.model.layers.norm import Norm
 
 __all__ = ["beside"]
 
@@ -74,13 +75,20 @@ def _heads(decoder: Decoder, i: int, x: Tensor, positions: Tensor) -> tuple[Tens
     """Queries, keys and values of x [B, ..., W], each [B, H, ..., D]: key heads are repeated."""
     c, layer = decoder.config, decoder.layers[i]
     flat = x.flatten(0, -2)
-    made = layer.mixer.inputs(layer.before_mixer(flat) if layer.before_mixer else flat)
+    made = layer.mixer.inputs(_normed(layer.before_mixer, flat))
     at = positions.expand(x.shape[:-1]).flatten()
     made, _ = layer.mixer.project(made, decoder.turn(layer.mixer.rope, at, made.dtype))
     heads = made.view(*x.shape[:-1], -1, c.head_dim).movedim(-2, 1)
     queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
     repeats = c.heads // c.key_heads
     return queries, keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    """In training x is fp32: torch has no fused norm of it by a weight in half precision."""
+    if norm is None:
+        return x
+    return norm(x if norm.weight.dtype == torch.float32 else x.to(norm.weight.dtype))
 
 
 def _scores(config: Config, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
@@ -95,5 +103,5 @@ def _rest(layer: Layer, x: Tensor, read: Tensor) -> Tensor:
     """The layer's output, of its input and of what attention read, both [..., W] or [..., H * D]."""
     flat, made = x.flatten(0, -2), layer.mixer.output(read.flatten(0, -2))
     flat = flat + (layer.after_mixer(made) if layer.after_mixer else made)
-    made = layer.mlp(layer.before_mlp(flat) if layer.before_mlp else flat)
+    made = layer.mlp(_normed(layer.before_mlp, flat))
     return (flat + (layer.after_mlp(made) if layer.after_mlp else made)).view(x.shape)
