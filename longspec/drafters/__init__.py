@@ -18,6 +18,7 @@ from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.eagle3 import Eagle
 from longspec.drafters.early_exit import Exit
+from longspec.drafters.hidden_transfer import HiddenTransfer
 from longspec.drafters.layer_skip import Skipping
 from longspec.drafters.lookahead import Lookahead
 from longspec.drafters.medusa import Medusa
@@ -33,9 +34,11 @@ from longspec.heads import KINDS
 from longspec.heads import head as heads
 from longspec.heads.all_depths import AllDepths
 from longspec.heads.assistant import MODEL_TYPES
+from longspec.heads.exits import Exits
 from longspec.heads.format import Trained
 from longspec.heads.one_pass import OnePass
 from longspec.heads.recurrent import Recurrent
+from longspec.heads.transfer import Transfer
 from longspec.model.load import Model
 from longspec.types import Drafter
 
@@ -74,7 +77,13 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 
-WAYS: dict[type[heads.Head], type[Drafter]] = {Recurrent: Head, AllDepths: AtOnce, OnePass: Layered}
+WAYS: dict[type[heads.Head], type[Drafter]] = {
+    Recurrent: Head,
+    AllDepths: AtOnce,
+    OnePass: Layered,
+    Exits: Exit,
+    Transfer: HiddenTransfer,
+}
 """Drafter class by the class that a head's module is made from."""
 
 

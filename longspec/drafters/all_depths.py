@@ -95,10 +95,15 @@ class AtOnce(Drafter):
 
     def run(self, sessions: Sequence[Writing]) -> Tensor:
         """Logits [B, depth, D] behind these sessions' newest positions, in one call."""
+        made: Tensor = self._module.norm(self._outputs(sessions))
+        return made @ self._rows.T
+
+    def _outputs(self, sessions: Sequence[Writing]) -> Tensor:
+        """[s, depth, W], before the head's norm."""
         features = torch.stack([self._newest[session][1] for session in sessions])
         last = torch.tensor([session.tokens[-1] for session in sessions], device=features.device)
-        made: Tensor = self._module.norm(self._module.all_depths(features, self.decoder.embed(last)))
-        return made @ self._rows.T
+        made: Tensor = self._module.all_depths(features, self.decoder.embed(last))
+        return made
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         return _Growth(self._logits[session]), len(session.tokens) - 1, session.tokens[-1:]

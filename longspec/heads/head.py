@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from longspec.heads.layers import Norm
 from longspec.model.config import Config
 
-__all__ = ["DECAY", "Batch", "Fit", "Head", "Out", "unit"]
+__all__ = ["DECAY", "Batch", "Fit", "Head", "Judged", "Out", "unit"]
+
+Judged = tuple[Tensor, Tensor]
+"""Of one output over n positions: the probability of its likeliest token [n], and if that is the target's [n] bool."""
 
 DECAY = 0.7
 """Weight of a depth's loss relative to the depth before: a deeper token counts only if all before it are kept."""
@@ -33,6 +36,8 @@ class Batch:
     states: Mapping[int, Tensor]  # by number of target layers: hidden states [B, n, W] after so many
     embedded: Tensor  # [B, n, W], the target's embeddings of the tokens themselves
     step: int = 0  # of the training: the seed of what a head draws at random
+    beside: Callable[[Tensor, Mapping[int, Sequence[Tensor]]], Tensor] | None = None
+    """`longspec.model.beside.beside` of the target: rows without a token, through its frozen layers."""
 
     def read(self, layers: Sequence[int]) -> Tensor:
         """[B, n, layers * W]: these layers' hidden states, joined."""
@@ -52,9 +57,9 @@ class Out:
 class Fit(Protocol):
     """Ridge regression over a training's texts."""
 
-    def __call__(self, inputs: Callable[[Batch], Tensor], behind: int) -> Tensor:
-        """The matrix [W, I] that best makes the target's last states, `behind` positions on and of root mean square 1,
-        of `inputs` [B, R, I], whose row t is of position t.
+    def __call__(self, inputs: Callable[[Batch], Tensor], behind: int, layer: int | None = None) -> Tensor:
+        """The matrix [W, I] that best makes the target's last states, or those after `layer`, `behind` positions on and
+        of root mean square 1, of `inputs` [B, R, I], whose row t is of position t.
         """
         ...
 
@@ -90,6 +95,11 @@ class Head(nn.Module):
     def start(self, fit: Fit) -> None:
         """Set the weights that least squares can find. A linear probe of the last state and the next token's embedding
         has 22.7 % of first tokens right, where 1,500 steps from random weights began at 2.5 %.
+        """
+
+    def calibrate(self, judged: Callable[[], Sequence[Judged]]) -> None:
+        """Set what isn't trained, but told by held-out texts. judged: how each of its `outputs` does on them, in their
+        order; it costs passes over the texts, so a head that needs nothing doesn't call it.
         """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from longspec.cache import CACHES
 from longspec.heads.head import Batch
+from longspec.model.beside import beside
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
 
@@ -103,4 +105,4 @@ def batch_of(model: Model, texts: Sequence[Seen], layers: Sequence[int], step: i
         padded([text.probs for text in texts], torch.float32),
         padded([text.rest for text in texts], torch.float32),
     )
-    return Batch(states, decoder.embed(tokens).float(), step), target
+    return Batch(states, decoder.embed(tokens).float(), step, partial(beside, decoder)), target

@@ -40,11 +40,11 @@ _LAYERS = (
     _OWN("SWIFT", "2410.06916", "--drafter skip", "the set is searched while a text is written"),
     _OWN("KnapSpec", "2602.20217", "--drafter skip", "priced by bytes, not solved as a knapsack by context"),
     _OWN("LayerSkip", "2404.16710", "--drafter exit", "for checkpoints that were trained for it"),
-    _OWN("AdaDecode", "2506.03700", "--drafter exit", "deferred layers; its exits' own heads are planned"),
+    _OWN("AdaDecode", "2506.03700", "--drafter exits", "deferred layers, its matrices from `longspec train exits`"),
     _OWN("SPEED", "2310.12072", "--drafter pipeline", "for looped models; their own readouts, no trained classifier"),
     _OWN("LoopSpec", "2609.17184", "--drafter pipeline", "one or two guesses; by fixed noise, without resampling"),
     _OWN("Kangaroo", "2404.18911", "", "its adapter is trained for each target, for less than EAGLE-3 gains"),
-    _OWN("Hidden Transfer", "2404.12022", "", "rows without a token can't enter a pass", planned=True),
+    _OWN("Hidden Transfer", "2404.12022", "--drafter transfer", "its rows have a pass of their own"),
 )
 
 _VIEWS = (

@@ -11,7 +11,7 @@ matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from longspec.attention import attend, attend_strictly
 from longspec.attention import native as cpu
 from longspec.attention.native_batch import Texts, reads
 from longspec.cache.stage import Shape
-from longspec.model.config import Config
+from longspec.model.config import Config, Rope
 from longspec.model.gpu import cuda_graphs as graphs
 from longspec.model.layer import Layer, looped, read_layer, shape_of
 from longspec.model.layers.dense_mlp import DenseMlp
@@ -197,6 +197,15 @@ class Decoder:
         """Rows of the embedding table, as the checkpoint has them: [..., width]."""
         table = self._embedding
         return F.embedding(tokens, table) if isinstance(table, Tensor) else table.rows(tokens, self.dtype)
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """For passes of another form than `forward`."""
+        return self._layers
+
+    def turn(self, rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A rope's cosines and signed sines of positions [r] in a text of ordinary length; None of no rope."""
+        return None if rope is None else self._rotations[rope](positions, positions < 0, dtype)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings, scaled: [..., width]."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import LongspecError, UsageError
-from longspec.heads.accuracy import accuracies
+from longspec.heads.accuracy import accuracies, judged
 from longspec.heads.format import Trained, load_head, new_head, save_head
 from longspec.machine.files import read_json, replaced
 from longspec.machine.schema import check, whole
@@ -178,12 +178,18 @@ class Course:
             features,
             recipe,
             self.folder / "work" / "checkpoint.safetensors",
-            validate=lambda made: tokens_per_step(model, made, features.held, self.options)[0],
+            validate=lambda made: self._validate(made, features),
             keep=lambda made: save_head(self.folder, made, model, int8=int8),
             report=report,
             company=company,
         )
         return head, progress
+
+    def _validate(self, made: Trained, features: Features) -> float:
+        """Tokens per step on held-out prompts, whose texts then calibrate the head."""
+        worth, texts = tokens_per_step(self.model, made, features.held, self.options)
+        made.module.calibrate(lambda: judged(self.model, made, [(text.tokens, text.prompt) for text in texts]))
+        return worth
 
     def _claim(self, work: Path) -> None:
         """Write the recipe into a new folder; in a used one raise UsageError unless its recipe is the same."""

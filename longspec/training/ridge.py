@@ -44,13 +44,13 @@ def begin(model: Model, head: Trained, features: Features) -> None:
 def ridge(model: Model, texts: Sequence[Seen], layers: Sequence[int]) -> Callable[..., Tensor]:
     """The `Fit` over these texts."""
 
-    def fit(inputs: Callable[[Batch], Tensor], behind: int) -> Tensor:
+    def fit(inputs: Callable[[Batch], Tensor], behind: int, layer: int | None = None) -> Tensor:
         squares: Tensor | float = 0.0
         products: Tensor | float = 0.0
         count = 0
         for text in texts:
             batch, target = batch_of(model, [text], layers)
-            final = unit(batch.states[model.decoder.config.layers])[0, behind:]
+            final = unit(batch.states[model.decoder.config.layers if layer is None else layer])[0, behind:]
             given = inputs(batch)[0, : len(final)].float()
             final = final[: len(given)]
             counted = target.counted[0, behind : behind + len(given)]

@@ -34,7 +34,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(result.out.decode().splitlines()[-1]) == report
     assert [row["head"] for row in report["results"]] == sorted(KINDS)
     for row in report["results"]:
-        assert len(row["accuracy"]) == len(row["accuracy_among_3"]) == 3
+        outputs = len(row["reads"]) if row["head"] == "exits" else 3
+        assert len(row["accuracy"]) == len(row["accuracy_among_3"]) == outputs
         assert all(one <= three for one, three in zip(row["accuracy"], row["accuracy_among_3"], strict=True))
         for steps in (row["tokens_per_step"], row["sampled_tokens_per_step"]):
             assert 1 <= steps["chain"] <= 4 + 1

@@ -136,7 +136,7 @@ def test_rows_that_an_exit_has_begun_give_the_logits_of_a_full_pass(model: Model
     """Row by row: 1e-5 in fp32, as rows that share a pass with others differ in their last bits."""
     made = engine(model, "none", cache=cache)
     sessions = [started(made, key=str(i)) for i in range(3)]
-    drafter = Exit(model.decoder, exits)
+    drafter = Exit(model, exits=exits)
     drafter.thresholds = [0.02 * (i + 1) for i in range(len(exits))][::-1]
     drafts = drafter.propose(sessions, [5, 1, 9])
     assert sum(len(draft) for draft in drafts) > 5
@@ -157,7 +157,7 @@ def test_rows_that_an_exit_has_begun_give_the_logits_of_a_full_pass(model: Model
 
 
 def test_exits_adapt_to_what_is_kept(model: Model) -> None:
-    drafter = Exit(model.decoder, (2, 4))
+    drafter = Exit(model, exits=(2, 4))
     session = started(engine(model, "none"))
     drafter.thresholds = [0.0, 0.0]
     for _ in range(300):
