@@ -12,20 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from longspec.drafters.all_depths import AtOnce
-from longspec.drafters.assistant import Assisting
-from longspec.drafters.clover import Head
 from longspec.drafters.draft_model import DraftModel
-from longspec.drafters.eagle3 import Eagle
 from longspec.drafters.early_exit import Exit
-from longspec.drafters.hidden_transfer import HiddenTransfer
+from longspec.drafters.heads.all_depths import AtOnce
+from longspec.drafters.heads.assistant import Assisting
+from longspec.drafters.heads.clover import Head
+from longspec.drafters.heads.eagle3 import Eagle
+from longspec.drafters.heads.hidden_transfer import HiddenTransfer
+from longspec.drafters.heads.medusa import Medusa
+from longspec.drafters.heads.mtp import Multitoken
+from longspec.drafters.heads.one_pass import Layered
 from longspec.drafters.layer_skip import Skipping
 from longspec.drafters.lookahead import Lookahead
-from longspec.drafters.medusa import Medusa
-from longspec.drafters.mtp import Multitoken
 from longspec.drafters.ngram import Ngram
 from longspec.drafters.none import Nothing
-from longspec.drafters.one_pass import Layered
 from longspec.drafters.pipeline import Pipeline
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix

@@ -23,7 +23,7 @@ from longspec.control.policy import Control
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.draft_model import check_vocabulary
-from longspec.drafters.mtp import Multitoken
+from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch

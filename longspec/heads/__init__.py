@@ -2,7 +2,8 @@
 
 A head knows the target's widths, but no session and no draft. `longspec.training` trains any head; how one drafts is
 said by the class that its own is made from (`longspec.drafters.WAYS`): `Recurrent` token by token, `AllDepths` at once,
-`OnePass` at once behind a layer over the text, `Exits` within the target's own pass, `Transfer` through its last layers.
+`OnePass` at once behind a layer over the text, `Exits` within the target's own pass, `Transfer` through its last
+layers.
 """
 
 from longspec.heads.cerberus import Cerberus

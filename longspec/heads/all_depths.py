@@ -1,7 +1,7 @@
 """Heads that draft all depths at once, each without the tokens that are drafted before it.
 
 A subclass says `all_depths`, of the states of a position and the token behind it; training and
-`longspec.drafters.all_depths` run that.
+`longspec.drafters.heads.all_depths` run that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trainable parts of draft heads: norm, layer, attention to one token.
 
-These are the differentiable forms; in decoding `longspec.drafters.clover` runs layers through a `Decoder`.
+These are the differentiable forms; in decoding `longspec.drafters.heads.clover` runs layers through a `Decoder`.
 
 Shapes: B sequences of T positions, W the target's width.
 """

@@ -1,6 +1,6 @@
 """Heads with one layer over the text, whose keys and values are kept, that draft all depths in the same pass.
 
-Training runs a subclass's `outputs`. `longspec.drafters.one_pass` runs `enter`, the layer in a `Decoder`, and
+Training runs a subclass's `outputs`. `longspec.drafters.heads.one_pass` runs `enter`, the layer in a `Decoder`, and
 `drafted`.
 """
 

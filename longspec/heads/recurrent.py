@@ -1,7 +1,7 @@
 """Heads that draft token by token: layers over the text, then a cell that takes one draft token after the other.
 
 A subclass says what enters the layers, the first state and a step; training unrolls these over the depths, and
-`longspec.drafters.clover` runs them, the layers through a `Decoder`. Tests hold that both agree.
+`longspec.drafters.heads.clover` runs them, the layers through a `Decoder`. Tests hold that both agree.
 """
 
 from __future__ import annotations

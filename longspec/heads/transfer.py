@@ -8,7 +8,7 @@ itself, and foretells the target's last state there. Nothing but the W_k is trai
 the paper later rows join later (after 20, 22 and 24 of 30 layers). They begin with the least squares of h_{t+k} on h_t.
 
 In the paper the rows run in the pass that verifies, beside each of its nodes. Here they have a pass of their own over
-the newest position alone (`longspec.drafters.hidden_transfer`): it reads a third of the layers once more, and the
+the newest position alone (`longspec.drafters.heads.hidden_transfer`): it reads a third of the layers once more, and the
 verification has no row more.
 """
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import oracle
 from support.engines import engine, finish, prompts, tiny, with_heads
 
-from longspec.drafters.assistant import Assisting
+from longspec.drafters.heads.assistant import Assisting
 from longspec.drafters.spec import parse
 from longspec.errors import LongspecError
 from longspec.model.load import Model

@@ -17,8 +17,8 @@ from support.real import exact
 
 from longspec.cache import CACHES
 from longspec.drafters import drafter_of
-from longspec.drafters.clover import Head
-from longspec.drafters.one_pass import Layered
+from longspec.drafters.heads.clover import Head
+from longspec.drafters.heads.one_pass import Layered
 from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head

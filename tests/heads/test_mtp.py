@@ -20,7 +20,7 @@ from support.native import SIZES, coded
 from support.planted import planted_head
 from torch import Tensor
 
-from longspec.drafters.mtp import Multitoken
+from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
 from longspec.errors import ModelError, UsageError

@@ -13,7 +13,7 @@ from support.engines import engine, finish, prompts, tiny, with_heads
 from support.published import LAYOUTS, write
 from torch import Tensor
 
-from longspec.drafters.eagle3 import Eagle
+from longspec.drafters.heads.eagle3 import Eagle
 from longspec.drafters.spec import parse
 from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model

@@ -18,7 +18,7 @@ from support import forked
 from support.commands import SECONDS, inside, write_tiny
 from support.engines import engine, of_folder, tiny
 
-from longspec.drafters.clover import Head
+from longspec.drafters.heads.clover import Head
 from longspec.errors import UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import load_head, new_head, save_head

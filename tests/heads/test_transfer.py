@@ -11,7 +11,7 @@ import torch
 from support.engines import engine, finish, prompts, tiny
 from support.heads import shaken
 
-from longspec.drafters.hidden_transfer import HiddenTransfer
+from longspec.drafters.heads.hidden_transfer import HiddenTransfer
 from longspec.drafters.spec import parse
 from longspec.errors import UsageError
 from longspec.heads.format import CONFIG, load_head, new_head, save_head

@@ -13,8 +13,8 @@ from support.engines import engine, prompts, vocabulary
 from support.heads import shaken
 from support.native import SIZES, coded
 
-from longspec.drafters.clover import Head
 from longspec.drafters.common import clover_native as cell
+from longspec.drafters.heads.clover import Head
 from longspec.heads.clover2 import Clover2
 from longspec.model.load import DTYPES, Model
 from longspec.training.train import ready

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.drafters.all_depths import AtOnce
 from longspec.drafters.common.head_cache import Follow
+from longspec.drafters.heads.all_depths import AtOnce
 from longspec.heads.format import Trained, room
 from longspec.heads.one_pass import OnePass
 from longspec.model.decoder import Decoder, Rows, Skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longspec.drafters.all_depths import AtOnce
+from longspec.drafters.heads.all_depths import AtOnce
 from longspec.errors import UsageError
 from longspec.heads.format import Trained, load_head
 from longspec.heads.transfer import Transfer

@@ -1,0 +1,1 @@
+"""Drafters that draft with a head: one file a way of drafting."""
