@@ -31,11 +31,11 @@ from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
 from longspec.heads import KINDS
-from longspec.heads import head as heads
 from longspec.heads.all_depths import AllDepths
 from longspec.heads.assistant import MODEL_TYPES
 from longspec.heads.exits import Exits
 from longspec.heads.format import Trained
+from longspec.heads.head import Head as HeadModule
 from longspec.heads.one_pass import OnePass
 from longspec.heads.recurrent import Recurrent
 from longspec.heads.transfer import Transfer
@@ -77,7 +77,7 @@ HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
 }
 """Drafter class by head format of others: the first whose test accepts the folder's config.json is used."""
 
-WAYS: dict[type[heads.Head], type[Drafter]] = {
+WAYS: dict[type[HeadModule], type[Drafter]] = {
     Recurrent: Head,
     AllDepths: AtOnce,
     OnePass: Layered,
