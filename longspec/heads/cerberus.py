@@ -40,7 +40,7 @@ class Cerberus(AllDepths):
 
     def all_depths(self, features: Tensor, tokens: Tensor) -> Tensor:
         last = unit(features)
-        heads = self.probes(last).unflatten(-1, (self.depth, -1))
+        heads: Tensor = self.probes(last).unflatten(-1, (self.depth, -1))
         for block in self.blocks:
             before = torch.cat((last[..., None, :], heads[..., :-1, :]), -2)
             weights = block.weight.unflatten(0, (self.depth, -1))  # type: ignore[operator]

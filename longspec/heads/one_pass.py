@@ -45,7 +45,7 @@ class OnePass(Head):
 
     def units(self, features: Tensor) -> Tensor:
         """Each layer's states of a root mean square of 1: [..., reads * W]."""
-        return unit(features.unflatten(-1, (-1, self.config.width))).flatten(-2)
+        return unit(features.view(*features.shape[:-1], -1, self.config.width)).flatten(-2)
 
     def told(self, features: Tensor, tokens: Tensor) -> Tensor:
         """[..., (reads + 1) * W]: these and the token behind them, what a first token can be told from."""
