@@ -94,7 +94,10 @@ def batch_of(model: Model, texts: Sequence[Seen], layers: Sequence[int], step: i
 
     tokens = padded([text.tokens for text in texts], torch.int64)
     last = decoder.config.layers
-    states = {layer: padded([text.states[layer] for text in texts], torch.float32) for layer in {*layers, last}}
+    embedded = decoder.embed(tokens).float()
+    states = {0: embedded}
+    for layer in {*layers, last} - {0}:
+        states[layer] = padded([text.states[layer] for text in texts], torch.float32)
     places = torch.arange(longest, device=decoder.device)
     spans = torch.tensor([(text.prompt - 1, len(text.tokens)) for text in texts], device=decoder.device)
     target = Target(
@@ -105,4 +108,4 @@ def batch_of(model: Model, texts: Sequence[Seen], layers: Sequence[int], step: i
         padded([text.probs for text in texts], torch.float32),
         padded([text.rest for text in texts], torch.float32),
     )
-    return Batch(states, decoder.embed(tokens).float(), step, partial(beside, decoder)), target
+    return Batch(states, embedded, step, partial(beside, decoder)), target

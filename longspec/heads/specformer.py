@@ -62,8 +62,7 @@ class SpecFormer(OnePass):
         texts, length = x.shape[:2]
         turn = turn_of(self.config, torch.arange(length, device=x.device), x.dtype)
         hidden = cast(Layer, self.layers[0]).mixed(x, turn)
-        made = self.drafted(hidden.flatten(0, 1))
-        made = made.view(texts, length, *made.shape[1:])
+        made = self.drafted(hidden.flatten(0, 1)).view(texts, length, self.depth, -1)
         for i in range(min(self.depth, length)):
             yield Out(made[:, : length - i, i], i + 1, DECAY**i)
 

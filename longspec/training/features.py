@@ -120,7 +120,7 @@ class Features:
         return Seen(
             self._prompts[which][at],
             shard.take("tokens")[rows],
-            {layer: shard.take(f"layer.{layer}")[rows] for layer in {*layers, self.layers[-1]}},
+            {layer: shard.take(f"layer.{layer}")[rows] for layer in {*layers, self.layers[-1]} - {0}},
             *(shard.take(name)[rows] for name in ("top", "probs", "rest")),
         )
 
@@ -158,7 +158,7 @@ class Features:
         if not found["complete"]:
             raise UsageError(f"The features in {folder} aren't complete: their writing was interrupted; go on with the "
                              "same `longspec train features`.")  # fmt: skip
-        lacking = sorted({*KINDS[kind].reads_of(model.decoder.config.layers)} - {*found["layers"]})
+        lacking = sorted({*layers_of([kind], model)} - {*found["layers"]})
         if lacking:
             raise UsageError(f"The features in {folder} are of the layers {_said(found['layers'])}, and {kind} reads "
                              f"{_said(lacking)} too; write others with --layers.")  # fmt: skip
@@ -169,9 +169,11 @@ class Features:
 
 
 def layers_of(kinds: Sequence[str], model: Model) -> list[int]:
-    """The layers that these kinds of heads read of a model, and its last one."""
+    """The layers that these kinds of heads read of a model, and its last one; without the embedding, which the tokens
+    give.
+    """
     count = model.decoder.config.layers
-    return sorted({count, *(layer for kind in kinds for layer in KINDS[kind].reads_of(count))})
+    return sorted({count, *(layer for kind in kinds for layer in KINDS[kind].reads_of(count))} - {0})
 
 
 def write_features(model: Model, writer: Model, folder: Path, content: Content, report: Report) -> None:

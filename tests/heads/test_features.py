@@ -59,7 +59,7 @@ def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_they_are_what_the_target_sees(model: Model, written: Path) -> None:
     features = Features.open(written, model, "clover2")
-    assert features.layers == (0, 1, 2, 3, 4)  # of any kind, of a target of 4 layers
+    assert features.layers == (1, 2, 3, 4)  # of any kind, of a target of 4 layers; the embedding needs no file
     assert len(features) > 64  # more than a shard
     assert features.rows == sum(len(text.tokens) for text in features.texts())
     for number in (0, 64, len(features) - 1):

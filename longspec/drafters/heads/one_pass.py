@@ -67,9 +67,8 @@ class Layered(AtOnce):
 
     def run(self, sessions: Sequence[Writing]) -> Tensor:
         newest = [last for session in sessions if (last := self._follow.last(session)) is not None]
-        made = self._module.drafted(torch.stack(newest))
-        logits: Tensor = self._layer.logits(made.flatten(0, 1))
-        return logits.view(*made.shape[:2], -1)
+        made: Tensor = self._module.drafted(torch.stack(newest))
+        return self._layer.logits(made.flatten(0, 1)).view(*made.shape[:2], -1)
 
     def _pass(self, rows: Rows, features: Tensor) -> Tensor:
         """The layer's outputs [r, W]: each span's new positions, then its masks."""
