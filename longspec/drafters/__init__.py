@@ -32,11 +32,11 @@ from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
 from longspec.heads import KINDS
 from longspec.heads.all_depths import AllDepths
-from longspec.heads.assistant import MODEL_TYPES
 from longspec.heads.exits import Exits
 from longspec.heads.format import Trained
 from longspec.heads.head import Head as HeadModule
 from longspec.heads.one_pass import OnePass
+from longspec.heads.published.assistant import MODEL_TYPES
 from longspec.heads.recurrent import Recurrent
 from longspec.heads.transfer import Transfer
 from longspec.model.load import Model

@@ -36,7 +36,7 @@ from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import ModelError, UsageError
-from longspec.heads.mtp import check_head, has_head, lacking
+from longspec.heads.published.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, Plan, make_plan
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, open_model

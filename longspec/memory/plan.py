@@ -30,7 +30,7 @@ from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError
-from longspec.heads.mtp import has_head
+from longspec.heads.published.mtp import has_head
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
 from longspec.memory.workspace import workspace
 from longspec.model.config import Config

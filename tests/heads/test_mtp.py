@@ -24,7 +24,7 @@ from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
 from longspec.errors import ModelError, UsageError
-from longspec.heads.mtp import load_mtp, room
+from longspec.heads.published.mtp import load_mtp, room
 from longspec.memory.plan import choice, request_of
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder

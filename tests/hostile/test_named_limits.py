@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from longspec.cache import snapshot
 from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import format as heads
-from longspec.heads.eagle3 import load_eagle3
+from longspec.heads.published.eagle3 import load_eagle3
 from longspec.machine import files
 from longspec.machine.files import parse_json, read_bytes, read_text
 from longspec.model import config_values

@@ -1,4 +1,4 @@
-"""Gemma 4's assistant as a drafter (`longspec.heads.assistant`): a head that reads the target's own cache.
+"""Gemma 4's assistant as a drafter (`longspec.heads.published.assistant`): a head that reads the target's own cache.
 
 Takes a loaded target and its assistant. All drafted rows stand at the position of the text's last token, which the
 cache doesn't have yet, and read the rows before it; they leave none, so that nothing is staged or rolled back. A local
@@ -20,8 +20,8 @@ from longspec.attention import attend
 from longspec.cache.stage import Segment, Stage
 from longspec.cache.tree import Tree
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.assistant import Assistant, load_assistant
 from longspec.heads.format import read_config, weights_bytes
+from longspec.heads.published.assistant import Assistant, load_assistant
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import Model
 from longspec.types import Draft, Drafter, Needs, Writing

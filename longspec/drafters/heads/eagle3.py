@@ -16,8 +16,8 @@ from torch import Tensor
 from longspec.drafters.common.feedback import Growth, outputs
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
-from longspec.heads.eagle3 import Eagle3, load_eagle3
 from longspec.heads.format import read_config, weights_bytes
+from longspec.heads.published.eagle3 import Eagle3, load_eagle3
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import DTYPES, Model
 from longspec.types import Draft, Drafter, Needs, Writing

@@ -1,4 +1,4 @@
-"""Multi-token prediction as a drafter: the head that came with the checkpoint (`longspec.heads.mtp`).
+"""Multi-token prediction as a drafter: the head that came with the checkpoint (`longspec.heads.published.mtp`).
 
 Takes a loaded target whose files hold such a head. A row is the target's state at a position, after the final norm,
 and the token that follows it; for a draft token the state is the head's own for its parent, after the head's norm. For
@@ -17,7 +17,7 @@ from longspec.drafters.common.feedback import Growth, outputs
 from longspec.drafters.common.head_cache import Follow
 from longspec.drafters.common.tree_growth import grow
 from longspec.heads.draft_vocabulary import hot_tokens
-from longspec.heads.mtp import Mtp, load_mtp, room
+from longspec.heads.published.mtp import Mtp, load_mtp, room
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.load import Model
 from longspec.types import Draft, Drafter, Needs, Writing
