@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,24 @@ class Training:
         flag="--from",
         metavar="HEAD",
     )
+    texts: int = option(2, "Texts of a step, which workers share; 2 if left out.", metavar="N", parser=readers.whole(1))
+    workers: int = option(
+        1,
+        "Processes of this machine that train together; 1 if left out.",
+        metavar="N",
+        parser=readers.whole(1),
+        once=True,
+    )
+    listen: Any = option(
+        None,
+        "Where workers of other machines may join; of this one alone if left out.",
+        metavar="HOST:PORT",
+        parser=readers.address,
+        once=True,
+    )
+    join: Any = option(
+        None, "Be another worker of the training there.", metavar="HOST:PORT", parser=readers.address, once=True
+    )
     int8: bool = option(False, "Store the head's matrices as int8.")
     dry_run: bool = option(False, "Say what it would take, and do nothing.", once=True)
 
@@ -111,6 +130,9 @@ def train(
     """Train a head that drafts for a model, on what the model answers."""
     _check(training)
     refuse_same_files({"the output": training.output}, filter(None, [training.prompts, training.features]))
+    if training.join is None and (training.workers > 1 or training.listen) and not training.dry_run:
+        _gather(training, loading, reporting)
+        return
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {loading.model}")
         from longspec.heads import KINDS
@@ -127,6 +149,7 @@ def train(
             training.depth,
             training.draft_vocab,
             sampling.seed or 0,
+            texts=training.texts,
             invented=training.invent,
             greedy=sampling.temperature is None,
             minutes=training.minutes,
@@ -138,7 +161,7 @@ def train(
             typer.echo(json.dumps(said, ensure_ascii=False) if reporting.as_json else f"Kept in {training.output}")
             return
         report = _head(training, model, writer, recipe, prompts, options, progress)
-    if report is None:  # a dry run; a process of a distributed run other than the one that reports
+    if report is None:  # a dry run; a worker other than the one that reports
         return
     if reporting.as_json:
         typer.echo(json.dumps({**report, "folder": str(training.output)}, ensure_ascii=False))
@@ -151,8 +174,29 @@ def _check(training: Training) -> None:
         raise UsageError("A head is trained on --prompts or on --features: give one of the two.")
     if training.head == "features" and training.features is not None:
         raise UsageError("Features are written from --prompts; name the head that is to be trained on --features.")
+    if training.head == "features" and (training.workers > 1 or training.listen or training.join):
+        raise UsageError("Features are written by one process; --workers, --listen and --join are for heads.")
+    if training.join and training.workers > 1:
+        raise UsageError("One worker joins with --join; say it once for each, or start the others with --workers.")
     if training.layers and training.head != "features":
         raise UsageError("--layers is for `longspec train features`: a head reads those that it reads.")
+
+
+def _gather(training: Training, loading: Loading, reporting: Reporting) -> None:
+    """Start the workers, which are this command with --join, and wait for them."""
+    from longspec.machine.system import quota
+    from longspec.training.gathering import Gathering
+
+    gathering = Gathering(*(training.listen or ()))
+    place = f"{gathering.host}:{gathering.port}"
+    if not reporting.quiet:
+        typer.echo(f"longspec: {training.workers} workers; another one joins by the same command with --join {place}",
+                   err=True)  # fmt: skip
+    threads = loading.threads or max(1, int(quota() or os.cpu_count() or 1) // training.workers)
+    command = [sys.executable, "-m", "longspec.cli.main", *sys.argv[1:], "--threads", str(threads)]
+    command += ["--workers", "1", "--join", place]  # of an option that is said twice the last one holds
+    if code := gathering.run(command, training.workers, ["--quiet"]):
+        raise typer.Exit(code)
 
 
 def _features(
@@ -191,10 +235,10 @@ def _head(
     from longspec.training.plan import make_plan
 
     course = start(model, recipe, training.output, prompts, options, writer, training.first, training.features)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if training.join is None:
         progress.report("measuring")
         progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
-    return None if training.dry_run else course.run(progress.report, int8=training.int8)
+    return None if training.dry_run else course.run(progress.report, int8=training.int8, join=training.join)
 
 
 def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:

@@ -15,7 +15,7 @@ from longspec.errors import UsageError
 from longspec.machine.system import parse_bytes
 from longspec.sampling.parameters import Bounds
 
-__all__ = ["large", "number", "one_of", "size", "tokens", "whole"]
+__all__ = ["address", "large", "number", "one_of", "size", "tokens", "whole"]
 
 
 def number(bounds: Bounds) -> Callable[[object], Any]:
@@ -76,3 +76,11 @@ def tokens(text: object) -> int:
     """Parse a number of tokens; k means 1,024."""
     digits, kilo = (str(text)[:-1], 1024) if str(text)[-1:] in ("k", "K") else (str(text), 1)
     return int(whole(1)(digits)) * kilo
+
+
+def address(text: object) -> tuple[str, int]:
+    """Parse HOST:PORT; an IPv6 address may stand in brackets."""
+    host, _, port = str(text).rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise typer.BadParameter(f"{str(text)!r} is no HOST:PORT, such as 10.0.0.1:29400.")
+    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -26,7 +26,7 @@ _MEMORY = (
     Method(
         "SpecMemo", "2506.01986", "--memory SIZE", "tree, cache, prefill and head by a budget; not the batch's width"
     ),
-    Method("ReCoVer", "2605.11215", "", "`longspec train` goes on from a checkpoint, not within a step", planned=True),
+    Method("ReCoVer", "2605.11215", "longspec train --workers N", "numbered micro-batches, added in their order"),
 )
 
 _SURVEYS = (

@@ -52,30 +52,39 @@ class Course:
     first: Trained | None = None  # a trained head as the starting point
     features: Path | None = None  # a folder of features, instead of prompts
 
-    def run(self, report: Report, *, int8: bool = False) -> dict[str, Any] | None:
+    def run(self, report: Report, *, int8: bool = False, join: tuple[str, int] | None = None) -> dict[str, Any] | None:
         """Train to the end, from the folder's state; returns the report, which is also written to the folder.
 
-        In several processes started by torchrun all train, and only the first one writes and returns a report.
+        join: where the workers of this training are gathered, of which this process is to be one. All of them train,
+        and only the one that leads in the end returns a report.
 
         Raises:
-            UsageError: the folder holds another training, or no prompt can be used.
-            LongspecError: a file can't be written.
+            UsageError: the folder holds another training, no prompt can be used, or no training answers there.
+            LongspecError: a file can't be written, or this worker is given up.
         """
-        with together(self.model.decoder.device) as company:
-            if not company.first:
-                company.wait()
-                features = self._features()
-                company.wait()
-                self._train(features, self._recipe(), report, company, int8=int8)
-                return None
-            self._claim(self.folder / "work")
-            if self.features is None:
-                write_features(self.model, self.writer, self._work, self.content(), report)
-            company.wait()
-            features = self._features()
-            recipe = self._timed(features, report)
-            company.wait()
-            head, progress = self._train(features, recipe, report, company, int8=int8)
+        company = together(join)
+
+        def said(stage: str, done: int, total: int) -> None:
+            company.moves()
+            report(stage, done, total)
+
+        company.lead("features", lambda: self._prepare(said))
+        features = self._features()
+        company.lead("steps", lambda: self._measure(features, said))
+        recipe = self._recipe()
+        head, progress = self._train(features, recipe, said, company, int8=int8)
+        found: list[dict[str, Any]] = []
+        company.lead("report", lambda: found.append(self._report(features, recipe, head, progress, said)))
+        return found[0] if found else None
+
+    def _prepare(self, report: Report) -> None:
+        self._claim(self.folder / "work")
+        if self.features is None:
+            write_features(self.model, self.writer, self._work, self.content(), report)
+
+    def _report(
+        self, features: Features, recipe: Recipe, head: Trained, progress: Progress, report: Report
+    ) -> dict[str, Any]:
         model, best = self.model, load_head(self.folder, self.model)
         report("validating", 0, 0)
         worth: dict[str, float] = {}
@@ -124,17 +133,17 @@ class Course:
     def _features(self) -> Features:
         return Features.open(self.features or self._work, self.model, self.recipe.kind)
 
-    def _timed(self, features: Features, report: Report) -> Recipe:
-        """The recipe with its steps: of a budget in minutes, as many as a measurement gives, once for the folder."""
+    def _measure(self, features: Features, report: Report) -> None:
+        """Of a budget in minutes find the number of steps, once for the folder."""
         path, recipe = self.folder / "work" / "steps.json", self.recipe
         if recipe.minutes and not path.exists():
             report("measuring", 0, 0)
             seconds = seconds_of_a_step(self.model, self._begun(features), features, recipe)
             steps = max(1, int(recipe.minutes * 60 / seconds))
             _written(path, {"steps": steps, "seconds_of_a_step": seconds})
-        return self._recipe()
 
     def _recipe(self) -> Recipe:
+        """With the number of its steps."""
         if not self.recipe.minutes:
             return self.recipe
         path = self.folder / "work" / "steps.json"

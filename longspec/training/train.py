@@ -1,8 +1,9 @@
 """The training loop of a head, with checkpoints and validation in the engine.
 
 Takes a target, its features and a `Recipe`; keeps the head with the most tokens per step on held-out prompts, its
-weights a moving average. A step's texts are a function of seed and step, and a checkpoint holds all state that a step
-changes: in fp32 on a CPU an interrupted run ends with the same bits.
+weights a moving average. A step's texts are a function of seed and step, each of which is a micro-batch with a number,
+and gradients are added in the order of these; a checkpoint holds all state that a step changes. So in fp32 on a CPU an
+interrupted run ends with the same bits, and so do several workers, whoever of them dies or joins.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from longspec.model.load import Model
 from longspec.training.distil import Text
 from longspec.training.features import Features
 from longspec.training.loss import Drafted, loss_of
-from longspec.training.together import ALONE, Together
+from longspec.training.together import ALONE, Behind, Together
 
 __all__ = ["Average", "Progress", "Recipe", "frequent", "ready", "seconds_of_a_step", "train"]
 
@@ -124,7 +125,7 @@ def train(
 ) -> Progress:
     """Train the head in place, from the checkpoint if there is one. `keep` is called with every new best head.
 
-    company: the processes of a data-parallel training; rank 0 validates, keeps and writes.
+    company: the workers of a data-parallel training, one of which validates, keeps and writes.
 
     Raises:
         LongspecError: the checkpoint can't be written, or the loss isn't finite.
@@ -135,36 +136,47 @@ def train(
     optimizer, average = _optimizer(parameters, recipe), Average(head)
     progress = _load(checkpoint, head, optimizer, average)
     drafted, saved = Drafted(model, head), perf_counter()
+
+    def save() -> None:
+        _save(checkpoint, head, optimizer, average, progress)
+
+    def judged() -> float:
+        made = ready(model, average.head(head))
+        worth = validate(made)
+        if worth > progress.best:
+            keep(made)
+        return worth
+
     while progress.step < recipe.steps and progress.since < recipe.patience:
         step = progress.step
         report("training", step, recipe.steps)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
-        optimizer.zero_grad()
-        running = company.add(parameters, _backward(model, head, drafted, features, chosen, company, step))
+        try:
+            running = _backward(model, head, drafted, features, chosen, step, company, save)
+        except Behind:
+            progress = _load(checkpoint, head, optimizer, average)
+            continue
         if not math.isfinite(running):
             raise LongspecError(f"The loss of step {step} is no number; train with another seed or in fp32.")
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
         optimizer.step()
         average.follow(head, step)
         progress = replace(progress, step=step + 1)
-        validating = progress.step % recipe.every == 0 or progress.step == recipe.steps
-        if validating:
+        if progress.step % recipe.every == 0 or progress.step == recipe.steps:
             report("validating", step, recipe.steps)
-            made = ready(model, average.head(head))
-            worth = company.tell(validate(made) if company.first else 0.0)
-            better = worth > progress.best
-            if better and company.first:
-                keep(made)
+            worth = company.lead(f"worth after {progress.step}", judged)
             progress = replace(
                 progress,
                 best=max(worth, progress.best),
-                since=0 if better else progress.since + 1,
+                since=0 if worth > progress.best else progress.since + 1,
                 history=(*progress.history, (progress.step, running, worth)),
             )
-        if company.first and (validating or perf_counter() - saved > SAVED):
-            _save(checkpoint, head, optimizer, average, progress)
+            company.lead(f"saved after {progress.step}", save)
+            saved = perf_counter()
+        elif company.first and perf_counter() - saved > SAVED:
+            save()
             saved = perf_counter()
     return progress
 
@@ -178,7 +190,7 @@ def seconds_of_a_step(model: Model, head: Trained, features: Features, recipe: R
         began = perf_counter()
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
-        _backward(model, scratch, drafted, features, chosen, ALONE, step)
+        _backward(model, scratch, drafted, features, chosen, step)
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
         optimizer.step()
         average.follow(scratch, step)
@@ -195,7 +207,11 @@ def _usable(features: Features, recipe: Recipe) -> list[int]:
 
 
 def _optimizer(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False)
+    made = torch.optim.AdamW(parameters, lr=recipe.rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY, foreach=False)
+    for parameter in parameters:  # as it makes them itself, but before the first step: a checkpoint holds them
+        moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS}
+        made.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return made
 
 
 def _backward(
@@ -204,19 +220,27 @@ def _backward(
     drafted: Drafted,
     features: Features,
     chosen: Sequence[int],
-    company: Together,
     step: int,
+    company: Together = ALONE,
+    save: Callable[[], None] = lambda: None,
 ) -> float:
-    """Accumulate the gradients of this process's share of a step's texts; returns its part of the loss per token."""
-    layers = head.reads(model)
-    texts = [features.seen(number, layers) for number in chosen]
-    total = sum(len(text.tokens) - text.prompt for text in texts)
-    own = company.share(texts)
-    if not own:
-        return 0.0
-    loss = loss_of(model, head, drafted, *batch_of(model, own, layers, step)) / total
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    """Set the gradients of a step, of whose texts each is a micro-batch; returns the loss per token."""
+    parameters, layers = list(head.module.parameters()), head.reads(model)
+    texts = [features.text(number) for number in chosen]
+    tokens = sum(len(text.tokens) - text.prompt for text in texts)
+
+    def gradient(number: int) -> Tensor:
+        """[1 + P] fp32: the loss, and its gradient by all parameters."""
+        seen = [features.seen(chosen[number], layers)]
+        loss = loss_of(model, head, drafted, *batch_of(model, seen, layers, step * len(chosen) + number)) / tokens
+        slopes = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        return torch.cat([loss.detach().flatten(), *(slope.flatten() for slope in slopes)])
+
+    sizes = [parameter.numel() for parameter in parameters]
+    loss, *slopes = company.sum(step, len(chosen), gradient, 1 + sum(sizes), save).split([1, *sizes])
+    for parameter, slope in zip(parameters, slopes, strict=True):
+        parameter.grad = slope.view_as(parameter).to(parameter.device)
+    return float(loss)
 
 
 def ready(model: Model, head: Trained) -> Trained:

@@ -221,25 +221,6 @@ def test_a_training_goes_on_from_a_head(model: Model, tmp_path: Path) -> None:
         start(model, recipe, tmp_path / "out", PROMPTS, SAMPLED, first=tmp_path / "other")
 
 
-@pytest.mark.full
-def test_two_processes_train_as_one_does(model: Model, folder: Path, tmp_path: Path) -> None:
-    """Under torchrun, over gloo: the same loss at every validation, the same worth, one report."""
-    alone = start(model, RECIPE, tmp_path / "alone", PROMPTS, SAMPLED).run(silent)
-    assert alone is not None
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__]
-    done = subprocess.run(
-        [*command, str(folder), str(tmp_path / "two"), "together"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert done.stdout.splitlines() == ["reported"]
-    torch.testing.assert_close(torch.tensor(said["history"]), torch.tensor(alone["history"]), atol=1e-4, rtol=1e-4)
-
-
 def test_prompts_to_train_on_and_to_validate_on_are_disjoint(model: Model) -> None:
     """Also where a file has a prompt twice, in other case or spacing."""
     doubled = [*PROMPTS, *(f" {prompt.upper()} \n" for prompt in PROMPTS), *PROMPTS[::-1]]
@@ -318,11 +299,7 @@ def test_a_plan_is_of_the_recipe(model: Model) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     target, out, what = sys.argv[1:]
-    if what == "together":
-        if course(Path(target), Path(out)).run(silent) is not None:
-            print("reported")
-    else:
-        die(Path(target), Path(out), what)
+    die(Path(target), Path(out), what)
 
 
 if __name__ == "__main__":
