@@ -95,9 +95,7 @@ class Company(Together):
 
     def __init__(self, host: str, port: int) -> None:
         try:
-            socket.create_connection(
-                (host, port), _ANSWERING
-            ).close()  # the store itself would try for its whole timeout
+            socket.create_connection((host, port), _ANSWERING).close()  # the store would try for its whole timeout
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"No training answers at {host}:{port}; `longspec train --workers` says where "
@@ -212,12 +210,13 @@ class Company(Together):
         self._formed = epoch
 
     def _connect(self, epoch: int, rank: int, size: int, made: list[Any]) -> None:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+        gloo: Any = dist.ProcessGroupGloo  # PyTorch's stubs don't know its options
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._host)]
         options._timeout = _FORMING
         try:  # a client of its own, as one waits for one thing at a time
             store = dist.PrefixStore(f"{epoch}/group", self._store.clone())
-            made.append(dist.ProcessGroupGloo(store, rank, size, options))
+            made.append(gloo(store, rank, size, options))
         except RuntimeError as error:
             made.append(error)
 

@@ -237,7 +237,7 @@ def _backward(
         return torch.cat([loss.detach().flatten(), *(slope.flatten() for slope in slopes)])
 
     sizes = [parameter.numel() for parameter in parameters]
-    loss, *slopes = company.sum(step, len(chosen), gradient, 1 + sum(sizes), save).split([1, *sizes])
+    loss, *slopes = torch.split(company.sum(step, len(chosen), gradient, 1 + sum(sizes), save), [1, *sizes])
     for parameter, slope in zip(parameters, slopes, strict=True):
         parameter.grad = slope.view_as(parameter).to(parameter.device)
     return float(loss)
