@@ -86,6 +86,11 @@ class Progress:
     since: int = 0  # validations since then
     history: tuple[tuple[int, float, float], ...] = ()  # step, loss, tokens per step
 
+    def validated(self, loss: float, worth: float) -> Progress:
+        """After a validation. worth: in tokens per step."""
+        since = 0 if worth > self.best else self.since + 1
+        return Progress(self.step, max(worth, self.best), since, (*self.history, (self.step, loss, worth)))
+
 
 def frequent(texts: Sequence[Text], size: int, vocabulary: int, always: Sequence[int] = ()) -> Tensor | None:
     """Draft vocabulary: the most frequent tokens of the answers, ascending, including `always`; None is all tokens."""
@@ -150,8 +155,6 @@ def train(
     while progress.step < recipe.steps and progress.since < recipe.patience:
         step = progress.step
         report("training", step, recipe.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
         try:
             running = _backward(model, head, drafted, features, chosen, step, company, save)
@@ -160,19 +163,13 @@ def train(
             continue
         if not math.isfinite(running):
             raise LongspecError(f"The loss of step {step} is no number; train with another seed or in fp32.")
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
-        optimizer.step()
+        _descend(optimizer, parameters, recipe.rate_at(step))
         average.follow(head, step)
         progress = replace(progress, step=step + 1)
         if progress.step % recipe.every == 0 or progress.step == recipe.steps:
             report("validating", step, recipe.steps)
             worth = company.lead(f"worth after {progress.step}", judged)
-            progress = replace(
-                progress,
-                best=max(worth, progress.best),
-                since=0 if worth > progress.best else progress.since + 1,
-                history=(*progress.history, (progress.step, running, worth)),
-            )
+            progress = progress.validated(running, worth)
             company.lead(f"saved after {progress.step}", save)
             saved = perf_counter()
         elif company.first and perf_counter() - saved > SAVED:
@@ -191,8 +188,7 @@ def seconds_of_a_step(model: Model, head: Trained, features: Features, recipe: R
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
         _backward(model, scratch, drafted, features, chosen, step)
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
-        optimizer.step()
+        _descend(optimizer, parameters, recipe.rate_at(step))
         average.follow(scratch, step)
         took.append(perf_counter() - began)
     return median(took[3:])
@@ -212,6 +208,13 @@ def _optimizer(parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> torc
         moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS}
         made.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return made
+
+
+def _descend(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    torch.nn.utils.clip_grad_norm_(parameters, _CLIP, foreach=False)
+    optimizer.step()
 
 
 def _backward(
