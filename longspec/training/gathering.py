@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic, sleep
 
-from torch import distributed as dist
-
 from longspec.errors import LongspecError, UsageError
-from longspec.training.together import CHILD
+from longspec.training.together import CHILD, dist
 
 __all__ = ["FROZEN", "Gathering"]
 

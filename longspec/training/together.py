@@ -27,13 +27,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
+from torch import distributed
 
 from longspec.errors import LongspecError, UsageError
 
-__all__ = ["ALONE", "CHILD", "Behind", "Company", "Together", "together"]
+__all__ = ["ALONE", "CHILD", "Behind", "Company", "Together", "dist", "together"]
 
 T = TypeVar("T")
+dist: Any = distributed  # whose stubs lack half of what is used here
 
 CHILD = "LONGSPEC_WORKER"
 """The environment variable that tells a worker its number among the children of the command that started it."""
@@ -107,7 +108,7 @@ class Company(Together):
         self._epoch = self._agreed = self._formed = -1
         self._met = False  # has the state that the others have
         self._step, self._holders = -1, dict[int, int]()  # where the epoch began: a step, and who held which number
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: Any = None
         self._moved = monotonic()
         self._ask("set", f"beat/{self.number}", "0")
         self._ask("set", f"worker/{self.number}", os.environ.get(CHILD, ""))
@@ -196,7 +197,7 @@ class Company(Together):
         self._ask("set", f"{epoch}/here/{self.number}", "")
         self._wait([f"{epoch}/here/{number}" for number in members])
         if len(members) > 1:
-            made: list[dist.ProcessGroupGloo | RuntimeError] = []
+            made: list[Any] = []
             thread = Thread(target=self._connect, args=[epoch, members.index(self.number), len(members), made])
             thread.daemon = True  # it is left alone where one of the others dies meanwhile
             thread.start()
@@ -210,13 +211,12 @@ class Company(Together):
         self._formed = epoch
 
     def _connect(self, epoch: int, rank: int, size: int, made: list[Any]) -> None:
-        gloo: Any = dist.ProcessGroupGloo  # PyTorch's stubs don't know its options
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=self._host)]
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = _FORMING
         try:  # a client of its own, as one waits for one thing at a time
             store = dist.PrefixStore(f"{epoch}/group", self._store.clone())
-            made.append(gloo(store, rank, size, options))
+            made.append(dist.ProcessGroupGloo(store, rank, size, options))
         except RuntimeError as error:
             made.append(error)
 
@@ -290,7 +290,7 @@ class Company(Together):
             raise LongspecError("The command that started the workers has ended; the same command goes on from the "
                                 "checkpoint.") from error  # fmt: skip
 
-    def _beat(self, store: dist.Store) -> None:
+    def _beat(self, store: Any) -> None:
         count = 0
         with suppress(RuntimeError):  # the main thread will say so
             while True:
