@@ -26,8 +26,7 @@ from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch import distributed
+from torch import Tensor, distributed
 
 from longspec.errors import LongspecError, UsageError
 
