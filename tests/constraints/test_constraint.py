@@ -65,7 +65,7 @@ def test_bets_do_not_change_a_held_answer(llama: Model, way: str) -> None:
             assert session.finish_reason == "length"
             assert re.match("([a-f]{2,6}=[0-9]{1,4};)|[a-f]{2,6}=", session.text)
     texts = {str(i): tokens for i, tokens in enumerate(wanted)}
-    for name, drafter in every_drafter(texts).items():
+    for name, drafter in every_drafter(texts, "llama").items():
         made = engine(llama, drafter())
         sessions = held(made, **WAYS[way])
         assert finish(made, sessions) == wanted, name

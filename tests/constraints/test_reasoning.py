@@ -70,7 +70,7 @@ def test_bets_do_not_change_what_a_budget_ends(bare: Model, way: str, added: tup
         assert "</think>" in session.text or session.answer[-1] == 2
         assert engine(model).answer(session).usage["reasoning_tokens"] <= budget
     texts = {str(i): tokens for i, tokens in enumerate(wanted)}
-    for name, drafter in every_drafter(texts).items():
+    for name, drafter in every_drafter(texts, "llama").items():
         made = engine(model, drafter())
         sessions = opened(made, **WAYS[way])
         assert finish(made, sessions) == wanted, name
@@ -246,7 +246,7 @@ def test_a_grammar_holds_the_words_alone(bare: Model) -> None:
             assert session.finish_reason == "stop"
             assert re.fullmatch(pattern, session.said)
         texts = {str(i): tokens for i, tokens in enumerate(wanted)}
-        for name, drafter in every_drafter(texts).items():
+        for name, drafter in every_drafter(texts, "llama").items():
             made = engine(model, drafter())
             assert finish(made, opened(made, regex=pattern, new=60, **way)) == wanted, name
     # A text can't end in its thoughts.

@@ -19,6 +19,7 @@ from hostile.targets import folder_of
 from safetensors.torch import load_file, save_file
 
 from longspec.cache import snapshot
+from longspec.cli.io import batch_forecast
 from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import format as heads
 from longspec.heads.published.eagle3 import load_eagle3
@@ -300,6 +301,7 @@ def test_limits_md_names_every_limit() -> None:
         "parts of a split GGUF file": header._MOST_PARTS,
         "merges of a GGUF file's sentencepiece tokens": gguf_tokenizer._MOST_MERGES,
         "a draft head's config": heads._MOST_NBYTES,
+        "a `--summary` that `plan --measured` reads": batch_forecast._MOST_NBYTES,
         "the manifest of a folder of features": features._MOST_NBYTES,
         "the index of a prompt cache": snapshot._INDEX_LIMIT,
         "arrays and objects within each other in JSON": files.MOST_DEPTH,

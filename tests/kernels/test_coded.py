@@ -158,11 +158,18 @@ class Kernel:
         return made
 
 
+def _near(folder: Path) -> float:
+    """How far codes may take a tiny model's logits from fp32's, as a part of their deviation. A looped model goes on
+    with its own errors, loop by loop.
+    """
+    return 0.15 * load(folder, torch.float32).config.loops
+
+
 def test_logits_are_near_those_of_bf16(folder: Path) -> None:
     want = logits(load(folder, torch.float32), [10, 1, 64, 125])
     got = logits(coded(folder), [10, 1, 64, 125])
     # Random weights in narrow layers are hard on codes; the default model is held to a hundredth below.
-    assert (got - want).pow(2).mean().sqrt() < 0.15 * want.std()
+    assert (got - want).pow(2).mean().sqrt() < _near(folder) * want.std()
 
 
 def test_the_kernel_has_the_same_codes_as_torch(folder: Path) -> None:
@@ -192,7 +199,7 @@ def test_parts_of_layers_can_be_left_out(folder: Path, skip: Skip) -> None:
             return made.logits(made.forward(rows, skip=skip)).double()
 
     got, want = without(coded(folder)), without(load(folder, torch.float32))
-    assert (got - want).pow(2).mean().sqrt() < 0.15 * want.std()
+    assert (got - want).pow(2).mean().sqrt() < _near(folder) * want.std()
 
 
 def test_another_activation_is_refused(tmp_path: Path) -> None:
@@ -294,7 +301,7 @@ def test_any_checkpoint_can_be_quantized(folder: Path, kind: str, bits: float) -
     if made.slow is not None:
         pytest.skip(made.slow)
     got, want = logits(made, [30]), logits(load(folder, torch.float32), [30])
-    assert (got - want).pow(2).mean().sqrt() < (0.15 if kind == "Q8_0" else 1.0) * want.std()
+    assert (got - want).pow(2).mean().sqrt() < (_near(folder) if kind == "Q8_0" else 1.0) * want.std()
     pieces = list(_pieces(made))
     assert {piece.format for piece in pieces} == {kind}
     seen = 8 * sum(piece.tiles.nbytes for piece in pieces) / sum(piece.size * piece.width for piece in pieces)

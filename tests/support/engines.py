@@ -87,9 +87,11 @@ class RandomTrees(Drafter):
         return Draft.tree(tokens, parents)
 
 
-def every_drafter(texts: dict[str, list[int]]) -> dict[str, Callable[[], str | Drafter]]:
-    """All listed drafters but `none`, some over others, and three that need the answer to be known."""
-    names = [*DRAFTERS, "skip+ngram", "model+skip+ngram"]
+def every_drafter(texts: dict[str, list[int]], family: str | None = None) -> dict[str, Callable[[], str | Drafter]]:
+    """All listed drafters but `none`, some over others, and three that need the answer to be known; those that fit a
+    family's models, if one is named.
+    """
+    names = [name for name in DRAFTERS if family is None or fits(name, family)] + ["skip+ngram", "model+skip+ngram"]
     listed: dict[str, Callable[[], str | Drafter]] = {name: partial(str, name) for name in names if name != "none"}
     return {
         **listed,

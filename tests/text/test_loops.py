@@ -94,7 +94,7 @@ def test_bets_do_not_change_where_a_loop_ends(tmp_path: Path, monkeypatch: pytes
     ends = [session.finish_reason for session in plain]
     assert ends == ["loop", "loop", "length"]
     texts = {str(i): tokens for i, tokens in enumerate(wanted)}
-    for name, drafter in every_drafter(texts).items():
+    for name, drafter in every_drafter(texts, "llama").items():
         made = engine(model, drafter())
         sessions = opened(made)
         assert finish(made, sessions) == wanted, name
