@@ -102,9 +102,8 @@ class Conversation:
         tokens = session.answer[:-1] if ended else session.answer
         message = {"role": "assistant", "content": session.text, "tokens": tokens}
         markers = self.engine.model.vocabulary.markers
-        if (
-            markers is not None and markers.lead
-        ):  # gpt-oss's template writes the channels, and refuses texts that have them
+        # gpt-oss's template writes the channels itself, and refuses texts that have them.
+        if markers is not None and markers.lead:
             message = {"role": "assistant", "content": session.said}
         self.messages = [*self._asked, message]
         return True

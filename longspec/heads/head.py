@@ -93,9 +93,7 @@ class Head(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters()), 1
 
     def start(self, fit: Fit) -> None:
-        """Set the weights that least squares can find. A linear probe of the last state and the next token's embedding
-        has 22.7 % of first tokens right, where 1,500 steps from random weights began at 2.5 %.
-        """
+        """Set the weights that least squares can find, so that training begins with a linear probe's guesses."""
 
     def calibrate(self, judged: Callable[[], Sequence[Judged]]) -> None:
         """Set what isn't trained, but told by held-out texts. judged: how each of its `outputs` does on them, in their
