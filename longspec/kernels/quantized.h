@@ -46,25 +46,29 @@ static Coded from_row(const Coded *c, int64_t row, int64_t width) {
     return (Coded){c->codes + row * width, c->scales + at, c->totals + at, c->sums + twice};
 }
 
-/* A group of a row: its codes, the sums of their halves, and the scale. Of 32 values the greatest without their signs has
- * as numbers of 16 bits the same order. */
+/* A group of a row: its codes, the sums of their halves, and the scale. Values without their signs have as whole numbers the
+ * same order. */
 INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[2]) {
-    uint16_t most = 0;
-    for (int i = 0; i < GROUP; i++) most = (x[i] & 0x7fff) > most ? x[i] & 0x7fff : most;
-    const uint32_t bits = (uint32_t)most << 16;
+    vf values[GROUP / LANES];
+    vi most = {0};
+    UNROLL for (int i = 0; i < GROUP / LANES; i++) {
+        values[i] = load_bf16(x + i * LANES);
+        const vi size = (vi)absolute(values[i]);
+        most = (vi)choose(size > most, (vf)size, (vf)most);
+    }
+    const int32_t bits = largest_whole_of(most);
     float largest;
     memcpy(&largest, &bits, sizeof largest);
     const float factor = largest > 0 ? 127.0f / largest : 0.0f, turn = 12582912.0f; /* rounds, as in `exponential` */
-    const int32_t kept = most < 0x7f80 ? -1 : 0; /* with infinity in it, codes mean nothing and their sums might overflow */
+    const int32_t kept = bits < 0x7f800000 ? -1 : 0; /* with infinity in it, codes mean nothing and their sums might overflow */
     UNROLL for (int half = 0; half < 2; half++) {
         vi total = {0};
-        UNROLL for (int i = 16 * half; i < 16 * half + 16; i += LANES) {
-            const vi whole = (vi)(load_bf16(x + i) * factor + turn) - (vi)all(turn);
-            save_int8(codes + i, whole);
+        UNROLL for (int i = half * 16 / LANES; i < (half + 1) * 16 / LANES; i++) {
+            const vi whole = (vi)(values[i] * factor + turn) - (vi)all(turn);
+            save_int8(codes + i * LANES, whole);
             total += whole;
         }
-        sums[half] = 0;
-        UNROLL for (int i = 0; i < LANES; i++) sums[half] += total[i] & kept;
+        sums[half] = whole_sum_of(total & kept);
     }
     *scale = largest / 127.0f;
 }

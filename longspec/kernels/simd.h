@@ -50,7 +50,8 @@ INLINE vf load(const float *x) { return *(const vf_at *)x; }
 INLINE void save(float *y, vf x) { *(vf_at *)y = x; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
-/* LANES signed or unsigned bytes as whole numbers. GCC 12 takes a conversion of vectors from bytes apart, lane by lane. */
+/* LANES signed or unsigned bytes as whole numbers. GCC 12 takes a conversion of vectors from and to bytes apart, lane by lane,
+ * and one from 16 bits by halves. */
 INLINE vi load_int8(const void *x) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(x));
@@ -66,6 +67,9 @@ INLINE vu load_uint8(const void *x) { return (vu)load_int8(x) & 255; }
 INLINE void save_int8(void *y, vi x) {
 #if defined(__AVX512F__)
     _mm_storeu_si128(y, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__)
+    const __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0c080400)); /* of each half, in each of its words */
+    _mm_storel_epi64(y, _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(low, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4))));
 #else
     *(vc_at *)y = __builtin_convertvector(x, vc_at);
 #endif
@@ -91,7 +95,15 @@ INLINE vf smaller(vf a, vf b) { return choose(a < b, a, b); }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 /* bf16: LANES values as fp32, and back, rounded. */
-INLINE vf load_bf16(const bf16 *x) { return (vf)(__builtin_convertvector(*(const vh_at *)x, vu) << 16); }
+INLINE vf load_bf16(const bf16 *x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)x)), 16);
+#else
+    return (vf)(__builtin_convertvector(*(const vh_at *)x, vu) << 16);
+#endif
+}
 INLINE vu bits_bf16(vf x) {
     const vu bits = (vu)x, even = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const vu nan = (vu)(x != x); /* stays one, whatever its lower bits are */
@@ -144,6 +156,31 @@ INLINE float sum_of(const vf x[PIECES]) {
     for (int half = WIDE / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+/* The sum of all lanes, halves by halves. */
+INLINE int32_t whole_sum_of(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+/* The largest of all lanes, which aren't negative. */
+INLINE int32_t largest_whole_of(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_srli_epi64(two, 32)));
+#else
+    const int32_t a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+#endif
 }
 INLINE float largest_of(vf x) {
     float most = x[0];
