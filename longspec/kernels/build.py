@@ -46,17 +46,19 @@ def library(name: str | Path) -> ctypes.CDLL | str:
     this one; a sentence where it can't be had. It is for the best instructions of this processor, or what LONGSPEC_ISA
     names; a library says by its function `missing` where the system doesn't give leave to use them.
     """
+    return _first(name, os.environ.get("LONGSPEC_ISA", ""))
+
+
+@cache  # a pass asks eight times
+def _first(name: str | Path, _asked: str) -> ctypes.CDLL | str:
+    """The library for the first instruction set that it can be had for; else the first one's reason."""
     chosen = candidates()
-    return chosen if isinstance(chosen, str) else _first(_FOLDER / name, tuple(chosen))
-
-
-@cache
-def _first(source: Path, isas: tuple[tuple[str, tuple[str, ...]], ...]) -> ctypes.CDLL | str:
-    """The library for the first of these instruction sets that can be had; else the first one's reason."""
+    if isinstance(chosen, str):
+        return chosen
     reasons = []
-    for isa, flags in isas:
+    for isa, flags in chosen:
         try:
-            found = _loaded(source, isa, flags)
+            found = _loaded(_FOLDER / name, isa, flags)
         except _DistrustError as error:
             return str(error)
         if not isinstance(found, str) and hasattr(found, "missing") and found.missing():
