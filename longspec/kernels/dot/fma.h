@@ -84,23 +84,33 @@ static inline void product_pair(const bf16 *weight, int64_t apart, int64_t width
     product_bf16(weight + TILE * apart, apart, width, packed, rows, sums + TILE, stride);
 }
 
-/* Of `rows` rows and 32 columns at most. */
+/* Of `rows` rows, 32 columns at most and `wide` vectors of values: the even columns first, then the odd ones. */
+INLINE void weigh_wide(const float (*weights)[DEEP], const bf16 *values, int64_t apart, int64_t count, int64_t dim,
+                       const int rows, const int wide, float *out) {
+    vf made[2][VALUE_ROWS][2];
+    UNROLL for (int odd = 0; odd < 2; odd++) {
+        vf sum[VALUE_ROWS][2] = {{{0}}};
+        for (int64_t j = odd; j < count; j += 2) {
+            vf value[2];
+            UNROLL for (int i = 0; i < wide; i++) value[i] = load_bf16(values + j * apart + i * LANES);
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int i = 0; i < wide; i++) sum[r][i] = fused(all(weights[r][j]), value[i], sum[r][i]);
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int i = 0; i < wide; i++) made[odd][r][i] = sum[r][i];
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < wide; i++) {
+            float *to = out + r * dim + i * LANES;
+            save(to, load(to) + (made[0][r][i] + made[1][r][i]));
+        }
+}
+
 INLINE void weigh_rows(const float (*weights)[DEEP], const bf16 *values, int64_t apart, int64_t count, int64_t dim,
                        const int rows, float *out) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        vf even[VALUE_ROWS] = {{0}}, odd[VALUE_ROWS] = {{0}};
-        int64_t j = 0;
-        for (; j + 2 <= count; j += 2) {
-            const vf a = load_bf16(values + j * apart + d), b = load_bf16(values + (j + 1) * apart + d);
-            UNROLL for (int r = 0; r < rows; r++) even[r] = fused(all(weights[r][j]), a, even[r]);
-            UNROLL for (int r = 0; r < rows; r++) odd[r] = fused(all(weights[r][j + 1]), b, odd[r]);
-        }
-        if (j < count) {
-            const vf a = load_bf16(values + j * apart + d);
-            UNROLL for (int r = 0; r < rows; r++) even[r] = fused(all(weights[r][j]), a, even[r]);
-        }
-        UNROLL for (int r = 0; r < rows; r++) save(out + r * dim + d, load(out + r * dim + d) + (even[r] + odd[r]));
-    }
+    int64_t d = 0;
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) weigh_wide(weights, values + d, apart, count, dim, rows, 2, out + d);
+    for (; d < dim; d += LANES) weigh_wide(weights, values + d, apart, count, dim, rows, 1, out + d);
 }
 
 /* Adds to out [16, dim]: weights [count / 32, 16, 32] times values [count, dim], for the first `live` rows. */
