@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,75 +30,6 @@ def table(results: Path) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [
         ("what", "result", "file"), ("---",) * 3, *((what, said, f"`{name}`") for what, said, name in rows)
     ])  # fmt: skip
-
-
-def plain(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    length = max(report["prompt_tokens"])
-    where = "short prompts" if length < 100 else f"{length:,} tokens"
-    said = f"{report['ratio']['median']:.2f} times"
-    if length < 100:
-        yield f"plain decoding in {report['dtype']}, {where}", f"{said} transformers' `generate`"
-    else:
-        yield f"the same at {where}", said
-
-
-def drafters(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    ratios = {row["category"]: row["ratio"] for row in report["results"] if row["drafter"] == "auto"}
-    whole = {row["drafter"]: row for row in report["results"] if row["category"] == "all"}
-    overall = ratios.pop("all")
-    least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-    yield (
-        f"`--drafter auto` in {report['dtype']}, {whole['auto']['prompts']} first turns of Spec-Bench, against `none`",
-        f"{overall:.2f} times; by category {ratios[least]:.2f} ({least}) to {ratios[most]:.2f} ({most})",
-    )
-    if (peer := whole.get("transformers prompt lookup")) is not None:
-        times = whole["auto"]["tokens_per_second"] / peer["tokens_per_second"]
-        yield "the same against transformers' prompt lookup", f"{times:.2f} times"
-
-
-def passes(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    dtypes = list(dict.fromkeys(row["dtype"] for row in report["results"]))
-
-    def listed(texts: list[int], rows: list[int]) -> str:
-        ms = {(row["dtype"], row["texts"], row["rows"]): row["ms"] for row in report["results"]}
-        places = [(each, row) for each in texts for row in rows]
-        return "; ".join(f"{dtype} {', '.join(f'{ms[dtype, *place]:.1f}' for place in places)}" for dtype in dtypes)
-
-    yield "ms of a pass over 1, 9, 16 and 64 tokens of a text", listed([1], [1, 9, 16, 64])
-    yield "ms of a pass of 1, 8 and 16 texts", listed([1, 8, 16], [1])
-    worse = 100 * (report["perplexity"]["int8"] / report["perplexity"]["bf16"] - 1)
-    yield f"perplexity of int8 over bf16's, {report['tokens']:,} tokens of `{report['text']}`", f"{worse:+.1f} %"
-
-
-def batch(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    ratios = report["ratios"]
-    yield (
-        f"{report['prompts']} chats 16 at once in {report['dtype']}, against one at a time",
-        f"{ratios['16 over one at a time, both none']:.2f} times, with `auto` in both "
-        f"{ratios['16 over one at a time, both auto']:.2f}",
-    )
-    yield (
-        f"the same with `auto` against transformers' batches of 8 in {report['dtype of transformers']}",
-        f"{ratios['16 with auto over transformers']:.2f} times",
-    )
-
-
-def caches(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    context = max(row["context"] for row in report["results"])
-    by = {row["kind"]: row for row in report["results"] if row["context"] == context}
-
-    def over(kind: str, name: str) -> float:
-        return float(by[kind][name] / by["dense"][name])
-
-    worse = [100 * (over(kind, "perplexity") - 1) for kind in ("int8", "int4")]
-    nbytes, speed = (
-        [over(kind, name) for kind in ("int8", "int4")] for name in ("bytes_per_token", "tokens_per_second")
-    )
-    yield (
-        f"`--cache int8`, `int4` at {round(context, -3):,} tokens, against `dense`",
-        f"{nbytes[0]:.2f} and {nbytes[1]:.2f} of the bytes, perplexity {worse[0]:+.1f} and {worse[1]:+.1f} %, "
-        f"{speed[0]:.2f} and {speed[1]:.2f} of the speed",
-    )
 
 
 def engines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -128,16 +60,25 @@ def _listed(report: dict[str, Any], values: dict[str, str]) -> str:
     return ", ".join(said)
 
 
-MAKERS = {
-    "engines.json": engines,
-    "passes.json": passes,
-    "plain.json": plain,
-    "plain_7000.json": plain,
-    "drafters.json": drafters,
-    "drafters_bf16.json": drafters,
-    "batch.json": batch,
-    "cache.json": caches,
-}
+def coded(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    where = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX", "neon": "NEON"}[report["instructions"]]
+    for what, wrote, theirs, ratios in (
+        ("plain decoding", "written_per_second", "llama_cpp_written_per_second", "written_ratios"),
+        ("reading a prompt", "read_per_second", "llama_cpp_read_per_second", "read_ratios"),
+    ):
+        said = [
+            f"{_short(each['file'])} {each[wrote]:.1f} and {each[theirs]:.1f} ({median(each[ratios]):.2f} times)"
+            for each in report["files"]
+        ]
+        yield f"tokens/s of {what} with {where}, and llama.cpp's", ", ".join(said)
+
+
+def _short(file: str) -> str:
+    """A model of `coded.py` by its size."""
+    return {"source.gguf": "135M"}.get(file) or next(part.upper() for part in file.split("-") if part.endswith("b"))
+
+
+MAKERS = {"engines.json": engines, "coded_avx2.json": coded, "coded.json": coded}
 
 
 def written(readme: str, made: str) -> str:
