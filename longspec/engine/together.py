@@ -3,6 +3,9 @@
 A thread that waits for its text runs the passes for everyone's; the others wait until their own text has come further,
 or until that thread is done with its own and one of them goes on. No thread is started, and none runs when nobody
 waits: a text whose reader stays away gets a few commits ahead of it, and no more.
+
+A thread reads its own prompt, and the thread that runs the passes makes the answers: what waits for the model's lock in
+between waits for passes, as the running thread takes it again at once.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Condition
+from typing import Protocol
 
-from longspec.engine.options import Options
+from longspec.engine.answer import Answer
+from longspec.engine.opening import Prepared
 from longspec.engine.scheduler import Passes, Schedule
 from longspec.engine.session import Session
 from longspec.errors import LongspecError
-from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
 __all__ = ["Together"]
@@ -25,14 +29,22 @@ _AHEAD = 16
 """Commits that a text may have before its reader."""
 
 
+class Writes(Passes, Protocol):
+    """The engine's part."""
+
+    def answer(self, session: Session) -> Answer:
+        """The answer of a session that has ended."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class _Text:
     """A thread's text: asked for, then a session whose commits wait to be read."""
 
-    prompt: Prompt
-    options: Options
+    prepared: Prepared
     whole: bool  # the reader waits for its end
     session: Session | None = None
+    answer: Answer | None = None  # of a whole text
     commits: deque[Commit] = field(default_factory=deque)
     error: Exception | None = None
     over: bool = False
@@ -47,7 +59,7 @@ class _Text:
 class Together:
     """The texts that threads have asked an engine for."""
 
-    def __init__(self, engine: Passes) -> None:
+    def __init__(self, engine: Writes) -> None:
         self._engine = engine
         self._schedule = Schedule(engine)
         self._texts: dict[Session, _Text] = {}  # those in the schedule; the leader's alone
@@ -56,18 +68,24 @@ class Together:
         self._going: deque[_Text] = deque()  # to be taken out
         self._is_led = False
 
-    def write(self, prompt: Prompt, options: Options, *, whole: bool = False) -> Iterator[tuple[Session, Commit]]:
-        """The text's session with each of its commits; whole: all at once, at its end.
+    def answer(self, prepared: Prepared) -> Answer:
+        """The whole answer. Raises what `Engine.begin` and `Engine.step` raise."""
+        text = _Text(prepared, whole=True)
+        for _ in self._written(text):
+            pass
+        assert text.answer is not None
+        return text.answer
 
-        Raises what `Engine.open` and `Engine.step` raise.
-        """
-        text = _Text(prompt, options, whole)
+    def stream(self, prepared: Prepared) -> Iterator[Commit]:
+        """The commits as they come. Raises what `answer` raises."""
+        return self._written(_Text(prepared, whole=False))
+
+    def _written(self, text: _Text) -> Iterator[Commit]:
         try:
             while True:
                 self._wait(text)
                 while text.commits:
-                    assert text.session is not None
-                    yield text.session, text.commits.popleft()
+                    yield text.commits.popleft()
                 if text.over:
                     if text.error is not None:
                         raise text.error
@@ -119,7 +137,7 @@ class Together:
         """Open a new text's session, and schedule it; one that was out for a while comes back as it is."""
         try:
             if text.session is None:
-                text.session = self._engine.begin(self._engine.prepare(text.prompt, **text.options))
+                text.session = self._engine.begin(text.prepared)
         except Exception as error:  # noqa: BLE001  it belongs to the thread that asked
             text.error, text.over = error, True
             return
@@ -129,11 +147,14 @@ class Together:
     def _tell(self, text: _Text, event: Commit | LongspecError) -> bool:
         """Hand a pass's outcome to the text; whether its reader may go on."""
         assert text.session is not None
+        if text.whole and isinstance(event, Commit) and event.finish_reason is not None:
+            text.answer = self._engine.answer(text.session)
         with self._changed:
             if isinstance(event, LongspecError):
                 text.error, text.over = text.session.error or event, True
             else:
-                text.commits.append(event)
+                if not text.whole:
+                    text.commits.append(event)
                 text.over = event.finish_reason is not None
             if text.over:
                 del self._texts[text.session]

@@ -56,9 +56,7 @@ class Writer(Passes):
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
         """Generate one answer."""
-        check_options(options)
-        *_, (session, _) = self._together.write(prompt, options, whole=True)
-        return self.answer(session)
+        return self._together.answer(self.prepare(prompt, **options))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """Generate one answer, yielding its text as it becomes final."""
@@ -66,7 +64,7 @@ class Writer(Passes):
         return self._stream(prompt, options)
 
     def _stream(self, prompt: Prompt, options: Options) -> Iterator[str]:
-        for _, commit in self._together.write(prompt, options):
+        for commit in self._together.stream(self.prepare(prompt, **options)):
             if commit.text:
                 yield commit.text
 
