@@ -64,10 +64,9 @@ class Dense(Cache):
         """Position of the first row in the own buffers."""
         return self._start
 
-    @property
-    def nbytes(self) -> int:
-        runs = [self._buffers, *(buffers for buffers, _ in self._shared)]
-        return sum(buffer.nbytes for run in runs for buffer in run)
+    def tensors(self) -> Iterator[Tensor]:
+        for buffers in (self._buffers, *(shared for shared, _ in self._shared)):
+            yield from buffers
 
     def open(self) -> DenseStage:
         stage = DenseStage(self, behind=self._behind is None or self._behind() is None)

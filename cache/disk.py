@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class FileStore:
         if got != self._block_bytes:
             raise LongspecError(f"The cache on disk lost a block: {got} of {self._block_bytes} bytes were read.")
         return rows.view(self._kind.dtype).view(self._shape)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """None: the blocks are in the file."""
+        return iter(())
 
     def fork(self) -> FileStore:
         """A copy of the file, since both sequences write their own blocks from here on."""

@@ -40,6 +40,10 @@ class Grouped(Cache):
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 
+    def tensors(self) -> Iterator[Tensor]:
+        for cache in self.caches:
+            yield from cache.tensors()
+
     def open(self) -> GroupedStage:
         return GroupedStage(self.shape, [cache.open() for cache in self.caches])
 

@@ -31,6 +31,10 @@ class Hybrid(Cache):
     def nbytes(self) -> int:
         return self.rows.nbytes + self.states.nbytes
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.rows.tensors()
+        yield from self.states.tensors()
+
     def open(self) -> HybridStage:
         return HybridStage(self)
 

@@ -47,6 +47,10 @@ class Store(Protocol):
         """A block's keys and values [2, K, 64, D], in the store's own memory or a copy."""
         ...
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The blocks that are in memory."""
+        ...
+
     def fork(self) -> Store:
         """An independent store with the same blocks."""
         ...
@@ -75,6 +79,9 @@ class HostStore:
     def read(self, layer: int, block: int) -> Tensor:
         return self._blocks[layer, block]
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._blocks.values()
+
     def fork(self) -> HostStore:
         twin = HostStore.__new__(HostStore)
         twin._pin, twin._blocks = self._pin, dict(self._blocks)
@@ -98,7 +105,16 @@ class Offload(Quantized):
     @property
     def nbytes(self) -> int:
         """Bytes on the device, without the store's (`store.nbytes`)."""
-        return super().nbytes + sum(rows.nbytes for held in self._held for rows in held.values())
+        return sum(tensor.nbytes for tensor in self._on_device())
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._on_device()
+        yield from self.store.tensors()
+
+    def _on_device(self) -> Iterator[Tensor]:
+        yield from super().tensors()
+        for held in self._held:
+            yield from held.values()
 
     def open(self) -> OffloadStage:
         self._forget_codes_from(self.length)

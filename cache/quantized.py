@@ -71,9 +71,10 @@ class Quantized(Cache):
     def length(self) -> int:  # type: ignore[override]
         return self.near.length
 
-    @property
-    def nbytes(self) -> int:
-        return self.near.nbytes + sum(tensor.nbytes for codes in self._codes for tensor in codes)
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.near.tensors()
+        for codes in self._codes:
+            yield from codes
 
     def open(self) -> QuantizedStage:
         self._forget_codes_from(self.length)

@@ -54,6 +54,13 @@ class States:
     def point(self) -> Point:
         return self._point
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The rows and states."""
+        yield from self.rows.values()
+        for point in (self._point, *self._points.values()):
+            yield point.tail
+            yield from (state for state in point.states if state is not None)
+
     def open(self) -> StateStage:
         return StateStage(self)
 

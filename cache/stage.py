@@ -279,9 +279,13 @@ class Cache(ABC):
     """Names in CACHES of the kinds that `take_rows` makes of this one, the largest first: what to shrink to."""
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated on the device."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """What holds the rows in memory, what other texts share of it included: all that `fork` may share."""
 
     @abstractmethod
     def open(self) -> Any:

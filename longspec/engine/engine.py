@@ -16,7 +16,7 @@ from typing import Any, Unpack
 
 import torch
 
-from longspec.cache import CACHES, LOSSLESS
+from longspec.cache import CACHES, LOSSLESS, Cache
 from longspec.control import latency
 from longspec.control import make as make_control
 from longspec.control.policy import Control
@@ -96,8 +96,9 @@ class Engine(Writer):
     @classmethod
     def load(
         cls,
-        model: str = "smollm2",
+        model: str | torch.nn.Module = "smollm2",
         *,
+        tokenizer: Any = None,
         drafter: str | Drafter = "auto",
         cache: str = "auto",
         all_rows: bool = False,
@@ -116,7 +117,7 @@ class Engine(Writer):
         texts: int = 1,
         report: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
-        """Load a model by short name, path or Hugging Face id.
+        """Load a model by short name, path or Hugging Face id, or transformers' model object with its `tokenizer`.
 
         all_rows: an offload or disk cache attends to every row exactly. strict: batch-invariant operators. draft_model:
         the draft model of the drafter `model`, named like a model. skip_set: the layers that `skip` leaves out, a file
@@ -134,11 +135,10 @@ class Engine(Writer):
         """
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
-        # Report invalid options before loading a model.
-        options = drafter_options(draft_model, skip_set, draft_from, remember)
+        options = drafter_options(draft_model, skip_set, draft_from, remember)  # wrong ones are told first
         check(drafter, cache, all_rows, num_speculative_tokens, options)
         began = perf_counter()
-        opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
+        opened, plan = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
         _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
@@ -190,6 +190,10 @@ class Engine(Writer):
         """
         keep(session, self.model, Path(path))
 
+    def empty_cache(self) -> Cache:
+        """A cache of the kind that texts of this engine begin with."""
+        return CACHES[self.cache_name](self.model.decoder.shape)
+
     def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
         """The first half of `open`: read the prompt and compile its grammar, beside another thread's passes."""
         self.check_open()
@@ -200,7 +204,7 @@ class Engine(Writer):
         """The second half of `open`, once for each `prepared`: a session with a cache."""
         tokens, options, decoder = prepared.tokens, prepared.options, self.model.decoder
         long = decoder.first_context is not None and prepared.limit > decoder.first_context
-        cache, path = CACHES[self.cache_name](decoder.shape), options.get("prompt_cache")
+        cache, path = self.empty_cache(), options.get("prompt_cache")
         if (after := options.get("after")) is not None:
             cache = take_over(after, cache, tokens, long=long)
         if path is not None and not cache.length:

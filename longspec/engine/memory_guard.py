@@ -3,7 +3,7 @@
 Takes sessions between two passes. A plan is an upper estimate, so the guard is for what it couldn't know: sequences
 beside the planned one, or a library that keeps more than was measured. Its measures, in this order:
 
-    return free heap memory to the system
+    let go of finished texts' rows that were kept for prompts to come, and return free heap memory to the system
     convert a dense cache to int8 or int4, if the cache was left to auto (noted in the session: its output may differ)
     end the longest sequence, with the answer so far
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ from longspec.machine.system import peak_bytes, resident_bytes, shown
 from longspec.memory.plan import Plan
 from longspec.model.load import DTYPES
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "release"]
 
 STEPS = 16
 """Between two looks: looking takes 20 microseconds, a step milliseconds."""
@@ -35,6 +35,7 @@ class Watch:
     def __init__(self, plan: Plan, *, moves: bool, is_read: bool = False) -> None:
         self.plan = plan
         self.moves, self.is_read = moves, is_read
+        self.let_go: Callable[[], bool] = lambda: False  # frees rows that nobody is writing behind, if there are any
         self._steps = 0
         self._peak = peak_bytes()
         self._passing = 0  # bytes that a pass was seen to allocate and to free again
@@ -85,13 +86,15 @@ class Watch:
         """Whether `rows` more tokens fit the budget, after freeing what may be freed."""
         if self._excess(rows, more) <= 0:
             return True
-        _release()
+        release()
+        while self._excess(rows, more) > 0 and self.let_go():
+            release()
         for session in sessions if self.moves else ():
             if (excess := self._excess(rows, more)) <= 0:
                 return True
             if session.cache.can_become:
                 self._shrink(session, excess)
-                _release()
+                release()
         self._peak = peak_bytes()  # memory used by the conversion isn't a pass's
         return self._excess(rows, more) <= 0
 
@@ -120,7 +123,7 @@ class Watch:
         )
 
 
-def _release() -> None:
+def release() -> None:
     """Return malloc's unused memory to the system."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

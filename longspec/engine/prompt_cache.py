@@ -14,12 +14,12 @@ from longspec.engine.session import Session
 from longspec.errors import UsageError
 from longspec.model.load import Model
 
-__all__ = ["keep", "resume", "take_over"]
+__all__ = ["identity", "keep", "resume", "take_over"]
 
 
 def keep(session: Session, model: Model, path: Path) -> None:
     """Write the rows of the session's tokens that its cache holds. LongspecError where the file can't be written."""
-    words = {**_words(model, session.cache_name), "long": str(session.long)}
+    words = {**identity(model, session.cache_name), "long": str(session.long)}
     save(path, words, session.tokens[: session.cache.length], session.cache)
 
 
@@ -36,7 +36,7 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
     if not path.exists():
         return
     snapshot = Snapshot(path)
-    snapshot.check(_words(model, name))
+    snapshot.check(identity(model, name))
     common = snapshot.common(tokens[:-1])
     # A longrope model's rows of a short sequence are rotated by other factors than a long one's. More rows than
     # `limit` would take memory that isn't planned.
@@ -68,6 +68,6 @@ def take_over(earlier: Session, fresh: Cache, tokens: Sequence[int], *, long: bo
     return cache
 
 
-def _words(model: Model, cache_name: str) -> dict[str, str]:
-    """The fields of a snapshot's identity: the rows are reused only if all are equal."""
+def identity(model: Model, cache_name: str) -> dict[str, str]:
+    """What a snapshot of a model's rows says of them: they are used only where all of it is equal."""
     return {**model.fingerprint, "cache": cache_name, "size of blocks": str(BLOCK)}

@@ -29,6 +29,7 @@ from longspec.cache.stage import BLOCK, Cache
 from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
 from longspec.engine.prefix_cache import Prefixes, common
+from longspec.engine.prefix_shelf import Shelf
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
 from longspec.text.prompt import Prompt
@@ -62,6 +63,12 @@ class _Trunk:
 class Passes(Protocol):
     """The engine's part: opens sessions, and steps them in one forward pass."""
 
+    cache_name: str
+
+    def empty_cache(self) -> Cache:
+        """A cache of that kind."""
+        ...
+
     def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
         """Read a prompt; any thread may."""
         ...
@@ -84,17 +91,17 @@ class Passes(Protocol):
 class Schedule:
     """The sessions of one engine, at most `width` in a pass; the others wait in order of arrival.
 
-    kept: bytes of finished texts' rows that later prompts may share.
+    kept: bytes of finished texts' rows that later prompts may share; shelf: files for those that this doesn't hold.
     """
 
-    def __init__(self, engine: Passes, width: int = WIDTH, kept: int = 0) -> None:
+    def __init__(self, engine: Passes, width: int = WIDTH, kept: int = 0, shelf: Shelf | None = None) -> None:
         self.engine = engine
         self.width = width
         self._waiting: deque[Session] = deque()
         self._reading: Session | None = None
         self._writing: list[Session] = []
         self._trunk: _Trunk | None = None
-        self._prefixes = Prefixes(kept)
+        self.prefixes = Prefixes(kept, engine.cache_name, engine.empty_cache, shelf)
         self.prefilled = 0  # tokens of prompts, in all passes so far
 
     def __len__(self) -> int:
@@ -155,7 +162,7 @@ class Schedule:
             self._reading = None
         for session in self._writing:
             if session.finish_reason is not None and session.error is None:
-                self._prefixes.keep(session)
+                self.prefixes.keep(session)
         self._writing = [one for one in self._writing if one.finish_reason is None and one.error is None]
         self._release_trunk()
         return events
@@ -201,8 +208,8 @@ class Schedule:
             return
         trunk = self._trunk
         length = 0 if trunk is None else trunk.shared(session)
-        if trunk is None or self._prefixes.shared(session) > length:
-            self._prefixes.give(session)
+        if trunk is None or self.prefixes.shared(session) > length:
+            self.prefixes.give(session)
         elif length:
             self._fork(session, trunk, length)
 

@@ -14,6 +14,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Self, Unpack
 
+from longspec.cache import Cache
 from longspec.engine.answer import Answer
 from longspec.engine.opening import Prepared
 from longspec.engine.options import Options, check_options
@@ -30,6 +31,12 @@ __all__ = ["Writer"]
 
 class Writer(Passes):
     """Passes that write answers."""
+
+    cache_name: str
+
+    def empty_cache(self) -> Cache:
+        """A cache of the kind that texts begin with."""
+        raise NotImplementedError
 
     def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
         """Read a prompt; any thread may."""

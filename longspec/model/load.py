@@ -22,6 +22,7 @@ from longspec.machine.tuned import Fit, fit_path, read_fit
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.files.held import Held
 from longspec.model.files.hub import find
 from longspec.model.files.keep import kept
 from longspec.model.files.store import Report, quiet
@@ -131,27 +132,28 @@ class Opened:
 
 
 def open_model(
-    name: str,
+    name: str | torch.nn.Module,
     *,
+    tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
     offline: bool | None = None,
     report: Report | None = None,
 ) -> Opened:
-    """Find a model by short name, path or Hugging Face id. report: a callback for downloads: stage, bytes done,
-    total; offline: forbid them.
+    """Find a model by short name, path or Hugging Face id, or take a model object of transformers, with its tokenizer.
+    report: a callback for downloads: stage, bytes done, total; offline: forbid them.
 
     Raises:
         ModelError: it can't be found, read, or isn't supported.
         UsageError: the dtype or the device is unknown, or not available.
     """
     place = choose_device(device)
-    checkpoint = find(name, offline=offline, report=report)
+    checkpoint = find(name, offline=offline, report=report) if isinstance(name, str) else Held.of(name, tokenizer)
     config = Config.read(checkpoint.config())
     fit = read_fit(fit_path(config, str(place), coded=checkpoint.coded))
     kind = choose_dtype(dtype, place, checkpoint, config, fit)
     if kind == "int4" and (folder := kept(checkpoint)) is not None:
-        checkpoint = Checkpoint(name, folder)
+        checkpoint = Checkpoint(checkpoint.name, folder)
     began = perf_counter()
     special = {role: token for role, token in checkpoint.tokenizer_config().items() if role in _SPECIAL}
     # A GGUF file's add_bos_token holds for chats too; in a folder the template alone decides, as for transformers.

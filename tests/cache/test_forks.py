@@ -96,6 +96,9 @@ class Plain(Cache):
     def nbytes(self) -> int:
         return sum(row.nbytes for rows in self.rows for row in rows)
 
+    def tensors(self) -> Iterator[Tensor]:
+        return (row for rows in self.rows for row in rows)
+
     def open(self) -> PlainStage:
         return PlainStage(self)
 

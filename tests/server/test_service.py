@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 from support.agents import TOWN, agent
 from support.commands import SECONDS
-from support.engines import engine, tiny
 from support.servers import Served, serving, until
 
-from longspec.cache import LOSSLESS
 from longspec.engine.engine import Engine
-from longspec.engine.prefix_cache import Prefixes, common
-from longspec.engine.scheduler import Schedule
-from longspec.engine.session import Session
 
 _SCHEMA = {"type": "array", "items": TOWN, "minItems": 3, "maxItems": 9}
 TOWNS = {"type": "json_schema", "json_schema": {"name": "towns", "schema": _SCHEMA}}
@@ -89,47 +84,3 @@ def test_a_next_turn_reads_its_new_tokens_only(made: Engine) -> None:
             # The question and two roles' letters, and the last token of the answer, which nothing has followed yet.
             assert turn == 0 or new <= len(talk[-1]["content"]) + 3
             talk.append({"role": "assistant", "content": text})
-
-
-def finished(made: Engine, schedule: Schedule, prompt: str, **options: Any) -> Session:
-    given: Any = {"raw": True, "max_new_tokens": 4, **options}
-    session = schedule.begin(prompt, given)
-    assert isinstance(session, Session)
-    while schedule:
-        schedule.step()
-    return session
-
-
-@pytest.mark.parametrize("cache", sorted(LOSSLESS))
-def test_prefixes_change_no_text(tmp_path: Any, cache: str) -> None:
-    made = engine(tiny(tmp_path, end_tokens=()), "ngram", cache=cache)
-    schedule, start = Schedule(made, 4, kept=1 << 26), "ABCDEFGH" * 20
-    prompts = [start, start + "IJK", start[:100] + "XYZ" * 20, start + "IJKLM", start[:70], "no" * 60]
-    for prompt in prompts:
-        kept = finished(made, schedule, prompt, temperature=0.9, seed=2)
-        alone = finished(made, Schedule(made, 4), prompt, temperature=0.9, seed=2)
-        assert kept.tokens == alone.tokens
-        assert kept.cached == 0 or kept.cached >= 64
-    assert finished(made, schedule, start + "IJKLMN").cached >= 64
-
-
-def test_the_least_recently_used_text_goes_first(tmp_path: Any) -> None:
-    made = engine(tiny(tmp_path, end_tokens=()))
-    one = finished(made, Schedule(made, 4), "A" * 100)
-    nbytes = one.cache.room(one.cache.length).device
-    schedule = Schedule(made, 4, kept=2 * nbytes)
-    for letter in "ABAC":
-        finished(made, schedule, letter * 100)
-    assert schedule._prefixes.nbytes <= 2 * nbytes
-    assert finished(made, schedule, "B" * 100).cached == 0
-    assert finished(made, schedule, "C" * 100).cached >= 64
-    assert Prefixes(0).nbytes == 0
-
-
-def test_common_prefixes() -> None:
-    tokens = list(range(200))
-    for length in (0, 1, 63, 64, 65, 128, 199, 200):
-        other = [*tokens[:length], 999]
-        assert common(tokens, other) == common(other, tokens) == length
-    assert common(tokens, tokens) == 200
-    assert common(tokens, tokens[:128]) == 128
