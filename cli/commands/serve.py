@@ -7,7 +7,10 @@ Loads in the worker's thread; listens once that is done. Messages go to stderr, 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +18,7 @@ import typer
 from longspec.cli.io import server_client as remote
 from longspec.cli.io.progress import Progress
 from longspec.cli.options.groups import Only, Without, group, option
-from longspec.cli.options.loading import Loading
+from longspec.cli.options.loading import DRAFTERS, Loading, models
 from longspec.cli.options.parsers import number, one_of, whole
 from longspec.cli.options.reporting import Reporting
 from longspec.errors import UsageError
@@ -23,6 +26,7 @@ from longspec.sampling.parameters import Bounds
 
 if TYPE_CHECKING:
     from longspec.engine.engine import Engine
+    from longspec.server.worker import Worker
 
 __all__ = ["EPILOG", "serve"]
 
@@ -31,6 +35,7 @@ Examples:
   longspec serve
   longspec serve -m ~/models/qwen3 --port 9000 --parallel 8
   LONGSPEC_API_KEY=... longspec serve --host 0.0.0.0
+  longspec serve -m qwen3-4b --also smollm2 --memory 8GiB
 
 \b
 Clients of OpenAI's API take http://127.0.0.1:8000/v1 as their base URL.
@@ -42,8 +47,11 @@ what they have.
 _GRACE_SECONDS = 10.0
 """For answers that are being written when the process is asked to end."""
 
-_PASS_SECONDS = 2.0
-"""For the pass that runs then; the process doesn't wait for a longer one."""
+_PASS_SECONDS = 4.0
+"""For the pass that runs then, and rows that are put into a folder; the process doesn't wait longer."""
+
+_IDLE_SECONDS = 600.0
+"""After which one of several models is unloaded."""
 
 _PLANNED = "under a memory budget its cache may be another than the one that run would choose"
 _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
@@ -76,6 +84,26 @@ class Serving:
         "With --memory at most half of what the plan leaves.",
         metavar="MIB",
         parser=whole(0),
+    )
+    prefix_folder: str | None = option(
+        None,
+        "A folder for rows that --prefix-cache doesn't hold, up to ten times as much, and for all of them at the end: "
+        "a server that is started again has them. They tell what was written, so it should be yours alone.",
+        metavar="DIR",
+    )
+    also: list[str] | None = option(
+        None,
+        "A further model, named as --model is: loaded when a request names it, with the same options, and within "
+        "--memory, where the model that was used least recently makes room. May be repeated.",
+        metavar="MODEL",
+        autocompletion=models,
+    )
+    idle: float | None = option(
+        None,
+        "A model that nobody has used for so long is unloaded; its next request loads it. With --also 600, if left "
+        "out, else never.",
+        metavar="SECONDS",
+        parser=number(Bounds(float, 0, open_below=True)),
     )
     log_format: str = option(
         "none",
@@ -135,19 +163,20 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
     from longspec.server.desk import Desk
     from longspec.server.hosts import names
     from longspec.server.listen import bind, bound_unix, listen
-    from longspec.server.worker import Worker
+    from longspec.server.models import Models
 
     width = parallel or WIDTH
     folder, planned = remote.folder(make=True), options["memory"] is not None
     # The address depends on the files' present state.
     path = None if folder is None or planned else remote.address(folder, model, options)
     with bind(serving.host, serving.port) as door, ExitStack() as stack:
-        worker = Worker(lambda: _load(model, options, progress), width, serving.prefix_cache << 20)
-        worker.loaded.result()
-        desk = Desk(worker, width + serving.max_waiting, serving.time_limit)
+        desk = Desk(width + serving.max_waiting, serving.time_limit)
+        idle = serving.idle or (_IDLE_SECONDS if serving.also else None)
+        models = Models(desk, _starts(model, options, serving, width, progress), idle)
+        models.begin()
         app = open_to_clients(
             desk,
-            model,
+            models,
             names(serving.host),
             serving.api_key or None,
             progress.say,
@@ -158,14 +187,38 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
         doors = [(app, door)]
         home = None if path is None else stack.enter_context(bound_unix(path))
         if home is not None:
-            doors.append((at_home(desk, progress.say), home))
+            doors.append((at_home(desk, models, progress.say), home))
         else:
             why = "another is used" if path else _PLANNED if planned else _NO_FOLDER
             progress.say(f"longspec run doesn't use this server: {why}")
         shown = f"[{serving.host}]" if ":" in serving.host else serving.host
-        sentence = f"{model} is served at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
+        served = f"{', '.join(models.names)} {'are' if serving.also else 'is'} served"
+        sentence = f"{served} at http://{shown}:{door.getsockname()[1]}/v1; Ctrl-C ends it"
         asyncio.run(listen(desk, doors, _GRACE_SECONDS, lambda: progress.say(sentence)))
-        worker.stop(_PASS_SECONDS)
+        models.stop(_PASS_SECONDS)
+
+
+def _starts(
+    model: str, options: dict[str, Any], serving: Serving, width: int, progress: Progress
+) -> dict[str, Callable[[int | None], Worker]]:
+    """What loads each model, the first one at the front; the further ones are looked for, and fetched, at once."""
+    from longspec.model.files.hub import find
+    from longspec.server.worker import Worker
+
+    folder = None if serving.prefix_folder is None else Path(serving.prefix_folder).expanduser()
+    further = [name for name in serving.also or () if name != model]
+    for name in further:
+        find(name, report=progress.report)
+    # What was made for the first one, a head or a smaller model, fits no other.
+    drafter = options["drafter"] if options["drafter"] in DRAFTERS and options["drafter"] != "model" else "auto"
+    others = {**options, "drafter": drafter, "draft_model": None, "skip_set": None}
+
+    def start(name: str, memory: int | None) -> Worker:
+        own = {**(options if name == model else others)}
+        own |= {} if memory is None else {"memory": memory}
+        return Worker(lambda: _load(name, own, progress), width, serving.prefix_cache << 20, folder)
+
+    return {name: partial(start, name) for name in (model, *further)}
 
 
 def _load(model: str, options: dict[str, Any], progress: Progress) -> Engine:

@@ -23,13 +23,14 @@ from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.requests.anthropic import MESSAGES
 from longspec.requests.fields import RequestError
 from longspec.requests.replies import Event, Format
-from longspec.server.asks import Ask, ask, local, no_model
+from longspec.server.asks import Ask, ask, local
 from longspec.server.bodies import Bodies
 from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.dialects import DIALECTS
 from longspec.server.guard import Guard
 from longspec.server.log import Log
 from longspec.server.metrics import CONTENT_TYPE, Metrics
+from longspec.server.models import Models
 from longspec.server.refusals import RefusedError, encoded
 from longspec.server.worker import Ended, UnreadError
 
@@ -40,7 +41,7 @@ _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 def open_to_clients(
     desk: Desk,
-    model: str,
+    models: Models,
     hosts: frozenset[str] | None,
     key: str | None,
     say: Callable[[str], None],
@@ -54,11 +55,11 @@ def open_to_clients(
 
     log: the access log's format. origins: those whose pages may ask, beside programs.
     """
-    bodies, metrics = Bodies(), Metrics(desk.__len__, desk.worker.__len__)
-    spelled = partial(desk.worker.loaded.result().model.vocabulary.piece, first=False)
+    bodies, metrics = Bodies(), Metrics(desk.__len__, models.__len__)
 
     async def health(request: Request) -> Response:
-        status = {"status": "closing" if desk.closing else "ok", "model": model, "texts": len(desk), "most": desk.most}
+        said = "closing" if desk.closing else "ok"
+        status = {"status": said, "model": models.names[0], "texts": len(desk), "most": desk.most}
         return _json(status, 503 if desk.closing else 200)
 
     async def measured(request: Request) -> Response:
@@ -68,10 +69,12 @@ def open_to_clients(
         dialect, began = DIALECTS[request.url.path], perf_counter()
         async with bodies.object(request) as body:
             chat, allowed = dialect.chat, allow_special_tokens
-            wanted = ask(dialect.read(body), model, desk.most, chat=chat, allow_special_tokens=allowed)
-            texts = desk.take(wanted.texts, request.receive, began=began, ended=metrics.ended)
+            wanted = ask(dialect.read(body), desk.most, chat=chat, allow_special_tokens=allowed)
+            async with models.using(wanted.model) as worker:
+                texts = desk.take(worker, wanted.texts, request.receive, began=began, ended=metrics.ended)
             prompts = await texts.opened()
-        reply = dialect.reply(wanted, model, spelled)
+        spelled = partial(worker.loaded.result().model.vocabulary.piece, first=False)
+        reply = dialect.reply(wanted, wanted.model or models.names[0], spelled)
         if wanted.stream:
             events = _events(wanted, reply, texts, prompts, say)
             return StreamingResponse(events, media_type="text/event-stream", headers=_EVENTS)
@@ -83,7 +86,7 @@ def open_to_clients(
 
     routes = [
         *(Route(path, answer, methods=["POST"]) for path in DIALECTS),
-        *_models(model),
+        *_models(models),
         Route("/health", health),
         Route("/metrics", measured),
     ]
@@ -93,23 +96,25 @@ def open_to_clients(
     return Log(app, log, say)
 
 
-def _models(model: str) -> list[Route]:
-    """What tells of the one model."""
-    listed = {"id": model, "object": "model", "created": int(time()), "owned_by": "longspec"}
+def _models(models: Models) -> list[Route]:
+    """What tells of the models."""
+    began = int(time())
+    listed = {name: {"id": name, "object": "model", "created": began, "owned_by": "longspec"} for name in models.names}
 
-    async def models(request: Request) -> Response:
-        return _json({"object": "list", "data": [listed]})
+    async def all_models(request: Request) -> Response:
+        return _json({"object": "list", "data": [*listed.values()]})
 
     async def one_model(request: Request) -> Response:
-        if request.path_params["name"] != model:
-            raise no_model(request.path_params["name"], model)
-        return _json(listed)
+        name = request.path_params["name"]
+        if name not in listed:
+            raise models.none(name)
+        return _json(listed[name])
 
-    return [Route("/v1/models", models), Route("/v1/models/{name:path}", one_model)]
+    return [Route("/v1/models", all_models), Route("/v1/models/{name:path}", one_model)]
 
 
-def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
-    """The API of `longspec run`, over a socket that only this user can open."""
+def at_home(desk: Desk, models: Models, say: Callable[[str], None]) -> ASGIApp:
+    """The API of `longspec run` with the first model, over a socket that only this user can open."""
     running: dict[str, Texts] = {}
     bodies = Bodies()
 
@@ -117,7 +122,8 @@ def at_home(desk: Desk, say: Callable[[str], None]) -> ASGIApp:
         async with bodies.object(request) as body:
             prompt, options, began = local(body)
         began = None if began is None else min(began, perf_counter())
-        texts = desk.take([(prompt, options)], request.receive, began=began, local=True)
+        async with models.using(None) as worker:
+            texts = desk.take(worker, [(prompt, options)], request.receive, began=began, local=True)
         return StreamingResponse(lines(str(body.get("id")), texts), media_type="application/x-ndjson")
 
     async def lines(name: str, texts: Texts) -> AsyncIterator[bytes]:

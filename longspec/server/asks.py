@@ -13,10 +13,9 @@ from typing import Any, cast
 from longspec.engine.options import Options
 from longspec.requests.fields import OPTIONS, RequestError, named_options, stops, typed
 from longspec.requests.openai import MOST_STOPS, read_request
-from longspec.server.refusals import RefusedError
 from longspec.text.prompt import Prompt
 
-__all__ = ["Ask", "ask", "local", "no_model"]
+__all__ = ["Ask", "ask", "local"]
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat has no limit
 
@@ -30,24 +29,22 @@ class Ask:
     choices: int
     stream: bool
     include_usage: bool
+    model: str | None  # as it was named
 
     @property
     def seeds(self) -> list[int | None]:
         return [options.get("seed") for _, options in self.texts]
 
 
-def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool, allow_special_tokens: bool = False) -> Ask:
+def ask(body: Mapping[str, Any], most: int, *, chat: bool, allow_special_tokens: bool = False) -> Ask:
     """Parse a request to /v1/chat/completions or /v1/completions, for at most `most` answers.
 
     allow_special_tokens: the server was started so; no request can ask for it.
 
     Raises:
         RequestError: a field isn't supported, or isn't what it should be.
-        RefusedError: another model is wanted.
     """
     request = read_request(body, chat=chat)
-    if request.model not in (None, model):
-        raise no_model(request.model, model)
     choices, prompts = request.choices, request.prompts
     if choices * len(prompts) > most:
         asked = f"{len(prompts)} prompts with {choices} choices" if len(prompts) > 1 else f"{choices} choices"
@@ -62,11 +59,7 @@ def ask(body: Mapping[str, Any], model: str, most: int, *, chat: bool, allow_spe
     # The first answer has the key of `longspec run`; each other answer has its own noise.
     repeated = (prompt for prompt in prompts for _ in range(choices))
     texts = [(prompt, cast(Options, {**options, "key": str(i) if i else ""})) for i, prompt in enumerate(repeated)]
-    return Ask(chat, tuple(texts), choices, request.stream, request.include_usage)
-
-
-def no_model(wanted: str, model: str) -> RefusedError:
-    return RefusedError(404, f"There is no model {wanted!r} here; this server has {model!r}.", code="model_not_found")
+    return Ask(chat, tuple(texts), choices, request.stream, request.include_usage, request.model)
 
 
 def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:

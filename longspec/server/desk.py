@@ -1,4 +1,4 @@
-"""The dispatcher between the event loop and the worker's thread: requests go in, their events come back.
+"""The dispatcher between the event loop and the workers' threads: requests go in, their events come back.
 
 Limits the number of open sequences and their time, and drops requests whose client has disconnected. Knows no JSON.
 """
@@ -28,10 +28,9 @@ class GoneError(Exception):
 
 
 class Desk:
-    """Takes requests for one worker while fewer than `most` sequences are open, each for at most `seconds`."""
+    """Takes requests while fewer than `most` sequences are open, each for at most `seconds`."""
 
-    def __init__(self, worker: Worker, most: int, seconds: float) -> None:
-        self.worker = worker
+    def __init__(self, most: int, seconds: float) -> None:
         self.most = most
         self.seconds = seconds
         self.closing = False
@@ -41,8 +40,13 @@ class Desk:
         """The number of open sequences."""
         return sum(len(texts) for texts in self._open)
 
+    def writes(self, worker: Worker) -> bool:
+        """Whether sequences of this worker are open."""
+        return any(texts.worker is worker for texts in self._open)
+
     def take(
         self,
+        worker: Worker,
         texts: Sequence[tuple[Prompt, Options]],
         receive: Receive,
         *,
@@ -50,8 +54,8 @@ class Desk:
         ended: Callable[[Answer], None] | None = None,
         local: bool = False,
     ) -> Texts:
-        """Submit the sequences of one request. receive: the ASGI channel that, once the body is read, signals a
-        disconnect. ended: told each answer.
+        """Submit the sequences of one request to a worker. receive: the ASGI channel that, once the body is read,
+        signals a disconnect. ended: told each answer.
 
         local: from `longspec run` on this machine: no time limit, since its user can interrupt it.
 
@@ -62,7 +66,7 @@ class Desk:
         if len(self) + len(texts) > self.most:
             sentence = f"{len(self)} texts are being written or wait, of {self.most} that may; try again later."
             raise RefusedError(429, sentence, **BUSY)
-        taken = Texts(self, texts, receive, began, ended, None if local else self.seconds)
+        taken = Texts(self, worker, texts, receive, began, ended, None if local else self.seconds)
         self._open.add(taken)
         return taken
 
@@ -86,13 +90,14 @@ class Texts:
     def __init__(
         self,
         desk: Desk,
+        worker: Worker,
         texts: Sequence[tuple[Prompt, Options]],
         receive: Receive,
         began: float | None,
         ended: Callable[[Answer], None] | None,
         seconds: float | None,
     ) -> None:
-        self._desk = desk
+        self._desk, self.worker = desk, worker
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         tell = [partial(_bring, loop, self._events, place) for place in range(len(texts))]
@@ -100,7 +105,7 @@ class Texts:
         self._going = len(texts)
         self._ended = ended
         for order in self._orders:
-            desk.worker.write(order)
+            worker.write(order)
         self._limit = None if seconds is None else loop.call_later(seconds, self.end)
         self._watcher = asyncio.create_task(self._watch(receive))
 
@@ -138,12 +143,12 @@ class Texts:
     def end(self) -> None:
         """End the sequences, with their answers so far."""
         for order in self._orders:
-            self._desk.worker.end(order)
+            self.worker.end(order)
 
     def close(self) -> None:
         """Drop the unfinished sequences."""
         for order in self._orders:
-            self._desk.worker.drop(order)
+            self.worker.drop(order)
         self._going = 0
         self._desk.leave(self)
         self._watcher.cancel()

@@ -19,6 +19,7 @@ class Lane(Generic[Each]):
     def __init__(self) -> None:
         self._waiting: dict[Each, None] = {}
         self._changed = Condition()
+        self._closed = False
 
     def put(self, value: Each) -> None:
         with self._changed:
@@ -29,10 +30,18 @@ class Lane(Generic[Each]):
         with self._changed:
             self._waiting.pop(value, None)
 
-    def get(self) -> Each:
-        """The value that has waited longest; blocks until there is one."""
+    def close(self) -> None:
+        """Let those that wait for a value go."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
+            self._closed = True
+            self._changed.notify_all()
+
+    def get(self) -> Each | None:
+        """The value that has waited longest; blocks until there is one, or the lane is closed (None)."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
             value = next(iter(self._waiting))
             del self._waiting[value]
             return value

@@ -14,17 +14,22 @@ The engine is loaded here too: torch's thread settings belong to the thread that
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
 from longspec.engine.answer import Answer
 from longspec.engine.engine import Engine
+from longspec.engine.memory_guard import release
 from longspec.engine.opening import Prepared
 from longspec.engine.options import Options
+from longspec.engine.prefix_shelf import Shelf
+from longspec.engine.prompt_cache import identity
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
@@ -32,10 +37,17 @@ from longspec.server.lane import Lane
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
-__all__ = ["LONG_PROMPT", "Ended", "Event", "Opened", "Order", "UnreadError", "Worker"]
+__all__ = ["LONG_PROMPT", "SHELF_SECONDS", "SHELF_TIMES", "Ended", "Event", "Opened", "Order", "UnreadError", "Worker"]
 
 LONG_PROMPT = 1 << 16
 """Characters of a prompt that others aren't kept waiting for: reading so many takes .1 s."""
+
+
+SHELF_SECONDS = 2.0
+"""In which a worker that ends puts kept rows into its folder."""
+
+SHELF_TIMES = 10
+"""As much as may be kept in memory, a folder may hold."""
 
 
 class UnreadError(LongspecError):
@@ -82,12 +94,16 @@ class Order:
 class Worker:
     """Loads the engine by `load`, then decodes at most `width` sequences at a time until it is stopped.
 
-    kept: bytes of finished texts' rows that later prompts may share, where no memory plan leaves less.
+    kept: bytes of finished texts' rows that later prompts may share, where no memory plan leaves less. folder: where
+    rows are put that this doesn't hold, and all of them at the end.
     """
 
-    def __init__(self, load: Callable[[], Engine], width: int = WIDTH, kept: int = 0) -> None:
+    def __init__(
+        self, load: Callable[[], Engine], width: int = WIDTH, kept: int = 0, folder: Path | None = None
+    ) -> None:
         self.width = width
         self.kept = kept
+        self.folder = folder
         self.loaded: Future[Engine] = Future()
         self._load = load
         self._sessions: dict[Order, Session] = {}
@@ -123,6 +139,15 @@ class Worker:
         self._inbox.put(self._halt)
         self._thread.join(seconds)
 
+    def close(self) -> None:
+        """End the thread, and give back the model's memory; no text may be open."""
+        self.stop()
+        self.loaded.result().close()
+        for lane in (self._short, self._long):
+            lane.close()
+        gc.collect()  # sessions and drafters know each other
+        release()
+
     def _lane(self, order: Order) -> Lane[Order]:
         return self._long if order.is_long else self._short
 
@@ -137,12 +162,10 @@ class Worker:
     def _run(self) -> None:
         try:
             self._engine = self._load()
+            self._schedule = self._scheduled(self._engine)
         except BaseException as error:  # noqa: BLE001  a signal too: the thread that waits for the engine re-raises it
             self.loaded.set_exception(error)
             return
-        plan = self._engine.plan
-        kept = self.kept if plan is None else min(self.kept, plan.spare // 2)
-        self._schedule = Schedule(self._engine, self.width, kept)
         for lane in (self._short, self._long):
             Thread(target=self._read, args=[lane], name="longspec reading", daemon=True).start()
         self.loaded.set_result(self._engine)
@@ -150,11 +173,25 @@ class Worker:
             self._take()
             if self._schedule:
                 self._pass()
+        self._schedule.prefixes.close(SHELF_SECONDS)
+        del self._schedule
+
+    def _scheduled(self, engine: Engine) -> Schedule:
+        """The engine's texts, with what is kept of those that ended."""
+        if engine.plan is not None:
+            self.kept = min(self.kept, engine.plan.spare // 2)
+        shelf = None
+        if self.folder is not None:
+            words = identity(engine.model, engine.cache_name)
+            shelf = Shelf(self.folder, SHELF_TIMES * self.kept, words)
+        schedule = Schedule(engine, self.width, self.kept, shelf)
+        if engine.watch is not None:
+            engine.watch.let_go = schedule.prefixes.let_go
+        return schedule
 
     def _read(self, lane: Lane[Order]) -> None:
-        """Read prompts, one after the other, for as long as the process lives."""
-        while True:
-            order = lane.get()
+        """Read prompts, one after the other, until the lane is closed."""
+        while (order := lane.get()) is not None:
             try:
                 read: Prepared | LongspecError = self._engine.prepare(order.prompt, **order.options)
             except Exception as error:  # noqa: BLE001  whatever a stranger's prompt brings about is told to him alone

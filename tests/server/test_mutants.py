@@ -22,6 +22,7 @@ from longspec.batch.requests import Fault
 from longspec.engine.engine import Engine
 from longspec.server.api import open_to_clients
 from longspec.server.desk import Desk
+from longspec.server.models import Models
 from longspec.server.worker import Worker
 
 CHAT: dict[str, Any] = {
@@ -151,8 +152,9 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
     complaints: list[str] = []
 
     async def run() -> list[int]:
-        desk = Desk(worker, 8, SECONDS)
-        app, statuses = open_to_clients(desk, "tiny", None, None, complaints.append), list[int]()
+        desk = Desk(8, SECONDS)
+        models = Models(desk, {"tiny": lambda _: worker})
+        app, statuses = open_to_clients(desk, models, None, None, complaints.append), list[int]()
         good = [CHAT, COMPLETION, RESPONSE, MESSAGE, AGENT]
         asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, seed=count)]
         for number, body in enumerate(asked):

@@ -23,6 +23,7 @@ from longspec.server.api import open_to_clients
 from longspec.server.desk import Desk
 from longspec.server.hosts import names
 from longspec.server.listen import Listener, bind
+from longspec.server.models import Models, Start
 from longspec.server.worker import Worker
 
 
@@ -36,16 +37,21 @@ class Served:
         most: int = 40,
         seconds: float = SECONDS,
         kept: int = 0,
+        also: Mapping[str, Start] | None = None,
+        idle: float | None = None,
         **options: Any,
     ) -> None:
         self.engine = made
+        self.began: list[Worker] = []  # of further models, for tests that count them
         self.said: list[str] = []
         self.worker = Worker(lambda: made, 8, kept)
         self.worker.loaded.result(SECONDS)
-        self.desk = Desk(self.worker, most, seconds)
+        self.desk = Desk(most, seconds)
+        models = Models(self.desk, {"tiny": lambda _: self.worker, **(also or {})}, idle)
+        models.begin()
         door = bind("127.0.0.1", 0)
         self.port = door.getsockname()[1]
-        app = open_to_clients(self.desk, "tiny", names("127.0.0.1"), key, self.said.append, **options)
+        app = open_to_clients(self.desk, models, names("127.0.0.1"), key, self.said.append, **options)
         self.listener = Listener(self.desk, [(app, door)], grace=0.2)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_until_complete, args=[self.listener.run()])

@@ -170,10 +170,10 @@ def test_a_stop_string_that_is_a_special_token_stops(tmp_path: Path) -> None:
 
 def test_no_request_to_a_server_can_allow_special_tokens() -> None:
     body = {"messages": talk("a"), "seed": 1}
-    assert "allow_special_tokens" not in ask(body, "m", 1, chat=True).texts[0][1]
-    assert ask(body, "m", 1, chat=True, allow_special_tokens=True).texts[0][1]["allow_special_tokens"] is True
+    assert "allow_special_tokens" not in ask(body, 1, chat=True).texts[0][1]
+    assert ask(body, 1, chat=True, allow_special_tokens=True).texts[0][1]["allow_special_tokens"] is True
     with pytest.raises(RequestError, match="allow_special_tokens isn't supported"):
-        ask({**body, "allow_special_tokens": True}, "m", 1, chat=True)
+        ask({**body, "allow_special_tokens": True}, 1, chat=True)
     with pytest.raises(RequestError, match="isn't known"):
         local({"prompt": "a", "options": {"allow_special_tokens": True}})
     assert local({"prompt": "a", "options": {"allow_special_tokens": False}})[0] == "a"
