@@ -37,8 +37,10 @@ test: $(VENV)/installed-dev ## the tests, without the long matrices
 test-full: $(VENV)/installed-dev ## every test, the long matrices too
 	$(BIN)/python -m pytest $(ONCE) -m 'full or not full'
 
-test-clients: $(VENV)/installed-dev ## the server by the clients that people have (openai, anthropic), client by client
-	$(BIN)/python -m pip install 'anthropic>=0.40'
+test-clients: $(VENV)/installed-dev ## the server by the clients that people have (of pip and npm), client by client
+	$(PIP_INSTALL) '.[dev,clients]'
+	if command -v npm >/dev/null; then npm install --no-audit --no-fund --prefix build/clients \
+	  openai ai @ai-sdk/openai @ai-sdk/openai-compatible zod; fi
 	$(BIN)/python -m pytest -v tests/clients
 
 test-arm: $(VENV)/installed-dev ## the kernels for ARM under qemu (gcc-aarch64-linux-gnu, qemu-user)

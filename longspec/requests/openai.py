@@ -120,10 +120,12 @@ def _chat_options(asked: Chat) -> dict[str, Any]:
 
 def _schema(wanted: ResponseFormat) -> dict[str, Any] | None:
     if wanted.type == "json_schema":
+        if wanted.json_schema is None and wanted.given is not None:
+            return wanted.given
         if wanted.json_schema is None:
             raise RequestError("response_format.json_schema is missing; give it.", param="response_format.json_schema")
         return wanted.json_schema.given
-    return {"type": "object"} if wanted.type == "json_object" else None
+    return wanted.given or {"type": "object"} if wanted.type == "json_object" else None
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -132,6 +132,7 @@ class Schema(Shape):
 class ResponseFormat(Shape):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
+    given: dict[str, Any] | None = Field(default=None, alias="schema")  # as llama.cpp's clients and instructor send it
 
 
 class Drafting(Shape):

@@ -177,6 +177,14 @@ def test_an_answer_is_an_object(client: openai.OpenAI) -> None:
     assert (client.chat.completions.create(**asked).choices[0].message.content or "").startswith("{")
 
 
+def test_a_schema_beside_json_object_counts(served: Served) -> None:
+    for kind in ("json_object", "json_schema"):
+        body = {**ASKED, "response_format": {"type": kind, "schema": Town.model_json_schema()}}
+        status, answer = served.ask(body, "/v1/chat/completions")
+        assert status == 200
+        assert town(answer["choices"][0]["message"]["content"])
+
+
 def test_thoughts_come_before_the_object(client: openai.OpenAI) -> None:
     thinking: Any = {"reasoning_effort": "high", "extra_body": {"reasoning_budget": 5}}
     message: Any = client.chat.completions.parse(**ASKED, **thinking, response_format=Town).choices[0].message
