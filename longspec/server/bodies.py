@@ -15,7 +15,7 @@ from starlette.requests import Request
 from longspec.requests.fields import parse_object
 from longspec.server.refusals import BUSY, RefusedError
 
-__all__ = ["ALL_NBYTES", "BODY_SECONDS", "MOST_NBYTES", "MOST_VALUES", "SMALL_NBYTES", "Bodies"]
+__all__ = ["ALL_NBYTES", "BODY_SECONDS", "MOST_NBYTES", "MOST_VALUES", "RATE", "SMALL_NBYTES", "Bodies"]
 
 MOST_NBYTES = 8 << 20
 """Of a body: ten times what a context of 128k tokens holds."""
@@ -35,11 +35,18 @@ SMALL_NBYTES = 64 << 10
 """Of a body that is always taken, so that those who send large ones slowly keep nobody out."""
 
 
+RATE = 16 << 20
+"""Bytes a second of all bodies that aren't small, in turns: a body that comes as fast as the loop can take it keeps the
+interpreter from the thread that writes texts.
+"""
+
+
 class Bodies:
     """The bodies of one application."""
 
     def __init__(self) -> None:
         self._held = 0
+        self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def object(self, request: Request) -> AsyncIterator[dict[str, Any]]:
@@ -55,27 +62,29 @@ class Bodies:
         data = bytearray()
         try:
             await self._read(request, data)
-            yield _parsed(bytes(data))
+            yield parse_object(bytes(data), "The body")
         finally:
             self._held -= len(data)
 
     async def _read(self, request: Request, data: bytearray) -> None:
+        values = 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for piece in request.stream():
                     data += piece
                     self._held += len(piece)
+                    values += sum(map(piece.count, (b",", b"[", b"{")))
                     if len(data) > MOST_NBYTES:
                         raise RefusedError(
                             413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt."
                         )
                     if len(data) > SMALL_NBYTES and self._held > ALL_NBYTES:
                         raise RefusedError(429, "Too many large requests are being read; try again later.", **BUSY)
+                    if values > MOST_VALUES:
+                        sentence = f"The body has more than {MOST_VALUES:,} commas and brackets; send a shorter prompt."
+                        raise RefusedError(413, sentence)
+                    if len(data) > SMALL_NBYTES:
+                        async with self._turn:
+                            await asyncio.sleep(len(piece) / RATE)
         except TimeoutError:
             raise RefusedError(408, f"The body didn't arrive within {BODY_SECONDS:g} seconds.") from None
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
-    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
-        raise RefusedError(413, f"The body has more than {MOST_VALUES:,} commas and brackets; send a shorter prompt.")
-    return parse_object(data, "The body")

@@ -44,6 +44,7 @@ SAID = {
         f"may have {bodies.MOST_NBYTES / MIB:.0f} MiB and {bodies.BODY_SECONDS:.0f} seconds to arrive",
         f"{bodies.MOST_VALUES:,} commas and opening brackets",
         f"{bodies.ALL_NBYTES / MIB:.0f} MiB together; bodies of {bodies.SMALL_NBYTES / KIB:.0f} KiB are always taken",
+        f"behind {bodies.SMALL_NBYTES / KIB:.0f} KiB of a body is taken at {bodies.RATE / MIB:.0f} MiB a second",
         f"{connection.HEAD_SECONDS:.0f} seconds for its head to arrive, {connection.HEAD_NBYTES / KIB:.0f} KiB",
         f"{connection.MOST_CONNECTIONS} connections at each socket",
         f"{MOST_STOPS} stop strings",

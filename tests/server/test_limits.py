@@ -17,6 +17,7 @@ from support.engines import engine, tiny
 from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
+from longspec.requests.fields import RequestError, parse_object
 from longspec.server import bodies, connection, listen, worker
 from longspec.text.tokenizer import Vocabulary
 
@@ -210,3 +211,20 @@ def test_a_server_ends_while_a_prompt_is_read(made: Engine, monkeypatch: pytest.
         go.set()
         for each in half:
             each.close()
+
+
+@pytest.mark.parametrize(
+    "odd", ['"\\ud800"', "NaN", "1e999", "-0", "123456789012345678901234567890", "[" * 300 + "]" * 300]
+)
+def test_a_large_body_is_read_as_a_small_one(odd: str) -> None:
+    small = parse_object(f'{{"a": {odd}, "a b": "\\u00e9"}}'.encode(), "It")
+    large = parse_object(f'{{"a": {odd}, "a b": "\\u00e9", "more": "{"x" * 70_000}"}}'.encode(), "It")
+    assert repr(large.pop("more")) == repr("x" * 70_000)
+    assert repr(large) == repr(small)
+    for wrong in (b'{"a": tru', b'{"a": "\xff"'):
+        said = []
+        for text in (wrong, b" " * 70_000 + wrong):
+            with pytest.raises(RequestError, match="It isn't JSON") as refused:
+                parse_object(text, "It")
+            said.append(str(refused.value).partition(":")[2].split(" at ")[0].split(" in ")[0].partition("line")[0])
+        assert said[0] == said[1]
