@@ -37,7 +37,7 @@ class Form:
     @property
     def defaults(self) -> dict[str, Any]:
         """The template's options for the answer."""
-        return {} if self.template is None else dict(self.template.defaults)
+        return {} if self.template is None else self.template.options(self.values)
 
     @property
     def takes_input(self) -> bool:

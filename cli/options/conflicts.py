@@ -20,6 +20,8 @@ __all__ = ["settle_loading", "settle_reporting", "settle_writing"]
 def settle_writing(ctx: typer.Context, options: dict[str, Any], template: Mapping[str, Any]) -> None:
     """Resolve the options of an answer; `template` holds the template's options."""
     chosen = {name: value for name, value in template.items() if not given(ctx, name)}
+    if given(ctx, "json_schema"):
+        chosen.pop("regex", None)
     if "system" in chosen and not given(ctx, "raw"):
         options["raw"] = False
     options.update(chosen)

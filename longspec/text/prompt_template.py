@@ -47,7 +47,9 @@ _MOST_PROMPT_LETTERS = 64 << 20
 """Limit of a rendered prompt in characters, as for a prompt without a template."""
 
 _NUMBERS: Mapping[str, Bounds] = {"max_new_tokens": Bounds(int, least=1), **PARAMETERS}
-_KEYS = ("description", "system", "stop", "parameters", *_NUMBERS)
+_KEYS = ("description", "system", "stop", "regex", "choices", "parameters", *_NUMBERS)
+_MARKS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+"""What a regular expression doesn't take as itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ class Parameter:
 class Template:
     """A prompt template, with default options for generating its answer.
 
-    defaults: engine options by name, including `system` and `stop`.
+    defaults: engine options by name, including `system`, `stop` and `regex`.
+    choices: the parameter that lists what the answer may be, with commas between.
     """
 
     name: str
@@ -71,6 +74,17 @@ class Template:
     parameters: Mapping[str, Parameter]
     defaults: Mapping[str, Any]
     takes_input: bool
+    choices: str | None = None
+
+    def options(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """The options of its answer, with these parameters. Raises what `values` raises, or UsageError: no choices."""
+        if self.choices is None:
+            return dict(self.defaults)
+        listed = self.values(given)[self.choices]
+        names = [name for each in listed.split(",") if (name := " ".join(each.split()))]
+        if not names:
+            raise UsageError(f"The template {self.name} needs {self.choices} to choose from; give one, or several.")
+        return {**self.defaults, "regex": "|".join(_MARKS.sub(r"\\\g<0>", name) for name in names)}
 
     def values(self, given: Mapping[str, str]) -> dict[str, str]:
         """Values of all parameters, from `given` and the defaults.
@@ -190,8 +204,11 @@ def parse(name: str, text: str) -> Template:
         raise UsageError(f"uses {wrong[0]!r}, which is no parameter; add [parameters.{wrong[0]}] at its top.")
     if idle := sorted(set(parameters) - used):
         raise UsageError(f"has the parameter {idle[0]!r} and doesn't use it; write {{{{ {idle[0]} }}}} or remove it.")
+    choices = _text(table, "choices")
+    if choices is not None and (choices not in parameters or "regex" in table):
+        raise UsageError(f"sets 'choices' to {choices!r}; it must name a parameter, and 'regex' be left out.")
     description = _text(table, "description") or ""
-    return Template(name, description, body, parameters, _defaults(table), INPUT in used)
+    return Template(name, description, body, parameters, _defaults(table), INPUT in used, choices)
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
@@ -230,6 +247,8 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
             raise UsageError(f"sets 'stop' to {stop!r}; it must be a text, or a list of texts, none of them empty.")
         defaults["stop"] = stop
+    if expression := _text(table, "regex"):
+        defaults["regex"] = expression
     for name, bounds in _NUMBERS.items():
         value: Any = table.get(name)
         if value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -92,6 +93,20 @@ def test_what_a_template_says() -> None:
         template.render(None, {"who": "you"})
 
 
+def test_what_a_template_holds_its_answer_to() -> None:
+    chosen = parse("sort", "+++\nchoices = 'of'\n[parameters.of]\ndefault = 'a.b, c  d,,e'\n+++\n{{ of }}{{ input }}")
+    assert chosen.options({}) == {"regex": r"a\.b|c d|e"}
+    assert chosen.options({"of": "(x)"}) == {"regex": r"\(x\)"}
+    with pytest.raises(UsageError, match="needs of to choose from"):
+        chosen.options({"of": " , "})
+    assert parse("held", "+++\nregex = 'a+'\n+++\n{{ input }}").options({}) == {"regex": "a+"}
+    from longspec.constraints.grammar import grammar_of
+
+    for name in ("classify", "regex", "title", "sql"):
+        assert grammar_of(None, read(names([SHIPPED])[name]).options({})["regex"]) is not None
+        assert re.fullmatch(read(names([SHIPPED])["title"]).options({})["regex"], "A title, of words: few")
+
+
 def test_a_body_alone_is_a_template() -> None:
     plain = parse("plain", "Say {{ input }}!\n")
     assert (plain.render("hi"), plain.defaults, plain.parameters) == ("Say hi!", {}, {})
@@ -110,6 +125,8 @@ def test_a_body_alone_is_a_template() -> None:
         ("+++\nseed = true\n+++\n", r"sets 'seed' to True"),
         ("+++\nstop = ['']\n+++\n", r"sets 'stop'"),
         ("+++\nsystem = 3\n+++\n", r"sets 'system' to 3; it must be a text"),
+        ("+++\nregex = 3\n+++\n", r"sets 'regex' to 3; it must be a text"),
+        ("+++\nchoices = 'a'\n+++\n", r"sets 'choices' to 'a'; it must name a parameter"),
         ("+++\nparameters = 3\n+++\n", r"sets 'parameters' to no table"),
         ("+++\n[parameters]\na = 'b'\n+++\n{{ a }}", r"a parameter is a table"),
         ("+++\n[parameters.input]\n+++\n{{ input }}", r"a parameter 'input'; a name is"),
@@ -210,6 +227,13 @@ def test_run_fills_a_template(tiny: str, home: Path, capfd: Capture) -> None:
     assert (filled.code, filled.out.decode(), filled.err) == (0, wanted, "")
     by_path = [*arguments[:2], f"{folders()[0]}/greet.md", *arguments[3:]]
     assert inside(by_path, home, b"and a pipe\n").out.decode() == wanted
+
+
+def test_a_template_holds_the_answer(tiny: str, home: Path, capfd: Capture) -> None:
+    own("sort", "+++\nchoices = 'of'\n[parameters.of]\n+++\n{{ of }}: {{ input }}")
+    asked = ["--no-stdin", "hi", "-m", tiny, "-t", "sort", "-p", "of=ABAB, CDCD", "--max-tokens", "9"]
+    assert answer(asked, capfd)["text"] in ("ABAB", "CDCD")
+    assert answer([*asked, "--regex", "E{3}F"], capfd)["text"] == "EEEF"
 
 
 def test_flag_then_template_then_settings(tiny: str, home: Path, capfd: Capture) -> None:
