@@ -8,14 +8,15 @@
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# The C kernels are compiled where they run, for the processor that is there.
+# The C kernels are compiled where they run, for the processor that is there; by whichever gcc the base image's Debian has.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 COPY . /tmp/longspec
 RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" "/tmp/longspec[serve]" && rm -rf /tmp/longspec
 
-RUN useradd --create-home user && install --directory --owner user /home/user/.cache
-USER user
+RUN useradd --create-home --uid 1000 user && install --directory --owner user /home/user/.cache
+USER 1000
 WORKDIR /home/user
 VOLUME /home/user/.cache
 EXPOSE 8000
