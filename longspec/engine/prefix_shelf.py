@@ -43,8 +43,14 @@ class Shelf:
         self.folder, self.most, self.identity = folder, most, identity
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            seen = folder.stat()
         except OSError as error:
             raise UsageError(f"The folder {folder} for prefixes can't be made: {error.strerror}.") from error
+        if (hasattr(os, "getuid") and seen.st_uid != os.getuid()) or seen.st_mode & 0o077:
+            raise UsageError(
+                f"The folder {folder} for prefixes isn't yours alone, and its files tell what was written; close it to "
+                "others (chmod 700), or name another."
+            )
         self._writing: Thread | None = None
 
     def found(self) -> Iterator[Found]:

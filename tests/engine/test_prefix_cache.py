@@ -16,6 +16,7 @@ from longspec.engine.prefix_shelf import Shelf
 from longspec.engine.prompt_cache import identity
 from longspec.engine.scheduler import Schedule
 from longspec.engine.session import Session
+from longspec.errors import UsageError
 
 
 def finished(made: Engine, schedule: Schedule, prompt: str, **options: Any) -> Session:
@@ -139,6 +140,18 @@ def test_rows_that_memory_doesnt_hold_come_from_files(tmp_path: Path) -> None:
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-9])
     assert finished(made, schedule, "other" * 50 + "A").tokens  # a damaged file is no more than a missing one
+    assert [*shelf(made, folder).found()] == []
+
+
+def test_a_folder_that_others_can_open_is_refused(tmp_path: Path) -> None:
+    made, folder = engine(tiny(tmp_path / "model", end_tokens=())), tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(UsageError, match="isn't yours alone"):
+        shelf(made, folder)
+    folder.chmod(0o700)
+    (folder / "a.rows").write_bytes(b"longspec")
+    (folder / "b.rows").symlink_to("/etc/passwd")
     assert [*shelf(made, folder).found()] == []
 
 
