@@ -250,7 +250,7 @@ import gc, sys, torch
 from longspec.cache import CACHES
 from longspec.cache.stage import Shape
 from longspec.machine.system import resident_bytes
-from longspec.engine.memory_guard import _release
+from longspec.engine.memory_guard import release
 
 def filled(rows):
     cache = CACHES[sys.argv[1]](Shape(3, 64, (None,) * 30, torch.bfloat16, torch.device("cpu")))
@@ -266,11 +266,11 @@ def filled(rows):
 
 filled(1000)  # what the code itself takes
 gc.collect()
-_release()
+release()
 before = resident_bytes()
 cache = filled(6000)
 gc.collect()
-_release()
+release()
 print(resident_bytes() - before, cache.nbytes)
 """
 
