@@ -30,6 +30,12 @@ _REOPENED = 4
 """Tokens of a prompt's end that its next turn may lack: a template that opens the thoughts doesn't repeat that."""
 
 
+_LEAST = 16
+"""Tokens of a text that is kept: who goes on from it takes what there is. Others share a block or more, as every later
+pass reads each piece of a cache for itself.
+"""
+
+
 @dataclass(slots=True, eq=False)
 class _Node:
     parent: _Node | None
@@ -81,7 +87,7 @@ class Prefixes:
     def keep(self, session: Session) -> None:
         """Keep a finished session's cache, which nobody writes to any more."""
         tokens, root = session.tokens[: session.cache.length], self._roots[session.long]
-        if self.most <= 0 or len(tokens) < BLOCK or session.cache_name != self.kind:
+        if self.most <= 0 or len(tokens) < _LEAST or session.cache_name != self.kind:
             return
         node, length = _find(root, tokens)
         if length == len(tokens) and (there := _newest(node)) is not None:
@@ -95,24 +101,22 @@ class Prefixes:
         self._limit()
 
     def shared(self, session: Session) -> int:
-        """How many rows of the session's prompt are kept: 0, or a block at least."""
-        node, length = _find(self._roots[session.long], session.tokens[:-1])
-        return length if length >= BLOCK and session.cache_name == self.kind and _newest(node) is not None else 0
+        """How many rows of the session's prompt are kept for it."""
+        return self._source(session)[1]
 
     def give(self, session: Session) -> None:
         """Give these rows to a session with an empty cache."""
         root, tokens = self._roots[session.long], session.tokens[:-1]
-        node, length = _find(root, tokens)
-        if length < BLOCK or session.cache_name != self.kind or (source := _newest(node)) is None:
+        source, length = self._source(session)
+        if source is None:
             return
         self._touch(source)
         with suppress(LongspecError, OSError, MemoryError):  # only an optimisation: without it the rows are read
             cache = self._cache(source)
             if cache is None:
                 return
-            goes_on = not source.children and length >= source.prompt - _REOPENED
-            given = cache.fork(length)
-            if given.length < BLOCK:
+            goes_on, given = _goes_on(source, length), cache.fork(length)
+            if given.length < (1 if goes_on else BLOCK):
                 return
             if not goes_on and given.length < source.depth:
                 given = self._shared_by_all(given, root, tokens[: given.length])
@@ -123,6 +127,14 @@ class Prefixes:
                 self._put(self._at(root, tokens[:length]), left, source.prompt)
             session.cache, session.cache_name, session.cached = given, self.kind, given.length
         self._limit()
+
+    def _source(self, session: Session) -> tuple[_Node | None, int]:
+        """Whose rows the session's prompt may have, and how many of them; 0 where there are none."""
+        node, length = _find(self._roots[session.long], session.tokens[:-1])
+        source = _newest(node) if length >= _LEAST and session.cache_name == self.kind else None
+        if source is None or (length < BLOCK and not _goes_on(source, length)):
+            return None, 0
+        return source, length
 
     def let_go(self) -> bool:
         """Free the rows that were used least recently; whether there were any."""
@@ -240,6 +252,11 @@ def _find(root: _Node, tokens: Sequence[int]) -> tuple[_Node, int]:
         if same < len(child.tokens):
             break
     return node, depth
+
+
+def _goes_on(source: _Node, length: int) -> bool:
+    """Whether who has so many of its tokens goes on behind its prompt."""
+    return not source.children and length >= source.prompt - _REOPENED
 
 
 def _newest(node: _Node) -> _Node | None:
