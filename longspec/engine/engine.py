@@ -37,7 +37,7 @@ from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import ModelError, UsageError
 from longspec.heads.published.mtp import check_head, has_head, lacking
-from longspec.memory.plan import CHUNKS, Plan, make_plan
+from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, kept_layers, make_plan, pool_bytes
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, open_model
 from longspec.text.prompt import Prompt
@@ -105,13 +105,14 @@ class Engine(Writer):
         device: str = "auto",
         threads: int | None = None,
         strict: bool = False,
-        num_speculative_tokens: int = DRAFT_TOKENS,
+        num_speculative_tokens: int | None = None,
         draft_model: str | None = None,
         skip_set: str | Path | None = None,
         draft_from: Sequence[str | Path] = (),
         remember: bool = False,
         control: str | Control = "goodput",
         memory: str | int | None = None,
+        weights: str = "auto",
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
         texts: int = 1,
         report: Callable[[str, int, int], None] | None = None,
@@ -123,9 +124,10 @@ class Engine(Writer):
         of `longspec tune`; used where a drafter skips layers. draft_from: text files that the answer may repeat.
         remember: draft from earlier answers too, and store the new ones. control: the draft-length policy, one of
         CONTROLS. memory: the process's limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the
-        machine's free memory; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that memory
-        is planned for, as a number or a function of the vocabulary; the model's context if left out. texts: sequences
-        decoded side by side. report: a callback for downloads: stage, bytes done, total.
+        machine's free memory; the cache and the prefill chunk are chosen to fit. weights: where the layers are: memory,
+        disk (but for those that `memory` has room for), or auto, which is disk where nothing else fits. tokens: prompt
+        and answer that memory is planned for, as a number or a function of the vocabulary; the model's context if left
+        out. texts: sequences decoded side by side. report: a callback for downloads: stage, bytes done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -136,9 +138,11 @@ class Engine(Writer):
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
         # Report invalid options before loading a model.
         options = drafter_options(draft_model, skip_set, draft_from, remember)
-        check(drafter, cache, all_rows, num_speculative_tokens, options)
+        check(drafter, cache, all_rows, num_speculative_tokens or DRAFT_TOKENS, options)
+        check_weights(weights)
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
+        check_weights(weights, opened.device)
         opened.set_threads(threads)
         _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
@@ -149,12 +153,15 @@ class Engine(Writer):
                 tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
                 cache=kind(cache, all_rows),
                 draft_tokens=num_speculative_tokens,
+                weights=weights,
                 drafter=drafter,
                 options=options,
                 strict=strict,
                 texts=texts,
             )
-        loaded = opened.load(strict=strict, report=report)
+        kept = kept_layers(weights, plan)
+        loaded = opened.load(strict=strict, kept=kept, pool=pool_bytes(weights, plan), report=report)
+        usual = DRAFT_TOKENS if kept is None else STREAMED_DRAFT_TOKENS
         options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
         engine = cls(
             loaded,
@@ -163,7 +170,7 @@ class Engine(Writer):
             control=control,
             cache=cache,
             all_rows=all_rows,
-            draft_tokens=num_speculative_tokens,
+            draft_tokens=num_speculative_tokens or usual,
             costs_file=costs_path(loaded),
             plan=plan,
         )
@@ -245,7 +252,7 @@ class Engine(Writer):
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan),
+            memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan, self.pruned_rows),
             calls=tuple(session.calls),
             logprobs=None if session.logprobs is None else tuple(session.told),
             parsed=session.parsed,
@@ -299,7 +306,8 @@ def _drafters(
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
     own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
-    chosen = auto(options, nbytes=model.decoder.nbytes, heads=heads, mtp=own)
+    nbytes = model.decoder.nbytes if model.decoder.ring is None else 0  # fewer layers are read as slowly as all
+    chosen = auto(options, nbytes=nbytes, heads=heads, mtp=own)
     made, remark = {}, _lacking(model)
     for spec in chosen:
         try:
@@ -328,8 +336,9 @@ def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str
 
 def costs_path(model: Model) -> Path:
     """The file for this model's latencies on this machine."""
-    decoder = model.decoder
+    decoder, ring = model.decoder, model.decoder.ring
     return latency.costs_file(
+        **({} if ring is None else {"streamed": f"{ring.streamed >> 24}"}),  # 16 MiB
         machine=f"{platform.node()} {platform.machine()}",
         config=repr(decoder.config),
         dtype=model.dtype,

@@ -146,7 +146,9 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert guarded(["plan", "-m", tiny, *TINY]) == 0
     out = capfd.readouterr().out
     assert "--cache auto takes dense" in out
-    assert re.search(r"^ +BUDGET  CACHE  DRAFTED  PREFILL\n +\d[^\n]*B  dense +15 +512$", out, re.MULTILINE)
+    assert re.search(
+        r"^ +BUDGET  CACHE  DRAFTED  PREFILL  WEIGHTS\n +\d[^\n]*B  dense +15 +512  memory$", out, re.MULTILINE
+    )
     assert re.search(r"^dense .* yes$", out, re.MULTILINE)
 
 

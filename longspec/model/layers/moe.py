@@ -61,7 +61,7 @@ class Moe:
             Linear(torch.cat(router), offset, tile=_TILE),
             bias=reader.exact(f"{at}.expert_bias", (mixture.experts,)) if mixture.biased else None,
             experts=tuple(experts),
-            multiply=KernelExperts(experts, c) if native else _by_torch(experts),
+            multiply=reader.pooled(KernelExperts(experts, c) if native else _by_torch(experts), layer),
         )
 
     @classmethod

@@ -25,6 +25,8 @@ from longspec.model.weights.stacked import Experts, by_expert
 
 if TYPE_CHECKING:
     from longspec.model.gguf.file import GgufFile
+    from longspec.model.weights.pool import Pool
+    from longspec.model.weights.ring import Ring
 
 __all__ = ["Weights", "check_matrices", "check_values"]
 
@@ -55,6 +57,9 @@ class Weights(Mapping[str, Tensor]):
     of a safetensors file is a view of the mapped file: no copy, and no memory until its values are read. Writing to
     such a tensor changes this process's pages only, never the file.
     """
+
+    ring: Ring | None = None  # where layers stand that are on disk (`longspec.model.weights.streamed`)
+    pool: Pool | None = None  # and their experts
 
     def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -115,6 +120,10 @@ class Weights(Mapping[str, Tensor]):
     def blocks(self, name: str) -> Blocks | None:
         """The file's own codes of a matrix; None where it holds values, or a format that has no kernel."""
         return self._source(name).blocks(name)
+
+    def release(self, name: str) -> None:
+        """Let go of the file's pages that hold a tensor."""
+        self._source(name).release(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, by its file's header alone."""

@@ -1,0 +1,121 @@
+"""Pruning in the middle of a pass: drafted rows that will hardly be kept leave before the later layers run (Lever,
+2605.16786).
+
+Takes the hidden states of a pass after two thirds of its layers; gives the nodes of each draft that go on. A node that
+leaves is one that was never drafted: the text can't change, and the worst is a token that would have been kept.
+
+A node's chance is its parent's times what a logistic regression says of three numbers: how far the node's token stands
+out, in the parent's hidden state read out by the head, from tokens in general; how far from the best of the draft's
+tokens there; and what its drafter thinks of it. The regression is fitted to the verdicts as they come, so that it needs
+no training and is the model's own. It begins when it has seen enough, leaves out only what has next to no chance, and
+lets every eighth draft pass whole, from which it learns of what it would have left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longspec.engine.input import Input
+from longspec.model.decoder import Decoder
+from longspec.types import Verdict
+
+__all__ = ["Pruner"]
+
+_PLACE = 2 / 3  # of the layers that run before
+_LEAST = 0.02  # chance below which a node leaves
+_SEEN = 150  # labelled nodes, and a fifth of them kept and a fifth not, before anything leaves
+_WHOLE = 8  # steps, of which one stays whole
+_REFERENCE = 128  # tokens that stand for all
+_PRIOR = (-1.0, 0.5, 0.2, 0.5, 0.0)  # weights to begin with: of 1 and the four features
+
+
+@dataclass(slots=True)
+class Pruner:
+    """The regression, and what it has done."""
+
+    decoder: Decoder
+    layer: int = 0
+    rows: int = 0  # that left
+    steps: int = 0
+    _weights: Tensor = field(default_factory=lambda: torch.tensor(_PRIOR, dtype=torch.float64))
+    _moments: Tensor = field(default_factory=lambda: torch.eye(len(_PRIOR), dtype=torch.float64) * 4)
+    _labels: list[int] = field(default_factory=lambda: [0, 0])
+    _reference: Tensor | None = None
+    _features: list[Tensor | None] = field(default_factory=list)  # of this pass's drafts
+
+    def __post_init__(self) -> None:
+        self.layer = round(self.decoder.config.layers * _PLACE)
+
+    def prune(self, inputs: Sequence[Input], hidden: Tensor) -> tuple[list[Input], list[int] | None]:
+        """The inputs without the nodes that leave, and where the rows stand that go on; None where all do."""
+        self.steps += 1
+        self._features, made, at, start = [], [], [], 0
+        for one in inputs:
+            count = len(one.tokens)
+            own = hidden[start : start + count]
+            features = self._of(one, own) if one.may_shrink else None
+            self._features.append(features)
+            nodes = [*range(len(one.draft))] if features is None else self._staying(one, features)
+            if len(nodes) < len(one.draft):
+                one = one.shrunk(nodes)
+            made.append(one)
+            first = start + len(one.lacking)
+            at += [*range(start, first), *(first + node for node in nodes)]
+            start += count
+        self.rows += start - len(at)
+        return made, (at if len(at) < start else None)
+
+    def observe(self, inputs: Sequence[Input], verdicts: Sequence[Verdict]) -> None:
+        """Learn from the verdicts on this pass's choosing inputs, which `prune` has made."""
+        for one, verdict, features in zip(inputs, verdicts, self._features, strict=False):
+            if features is None:
+                continue
+            reached = {-1, *verdict.kept}
+            nodes = range(len(one.draft)) if one.nodes is None else one.nodes
+            for place, (node, parent) in enumerate(zip(nodes, one.parents, strict=True)):
+                if parent in reached:
+                    self._learn(features[node], kept=place in verdict.kept)
+
+    def _of(self, one: Input, hidden: Tensor) -> Tensor:
+        """Features [n, 5] of the draft's nodes."""
+        first = len(one.lacking) - 1
+        parents = torch.tensor(one.parents) + 1 + first
+        tokens = torch.tensor(one.draft)
+        if self._reference is None:
+            size = self.decoder.config.vocabulary
+            self._reference = self.decoder.readout(torch.arange(_REFERENCE) * (size // _REFERENCE))
+        distinct, place = torch.unique(tokens, return_inverse=True)
+        states = self.decoder.normed(hidden[first:]).float()
+        usual = states @ self._reference.T
+        drafted = (states @ self.decoder.readout(distinct).T - usual.mean(1, keepdim=True)) / usual.std(1, keepdim=True)
+        own = drafted[parents - first, place]
+        best = drafted[parents - first].amax(1)
+        probs = None if one.probs is None else torch.tensor(one.probs).clamp(1e-4, 1 - 1e-4)
+        thought = torch.zeros(len(tokens)) if probs is None else torch.logit(probs)
+        known = torch.full((len(tokens),), float(probs is not None))
+        return torch.stack((torch.ones(len(tokens)), own, own - best, thought, known), 1).double()
+
+    def _staying(self, one: Input, features: Tensor) -> list[int]:
+        """The nodes whose chance isn't too low, each with its parent."""
+        few = min(self._labels) < _SEEN // 5 or sum(self._labels) < _SEEN
+        if few or self.steps % _WHOLE == 0:
+            return [*range(len(one.draft))]
+        chances: list[float] = torch.sigmoid(features @ self._weights).tolist()
+        paths, staying = {-1: 1.0}, []
+        for node, parent in enumerate(one.parents):
+            path = paths.get(parent, 0.0) * chances[node]
+            if path >= _LEAST:
+                paths[node] = path
+                staying.append(node)
+        return staying
+
+    def _learn(self, x: Tensor, *, kept: bool) -> None:
+        """A step of online Newton for the logistic loss."""
+        chance = torch.sigmoid(x @ self._weights)
+        self._moments += torch.outer(x, x) * max(float(chance * (1 - chance)), 0.02)
+        self._weights = self._weights + torch.linalg.solve(self._moments, x * (float(kept) - chance))
+        self._labels[kept] += 1
