@@ -37,9 +37,9 @@ from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import ModelError, UsageError
 from longspec.heads.published.mtp import check_head, has_head, lacking
-from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, kept_layers, make_plan, pool_bytes
+from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
-from longspec.model.load import Model, Opened, open_model
+from longspec.model.load import Model, Opened, choose_device, open_model
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Drafter
@@ -68,13 +68,15 @@ class Engine(Writer):
         control: str | Control = "goodput",
         cache: str = "auto",
         all_rows: bool = False,
-        draft_tokens: int = DRAFT_TOKENS,
+        draft_tokens: int | None = None,
         costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
         """drafter: a name (`longspec.drafters.spec`) or a Drafter. options: drafters' options by drafter name. control:
-        a name or a Control. costs_file: measured latencies on this machine, read at start, written by `keep_costs`.
+        a name or a Control. draft_tokens: 15 if left out, or 48 where weights are on disk. costs_file: measured
+        latencies on this machine, read at start, written by `keep_costs`.
         """
+        draft_tokens = draft_tokens or (DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS)
         check(drafter, cache, all_rows, draft_tokens, options)
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
@@ -139,29 +141,18 @@ class Engine(Writer):
         # Report invalid options before loading a model.
         options = drafter_options(draft_model, skip_set, draft_from, remember)
         check(drafter, cache, all_rows, num_speculative_tokens or DRAFT_TOKENS, options)
-        check_weights(weights)
+        check_weights(weights, choose_device(device))
         began = perf_counter()
         opened, plan = open_model(model, dtype=dtype, device=device, report=report), None
-        check_weights(weights, opened.device)
         opened.set_threads(threads)
         _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
-            plan = make_plan(
-                opened,
-                memory,
-                tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
-                cache=kind(cache, all_rows),
-                draft_tokens=num_speculative_tokens,
-                weights=weights,
-                drafter=drafter,
-                options=options,
-                strict=strict,
-                texts=texts,
-            )
-        kept = kept_layers(weights, plan)
-        loaded = opened.load(strict=strict, kept=kept, pool=pool_bytes(weights, plan), report=report)
-        usual = DRAFT_TOKENS if kept is None else STREAMED_DRAFT_TOKENS
+            planned = tokens(opened.vocabulary) if callable(tokens) else tokens
+            run: dict[str, Any] = {"drafter": drafter, "options": options, "draft_tokens": num_speculative_tokens}
+            run |= {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights}
+            plan = make_plan(opened, memory, tokens=planned, **run)
+        loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
         options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
         engine = cls(
             loaded,
@@ -170,7 +161,7 @@ class Engine(Writer):
             control=control,
             cache=cache,
             all_rows=all_rows,
-            draft_tokens=num_speculative_tokens or usual,
+            draft_tokens=num_speculative_tokens,
             costs_file=costs_path(loaded),
             plan=plan,
         )

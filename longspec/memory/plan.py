@@ -60,10 +60,9 @@ __all__ = [
     "choice",
     "choices",
     "filled",
-    "kept_layers",
     "make_plan",
+    "on_disk",
     "plan",
-    "pool_bytes",
     "request_of",
 ]
 
@@ -249,19 +248,16 @@ def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int, open
     return auto(options, nbytes=nbytes, mtp=has_head(opened.checkpoint, opened.config))
 
 
-def check_weights(weights: str, device: torch.device | None = None) -> None:
-    """Raise UsageError where they can't be at this place."""
+def check_weights(weights: str, device: torch.device) -> None:
+    """Raise UsageError where they can't be there."""
     if weights not in WEIGHTS:
         raise UsageError(f"The weights can't be {weights!r}; use one of: {', '.join(WEIGHTS)}.")
-    if weights == "disk" and device is not None and device.type != "cpu":
+    if weights == "disk" and device.type != "cpu":
         raise UsageError(f"Weights on disk are for a CPU, and this is {device}; use --device cpu.")
 
 
-def kept_layers(weights: str, plan: Plan | None) -> int | None:
-    """The number of layers that stay in memory, where the others are read from disk for each pass; None: all."""
-    return plan.choice.kept if plan is not None else 0 if weights == "disk" else None
-
-
-def pool_bytes(weights: str, plan: Plan | None) -> int:
-    """Bytes that experts may take in memory, where they are read from disk."""
-    return plan.choice.pool if plan is not None else _POOL if weights == "disk" else 0
+def on_disk(weights: str, plan: Plan | None) -> dict[str, int]:
+    """What `Opened.load` takes where layers are to be read from disk for each pass; nothing where they aren't."""
+    if plan is None:
+        return {"kept": 0, "pool": _POOL} if weights == "disk" else {}
+    return {} if plan.choice.kept is None else {"kept": plan.choice.kept, "pool": plan.choice.pool}

@@ -155,12 +155,12 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     report = planned(["-m", tiny, "--memory", "16GiB", *TINY], capfd)
     assert (report["context"], report["budget_bytes"], report["dtype"]) == (4096, 16 << 30, "fp32")
-    assert report["picked"] == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15}
+    assert report["picked"] == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15, "weights": "memory"}
     budgets = [one["budget_bytes"] for one in report["curve"]]
     assert budgets == sorted(budgets, reverse=True)
     first, *_, last = report["curve"]
     assert {**report["picked"], "budget_bytes": budgets[0]} == first
-    assert (last["prefill_rows"], last["draft_tokens"]) == (64, 2)
+    assert (last["prefill_rows"], last["draft_tokens"], last["weights"]) == (64, 2, "disk")
     at = planned(
         ["-m", tiny, "--memory", str(budgets[1]), *TINY], capfd
     )  # of the same process: the least that holds it
@@ -223,6 +223,7 @@ def _holds(village: Path, words: int, dtype: str) -> None:
     short = village.with_name(f"{words}")
     short.write_text(" ".join(village.read_text().split()[:words]))
     run = ["run", "--no-stdin", "--raw", "-f", str(short), "--max-new-tokens", "100", "--dtype", dtype, "--json"]
+    run += ["--weights", "memory"]
     refused = measured([*run, "--memory", "50MiB"])
     assert refused.code == 4
     least = _least(refused) + 4 * MIB
