@@ -40,6 +40,7 @@ class Pruner:
     decoder: Decoder
     layer: int = 0
     rows: int = 0  # that left
+    seen: int = 0  # of drafts that it has looked at
     steps: int = 0
     _weights: Tensor = field(default_factory=lambda: torch.tensor(_PRIOR, dtype=torch.float64))
     _moments: Tensor = field(default_factory=lambda: torch.eye(len(_PRIOR), dtype=torch.float64) * 4)
@@ -59,6 +60,7 @@ class Pruner:
             own = hidden[start : start + count]
             features = self._of(one, own) if one.may_shrink else None
             self._features.append(features)
+            self.seen += len(one.draft)
             nodes = [*range(len(one.draft))] if features is None else self._staying(one, features)
             if len(nodes) < len(one.draft):
                 one = one.shrunk(nodes)
