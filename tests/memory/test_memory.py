@@ -165,6 +165,10 @@ def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
         ["-m", tiny, "--memory", str(budgets[1]), *TINY], capfd
     )  # of the same process: the least that holds it
     assert at["curve"][1].keys() == report["curve"][1].keys()
+    least = planned(["-m", tiny, "--memory", str(at["curve"][-1]["budget_bytes"]), *TINY], capfd)
+    assert (report["from_disk"], least["picked"]["weights"]) == (None, "disk")
+    assert least["from_disk"]["bytes_per_token"] > 0
+    assert least["from_disk"]["layers"] > least["from_disk"]["kept_layers"]
     caches = {one["cache"]: one for one in report["caches"]}
     row = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
     assert row <= caches["dense"]["bytes_per_token"] < 1.3 * row
