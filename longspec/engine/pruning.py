@@ -8,7 +8,7 @@ A node's chance is its parent's times what a logistic regression says of three n
 out, in the parent's hidden state read out by the head, from tokens in general; how far from the best of the draft's
 tokens there; and what its drafter thinks of it. The regression is fitted to the verdicts as they come, so that it needs
 no training and is the model's own. It begins when it has seen enough, leaves out only what has next to no chance, and
-lets every eighth draft pass whole, from which it learns of what it would have left out.
+lets every eighth step pass whole: where more than a fiftieth of what was kept there would have left, the bound falls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from longspec.types import Verdict
 __all__ = ["Pruner"]
 
 _PLACE = 2 / 3  # of the layers that run before
-_LEAST = 0.02  # chance below which a node leaves
+_LEAST = 0.02  # chance below which a node leaves, at first
+_LOST = 0.02  # of kept nodes, that may have left
 _SEEN = 150  # labelled nodes, and a fifth of them kept and a fifth not, before anything leaves
 _WHOLE = 8  # steps, of which one stays whole
 _REFERENCE = 128  # tokens that stand for all
@@ -42,40 +43,50 @@ class Pruner:
     rows: int = 0  # that left
     seen: int = 0  # of drafts that it has looked at
     steps: int = 0
+    least: float = 0.0  # the chance below which a node leaves
+    kept: int = 0  # nodes, of steps that stayed whole
+    lost: int = 0  # of these, that would have left
+    leaving: int = 0  # nodes of such steps that would have left
     _weights: Tensor = field(default_factory=lambda: torch.tensor(_PRIOR, dtype=torch.float64))
     _moments: Tensor = field(default_factory=lambda: torch.eye(len(_PRIOR), dtype=torch.float64) * 4)
     _labels: list[int] = field(default_factory=lambda: [0, 0])
     _reference: Tensor | None = None
     _features: list[Tensor | None] = field(default_factory=list)  # of this pass's drafts
+    _staying: list[set[int]] = field(default_factory=list)  # of a step that stays whole
 
     def __post_init__(self) -> None:
-        self.layer = round(self.decoder.config.layers * _PLACE)
+        self.layer, self.least = round(self.decoder.config.layers * _PLACE), _LEAST
 
     def prune(self, inputs: Sequence[Input], hidden: Tensor) -> tuple[list[Input], list[int] | None]:
         """The inputs without the nodes that leave, and where the rows stand that go on; None where all do."""
         self.steps += 1
-        self._features, made, at, start = [], [], [], 0
+        whole = self.steps % _WHOLE == 0
+        self._features, self._staying, made, at, start = [], [], [], [], 0
         for one in inputs:
             count = len(one.tokens)
             own = hidden[start : start + count]
             features = self._of(one, own) if one.may_shrink else None
             self._features.append(features)
             self.seen += len(one.draft)
-            nodes = [*range(len(one.draft))] if features is None else self._staying(one, features)
-            if len(nodes) < len(one.draft):
+            nodes = [*range(len(one.draft))] if features is None else self._likely(one, features)
+            if whole:
+                self._staying.append({*nodes})
+            elif len(nodes) < len(one.draft):
                 one = one.shrunk(nodes)
             made.append(one)
-            first = start + len(one.lacking)
-            at += [*range(start, first), *(first + node for node in nodes)]
+            first, going = start + len(one.lacking), range(len(one.draft)) if one.nodes is None else one.nodes
+            at += [*range(start, first), *(first + node for node in going)]
             start += count
         self.rows += start - len(at)
         return made, (at if len(at) < start else None)
 
     def observe(self, inputs: Sequence[Input], verdicts: Sequence[Verdict]) -> None:
         """Learn from the verdicts on this pass's choosing inputs, which `prune` has made."""
-        for one, verdict, features in zip(inputs, verdicts, self._features, strict=False):
+        for i, (one, verdict, features) in enumerate(zip(inputs, verdicts, self._features, strict=False)):
             if features is None:
                 continue
+            if self._staying:
+                self._compare(self._staying[i], verdict.kept, len(one.draft))
             reached = {-1, *verdict.kept}
             nodes = range(len(one.draft)) if one.nodes is None else one.nodes
             for place, (node, parent) in enumerate(zip(nodes, one.parents, strict=True)):
@@ -101,16 +112,23 @@ class Pruner:
         known = torch.full((len(tokens),), float(probs is not None))
         return torch.stack((torch.ones(len(tokens)), own, own - best, thought, known), 1).double()
 
-    def _staying(self, one: Input, features: Tensor) -> list[int]:
+    def _compare(self, staying: set[int], kept: Sequence[int], count: int) -> None:
+        """Count what would have left, and lower the bound where too much of it was kept."""
+        self.kept += len(kept)
+        self.lost += sum(node not in staying for node in kept)
+        self.leaving += count - len(staying)
+        if self.lost > 1 + _LOST * self.kept:
+            self.least, self.kept, self.lost = self.least / 2, 0, 0
+
+    def _likely(self, one: Input, features: Tensor) -> list[int]:
         """The nodes whose chance isn't too low, each with its parent."""
-        few = min(self._labels) < _SEEN // 5 or sum(self._labels) < _SEEN
-        if few or self.steps % _WHOLE == 0:
+        if min(self._labels) < _SEEN // 5 or sum(self._labels) < _SEEN:
             return [*range(len(one.draft))]
         chances: list[float] = torch.sigmoid(features @ self._weights).tolist()
         paths, staying = {-1: 1.0}, []
         for node, parent in enumerate(one.parents):
             path = paths.get(parent, 0.0) * chances[node]
-            if path >= _LEAST:
+            if path >= self.least:
                 paths[node] = path
                 staying.append(node)
         return staying

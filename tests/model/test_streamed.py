@@ -113,6 +113,7 @@ def test_experts_come_as_they_are_chosen(coded: str | None, pool: int, tmp_path:
     assert 0 < found.missed <= found.chosen
     largest = max(unit.nbytes for key, unit in found.file.units.items() if not isinstance(key, int))
     assert found.held_bytes <= max(pool, 2 * largest)
+    assert len(found.routes) == want.config.layers
     assert found.missed == (found.chosen if pool == 1 else found.missed)
     if pool > 1 << 20:
         assert found.missed == len(found.file.units) - want.config.layers or found.missed < found.chosen // 2

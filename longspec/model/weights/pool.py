@@ -4,8 +4,9 @@ Takes a file of units and a bound of bytes; gives each expert's bytes in a room 
 there. Knows no tensor's meaning.
 
 A room is a range of addresses that has memory while its expert is held: views of it are made once, and who leaves
-gives the memory back to the system. An expert's worth is how often it was chosen, lately more than long ago; where
-there is no room for another, the one of the least worth leaves.
+gives the memory back to the system. While a layer's experts are awaited and used, those are read that the next layer's
+router would choose for the same rows, which are mostly those that it will (2312.17238). An expert's worth is how often
+it was chosen, lately more than long ago; where there is no room for another, the one of the least worth leaves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _READERS = 4
 
 _AGING = 1.02  # what a choice is worth more than one a pass of a layer earlier
 _LARGEST = 1e100
+_FEW = 8  # rows whose next experts are read ahead: of more, the next layer wants nearly all
 
 
 class Pool:
@@ -38,7 +40,8 @@ class Pool:
         self.held_bytes = 0
         self.chosen = self.missed = 0  # experts that passes of a layer chose so far, and those of them that were read
         self._rooms: dict[Expert, tuple[mmap.mmap, Tensor]] = {}
-        self._held: set[Expert] = set()
+        self._held: dict[Expert, Future[None]] = {}  # and its reading
+        self.routes: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}  # by layer
         self._worth: dict[Expert, float] = defaultdict(float)
         self._now = 1.0
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="longspec-experts")
@@ -57,7 +60,7 @@ class Pool:
             nbytes = self.file.units[unit].nbytes
             if not made or nbytes > left:
                 made.append([])
-                left = self.most // 2
+                left = self.most * 3 // 8  # the rest is for what was foreseen and isn't wanted
             made[-1].append(unit)
             left -= nbytes
         return [*made]
@@ -74,23 +77,31 @@ class Pool:
 
     def bring(self, units: Collection[Expert], beside: Collection[Expert] = ()) -> Callable[[], None]:
         """Begin to read those that aren't there; what is given waits until they are. beside: those that stay."""
-        missing = [unit for unit in units if unit not in self._held]
-        self.missed += len(missing)
-        self._make_room(sum(self.file.units[unit].nbytes for unit in missing), {*units, *beside})
-        reading: list[tuple[Expert, Future[None]]] = []
-        for unit in missing:
-            self._held.add(unit)
-            self.held_bytes += self.file.units[unit].nbytes
-            reading.append((unit, self._readers.submit(self.file.read, unit, self.room(unit))))
+        self.missed += sum(unit not in self._held for unit in units)
+        self._read(units, {*units, *beside})
 
         def wait() -> None:
-            failed = [(unit, error) for unit, future in reading if (error := future.exception()) is not None]
+            failed = [(unit, error) for unit in units if (error := self._held[unit].exception()) is not None]
             for unit, _ in failed:
                 self._leave(unit)
             if failed:
                 raise failed[0][1]
 
         return wait
+
+    def foresee(self, layer: int, rows: Tensor, beside: Collection[Expert]) -> None:
+        """Begin to read the experts that the next layer's router would choose for these rows of this one, if they are
+        few. beside: those that stay.
+        """
+        route = self.routes.get(layer + 1)
+        if route is None or len(rows) > _FEW:
+            return
+        guess = [(layer + 1, expert) for expert in sorted(set(route(rows)[0].flatten().tolist()))]
+        guess = [unit for unit in guess if unit in self.file.units]
+        wanted = sum(self.file.units[unit].nbytes for unit in guess if unit not in self._held)
+        self._make_room(wanted, staying := {*guess, *beside})
+        if wanted <= self.most // 4 and self.held_bytes + wanted <= self.most:
+            self._read(guess, staying)
 
     def bring_layer(self, layer: int) -> None:
         """Read all of a layer's experts, whatever the bound: for a look at all weights."""
@@ -100,18 +111,27 @@ class Pool:
         """End the threads."""
         self._readers.shutdown(cancel_futures=True)
 
+    def _read(self, units: Collection[Expert], staying: Collection[Expert]) -> None:
+        """Begin to read those that aren't there."""
+        missing = [unit for unit in units if unit not in self._held]
+        self._make_room(sum(self.file.units[unit].nbytes for unit in missing), staying)
+        for unit in missing:
+            self.held_bytes += self.file.units[unit].nbytes
+            self._held[unit] = self._readers.submit(self.file.read, unit, self.room(unit))
+
     def _make_room(self, nbytes: int, staying: Collection[Expert]) -> None:
         excess = self.held_bytes + nbytes - self.most
         if excess <= 0:
             return
-        for unit in sorted(self._held.difference(staying), key=lambda unit: self._worth[unit]):
+        leaving = [unit for unit, reading in self._held.items() if unit not in staying and reading.done()]
+        for unit in sorted(leaving, key=lambda unit: self._worth[unit]):
             if excess <= 0:
                 return
             excess -= self.file.units[unit].nbytes
             self._leave(unit)
 
     def _leave(self, unit: Expert) -> None:
-        self._held.discard(unit)
+        del self._held[unit]
         self.held_bytes -= self.file.units[unit].nbytes
         self._rooms[unit][0].madvise(mmap.MADV_DONTNEED)
 
@@ -121,6 +141,15 @@ class Pooled:
 
     def __init__(self, multiply: Callable[[Tensor, Sequence[int]], Tensor], pool: Pool, layer: int) -> None:
         self._multiply, self._pool, self._layer = multiply, pool, layer
+        self._rows: Tensor | None = None  # of the pass, as the router took them
+
+    def routed(self, rows: Tensor) -> None:
+        """Say what rows the layer's router has taken for the call that follows."""
+        self._rows = rows
+
+    def routed_by(self, route: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Say by what the layer's experts are chosen."""
+        self._pool.routes[self._layer] = route
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         pool, units = self._pool, [(self._layer, i) for i in range(len(counts))]
@@ -128,7 +157,10 @@ class Pooled:
         pool.choose(chosen)
         groups = pool.groups(chosen)
         if len(groups) < 2:
-            pool.bring(chosen)()
+            wait = pool.bring(chosen)
+            if self._rows is not None:
+                pool.foresee(self._layer, self._rows, chosen)
+            wait()
             return self._multiply(rows, counts)
         starts, made = [0, *accumulate(counts)], torch.empty_like(rows)
         firsts = [0, *(group[0][1] for group in groups[1:]), len(counts)]
