@@ -7,6 +7,7 @@ checkpoint, and the decoder chooses among them. Pickled files are never opened.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -142,16 +143,19 @@ class Weights(Mapping[str, Tensor]):
             first = found[0]
             if first is not None:
                 rows = [(each.read(), each.heads) for each in found if each is not None]
-                pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room))
+                pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room, partial(self._let_go, run)))
             else:
                 values = self.joined(run)
                 check_matrices(run, [tuple(values.shape)])
                 pieces.append(Piece.of_values(values, kind, self._room))
-            for name in run:
-                self._source(name).release(name)
+            self._let_go(run)
         if any(piece.width != pieces[0].width for piece in pieces):
             raise ModelError(f"{', '.join(names)} should have rows of one length, and don't.")
         return CodedLinear(pieces, bias)
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.release(name)
 
     def _runs(self, names: Sequence[str]) -> Iterator[tuple[list[str], list[Blocks | None]]]:
         """The names, neighbours of one format and width together, and the file's codes of each. FP8 beside another

@@ -144,7 +144,7 @@ def _write(file: Any, weights: Weights, shapes: Valueless, unit: Key, report: Re
         for part in parts(real):
             data: Any = part.contiguous().view(torch.uint8).numpy()
             crc = _put(file, memoryview(data).cast("B"), LINE, crc)
-        for name in names:
+        for name in () if isinstance(made, CodedLinear) else names:
             single.release(name)
     return _put(file, memoryview(b""), PAGE, crc)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.model.weights.quantized import STRIP, CodedLinear, Piece, tile_nbytes
+from longspec.model.weights.quantized import SOURCE, STRIP, CodedLinear, Piece, tile_nbytes
 from longspec.model.weights.read import Weights, check_matrices, check_values
 from longspec.model.weights.safetensors import Shard
 from longspec.model.weights.unit_file import Key
@@ -56,8 +56,9 @@ class Valueless(Weights):
 
     def _noted(self, names: Sequence[str], made: Any, temporary: int) -> Any:
         """The same, which counts as its layer's where it is a matrix."""
-        self.largest = max(self.largest, temporary)
         match = _LAYER.fullmatch(names[0])
+        nbytes = sum(part.nbytes for part in parts(made))
+        self.largest = max(self.largest, temporary + (nbytes if match else 0))  # a layer's stands there to be written
         if match is not None and (isinstance(made, CodedLinear) or made.dim() == 2):
             layer, expert = int(match[1]), match[2]
             self.units.setdefault(layer if expert is None else (layer, int(expert)), {})[tuple(names)] = made
@@ -98,7 +99,9 @@ class Valueless(Weights):
             first = found[0]
             if first is not None:
                 form, width, size = first.format, first.width, sum(each.size for each in found if each is not None)
-                read = sum(each.nbytes for each in found if each is not None)
+                read = sum(
+                    each.nbytes if each.heads else min(each.nbytes, SOURCE) for each in found if each is not None
+                )
             else:
                 shapes = [self._source(name).shape(name) for name in run]
                 check_matrices(run, shapes)
@@ -108,7 +111,7 @@ class Valueless(Weights):
             tiles = torch.empty(size // STRIP, tile_nbytes(form, width), dtype=torch.uint8, device="meta")
             pieces.append(Piece(form, tiles, width))
             self.copied += tiles.nbytes
-            self.peak, temporary = max(self.peak, self.copied + read), max(temporary, read + tiles.nbytes)
+            self.peak, temporary = max(self.peak, self.copied + read), max(temporary, read)
         self.kinds[tuple(names)] = kind
         made: CodedLinear = self._noted(names, CodedLinear(pieces, bias), temporary)
         return made
