@@ -33,7 +33,7 @@ def disk_rate(ring: Ring, layers: int, passes: int) -> float:
     return (ring.file.nbytes_read - before) / (perf_counter() - began)
 
 
-def measured(engine: Engine, texts: list[str], tokens: int, passes: int) -> dict[str, Any]:
+def measured(engine: Engine, texts: list[str], tokens: int, passes: int, *, raw: bool) -> dict[str, Any]:
     decoder = engine.model.decoder
     ring, pool = decoder.ring, decoder.pool
     assert ring is not None
@@ -43,7 +43,8 @@ def measured(engine: Engine, texts: list[str], tokens: int, passes: int) -> dict
         rates.append(disk_rate(ring, decoder.config.group, passes) if ring.streamed else 0.0)
         written = []
         for name, drafter in (("plain", "none"), ("drafts", None)):
-            before, answer = ring.file.nbytes_read, engine.generate(text, max_new_tokens=tokens, drafter=drafter)
+            before = ring.file.nbytes_read
+            answer = engine.generate(text, max_new_tokens=tokens, drafter=drafter, raw=raw)
             written.append(answer.tokens)
             own = sums[name]
             own["tokens"] += len(answer.tokens) - 1
@@ -83,7 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.suite.read_text().splitlines()] if given.suite else []
     found = [row["turns"][0][: given.characters] for row in rows if row["category"] == given.category]
-    texts = found[: given.prompts] or ["Count to a hundred."] * given.prompts
+    texts = found[: given.prompts] or [f"{i} of 9 said no " * 3 for i in range(given.prompts)]
     engine = Engine.load(given.model, memory=given.memory, tokens=1024, weights="disk", draft_model=given.draft_model)
     assert engine.plan is not None
     results = {
@@ -92,7 +93,7 @@ def main() -> None:
         "file_bytes": os.path.getsize(given.model),
         "budget_bytes": parse_bytes(given.memory),
         "plan": str(engine.plan),
-        **measured(engine, texts, given.tokens, given.passes),
+        **measured(engine, texts, given.tokens, given.passes, raw=not given.suite),
         "peak_bytes": peak_bytes(),
     }
     given.output.write_text(json.dumps(results, indent=1) + "\n")
