@@ -29,6 +29,7 @@ _READERS = 4
 
 _AGING = 1.02  # what a choice is worth more than one a pass of a layer earlier
 _LARGEST = 1e100
+_RIGHT = 0.6  # share of guesses that must have been right for the next to be read
 _FEW = 8  # rows whose next experts are read ahead: of more, the next layer wants nearly all
 
 
@@ -42,6 +43,8 @@ class Pool:
         self._rooms: dict[Expert, tuple[mmap.mmap, Tensor]] = {}
         self._held: dict[Expert, Future[None]] = {}  # and its reading
         self.routes: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}  # by layer
+        self.right = _RIGHT  # the share of guesses that were chosen, lately
+        self._guesses: dict[int, Sequence[Expert]] = {}
         self._worth: dict[Expert, float] = defaultdict(float)
         self._now = 1.0
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="longspec-experts")
@@ -65,8 +68,11 @@ class Pool:
             left -= nbytes
         return [*made]
 
-    def choose(self, units: Collection[Expert]) -> None:
-        """Note that a pass's rows have chosen these."""
+    def choose(self, units: Sequence[Expert]) -> None:
+        """Note that a pass's rows have chosen these, which are of one layer."""
+        guess = self._guesses.pop(units[0][0], ()) if units else ()
+        if guess:
+            self.right += (sum(unit in units for unit in guess) / len(guess) - self.right) / 16
         self._now *= _AGING
         self.chosen += len(units)
         for unit in units:
@@ -99,8 +105,11 @@ class Pool:
         guess = [(layer + 1, expert) for expert in sorted(set(route(rows)[0].flatten().tolist()))]
         guess = [unit for unit in guess if unit in self.file.units]
         wanted = sum(self.file.units[unit].nbytes for unit in guess if unit not in self._held)
+        self._guesses[layer + 1] = guess
+        if self.right < _RIGHT or wanted > self.most // 4:
+            return
         self._make_room(wanted, staying := {*guess, *beside})
-        if wanted <= self.most // 4 and self.held_bytes + wanted <= self.most:
+        if self.held_bytes + wanted <= self.most:
             self._read(guess, staying)
 
     def bring_layer(self, layer: int) -> None:
