@@ -16,7 +16,7 @@ from longspec.cli.options import loading
 from longspec.control import CONTROLS
 from longspec.drafters import DRAFTERS
 from longspec.errors import LongspecError
-from longspec.memory.plan import WEIGHTS
+from longspec.memory.choices import WEIGHTS
 from longspec.model.load import DTYPES
 
 TINY = ["--dtype", "fp32", "--temperature", "0", "--max-new-tokens", "12", "--no-stdin", "--no-server"]
