@@ -167,7 +167,18 @@ def _model() -> dict[str, Any]:
         "state": "here" if model.here else f"not here: longspec pull {default}, or the first longspec run, fetches it",
         "weights": model.format or "none",
         "disk_bytes": model.nbytes,
+        "read_mb_per_second": _read_rate(),
     }
+
+
+def _read_rate() -> int | None:
+    """How fast the disk of the models is read, which is what weights on disk are written at."""
+    from longspec.machine.disk import read_rate
+    from longspec.model.files.store import models_folder
+
+    files = [path for path in models_folder().rglob("*") if path.is_file()]
+    rate = read_rate(max(files, key=lambda path: path.stat().st_size)) if files else None
+    return None if rate is None else round(rate / 1e6)
 
 
 def _methods() -> dict[str, list[str]]:

@@ -139,7 +139,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
     import torch
 
     from longspec.cache import CACHES, LOSSLESS
-    from longspec.memory.plan import CHUNKS, alone, budget_of, choice, choices
+    from longspec.memory.plan import CHUNKS, alone, budget_of, choice, choices, filled
     from longspec.model.weights.footprint import parameters
 
     budget = budget_of(request, memory)
@@ -163,7 +163,7 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
                 "lacks": shown.lacks(budget),
             }
         )
-    picked = next((one for one in choices(request) if one.lacks(budget) is None), None)
+    picked = next((filled(request, one, budget) for one in choices(request) if one.lacks(budget) is None), None)
     return {
         "dtype": request.dtype,
         "device": str(request.device),
@@ -174,13 +174,32 @@ def _report(request: Request, memory: str | int) -> dict[str, Any]:
         "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
         "least_bytes": alone(request),
         "picked": picked and _picked(picked),
+        "from_disk": picked and _from_disk(request, picked),
         "curve": [{"budget_bytes": one.need.total, **_picked(one)} for one in _curve(choices(request))],
         "caches": caches,
     }
 
 
 def _picked(one: Choice) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in ("cache", "prefill_rows", "draft_tokens")}
+    said = {name: getattr(one, name) for name in ("cache", "prefill_rows", "draft_tokens")}
+    return {**said, "weights": "memory" if one.kept is None else "disk"}
+
+
+def _from_disk(request: Request, picked: Choice) -> dict[str, Any] | None:
+    """What a plain token reads of weights on disk, and how long that takes; None where all are in memory."""
+    if picked.kept is None:
+        return None
+    from longspec.machine.disk import read_rate
+
+    file = None if request.checkpoint is None else request.checkpoint.largest
+    rate = None if file is None else read_rate(file)
+    return {
+        "kept_layers": picked.kept,
+        "layers": len(request.footprint.layers),
+        "bytes_per_token": picked.streamed,
+        "disk_bytes_per_second": rate,
+        "tokens_per_second": rate and picked.streamed and rate / picked.streamed,
+    }
 
 
 def _curve(choices: Iterable[Choice]) -> Iterator[Choice]:
@@ -226,14 +245,30 @@ def _print(report: dict[str, Any]) -> None:
         sentence = "finds nothing that fits"
     typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")
     if picked:
+        _print_disk(report["from_disk"])
         _print_curve(report["curve"])
+
+
+def _print_disk(said: dict[str, Any] | None) -> None:
+    from longspec.machine.system import shown
+
+    if said is None:
+        return
+    speed = ""
+    if said["tokens_per_second"]:
+        read = f"{said['disk_bytes_per_second'] / 1e6:,.0f} MB/s"
+        speed = f": at {read}, as it was read now, {said['tokens_per_second']:.2g} tokens/s without drafts"
+    typer.echo(
+        f"The weights of {said['layers'] - said['kept_layers']} of {said['layers']} layers stay on disk, "
+        f"{shown(said['bytes_per_token'])} for each pass{speed}."
+    )
 
 
 def _print_curve(curve: Sequence[dict[str, Any]]) -> None:
     from longspec.machine.system import shown
 
     typer.echo("\nWhat --memory makes of a budget, at least:")
-    typer.echo(f"{'BUDGET':>10}  {'CACHE':5}  DRAFTED  PREFILL")
+    typer.echo(f"{'BUDGET':>10}  {'CACHE':5}  DRAFTED  PREFILL  WEIGHTS")
     for one in curve:
         budget, cache = shown(one["budget_bytes"]), one["cache"]
-        typer.echo(f"{budget:>10}  {cache:5}  {one['draft_tokens']:7}  {one['prefill_rows']:7}")
+        typer.echo(f"{budget:>10}  {cache:5}  {one['draft_tokens']:7}  {one['prefill_rows']:7}  {one['weights']}")

@@ -11,7 +11,7 @@ from longspec.cli.options.conflicts import settle_loading
 from longspec.cli.options.groups import group, option, values
 from longspec.cli.options.parsers import size, whole
 
-__all__ = ["CACHES", "CONTROLS", "DRAFTERS", "DTYPES", "Loading", "among"]
+__all__ = ["CACHES", "CONTROLS", "DRAFTERS", "DTYPES", "WEIGHTS", "Loading", "among"]
 
 DRAFTERS = (
     "auto",
@@ -31,6 +31,7 @@ DRAFTERS = (
 CACHES = ("auto", "dense", "int8", "int4", "int2", "dual", "offload", "disk")
 CONTROLS = ("goodput", "fixed", "entropy")
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
+WEIGHTS = ("auto", "memory", "disk")
 """What a shell offers for these flags. The engine knows them and is too slow to be asked: a test holds it to them."""
 
 
@@ -74,7 +75,7 @@ class Loading:
     )
     num_speculative_tokens: int | None = option(
         None,
-        "The most tokens that are drafted in a step: 1 to 64, 15 if left out.",
+        "The most tokens that are drafted in a step: 1 to 64, 15 if left out. (48 with weights on disk.)",
         metavar="N",
         parser=whole(1, 64),
     )
@@ -131,6 +132,13 @@ class Loading:
         "The cache is chosen to fit, unless it is named; what can't fit is refused at once.",
         metavar="SIZE",
         parser=size,
+    )
+    weights: str = option(
+        "auto",
+        "Where the layers' weights are: memory, disk (each pass reads them; --memory keeps as many as it holds), or "
+        "auto: on disk where --memory can't hold them. The text is the same.",
+        metavar="NAME",
+        autocompletion=among(*WEIGHTS),
     )
     strict: bool = option(
         False,

@@ -11,9 +11,11 @@ from longspec.machine.system import peak_bytes
 from longspec.memory.plan import Plan
 from longspec.model.decoder import Decoder
 from longspec.model.weights.footprint import parameters
+from longspec.model.weights.pool import Pool
+from longspec.model.weights.ring import Ring
 from longspec.types import TokenLogprob
 
-__all__ = ["Answer", "memory", "speculation", "timing", "usage"]
+__all__ = ["Answer", "memory", "on_disk", "speculation", "timing", "usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,32 @@ def timing(session: Session, began: float | None = None) -> dict[str, Any]:
     }
 
 
-def memory(session: Session, decoder: Decoder, drafters: int, plan: Plan | None = None) -> dict[str, Any]:
+def on_disk(ring: Ring, pool: Pool | None, session: Session, pruned: int) -> dict[str, Any]:
+    """What a pass reads of layers on disk, what that is for a token, and what the process has read and waited for; of
+    experts on disk, how many were chosen, and how many of these had to be read.
+    """
+    rate = session.stats.tokens_per_step
+    experts = {} if pool is None else {"experts_chosen": pool.chosen, "experts_read": pool.missed}
+    return {
+        **experts,
+        "bytes_per_pass": ring.streamed,
+        "bytes_per_token": round(ring.streamed / rate) if rate else None,
+        "read_bytes": ring.file.nbytes_read,
+        "wait_s": ring.waited,
+        "pruned_rows": pruned,
+    }
+
+
+def memory(
+    session: Session, decoder: Decoder, drafters: int, plan: Plan | None = None, pruned: int = 0
+) -> dict[str, Any]:
     """Bytes of weights (in all, by their format, and in bits per weight), drafters and cache (as allocated; per row:
     divided by its rows), and the plan's budget if there is one.
 
-    A drafter's bytes are its weights and tables; its notes on sequences aren't counted.
+    A drafter's bytes are its weights and tables; its notes on sequences aren't counted. pruned: rows of drafts that
+    left passes on the way.
     """
-    cache = session.cache
+    cache, ring = session.cache, decoder.ring
     budget = {} if plan is None else {"budget": {**plan.report(), "notes": list(session.notes)}}
     return {
         "weights_bytes": decoder.nbytes,
@@ -114,5 +135,6 @@ def memory(session: Session, decoder: Decoder, drafters: int, plan: Plan | None 
         "cache_bytes": cache.nbytes,
         "cache_bytes_per_token": cache.nbytes / cache.length if cache.length else None,
         "peak_bytes": peak_bytes(),
+        **({} if ring is None else {"weights_on_disk": on_disk(ring, decoder.pool, session, pruned)}),
         **budget,
     }

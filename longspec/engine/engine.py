@@ -37,9 +37,9 @@ from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
 from longspec.errors import ModelError, UsageError
 from longspec.heads.published.mtp import check_head, has_head, lacking
-from longspec.memory.plan import CHUNKS, Plan, make_plan
+from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
-from longspec.model.load import Model, Opened, open_model
+from longspec.model.load import Model, Opened, choose_device, open_model
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Drafter
@@ -68,13 +68,15 @@ class Engine(Writer):
         control: str | Control = "goodput",
         cache: str = "auto",
         all_rows: bool = False,
-        draft_tokens: int = DRAFT_TOKENS,
+        draft_tokens: int | None = None,
         costs_file: Path | None = None,
         plan: Plan | None = None,
     ) -> None:
         """drafter: a name (`longspec.drafters.spec`) or a Drafter. options: drafters' options by drafter name. control:
-        a name or a Control. costs_file: measured latencies on this machine, read at start, written by `keep_costs`.
+        a name or a Control. draft_tokens: 15 if left out, or 48 where weights are on disk. costs_file: measured
+        latencies on this machine, read at start, written by `keep_costs`.
         """
+        draft_tokens = draft_tokens or (DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS)
         check(drafter, cache, all_rows, draft_tokens, options)
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
@@ -106,13 +108,14 @@ class Engine(Writer):
         device: str = "auto",
         threads: int | None = None,
         strict: bool = False,
-        num_speculative_tokens: int = DRAFT_TOKENS,
+        num_speculative_tokens: int | None = None,
         draft_model: str | None = None,
         skip_set: str | Path | None = None,
         draft_from: Sequence[str | Path] = (),
         remember: bool = False,
         control: str | Control = "goodput",
         memory: str | int | None = None,
+        weights: str = "auto",
         tokens: int | Callable[[Vocabulary], int | None] | None = None,
         texts: int = 1,
         report: Callable[[str, int, int], None] | None = None,
@@ -124,9 +127,10 @@ class Engine(Writer):
         of `longspec tune`; used where a drafter skips layers. draft_from: text files that the answer may repeat.
         remember: draft from earlier answers too, and store the new ones. control: the draft-length policy, one of
         CONTROLS. memory: the process's limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the
-        machine's free memory; the cache and the prefill chunk are chosen to fit. tokens: prompt and answer that memory
-        is planned for, as a number or a function of the vocabulary; the model's context if left out. texts: sequences
-        decoded side by side. report: a callback for downloads: stage, bytes done, total.
+        machine's free memory; the cache and the prefill chunk are chosen to fit. weights: where the layers are: memory,
+        disk (but for those that `memory` has room for), or auto, which is disk where nothing else fits. tokens: prompt
+        and answer that memory is planned for, as a number or a function of the vocabulary; the model's context if left
+        out. texts: sequences decoded side by side. report: a callback for downloads: stage, bytes done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -136,25 +140,19 @@ class Engine(Writer):
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
         options = drafter_options(draft_model, skip_set, draft_from, remember)  # wrong ones are told first
-        check(drafter, cache, all_rows, num_speculative_tokens, options)
+        check(drafter, cache, all_rows, num_speculative_tokens or DRAFT_TOKENS, options)
+        check_weights(weights, choose_device(device))
         began = perf_counter()
         opened, plan = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
         _check_drafter(drafter, options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
-            plan = make_plan(
-                opened,
-                memory,
-                tokens=tokens(opened.vocabulary) if callable(tokens) else tokens,
-                cache=kind(cache, all_rows),
-                draft_tokens=num_speculative_tokens,
-                drafter=drafter,
-                options=options,
-                strict=strict,
-                texts=texts,
-            )
-        loaded = opened.load(strict=strict, report=report)
+            planned = tokens(opened.vocabulary) if callable(tokens) else tokens
+            run: dict[str, Any] = {"drafter": drafter, "options": options, "draft_tokens": num_speculative_tokens}
+            run |= {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights}
+            plan = make_plan(opened, memory, tokens=planned, **run)
+        loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
         options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
         engine = cls(
             loaded,
@@ -249,7 +247,7 @@ class Engine(Writer):
             usage=usage(session),
             speculation=speculation(session, self.drafter_name),
             timing={**self.load_seconds, **timing(session, began)},
-            memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan),
+            memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan, self.pruned_rows),
             calls=tuple(session.calls),
             logprobs=None if session.logprobs is None else tuple(session.told),
             parsed=session.parsed,
@@ -303,7 +301,8 @@ def _drafters(
         tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
         heads = heads_for(model, tokens, spare)
     own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
-    chosen = auto(options, nbytes=model.decoder.nbytes, heads=heads, mtp=own)
+    nbytes = model.decoder.nbytes if model.decoder.ring is None else 0  # fewer layers are read as slowly as all
+    chosen = auto(options, nbytes=nbytes, heads=heads, mtp=own)
     made, remark = {}, _lacking(model)
     for spec in chosen:
         try:
@@ -332,8 +331,9 @@ def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str
 
 def costs_path(model: Model) -> Path:
     """The file for this model's latencies on this machine."""
-    decoder = model.decoder
+    decoder, ring = model.decoder, model.decoder.ring
     return latency.costs_file(
+        **({} if ring is None else {"streamed": f"{ring.streamed >> 24}"}),  # 16 MiB
         machine=f"{platform.node()} {platform.machine()}",
         config=repr(decoder.config),
         dtype=model.dtype,

@@ -1,7 +1,6 @@
 """The token positions that sessions bring to a forward pass, and the results of one flat pass over all of them.
 
-An input is a chain of tokens that the KV cache lacks, followed by the draft. First step, full acceptance and
-rejection are one case: only the number of lacking tokens differs.
+Some of a draft's nodes may leave on the way (`pruning`): what comes after is as if they had never been drafted.
 """
 
 from __future__ import annotations
@@ -14,93 +13,21 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from longspec.cache.stage import Stage
-from longspec.engine.session import Session
-from longspec.model.decoder import Chunk, Decoder, Rows
+from longspec.engine.input import Input
+from longspec.engine.pruning import Pruner
+from longspec.model.decoder import Decoder, Rows
 from longspec.sampling.sampler import choose, likeliest, sound
 from longspec.sampling.verify import verify
-from longspec.types import Begun, Draft, Needs, TokenLogprob, Verdict
+from longspec.types import Needs, TokenLogprob, Verdict
 
 __all__ = ["Input", "Output", "forward", "logits_of", "logprobs_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One session's token positions in a pass, staged behind its cached ones."""
-
-    session: Session
-    stage: Stage
-    staged: slice
-    lacking: list[int]  # committed tokens that the cache doesn't hold
-    draft: list[int]
-    parents: list[int]  # parents[i] of the draft's token i, as in `Draft`
-    begun: Begun | None = None
-
-    @classmethod
-    def of(cls, session: Session, lacking: list[int], draft: Draft | None = None) -> Input:
-        """Stage a session's lacking tokens and the draft that follows them."""
-        tokens, parents = (draft.tokens.tolist(), draft.parents.tolist()) if draft is not None else ([], [])
-        begun, last = (draft.begun if draft is not None else None), len(lacking) - 1
-        stage, done = (session.cache.open(), 0) if begun is None else (begun.stage, len(begun.layers))
-        staged = stage.add([*range(-1, last), *(last + 1 + parent for parent in parents)][done:])
-        return cls(session, stage, slice(0, staged.stop), lacking, tokens, parents, begun)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.lacking + self.draft
-
-    @property
-    def layers(self) -> list[int]:
-        """For each position, the number of layers that a drafter has already run."""
-        begun = self.begun.layers if self.begun is not None else ()
-        return [*begun, *[0] * (len(self.tokens) - len(begun))]
-
-    def chunk(self, first: int = 0) -> Chunk:
-        """The positions from index `first` on, as the decoder takes them."""
-        session = self.session
-        staged = slice(first, self.staged.stop)
-        return Chunk(self.stage, staged, self.tokens[first:], session.cache.length, session.long)
-
-    @property
-    def choosing(self) -> int:
-        """The number of positions that choose a token: the last lacking one and every drafted one."""
-        return 1 + len(self.draft)
-
-    @property
-    def depths(self) -> list[int]:
-        """For each choosing position, the number of draft tokens from the root to it."""
-        first = len(self.lacking) - 1
-        return [depth - first for depth in self.stage.depths[first:]]
-
-    def paths(self) -> list[list[int]]:
-        """For each choosing position, the draft tokens from the root to it."""
-        paths: list[list[int]] = [[]]
-        for token, parent in zip(self.draft, self.parents, strict=True):
-            paths.append([*paths[parent + 1], token])
-        return paths
-
-    def commit(self, kept: Sequence[int]) -> list[int]:
-        """Commit the lacking tokens and the kept draft tokens, up to the sequence's last token but one, to the cache.
-
-        Returns the committed positions' indices within the input.
-
-        The last token stays uncached, so that the next step always has a position to begin with. A sequence that a
-        stop string cut back into earlier steps truncates its cache as well.
-        """
-        cache, first = self.session.cache, len(self.lacking)
-        wanted = len(self.session.tokens) - 1 - cache.length
-        if wanted < 0:
-            cache.truncate(max(0, cache.length + wanted))
-            return []
-        rows = [*range(first), *(first + i for i in kept)][:wanted]
-        cache.commit(self.stage, rows)
-        return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """The results of a pass, whose choosing inputs come first."""
 
+    inputs: Sequence[Input]  # as they ended
     rows: Rows
     features: Mapping[int, Tensor]  # by layer count: hidden states [r, width]
     verdicts: Sequence[Verdict]  # one per choosing input
@@ -112,13 +39,27 @@ class Output:
         return {layer: hidden[at][committed] for layer, hidden in self.features.items()}
 
 
-def forward(choosing: Sequence[Input], others: Sequence[Input], decoder: Decoder, needs: Needs) -> Output:
+def forward(
+    choosing: Sequence[Input],
+    others: Sequence[Input],
+    decoder: Decoder,
+    needs: Needs,
+    pruner: Pruner | None = None,
+) -> Output:
     """Run all inputs in one pass through all layers; the target verifies the drafts of the choosing ones."""
-    began, inputs = perf_counter(), [*choosing, *others]
+    began = perf_counter()
+    inputs: Sequence[Input] = [*choosing, *others]
     rows = Rows.of([one.chunk() for one in inputs], decoder.device)
-    hidden, features = _layers(inputs, rows, decoder, needs.layers)
+    if pruner is not None and any(one.may_shrink for one in choosing) and not any(one.begun for one in inputs):
+        inputs, rows, hidden, features = _pruned(inputs, rows, decoder, needs.layers, pruner)
+        choosing = inputs[: len(choosing)]
+    else:
+        hidden, features = _layers(inputs, rows, decoder, needs.layers)
+        pruner = None
     verdicts = _verdicts(choosing, decoder.logits(_last(choosing, rows, hidden)), needs) if choosing else []
-    return Output(rows, features, verdicts, perf_counter() - began)
+    if pruner is not None:
+        pruner.observe(choosing, verdicts)
+    return Output(inputs, rows, features, verdicts, perf_counter() - began)
 
 
 def logits_of(inputs: Sequence[Input], decoder: Decoder) -> Tensor:
@@ -159,6 +100,25 @@ def _layers(
         if last in needed:
             features[last] = hidden.clone()
     return hidden, features
+
+
+def _pruned(
+    inputs: Sequence[Input], rows: Rows, decoder: Decoder, needed: Sequence[int], pruner: Pruner
+) -> tuple[Sequence[Input], Rows, Tensor, Mapping[int, Tensor]]:
+    """Inputs, rows and hidden states after all layers and after those needed; some nodes of drafts leave on the way."""
+    features = {0: decoder.embed(rows.tokens)} if 0 in needed else {}
+    hidden = None
+    for first, last in pairwise(sorted({0, *needed, pruner.layer, decoder.config.layers})):
+        hidden = decoder.forward(rows, hidden, first, last)
+        if last in needed:
+            features[last] = hidden
+        if last == pruner.layer:
+            inputs, staying = pruner.prune(inputs, hidden)
+            if staying is not None:
+                rows = Rows.of([one.chunk() for one in inputs], decoder.device)
+                hidden, features = hidden[staying], {layer: each[staying] for layer, each in features.items()}
+    assert hidden is not None
+    return inputs, rows, hidden, features
 
 
 def _last(inputs: Sequence[Input], rows: Rows, hidden: Tensor) -> Tensor:

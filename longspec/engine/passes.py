@@ -16,9 +16,11 @@ from typing import Any, TypeVar, cast
 import torch
 
 from longspec.cache import BLOCK, CACHES
-from longspec.engine.forward import Input, Output, forward
+from longspec.engine.forward import Output, forward
+from longspec.engine.input import Input
 from longspec.engine.memory_guard import Watch
 from longspec.engine.prompt_cache import keep
+from longspec.engine.pruning import Pruner
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError
@@ -29,6 +31,7 @@ from longspec.types import Commit
 __all__ = ["Passes", "one_at_a_time"]
 
 _CALIBRATED = (1, 2, 4, 8, 16)  # positions
+_STREAMED = (1, 1, 16)  # where a pass may take seconds
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -57,6 +60,12 @@ class Passes:
         self.speculator = speculator
         self.watch = watch
         self.prefill_rows = prefill_rows
+        self.pruner = None if model.decoder.ring is None else Pruner(model.decoder)
+
+    @property
+    def pruned_rows(self) -> int:
+        """Rows of drafts that left passes on the way."""
+        return 0 if self.pruner is None else self.pruner.rows
 
     @property
     def is_closed(self) -> bool:
@@ -75,7 +84,7 @@ class Passes:
         text what they cost here: a further position costs from .01 (AMX) to .1 of a pass (AVX2).
         """
         decoder = self.model.decoder
-        for rows in (1, *_CALIBRATED):  # the first one wakes threads and touches pages
+        for rows in (1, *_CALIBRATED) if decoder.ring is None else _STREAMED:  # the first one wakes threads
             stage = CACHES["dense"](decoder.shape).open()
             chunk = Chunk(stage, stage.add(range(-1, rows - 1)), [0] * rows, 0, False)
             began = perf_counter()
@@ -109,10 +118,10 @@ class Passes:
         drafts = self.speculator.propose(sessions)
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunks = [] if reading is None else [self._chunk(reading, stop)]
-        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs)
+        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs, self.pruner)
         commits = []
-        for i, (one, verdict) in enumerate(zip(inputs, output.verdicts, strict=True)):
-            commits.append(Commit((), "", len(one.draft), 0))
+        for i, (one, verdict) in enumerate(zip(output.inputs, output.verdicts, strict=False)):
+            commits.append(Commit((), "", len(inputs[i].draft), 0))
             with one.session.keeping_error():
                 commits[-1] = one.session.take(verdict, one.draft)
                 self._commit(one, verdict.kept, output, i)
@@ -120,7 +129,8 @@ class Passes:
             with chunk.session.keeping_error():
                 self._prefilled(chunk, output, len(inputs))
         rows = sum(len(one.tokens) for one in inputs)
-        self.speculator.observe(commits, output.verdicts, output.seconds, rows, shared=bool(chunks))
+        verdicts = [one.proposed(verdict) for one, verdict in zip(output.inputs, output.verdicts, strict=False)]
+        self.speculator.observe(commits, verdicts, output.seconds, rows, shared=bool(chunks))
         return self._guarded(sessions, commits)
 
     def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:

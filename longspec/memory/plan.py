@@ -5,6 +5,7 @@ Takes a model's config and weight footprint, and a sequence length; gives each c
 first choice that fits, in this order:
 
     dense, int8, int4, then offload (on a GPU) and disk; each with prefill chunks of 512, 256, 128, 64 tokens
+    on a CPU: the same with the layers' weights on disk, of which as many stay in memory as fit
 
 A smaller chunk costs time before the first token only (measured: with chunks of 64, prefill takes half as long
 again); another kind of cache costs time with every token, and its output may differ from dense's: so all chunks come
@@ -15,130 +16,64 @@ On a CPU the bytes are the process's peak resident size; on a GPU torch's reserv
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from longspec.cache import CACHES, LOSSLESS
-from longspec.cache.stage import Room, Shape
-from longspec.cache.state_stage import StateStage
+from longspec.cache import LOSSLESS
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
 from longspec.drafters.spec import Spec, parse
-from longspec.errors import BudgetError
+from longspec.errors import BudgetError, UsageError
 from longspec.heads.published.mtp import has_head
 from longspec.machine.system import available_bytes, parse_bytes, resident_bytes, shown
-from longspec.memory.workspace import workspace
-from longspec.model.config import Config
-from longspec.model.files.checkpoint import Checkpoint
-from longspec.model.layer import shape_of
+from longspec.memory.choices import (
+    CHUNKS,
+    DRAFTS,
+    LATER,
+    STREAMED_DRAFT_TOKENS,
+    WEIGHTS,
+    Choice,
+    Request,
+    beside,
+    choice,
+    choices,
+    filled,
+    ring,
+)
 from longspec.model.load import CODED, DTYPES, Opened
-from longspec.model.weights.footprint import Footprint, footprint
+from longspec.model.weights.footprint import footprint
 from longspec.types import Drafter
 
 __all__ = [
     "CHUNKS",
+    "DRAFTS",
+    "STREAMED_DRAFT_TOKENS",
     "Choice",
     "Plan",
     "Request",
     "alone",
     "budget_of",
+    "check_weights",
     "choice",
     "choices",
+    "filled",
     "make_plan",
+    "on_disk",
     "plan",
     "request_of",
 ]
 
-CHUNKS = (512, 256, 128, 64)
-"""Rows of a prefill chunk, the fastest first: CPU seconds for 6,700 rows in bf16 10.6, 10.9, 12.0 and 15.9."""
-
-DRAFTS = (8, 4, 2)
-"""Drafted tokens to try where those asked for don't fit: the logits of a tree are its memory (SpecMemo, 2506.01986)."""
-
-_LATER = 24 << 20
-"""What any process still gets after the plan: pages of torch's code that a pass touches (15 MiB), the chat template's
-engine, the decoder's objects."""
-
 _STEADY = 4 << 20
 """What the process has is rounded up to this, so that the same command is planned alike every time."""
 
-_GPU_LATER = 64 << 20
-"""Of the device: what the matrix products reserve for themselves, and what the allocator rounds up."""
-
+_POOL = 512 << 20
+"""Bytes of experts where nothing bounds the memory."""
 
 _AUTO = 0.9
 """Of what the machine has left, under `--memory auto`: others grow too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A model that isn't loaded, and the sequences to plan for."""
-
-    config: Config
-    dtype: str  # a key of DTYPES
-    device: torch.device
-    footprint: Footprint
-    tokens: int  # prompt and answer, of each sequence
-    process: int  # bytes of the process now
-    draft_tokens: int = DRAFT_TOKENS
-    drafters: Sequence[Spec] = ()  # any of which a sequence may use
-    strict: bool = False
-    threads: int = 1
-    texts: int = 1  # sequences decoded side by side
-    checkpoint: Checkpoint | None = None  # where drafters find heads of the model's own
-
-    @property
-    def shape(self) -> Shape:
-        return shape_of(self.config, DTYPES[self.dtype], self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes at the peak, by component."""
-
-    process: int = 0  # interpreter, libraries, tokenizer; none on a GPU
-    weights: int = 0
-    drafter: int = 0
-    cache: int = 0
-    staged: int = 0  # keys and values of staged rows
-    workspace: int = 0  # a pass's temporary tensors
-    loading: int = 0  # temporary bytes of loading the weights, beyond all the others
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, part.name) for part in fields(self))
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{part.name} {shown(nbytes)}" for part in fields(self) if (nbytes := getattr(self, part.name))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A kind of cache, a prefill chunk and a size of drafts, with the bytes that they need."""
-
-    cache: str
-    prefill_rows: int
-    draft_tokens: int
-    need: Need
-    host: int = 0  # bytes of host memory, beside a GPU's
-    disk: int = 0
-
-    def lacks(self, budget: int | None) -> str | None:
-        """The reason why this choice is impossible: the budget, the host's memory, or the disk. None where it fits."""
-        if budget is not None and self.need.total > budget:
-            return f"needs {shown(self.need.total)} of {shown(budget)}"
-        if self.host and self.host > (free := available_bytes()):
-            return f"needs {shown(self.host)} of host memory, {shown(free)} of which are free"
-        if self.disk and self.disk > (free := shutil.disk_usage(tempfile.gettempdir()).free):
-            return f"needs {shown(self.disk)} of disk, {shown(free)} of which are free in {tempfile.gettempdir()}"
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +92,11 @@ class Plan:
         )
         said += "" if c.cache in LOSSLESS else " (the text may differ from dense's)"
         said += "" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows"
-        few = c.draft_tokens < self.request.draft_tokens
-        return f"{said}, at most {c.draft_tokens} drafted tokens" if few else said
+        wanted = self.request.draft_tokens if c.kept is None else self.request.streamed_draft_tokens
+        said += f", at most {c.draft_tokens} drafted tokens" if c.draft_tokens < wanted else ""
+        if c.kept is None:
+            return said
+        return f"{said}, {shown(c.streamed)} of weights read from disk for each pass"
 
     @property
     def spare(self) -> int:
@@ -176,6 +114,8 @@ class Plan:
             "planned_cache": c.cache,
             "prefill_rows": c.prefill_rows,
             "draft_tokens": c.draft_tokens,
+            "kept_layers": c.kept,
+            "streamed_bytes": c.streamed,
             "parts": asdict(c.need),
         }
 
@@ -186,11 +126,12 @@ def make_plan(
     *,
     tokens: int | None = None,
     cache: str = "auto",
-    draft_tokens: int = DRAFT_TOKENS,
+    draft_tokens: int | None = None,
     drafter: str | Drafter = "auto",
     options: Mapping[str, Any] | None = None,
     strict: bool = False,
     texts: int = 1,
+    weights: str = "auto",
 ) -> Plan:
     """The plan for a model whose weights aren't loaded; `memory`, `tokens` and `drafter` as `Engine.load` takes them.
     options: the drafters' options.
@@ -201,7 +142,14 @@ def make_plan(
         BudgetError: nothing fits.
     """
     request = request_of(
-        opened, tokens, draft_tokens=draft_tokens, drafter=drafter, options=options, strict=strict, texts=texts
+        opened,
+        tokens,
+        draft_tokens=draft_tokens,
+        drafter=drafter,
+        options=options,
+        strict=strict,
+        texts=texts,
+        weights=weights,
     )
     budget = budget_of(request, memory)
     smaller = None
@@ -216,7 +164,9 @@ def alone(request: Request) -> int:
     found = request.footprint
     if request.device.type != "cpu":
         return found.weights
-    return request.process + _LATER + max(found.resident, found.loading)
+    if request.streams:
+        return request.process + LATER + beside(found) + max(ring(found), found.largest)
+    return request.process + LATER + max(found.resident, found.loading)
 
 
 def budget_of(request: Request, memory: str | int) -> int:
@@ -232,11 +182,12 @@ def request_of(
     opened: Opened,
     tokens: int | None,
     *,
-    draft_tokens: int = DRAFT_TOKENS,
+    draft_tokens: int | None = None,
     drafter: str | Drafter = "auto",
     options: Mapping[str, Any] | None = None,
     strict: bool = False,
     texts: int = 1,
+    weights: str = "auto",
 ) -> Request:
     on_cpu = opened.device.type == "cpu"
     found = footprint(opened.checkpoint, opened.config, DTYPES[opened.dtype], CODED.get(opened.dtype))
@@ -247,11 +198,13 @@ def request_of(
         footprint=found,
         tokens=min(tokens or opened.config.context, opened.config.context),
         process=-(-resident_bytes() // _STEADY) * _STEADY,
-        draft_tokens=0 if drafter == "none" else draft_tokens,
+        draft_tokens=0 if drafter == "none" else draft_tokens or DRAFT_TOKENS,
+        streamed_draft_tokens=0 if drafter == "none" else draft_tokens or STREAMED_DRAFT_TOKENS,
         drafters=_specs(drafter, options or {}, found.weights, opened),
         strict=strict,
         threads=torch.get_num_threads() if on_cpu else 1,
         texts=texts,
+        weights=weights,
         checkpoint=opened.checkpoint,
     )
 
@@ -267,7 +220,7 @@ def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str,
     tried = list(choices(request, cache))
     for candidate in tried:
         if candidate.lacks(budget) is None:
-            return Plan(request, budget, candidate)
+            return Plan(request, budget, filled(request, candidate, budget))
     least = min(tried, key=lambda candidate: candidate.need.total)
     if (needed := alone(request)) > budget:
         weights = "the weights alone need" if request.device.type != "cpu" else "process and weights alone need"
@@ -286,38 +239,6 @@ def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str,
     )
 
 
-def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
-    """All choices, the cheapest first."""
-    for name in _order(request.device) if cache == "auto" else (cache,):
-        for drafts in (request.draft_tokens, *(few for few in DRAFTS if few < request.draft_tokens)):
-            for rows in CHUNKS:
-                yield choice(replace(request, draft_tokens=drafts), name, rows)
-
-
-def choice(request: Request, cache: str, prefill_rows: int) -> Choice:
-    """The choice of that cache and prefill chunk, with its bytes."""
-    r, shape, on_cpu = request, request.shape, request.device.type == "cpu"
-    empty = CACHES[cache](replace(shape, device=torch.device("meta")))
-    room = Room(*(part * r.texts for part in empty.room(r.tokens)))
-    rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens) + (r.texts - 1) * (r.draft_tokens + 1)
-    drafter = sum(spec.planned_bytes(r) for spec in r.drafters)
-    own = r.process + _LATER
-    held = drafter + room.host
-    working = {
-        # A buffer grows by an eighth. On a CPU the unused part was never touched and isn't resident.
-        "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
-        "staged": rows * shape.row_bytes + (StateStage.room(shape.states, rows) if shape.states is not None else 0),
-        "workspace": workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
-    }
-    if not on_cpu:
-        need = Need(weights=r.footprint.weights, **working)
-        return Choice(cache, prefill_rows, r.draft_tokens, need, host=held + r.footprint.loading, disk=room.disk)
-    need = Need(process=own, weights=r.footprint.resident, drafter=drafter, **working)
-    loading = max(0, own + r.footprint.loading - need.total)
-    need = Need(own, need.weights, drafter, **working, loading=loading)
-    return Choice(cache, prefill_rows, r.draft_tokens, need, disk=room.disk)
-
-
 def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int, opened: Opened) -> list[Spec]:
     """The specs of the drafters to plan; a Drafter object already has its memory, before the plan."""
     if isinstance(drafter, Drafter):
@@ -327,6 +248,16 @@ def _specs(drafter: str | Drafter, options: Mapping[str, Any], nbytes: int, open
     return auto(options, nbytes=nbytes, mtp=has_head(opened.checkpoint, opened.config))
 
 
-def _order(device: torch.device) -> tuple[str, ...]:
-    """The kinds of cache to try; without offload on a CPU, which has no slower memory to move rows to."""
-    return ("dense", "int8", "int4", "disk") if device.type == "cpu" else ("dense", "int8", "int4", "offload", "disk")
+def check_weights(weights: str, device: torch.device) -> None:
+    """Raise UsageError where they can't be there."""
+    if weights not in WEIGHTS:
+        raise UsageError(f"The weights can't be {weights!r}; use one of: {', '.join(WEIGHTS)}.")
+    if weights == "disk" and device.type != "cpu":
+        raise UsageError(f"Weights on disk are for a CPU, and this is {device}; use --device cpu.")
+
+
+def on_disk(weights: str, plan: Plan | None) -> dict[str, int]:
+    """What `Opened.load` takes where layers are to be read from disk for each pass; nothing where they aren't."""
+    if plan is None:
+        return {"kept": 0, "pool": _POOL} if weights == "disk" else {}
+    return {} if plan.choice.kept is None else {"kept": plan.choice.kept, "pool": plan.choice.pool}

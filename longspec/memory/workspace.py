@@ -13,7 +13,7 @@ from longspec.model.layers.moe import Moe
 from longspec.model.load import DTYPES
 
 if TYPE_CHECKING:
-    from longspec.memory.plan import Request
+    from longspec.memory.choices import Request
 
 __all__ = ["workspace"]
 

@@ -11,9 +11,12 @@ matrices per layer, in 4 products: q, k, v and gate, up are one matrix each.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from longspec.attention.native_batch import Texts, reads
 from longspec.cache.stage import Shape
 from longspec.model.config import Config, Rope
 from longspec.model.gpu import cuda_graphs as graphs
-from longspec.model.layer import Layer, looped, read_layer, shape_of
+from longspec.model.layer import Layer, looped, read_layer, shape_of, tensors_of, through
 from longspec.model.layers.dense_mlp import DenseMlp
 from longspec.model.layers.layer_inputs import LayerInputs
 from longspec.model.layers.reader import Reader
@@ -83,6 +86,10 @@ class Decoder:
         reader = Reader(config, weights, device, STRICT_TILE if strict else None, coded, places)
         table = getattr(output, "weight", output)
         self._embedding = reader.embedding() if output is None else table
+        self.ring, self.pool = weights.ring, weights.pool  # where layers and experts stand that are on disk, or None
+        for threads in (self.ring, self.pool):
+            if threads is not None:
+                weakref.finalize(self, threads.close)
         self._layers = looped([read_layer(reader, i) for i in range(config.group)], config.loops)
         self._inputs = LayerInputs.read(reader)
         self._norm = reader.norm("norm", config.width)
@@ -122,9 +129,9 @@ class Decoder:
         besides all that isn't an expert's; of a looped model, its layers in each loop.
         """
         later = (part for layer in self._layers[self.config.group :] for part in layer.weights)
-        unread = 0.0 - sum(tensor.nbytes for part in later for tensor in _tensors(part))
+        unread = 0.0 - sum(tensor.nbytes for part in later for tensor in tensors_of(part))
         for layer in self._layers:
-            held = sum(tensor.nbytes for part in layer.mlp.weights for tensor in _tensors(part))
+            held = sum(tensor.nbytes for part in layer.mlp.weights for tensor in tensors_of(part))
             unread += held - layer.mlp.touched(rows)
         table = self._embedding
         if table is not self._head and table is not getattr(self._head, "weight", None):
@@ -132,28 +139,38 @@ class Decoder:
         unread += 0 if self._inputs is None else _nbytes(self._inputs.table)
         return self.nbytes - round(unread)
 
-    def _held(self) -> Iterator[Any]:
-        """Tables, norms and matrices, in an order that depends on the config alone; a tied head is the table."""
-        yield self._embedding
-        parts = [part for layer in self._layers[: self.config.group] for part in layer.weights]
-        parts += [] if self._inputs is None else self._inputs.weights
-        yield from (getattr(part, "linear", part) for part in parts)  # what a KernelLinear multiplies by
-        yield self._norm
-        yield self._head
+    def _held(self) -> Iterator[tuple[int | None, Any]]:
+        """Tables, norms and matrices, each with its layer, in an order that depends on the config alone; a tied head is
+        the table.
+        """
+        own = enumerate(self._layers[: self.config.group])
+        parts: list[tuple[int | None, Any]] = [(i, part) for i, layer in own for part in layer.weights]
+        parts += [] if self._inputs is None else [(None, part) for part in self._inputs.weights]
+        yield None, self._embedding
+        yield from ((i, getattr(part, "linear", part)) for i, part in parts)  # what a KernelLinear multiplies by
+        yield from ((None, self._norm), (None, self._head))
 
     def tensors(self) -> Iterator[Tensor]:
-        """All weights."""
-        for held in self._held():
-            yield from _tensors(held)
+        """All weights. A layer's that are on disk mean something until the next one is asked for."""
+        for layer, some in groupby(self._held(), itemgetter(0)):
+            with nullcontext() if layer is None else self._standing(layer):
+                if layer is not None and self.pool is not None:
+                    self.pool.bring_layer(layer)
+                yield from (tensor for _, held in some for tensor in tensors_of(held))
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """Norms and biases, which are in memory wherever the matrices are."""
+        return [tensor for _, held in self._held() for tensor in tensors_of(held) if tensor.dim() == 1]
 
     @property
     def formats(self) -> dict[str, int]:
         """Bytes of weights by format: a coded matrix's (`longspec.model.weights.quantized`), or the dtype."""
         total: dict[str, int] = {}
-        for held in {id(each): each for each in self._held()}.values():
+        for held in {id(each): each for _, each in self._held()}.values():
             pieces = held.pieces if isinstance(held, CodedLinear) else ()
             named = {id(piece.tiles): piece.format for piece in pieces}
-            for tensor in _tensors(held):
+            for tensor in tensors_of(held):
                 if held is not self._head or tensor is not self._embedding:
                     name = named.get(id(tensor), str(tensor.dtype).removeprefix("torch."))
                     total[name] = total.get(name, 0) + tensor.nbytes
@@ -212,6 +229,13 @@ class Decoder:
         hidden = self.table(tokens)
         return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
 
+    def readout(self, tokens: Tensor) -> Tensor:
+        """The head's rows for these tokens [t], in fp32: [t, width]."""
+        if isinstance(self._head, CodedLinear):
+            return self._head.rows(tokens, torch.float32)
+        rows: Tensor = self._head.weight[tokens]
+        return rows.float()
+
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the final norm."""
         return self._norm(hidden)
@@ -238,10 +262,16 @@ class Decoder:
         if hidden is None:
             hidden = self.embed(rows.tokens)
         run, group = self._pass(rows), self.config.group
-        cuts = [i for i in range(first + 1, last) if i % group == 0]
+        cuts = [i for i in range(first + 1, last) if i % group == 0 or (self.ring and self.ring.parts(i % group))]
         for start, stop in pairwise([first, *cuts, last]):
-            hidden = self._layers_of(start, stop, self._into_loop(start, hidden, rows), run, skip)
+            hidden = self._into_loop(start, hidden, rows)
+            with self._standing(start):
+                hidden = self._layers_of(start, stop, hidden, run, skip)
         return hidden
+
+    def _standing(self, layer: int) -> AbstractContextManager[None]:
+        """The layer's weights are in memory: those of one that stays on disk, for as long as this is entered."""
+        return nullcontext() if self.ring is None else self.ring.held(layer % self.config.group)
 
     def _into_loop(self, layer: int, hidden: Tensor, rows: Rows) -> Tensor:
         """Hidden states [r, width] as this layer takes them: where it is the first of a later loop, normed."""
@@ -271,7 +301,7 @@ class Decoder:
                 whole = isinstance(layer.mlp, DenseMlp)
                 hidden = fused.layer(i, hidden, run, layer.mixer if mixes else None, mlp=mlp and whole)
                 mixes, mlp = False, mlp and not whole
-            hidden = _through(layer, hidden, run, mixes=mixes, mlp=mlp)
+            hidden = through(layer, hidden, run, mixes=mixes, mlp=mlp)
             hidden = hidden if layer.end is None else layer.end(hidden, run.inputs)
         return hidden
 
@@ -280,11 +310,12 @@ class Decoder:
         nothing else: all that later rows read, where it is the only layer.
         """
         layer, fused = self._layers[0], self._fused
-        if fused is not None:
-            made = fused.inputs(0, hidden)
-        else:
-            made = layer.mixer.inputs(layer.before_mixer(hidden) if layer.before_mixer else hidden)
-        layer.mixer.fill(made, self._pass(rows))
+        with self._standing(0):
+            if fused is not None:
+                made = fused.inputs(0, hidden)
+            else:
+                made = layer.mixer.inputs(layer.before_mixer(hidden) if layer.before_mixer else hidden)
+            layer.mixer.fill(made, self._pass(rows))
 
     def _pass(self, rows: Rows) -> Pass:
         turns = {rope: turn(rows.positions, rows.long, self.dtype) for rope, turn in self._rotations.items()}
@@ -315,24 +346,3 @@ class Decoder:
 
 def _nbytes(table: Tensor | CodedLinear) -> int:
     return table.pieces[0].tiles.nbytes if isinstance(table, CodedLinear) else table.nbytes
-
-
-def _through(layer: Layer, hidden: Tensor, run: Pass, *, mixes: bool, mlp: bool) -> Tensor:
-    """Hidden states [r, width] after a layer, or after one of its two sub-layers."""
-    if mixes:
-        x = layer.mixer(layer.before_mixer(hidden) if layer.before_mixer else hidden, run)
-        hidden = hidden + (layer.after_mixer(x) if layer.after_mixer else x)
-    if mlp:
-        x = layer.mlp(layer.before_mlp(hidden) if layer.before_mlp else hidden)
-        hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
-    return hidden
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    """The tensors of a table, a norm, a layer's matrix, or nothing."""
-    if isinstance(held, CodedLinear):
-        yield from held.tensors
-    elif isinstance(held, Tensor):
-        yield held
-    else:
-        yield from (tensor for name in ("weight", "bias") if (tensor := getattr(held, name, None)) is not None)

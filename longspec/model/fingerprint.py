@@ -44,7 +44,7 @@ def lineage(decoder: Decoder) -> str:
         tokens = torch.arange(start // width, -(-min(size, start + _RUN) // width), device=decoder.device)
         samples.append(decoder.table(tokens).reshape(-1)[start % width :][: min(size, _RUN)])
     if not decoder.config.norm_offset:
-        samples += [tensor for tensor in decoder.tensors() if tensor.dim() == 1]
+        samples += decoder.vectors
     for sample in samples:
         digest.update(_bytes(sample.to(torch.bfloat16)))
     return digest.hexdigest()

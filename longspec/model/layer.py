@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longspec.cache.shape import Shape, StateSpec
 from longspec.model.config import Config
@@ -17,8 +18,10 @@ from longspec.model.layers import MIXERS, MLPS
 from longspec.model.layers.layer_inputs import LayerEnd
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
+from longspec.model.rows import Pass
+from longspec.model.weights.quantized import CodedLinear
 
-__all__ = ["Layer", "looped", "read_layer", "shape_of"]
+__all__ = ["Layer", "looped", "read_layer", "shape_of", "tensors_of", "through"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,17 @@ def read_layer(reader: Reader, i: int) -> Layer:
     )
 
 
+def through(layer: Layer, hidden: Tensor, run: Pass, *, mixes: bool, mlp: bool) -> Tensor:
+    """Hidden states [r, width] after a layer, or after one of its two sub-layers."""
+    if mixes:
+        x = layer.mixer(layer.before_mixer(hidden) if layer.before_mixer else hidden, run)
+        hidden = hidden + (layer.after_mixer(x) if layer.after_mixer else x)
+    if mlp:
+        x = layer.mlp(layer.before_mlp(hidden) if layer.before_mlp else hidden)
+        hidden = hidden + (layer.after_mlp(x) if layer.after_mlp else x)
+    return hidden
+
+
 def looped(layers: Sequence[Layer], loops: int) -> list[Layer]:
     """The layers as often as they run. A loop's have their own places in the cache, and share their weights."""
     return [
@@ -87,3 +101,13 @@ def shape_of(config: Config, dtype: torch.dtype, device: torch.device) -> Shape:
     others = [spec.mixer for spec in config.specs if not spec.is_attention]
     states: StateSpec | None = MIXERS[others[0]].states(config, dtype, len(others)) if others else None
     return Shape(config.key_heads, config.head_dim, windows, dtype, device, states)
+
+
+def tensors_of(held: Any) -> Iterator[Tensor]:
+    """The tensors of a table, a norm, a layer's matrix, or nothing."""
+    if isinstance(held, CodedLinear):
+        yield from held.tensors
+    elif isinstance(held, Tensor):
+        yield held
+    else:
+        yield from (tensor for name in ("weight", "bias") if (tensor := getattr(held, name, None)) is not None)

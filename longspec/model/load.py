@@ -28,6 +28,8 @@ from longspec.model.files.keep import kept
 from longspec.model.files.store import Report, quiet
 from longspec.model.fingerprint import fingerprint, lineage
 from longspec.model.native import missing
+from longspec.model.weights.footprint import shapes_of
+from longspec.model.weights.streamed import Streamed
 from longspec.text.tokenizer import Vocabulary
 
 __all__ = [
@@ -106,15 +108,23 @@ class Opened:
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def load(self, *, strict: bool = False, report: Report | None = None) -> Model:
-        """Read the weights. Raises ModelError where they are damaged or don't fit the config."""
+    def load(
+        self, *, strict: bool = False, kept: int | None = None, pool: int = 0, report: Report | None = None
+    ) -> Model:
+        """Read the weights. kept: the number of layers that stay in memory where the others are to be read from disk
+        for every pass; pool: the bytes that experts may take then. Raises ModelError where they are damaged or don't
+        fit the config.
+        """
         began = perf_counter()
         dtype, coded = DTYPES[self.dtype], CODED.get(self.dtype)
         if report is not None and coded is not None and (kinds := self.checkpoint.recoded):
             bits = self.dtype.removeprefix("int")
             report(f"quantizing {', '.join(kinds)} to {bits} bits, as no kernel reads these codes", 0, 0)
         weights = self.checkpoint.weights(dtype, report or quiet, coded=coded is not None)
-        is_read = self.device.type == "cpu" and (coded is not None or weights.read())
+        if kept is not None:
+            shapes, _ = shapes_of(self.checkpoint, weights, self.config, coded)
+            weights = Streamed(weights, shapes, kept, pool, report or quiet)
+        is_read = self.device.type == "cpu" and (coded is not None or kept is not None or weights.read())
         decoder = Decoder(self.config, weights, self.device, strict=strict, coded=coded)
         defaults = self.checkpoint.generation_config()
         return Model(

@@ -16,6 +16,7 @@ from longspec.cli.options import loading
 from longspec.control import CONTROLS
 from longspec.drafters import DRAFTERS
 from longspec.errors import LongspecError
+from longspec.memory.choices import WEIGHTS
 from longspec.model.load import DTYPES
 
 TINY = ["--dtype", "fp32", "--temperature", "0", "--max-new-tokens", "12", "--no-stdin", "--no-server"]
@@ -86,6 +87,7 @@ def test_what_a_shell_offers_is_what_there_is() -> None:
     assert {*loading.CACHES} == {"auto", *(name for name in CACHES if " " not in name)}
     assert {*loading.DTYPES} == {"auto", *DTYPES}
     assert {*loading.CONTROLS} == {*CONTROLS}
+    assert {*loading.WEIGHTS} == {*WEIGHTS}
     assert "qwen3-4b" in loading.models("qwen3-4")
 
 

@@ -246,14 +246,14 @@ def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert offload.need.process == 0
     assert offload.host > asked.tokens * on_gpu.shape.row_bytes * 0.9
     assert offload.lacks(8 << 30) is None
-    monkeypatch.setattr("longspec.memory.plan.available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr("longspec.memory.choices.available_bytes", lambda: 100 * MIB)
     assert "of host memory" in str(offload.lacks(8 << 30))
 
 
 def test_a_full_disk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = choice(request(), "disk", 64)
     assert disk.lacks(8 << 30) is None
-    monkeypatch.setattr("longspec.memory.plan.shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
+    monkeypatch.setattr("longspec.memory.choices.shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
     assert "of disk" in str(disk.lacks(8 << 30))
     with pytest.raises(BudgetError, match="of disk"):
         plan(request(), 8 << 30, "disk")

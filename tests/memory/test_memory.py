@@ -146,23 +146,29 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert guarded(["plan", "-m", tiny, *TINY]) == 0
     out = capfd.readouterr().out
     assert "--cache auto takes dense" in out
-    assert re.search(r"^ +BUDGET  CACHE  DRAFTED  PREFILL\n +\d[^\n]*B  dense +15 +512$", out, re.MULTILINE)
+    assert re.search(
+        r"^ +BUDGET  CACHE  DRAFTED  PREFILL  WEIGHTS\n +\d[^\n]*B  dense +15 +512  memory$", out, re.MULTILINE
+    )
     assert re.search(r"^dense .* yes$", out, re.MULTILINE)
 
 
 def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     report = planned(["-m", tiny, "--memory", "16GiB", *TINY], capfd)
     assert (report["context"], report["budget_bytes"], report["dtype"]) == (4096, 16 << 30, "fp32")
-    assert report["picked"] == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15}
+    assert report["picked"] == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15, "weights": "memory"}
     budgets = [one["budget_bytes"] for one in report["curve"]]
     assert budgets == sorted(budgets, reverse=True)
     first, *_, last = report["curve"]
     assert {**report["picked"], "budget_bytes": budgets[0]} == first
-    assert (last["prefill_rows"], last["draft_tokens"]) == (64, 2)
+    assert (last["prefill_rows"], last["draft_tokens"], last["weights"]) == (64, 2, "disk")
     at = planned(
         ["-m", tiny, "--memory", str(budgets[1]), *TINY], capfd
     )  # of the same process: the least that holds it
     assert at["curve"][1].keys() == report["curve"][1].keys()
+    least = planned(["-m", tiny, "--memory", str(at["curve"][-1]["budget_bytes"]), *TINY], capfd)
+    assert (report["from_disk"], least["picked"]["weights"]) == (None, "disk")
+    assert least["from_disk"]["bytes_per_token"] > 0
+    assert least["from_disk"]["layers"] > least["from_disk"]["kept_layers"]
     caches = {one["cache"]: one for one in report["caches"]}
     row = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
     assert row <= caches["dense"]["bytes_per_token"] < 1.3 * row
@@ -221,6 +227,7 @@ def _holds(village: Path, words: int, dtype: str) -> None:
     short = village.with_name(f"{words}")
     short.write_text(" ".join(village.read_text().split()[:words]))
     run = ["run", "--no-stdin", "--raw", "-f", str(short), "--max-new-tokens", "100", "--dtype", dtype, "--json"]
+    run += ["--weights", "memory"]
     refused = measured([*run, "--memory", "50MiB"])
     assert refused.code == 4
     least = _least(refused) + 4 * MIB

@@ -131,6 +131,14 @@ class Checkpoint:
         return [] if scheme is None or scheme.coded else ["FP8"]
 
     @property
+    def largest(self) -> Path | None:
+        """The largest file of weights; None where there is none."""
+        files = (
+            [self.gguf] if self.gguf is not None else [] if self.folder is None else self.folder.glob("*.safetensors")
+        )
+        return max(files, key=lambda file: file.stat().st_size, default=None)
+
+    @property
     def format(self) -> str:
         """What the files hold weights as, and bits per weight. Imports no torch."""
         if self.gguf is not None:

@@ -24,6 +24,7 @@ from longspec.model.layers.steady import steady
 from longspec.model.linear import Linear
 from longspec.model.mixtures import Mixture
 from longspec.model.native import missing
+from longspec.model.weights.pool import Pooled
 
 __all__ = ["Moe"]
 
@@ -56,13 +57,16 @@ class Moe:
             experts.append(DenseMlp.of(reader, f"{at}.shared_expert", mixture.shared))
         offset = reader.exact(f"{at}.gate.bias", (mixture.experts,)) if mixture.logit_bias else None
         native = missing(c, reader.dtype, reader.device) is None
-        return cls(
+        made = cls(
             mixture,
             Linear(torch.cat(router), offset, tile=_TILE),
             bias=reader.exact(f"{at}.expert_bias", (mixture.experts,)) if mixture.biased else None,
             experts=tuple(experts),
-            multiply=KernelExperts(experts, c) if native else _by_torch(experts),
+            multiply=reader.pooled(KernelExperts(experts, c) if native else _by_torch(experts), layer),
         )
+        if isinstance(made.multiply, Pooled):
+            made.multiply.routed_by(made.route)
+        return made
 
     @classmethod
     def workspace(cls, mixture: Mixture, width: int, rows: int) -> int:
@@ -87,6 +91,8 @@ class Moe:
     def __call__(self, x: Tensor, by: Tensor | None = None) -> Tensor:
         """by: what the router takes in place of the rows."""
         chosen, weights = self.route(x if by is None else by)
+        if isinstance(self.multiply, Pooled):
+            self.multiply.routed(x if by is None else by)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         made = x.new_empty(len(order), x.shape[1])

@@ -7,7 +7,7 @@ sub-layer reads its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from longspec.model.layers.norm import Norm
 from longspec.model.linear import Linear
 from longspec.model.native import missing
 from longspec.model.native_linear import KernelLinear
+from longspec.model.weights.pool import Pooled
 from longspec.model.weights.quantized import CodedLinear
 from longspec.model.weights.read import Weights
 
@@ -148,6 +149,11 @@ class Reader:
         """A matrix [rows, columns] that is multiplied by itself, not as a part of a layer's C call."""
         made = self.linear([name], rows, columns)
         return KernelLinear(made) if missing(self.config, self.dtype, self.device) is None else made
+
+    def pooled(self, multiply: Callable[[Tensor, Sequence[int]], Tensor], layer: int) -> Any:
+        """The products of a layer's experts; where these are on disk, with those that rows choose read before."""
+        pool = self._weights.pool
+        return multiply if pool is None else Pooled(multiply, pool, layer)
 
     def exact(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small tensor's values in fp32, as the file has them: what a state decays by mustn't be rounded."""

@@ -34,6 +34,7 @@ __all__ = [
     "FORMATS",
     "FP8",
     "GROUP",
+    "SOURCE",
     "STRIP",
     "Blocks",
     "CodedLinear",
@@ -58,6 +59,9 @@ FP8 = "FP8"
 """e4m3 with a scale for each 128 columns of an output: no codes, as the rows stay in bf16."""
 
 _NUMBERS = FORMATS | {FP8: len(FORMATS) + 1}
+
+SOURCE = 32 << 20
+"""Bytes of a file that are in memory at once while a matrix is put into tiles, where its rows stay in their order."""
 
 _CHUNK = 128 << 20  # bytes of a room's parts
 
@@ -119,19 +123,27 @@ class Piece:
 
     @classmethod
     def of_blocks(
-        cls, kind: str, matrices: Sequence[tuple[Tensor, int]], width: int, room: Room | None = None
+        cls,
+        kind: str,
+        matrices: Sequence[tuple[Tensor, int]],
+        width: int,
+        room: Room | None = None,
+        release: Callable[[], None] = lambda: None,
     ) -> Piece:
         """Matrices of a file, one below the other: each its rows of blocks [out, bytes] uint8, and the number of
-        heads whose rows stand in pairs, as llama.cpp rotates them (0 for none), and are put in halves here.
+        heads whose rows stand in pairs, as llama.cpp rotates them (0 for none), and are put in halves here. release: is
+        called whenever `SOURCE` bytes were read, to let go of them.
         """
         made = cls._empty(kind, [len(rows) for rows, _ in matrices], width, room)
         at, kernel, number = 0, _kernel(), _NUMBERS[kind]
         nbytes = kernel.row_bytes(number, width)
         for rows, heads in matrices:
-            source = pointer(rows, torch.uint8, len(rows), nbytes)
-            tiles = made.tiles[at : at + len(rows) // STRIP]
-            kernel.pack(number, source, len(rows), width, heads, tiles.data_ptr(), *team())
-            at += len(tiles)
+            some = len(rows) if heads else max(STRIP, SOURCE // nbytes // STRIP * STRIP)
+            for strip in torch.split(rows, some):
+                source = pointer(strip, torch.uint8, len(strip), nbytes)
+                kernel.pack(number, source, len(strip), width, heads, made.tiles[at:].data_ptr(), *team())
+                at += len(strip) // STRIP
+                release()
         return made
 
     @classmethod

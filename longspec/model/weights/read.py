@@ -7,6 +7,7 @@ checkpoint, and the decoder chooses among them. Pickled files are never opened.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,8 @@ from longspec.model.weights.stacked import Experts, by_expert
 
 if TYPE_CHECKING:
     from longspec.model.gguf.file import GgufFile
+    from longspec.model.weights.pool import Pool
+    from longspec.model.weights.ring import Ring
 
 __all__ = ["Weights", "check_matrices", "check_values"]
 
@@ -55,6 +58,9 @@ class Weights(Mapping[str, Tensor]):
     of a safetensors file is a view of the mapped file: no copy, and no memory until its values are read. Writing to
     such a tensor changes this process's pages only, never the file.
     """
+
+    ring: Ring | None = None  # where layers stand that are on disk (`longspec.model.weights.streamed`)
+    pool: Pool | None = None  # and their experts
 
     def __init__(self, sources: Mapping[str, _Source], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -116,6 +122,10 @@ class Weights(Mapping[str, Tensor]):
         """The file's own codes of a matrix; None where it holds values, or a format that has no kernel."""
         return self._source(name).blocks(name)
 
+    def release(self, name: str) -> None:
+        """Let go of the file's pages that hold a tensor."""
+        self._source(name).release(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, by its file's header alone."""
         return self._source(name).shape(name)
@@ -133,16 +143,19 @@ class Weights(Mapping[str, Tensor]):
             first = found[0]
             if first is not None:
                 rows = [(each.read(), each.heads) for each in found if each is not None]
-                pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room))
+                pieces.append(Piece.of_blocks(first.format, rows, first.width, self._room, partial(self._let_go, run)))
             else:
                 values = self.joined(run)
                 check_matrices(run, [tuple(values.shape)])
                 pieces.append(Piece.of_values(values, kind, self._room))
-            for name in run:
-                self._source(name).release(name)
+            self._let_go(run)
         if any(piece.width != pieces[0].width for piece in pieces):
             raise ModelError(f"{', '.join(names)} should have rows of one length, and don't.")
         return CodedLinear(pieces, bias)
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.release(name)
 
     def _runs(self, names: Sequence[str]) -> Iterator[tuple[list[str], list[Blocks | None]]]:
         """The names, neighbours of one format and width together, and the file's codes of each. FP8 beside another
