@@ -108,6 +108,7 @@ class Verdict:
     successors: Sequence[tuple[int, Sequence[int]]] = field(default=(), compare=False)
     entropy: float | None = field(default=None, compare=False)  # of the bonus token's distribution, in nats
     logprobs: tuple[TokenLogprob, ...] = field(default=(), compare=False)  # of the kept tokens and the bonus, if asked
+    meant: int = field(default=0, compare=False)  # of the kept tokens, how many stay for their meaning alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EPILOG", "train"]
 
+SEMANTIC = "semantic"
+
 EPILOG = """\b
 Examples:
   longspec train clover2 --prompts prompts.jsonl -o head --dry-run
@@ -33,6 +35,7 @@ Examples:
   longspec run --drafter ./head "Why is the sky blue?"
   longspec train features -m smollm2 --prompts prompts.jsonl -o features
   longspec train clover -m smollm2 --features features -o other --minutes 40
+  longspec train semantic -m LARGE --draft-model SMALL --prompts prompts.jsonl -o probe
 
 \b
 The model answers the prompts, and the head learns to foresee the answers. What
@@ -48,7 +51,7 @@ class Training:
 
     head: str = argument(
         what="What to train: clover, clover2, exits, medusa, cerberus, parallelspec, specformer or transfer; or "
-        "features: what they are trained on.",
+        "features: what they are trained on; or semantic: a probe for --accept semantic, which is lossy.",
         metavar="HEAD",
     )
     prompts: Path | None = option(
@@ -123,12 +126,12 @@ class Training:
 
 def train(
     training: Training,
-    loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
+    loading: Annotated[Loading, Only("model", "draft_model", "device", "dtype", "threads")],
     sampling: Annotated[SamplingOptions, Only("temperature", "seed")],
     reporting: Annotated[Reporting, Without("stats")],
 ) -> None:
     """Train a head that drafts for a model, on what the model answers."""
-    _check(training)
+    _check(training, loading.draft_model)
     refuse_same_files({"the output": training.output}, filter(None, [training.prompts, training.features]))
     if training.join is None and (training.workers > 1 or training.listen) and not training.dry_run:
         _gather(training, loading, reporting)
@@ -139,9 +142,13 @@ def train(
         from longspec.training.distil import read_prompts
         from longspec.training.train import Recipe
 
-        if training.head not in (*KINDS, "features"):
-            raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}; or features.")
+        if training.head not in (*KINDS, "features", SEMANTIC):
+            raise UsageError(f"There is no head named {training.head!r}; use one of: {', '.join(KINDS)}; or features, "
+                             "or semantic.")  # fmt: skip
         prompts = [] if training.prompts is None else read_prompts(training.prompts)
+        if training.head == SEMANTIC:
+            _semantic(training, loading, sampling, prompts, progress, as_json=reporting.as_json)
+            return
         recipe = Recipe(
             training.head,
             training.steps,
@@ -169,7 +176,12 @@ def train(
         typer.echo(_table(report, training.output))
 
 
-def _check(training: Training) -> None:
+def _check(training: Training, draft_model: str | None) -> None:
+    if (training.head == SEMANTIC) != (draft_model is not None):
+        raise UsageError("A probe is trained for two models: `longspec train semantic` takes --draft-model, and no "
+                         "other training does.")  # fmt: skip
+    if training.head == SEMANTIC and (training.workers > 1 or training.listen or training.join or training.features):
+        raise UsageError("A probe is trained on --prompts, by one process.")
     if (training.prompts is None) == (training.features is None):
         raise UsageError("A head is trained on --prompts or on --features: give one of the two.")
     if training.head == "features" and training.features is not None:
@@ -220,6 +232,46 @@ def _features(
     if not training.dry_run:
         write_features(model, writer, training.output, content, progress.report)
     return {"folder": str(training.output), "layers": sorted({*layers, count}), **content.about(model, writer)}
+
+
+def _semantic(
+    training: Training,
+    loading: Loading,
+    sampling: SamplingOptions,
+    prompts: list[str],
+    progress: Progress,
+    *,
+    as_json: bool,
+) -> None:
+    """Train a probe, and say what it does on prompts that it wasn't trained on."""
+    from longspec.model.load import open_model
+    from longspec.training.semantic import train_probe
+
+    opened = open_model(loading.model, dtype=loading.dtype, device=loading.device, report=progress.report)
+    opened.set_threads(loading.threads)
+    smaller = open_model(str(loading.draft_model), dtype=opened.dtype, device=loading.device, report=progress.report)
+    if training.dry_run:
+        progress.say(f"{training.tokens:,} tokens of {opened.checkpoint.name} to write, with steps by "
+                     f"{smaller.checkpoint.name}, for a probe of {opened.config.width} channels")  # fmt: skip
+        return
+    target, draft = opened.load(report=progress.report), smaller.load()
+    options = _sampling(target.defaults, sampling.temperature, sampling.seed or 0)
+    said = train_probe(
+        target, draft, training.output, prompts, options,
+        tokens=training.tokens, seed=sampling.seed or 0, report=progress.report,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({**said, "folder": str(training.output)}, ensure_ascii=False))
+    else:
+        ranked = "" if said["area"] is None else f"ranks {said['area']:.0%} of pairs right, and "
+        wrong = "" if said["wrong_held"] is None else f", of which {said['wrong_held']:.0%} meant something else"
+        typer.echo(
+            f"{said['examples']:,} drafted steps, {said['alike']:.0%} of which mean what the model wrote; on prompts "
+            f"that it wasn't trained on it {ranked}accepts "
+            f"{said['accepted_held']:.0%} above {said['threshold']:.2f}{wrong}\n"
+            f"Kept in {training.output}: longspec run --draft-model {loading.draft_model} --accept "
+            f"semantic:{training.output}, which is lossy"
+        )
 
 
 def _head(

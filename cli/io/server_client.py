@@ -106,6 +106,7 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
         "cache": str(cache_folder()),
         "environment": {name: os.environ.get(name) for name in names},
         "model": _placed(model),
+        "probe": _placed(str(loading.get("accept", "")).partition(":")[2]),
         "loading": {name: _placed(value) if name in _FILES else value for name, value in loading.items() if value},
     }
     digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(errors="replace"), digest_size=8)

@@ -204,6 +204,8 @@ def statistics(answer: Answer | Reported) -> str:
         )
     if speculation["drafted"]:
         parts.append(f"acceptance {speculation['accepted'] / speculation['drafted']:.2f}")
+    if "meant" in speculation:
+        parts.append(f"LOSSY: {speculation['meant']:,} tokens stayed for their meaning alone")
     if timing["time_to_first_token_s"] is not None:
         parts.append(f"first token after {timing['time_to_first_token_s']:.1f} s")
     parts.append(f"ended by {answer.finish_reason}")

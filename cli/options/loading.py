@@ -86,6 +86,14 @@ class Loading:
         metavar="NAME",
         autocompletion=among(*CONTROLS),
     )
+    accept: str = option(
+        "exact",
+        "How drafts are accepted: exact, or semantic:FOLDER, which is LOSSY: steps of reasoning that --draft-model "
+        "writes stay where a trained probe takes them to mean what the model would write, so that the text is another.",
+        metavar="HOW",
+        once=True,
+        autocompletion=among("exact", "semantic:"),
+    )
     skip_set: str | None = option(
         None,
         "What the drafter `skip` leaves out: a file that `longspec tune` wrote. Else what it saved for the model, "

@@ -28,6 +28,7 @@ from longspec.model.decoder import Chunk, Rows
 from longspec.model.layer import shape_of
 from longspec.model.load import CODED, DTYPES, Model, open_model
 from longspec.model.weights.footprint import footprint
+from longspec.semantic.steps import Steps
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft, Drafter, Writing
 
@@ -49,7 +50,8 @@ class _Notes:
 
 
 class DraftModel(Drafter):
-    """Drafts with a draft model, which `inner` may draft for in turn.
+    """Drafts with a draft model, which `inner` may draft for in turn. steps: each draft is a chain up to the end of a
+    reasoning step, rather than a tree of what is probable.
 
     Raises:
         UsageError: the vocabularies have too little in common.
@@ -57,21 +59,29 @@ class DraftModel(Drafter):
 
     takes_inner = True
 
-    def __init__(self, target: Model, draft: Model, inner: Drafter | None = None) -> None:
+    def __init__(self, target: Model, draft: Model, inner: Drafter | None = None, *, steps: bool = False) -> None:
         self.decoder = draft.decoder
+        self._over = Steps(target.vocabulary, target.end_tokens).over if steps else None
         self.inner = inner
         self._places = match(target, draft)
         self._notes: WeakKeyDictionary[Writing, _Notes] = WeakKeyDictionary()
 
     @classmethod
-    def make(cls, model: Model, inner: Drafter | None = None, *, draft: str | Path | Model | None = None) -> Drafter:
+    def make(
+        cls,
+        model: Model,
+        inner: Drafter | None = None,
+        *,
+        draft: str | Path | Model | None = None,
+        steps: bool = False,
+    ) -> Drafter:
         """draft: the draft model, loaded or by name; a name is loaded in the target's dtype, on its device."""
         if draft is None:
             raise UsageError("The drafter model needs a draft model: name one (--draft-model, or model:draft=NAME).")
         if not isinstance(draft, Model):
             opened = open_model(str(draft), dtype=model.dtype, device=str(model.decoder.device))
             draft = opened.load(strict=model.decoder.strict)
-        return cls(model, draft, inner)
+        return cls(model, draft, inner, steps=steps)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, draft: str | Path | Model | None = None) -> tuple[int, int]:
@@ -101,7 +111,7 @@ class DraftModel(Drafter):
             max(0, min(limit, context - len(session.tokens) - len(guess)))
             for session, limit, guess in zip(sessions, limits, guesses, strict=True)
         ]
-        return grow(self, sessions, rooms, ahead, inner=self.inner)
+        return grow(self, sessions, rooms, ahead, inner=self.inner, over=self._over)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         notes, tokens = self._notes[session], session.tokens

@@ -28,7 +28,7 @@ class Answer:
     finish_reason: str
     model: str
     dtype: str
-    exactness: str  # exact: plain decoding's tokens, bit for bit; rounding: but for flips of near-ties
+    exactness: str  # exact: plain decoding's tokens, bit for bit; rounding: but for flips of near-ties; lossy
     cache: str
     cache_lossless: bool
     usage: dict[str, int]
@@ -66,8 +66,9 @@ def usage(session: Session) -> dict[str, int]:
     }
 
 
-def speculation(session: Session, drafter: str) -> dict[str, Any]:
-    stats = session.stats
+def speculation(session: Session, drafter: str, *, lossy: bool = False) -> dict[str, Any]:
+    """lossy: drafts may be accepted by their meaning; `meant` then counts the tokens that were by it alone."""
+    stats, meant = session.stats, {"meant": session.meant} if lossy else {}
     return {
         "drafter": drafter,
         "steps": stats.steps,
@@ -76,6 +77,7 @@ def speculation(session: Session, drafter: str) -> dict[str, Any]:
         "tokens_per_step": stats.tokens_per_step,
         "steps_without_a_bet": stats.steps_without_a_bet,
         "bets": dict(session.bets.most_common()),
+        **meant,
     }
 
 

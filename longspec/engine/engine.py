@@ -25,6 +25,7 @@ from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.draft_model import check_vocabulary
 from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
+from longspec.engine.acceptance import EXACT, REMARK, accepting, check_text
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
 from longspec.engine.opening import Prepared, prepare
@@ -40,6 +41,7 @@ from longspec.heads.published.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, choose_device, open_model
+from longspec.semantic.probe import Judge, load_probe
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Drafter
@@ -71,25 +73,30 @@ class Engine(Writer):
         draft_tokens: int | None = None,
         costs_file: Path | None = None,
         plan: Plan | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """drafter: a name (`longspec.drafters.spec`) or a Drafter. options: drafters' options by drafter name. control:
         a name or a Control. draft_tokens: 15 if left out, or 48 where weights are on disk. costs_file: measured
-        latencies on this machine, read at start, written by `keep_costs`.
+        latencies on this machine, read at start, written by `keep_costs`. judge: accepts drafts by their meaning, which
+        is lossy; goodput, which would cut them, is then fixed.
         """
-        draft_tokens = draft_tokens or (DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS)
         check(drafter, cache, all_rows, draft_tokens, options)
+        if draft_tokens is None:
+            draft_tokens = DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
         drafters, self._remark = _drafters(model, drafter, options or {}, plan)
+        self._remark = REMARK if judge is not None else self._remark
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
             learned = _learned(control, model, costs_file)
-            control = make_control("fixed" if [*drafters] == ["none"] else control, [*drafters], draft_tokens, learned)
+            idle = [*drafters] == ["none"] or (judge is not None and control == "goodput")
+            control = make_control("fixed" if idle else control, [*drafters], draft_tokens, learned)
         watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         rows = plan.choice.prefill_rows if plan else CHUNKS[0]
-        super().__init__(model, Speculator(drafters, control, draft_tokens), watch, rows)
+        super().__init__(model, Speculator(drafters, control, draft_tokens), watch, rows, judge)
         if control.is_new and model.decoder.kernel is not None:
             self.calibrate()
         self.cache_name = plan.choice.cache if plan else kind("dense" if cache == "auto" else cache, all_rows)
@@ -109,6 +116,7 @@ class Engine(Writer):
         threads: int | None = None,
         strict: bool = False,
         num_speculative_tokens: int | None = None,
+        accept: str = EXACT,
         draft_model: str | None = None,
         skip_set: str | Path | None = None,
         draft_from: Sequence[str | Path] = (),
@@ -126,11 +134,12 @@ class Engine(Writer):
         the draft model of the drafter `model`, named like a model. skip_set: the layers that `skip` leaves out, a file
         of `longspec tune`; used where a drafter skips layers. draft_from: text files that the answer may repeat.
         remember: draft from earlier answers too, and store the new ones. control: the draft-length policy, one of
-        CONTROLS. memory: the process's limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the
-        machine's free memory; the cache and the prefill chunk are chosen to fit. weights: where the layers are: memory,
-        disk (but for those that `memory` has room for), or auto, which is disk where nothing else fits. tokens: prompt
-        and answer that memory is planned for, as a number or a function of the vocabulary; the model's context if left
-        out. texts: sequences decoded side by side. report: a callback for downloads: stage, bytes done, total.
+        CONTROLS. accept: exact, or semantic:FOLDER, by a probe of drafted steps, which is lossy. memory: the process's
+        limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the machine's free memory; the cache
+        and the prefill chunk are chosen to fit. weights: where the layers are: memory, disk (but for those that
+        `memory` has room for), or auto, which is disk where nothing else fits. tokens: prompt and answer that memory is
+        planned for, as a number or a function of the vocabulary; the model's context if left out. texts: sequences
+        decoded side by side. report: a callback for downloads: stage, bytes done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -140,30 +149,30 @@ class Engine(Writer):
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be 1 or more.")
         options = drafter_options(draft_model, skip_set, draft_from, remember)  # wrong ones are told first
-        check(drafter, cache, all_rows, num_speculative_tokens or DRAFT_TOKENS, options)
+        drafting, probe = accepting(accept, drafter, options, num_speculative_tokens, strict=strict)
+        check(**drafting, cache=cache, all_rows=all_rows)
         check_weights(weights, choose_device(device))
         began = perf_counter()
         opened, plan = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
-        _check_drafter(drafter, options, opened)
+        _check_drafter(drafting["drafter"], options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
             planned = tokens(opened.vocabulary) if callable(tokens) else tokens
-            run: dict[str, Any] = {"drafter": drafter, "options": options, "draft_tokens": num_speculative_tokens}
-            run |= {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights}
-            plan = make_plan(opened, memory, tokens=planned, **run)
+            run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights}
+            plan = make_plan(opened, memory, tokens=planned, **drafting, **run)
         loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
-        options |= {} if smaller is None else {"draft": smaller.load(strict=strict)}
+        if smaller is not None:
+            drafting["options"]["draft"] = smaller.load(strict=strict)
         engine = cls(
             loaded,
-            drafter=drafter,
-            options=options,
             control=control,
             cache=cache,
             all_rows=all_rows,
-            draft_tokens=num_speculative_tokens,
             costs_file=costs_path(loaded),
             plan=plan,
+            judge=None if probe is None else load_probe(probe, loaded, drafting["options"]["draft"]),
+            **drafting,
         )
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
         return engine
@@ -195,6 +204,8 @@ class Engine(Writer):
     def prepare(self, prompt: Prompt, **options: Unpack[Options]) -> Prepared:
         """The first half of `open`: read the prompt and compile its grammar, beside another thread's passes."""
         self.check_open()
+        if self.judge is not None:
+            check_text(options)
         return prepare(self.model, prompt, options, self.plan.request.tokens if self.plan else None)
 
     @one_at_a_time
@@ -241,11 +252,11 @@ class Engine(Writer):
             finish_reason=session.finish_reason or "interrupted",
             model=self.model.name,
             dtype=self.model.dtype,
-            exactness="exact" if self.model.decoder.is_exact else "rounding",
+            exactness="lossy" if self.judge else "exact" if self.model.decoder.is_exact else "rounding",
             cache=session.cache_name,
             cache_lossless=session.cache_name in LOSSLESS,
             usage=usage(session),
-            speculation=speculation(session, self.drafter_name),
+            speculation=speculation(session, self.drafter_name, lossy=self.judge is not None),
             timing={**self.load_seconds, **timing(session, began)},
             memory=memory(session, self.model.decoder, self.speculator.nbytes, self.plan, self.pruned_rows),
             calls=tuple(session.calls),

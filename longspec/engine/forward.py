@@ -6,7 +6,7 @@ Some of a draft's nodes may leave on the way (`pruning`): what comes after is as
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from time import perf_counter
 
@@ -18,6 +18,7 @@ from longspec.engine.pruning import Pruner
 from longspec.model.decoder import Decoder, Rows
 from longspec.sampling.sampler import choose, likeliest, sound
 from longspec.sampling.verify import verify
+from longspec.semantic.probe import Judge
 from longspec.types import Needs, TokenLogprob, Verdict
 
 __all__ = ["Input", "Output", "forward", "logits_of", "logprobs_of"]
@@ -45,8 +46,11 @@ def forward(
     decoder: Decoder,
     needs: Needs,
     pruner: Pruner | None = None,
+    judge: Judge | None = None,
 ) -> Output:
-    """Run all inputs in one pass through all layers; the target verifies the drafts of the choosing ones."""
+    """Run all inputs in one pass through all layers; the target verifies the drafts of the choosing ones. pruner: has
+    nodes of drafts leave on the way. judge: what may keep a draft that the target would have written otherwise.
+    """
     began = perf_counter()
     inputs: Sequence[Input] = [*choosing, *others]
     rows = Rows.of([one.chunk() for one in inputs], decoder.device)
@@ -56,7 +60,11 @@ def forward(
     else:
         hidden, features = _layers(inputs, rows, decoder, needs.layers)
         pruner = None
-    verdicts = _verdicts(choosing, decoder.logits(_last(choosing, rows, hidden)), needs) if choosing else []
+    verdicts: list[Verdict] = []
+    if choosing:
+        last = _last(choosing, rows, hidden)
+        states = None if judge is None else decoder.normed(last)
+        verdicts = _verdicts(choosing, decoder.logits(last), needs, judge, states)
     if pruner is not None:
         pruner.observe(choosing, verdicts)
     return Output(inputs, rows, features, verdicts, perf_counter() - began)
@@ -129,13 +137,17 @@ def _last(inputs: Sequence[Input], rows: Rows, hidden: Tensor) -> Tensor:
     return torch.cat([hidden[span.at][-one.choosing :] for span, one in zip(spans, inputs, strict=True)])
 
 
-def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Verdict]:
+def _verdicts(
+    inputs: Sequence[Input], logits: Tensor, needs: Needs, judge: Judge | None = None, states: Tensor | None = None
+) -> list[Verdict]:
     """The target's verdicts on the drafts, with the successors and entropies needed, in few copies to the host."""
     successors = iter(likeliest(logits, needs.successors).tolist() if needs.successors else ())
     entropies = iter(_entropies(logits) if needs.entropy else ())
     verdicts, start = [], 0
     for one, choices in zip(inputs, _choices(inputs, logits), strict=True):
         verdict = verify(one.draft, one.parents, choices)
+        if judge is not None and states is not None:
+            verdict = _judged(one, verdict, judge, states[start : start + one.choosing])
         after: list[tuple[int, list[int]]] = []
         entropy = None
         if needs.successors:
@@ -148,8 +160,19 @@ def _verdicts(inputs: Sequence[Input], logits: Tensor, needs: Needs) -> list[Ver
             rows = logits[[start, *(start + 1 + node for node in verdict.kept)]]
             logprobs = logprobs_of(rows, [*(one.draft[node] for node in verdict.kept), max(verdict.bonus, 0)], top)
         start += one.choosing
-        verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy, logprobs))
+        verdicts.append(Verdict(verdict.kept, verdict.bonus, chosen, after, entropy, logprobs, verdict.meant))
     return verdicts
+
+
+def _judged(one: Input, verdict: Verdict, judge: Judge, states: Tensor) -> Verdict:
+    """The verdict, or where the judge says so one that keeps the whole draft, if that is a chain. states:
+    [1 + n, width], normed, of the last token and of the draft's.
+    """
+    size, exact = len(one.draft), len(verdict.kept)
+    is_chain = one.parents == list(range(-1, size - 1))
+    if not is_chain or verdict.bonus < 0 or not judge(one.session, one.draft, exact, states) or exact == size:
+        return verdict
+    return replace(verdict, kept=tuple(range(size)), bonus=verdict.choices[size], meant=size - exact)
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:

@@ -90,10 +90,14 @@ def drafter_options(
 
 
 def check(
-    drafter: str | Drafter, cache: str, all_rows: bool, draft_tokens: int, options: Mapping[str, Any] | None = None
+    drafter: str | Drafter,
+    cache: str,
+    all_rows: bool,
+    draft_tokens: int | None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check an engine's options. options: the drafters' options. Raises UsageError: an unknown name, or options that
-    conflict.
+    """Check an engine's options. draft_tokens: the usual number if None. options: the drafters' options. Raises
+    UsageError: an unknown name, or options that conflict.
     """
     if drafter == "auto":
         auto(options or {})
@@ -106,7 +110,7 @@ def check(
             f"--all-rows is for the caches offload and disk, and the cache is {cache}; add --cache disk or "
             "--cache offload, or leave --all-rows out."
         )
-    if not 1 <= draft_tokens <= BLOCK:
+    if draft_tokens is not None and not 1 <= draft_tokens <= BLOCK:
         raise UsageError(
             f"num_speculative_tokens is {draft_tokens}; it must be 1 to {BLOCK} (--drafter none bets on nothing)."
         )

@@ -26,6 +26,7 @@ from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
+from longspec.semantic.probe import Judge
 from longspec.types import Commit
 
 __all__ = ["Passes", "one_at_a_time"]
@@ -52,15 +53,23 @@ class Passes:
     """A model's passes.
 
     prefill_rows: tokens of a prefill chunk, cut at block boundaries; large enough that a CPU is compute-bound. watch:
-    the memory guard.
+    the memory guard. judge: what may accept drafts by their meaning; None is exact.
     """
 
-    def __init__(self, model: Model, speculator: Speculator, watch: Watch | None, prefill_rows: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        speculator: Speculator,
+        watch: Watch | None,
+        prefill_rows: int,
+        judge: Judge | None = None,
+    ) -> None:
         self.model = model
         self.speculator = speculator
         self.watch = watch
         self.prefill_rows = prefill_rows
-        self.pruner = None if model.decoder.ring is None else Pruner(model.decoder)
+        self.judge = judge  # of whole drafts, which then don't shrink on the way
+        self.pruner = None if model.decoder.ring is None or judge is not None else Pruner(model.decoder)
 
     @property
     def pruned_rows(self) -> int:
@@ -118,7 +127,7 @@ class Passes:
         drafts = self.speculator.propose(sessions)
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunks = [] if reading is None else [self._chunk(reading, stop)]
-        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs, self.pruner)
+        output = forward(inputs, chunks, self.model.decoder, self.speculator.needs, self.pruner, self.judge)
         commits = []
         for i, (one, verdict) in enumerate(zip(output.inputs, output.verdicts, strict=False)):
             commits.append(Commit((), "", len(inputs[i].draft), 0))

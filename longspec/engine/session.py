@@ -88,6 +88,7 @@ class Session:
         self.bets: Counter[str] = Counter()  # steps by drafter, or by `none: ` and the reason
         self.drafting = 0.0  # seconds of drafting in the session's steps; a shared step counts in full for each session
         self.verifying = 0.0  # seconds of the target's passes, counted likewise
+        self.meant = 0  # tokens that were accepted for their meaning, which the target would have written otherwise
         self.notes: list[str] = []  # messages for the user
         self.prompt_cache: Path | None = None  # where to save the prompt's rows after prefill
         self.began = perf_counter() if began is None else began
@@ -230,6 +231,7 @@ class Session:
         del self.told[len(self.answer) :]  # a stop string may take back earlier steps' tokens
         commit = Commit(added, shown, len(draft), len(verdict.kept), self.finish_reason, thought, said, calls, told)
         self.stats += Stats.of(commit)
+        self.meant += verdict.meant
         return commit
 
     def interrupt(self, reason: FinishReason = "interrupted") -> Commit:

@@ -60,7 +60,12 @@ _INEXACT = (
     Method("typical acceptance", "2401.10774", "", _LOSSY),
     Method("BiLD", "2302.07863", "", _LOSSY),
     Method("judge decoding", "2501.19309", "", _LOSSY),
-    Method("SemanticSpec", "2602.03708", "", "it changes what is written, and its probes are trained for each pair"),
+    Method(
+        "SemanticSpec",
+        "2602.03708",
+        "--accept semantic:FOLDER",
+        "lossy, and never by itself: one probe and a threshold; `longspec train semantic`",
+    ),
     Method("SpecReason", "2504.07891", "", _LOSSY),
     Method("Lookahead Reasoning", "2506.19830", "", "it changes what is written, and takes three models"),
     Method("SpecPV", "2512.02337", "", _LOSSY),

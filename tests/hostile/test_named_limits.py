@@ -35,7 +35,8 @@ from longspec.model.gguf.tokenizer import build_tokenizer
 from longspec.model.weights import read, safetensors
 from longspec.model.weights.read import Weights
 from longspec.model.weights.safetensors import Shard
-from longspec.training import features
+from longspec.semantic import probe
+from longspec.training import features, semantic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -303,6 +304,8 @@ def test_limits_md_names_every_limit() -> None:
         "a draft head's config": heads._MOST_NBYTES,
         "a `--summary` that `plan --measured` reads": batch_forecast._MOST_NBYTES,
         "the manifest of a folder of features": features._MOST_NBYTES,
+        "a probe's description, `probe.json`": probe._MOST_NBYTES,
+        "a probe's training group of texts": semantic._MOST_NBYTES,
         "the index of a prompt cache": snapshot._INDEX_LIMIT,
         "arrays and objects within each other in JSON": files.MOST_DEPTH,
         "layers of a model": config_values.MOST_LAYERS,

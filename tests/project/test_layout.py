@@ -29,7 +29,7 @@ ROOMS = [
     ["cache", "constraints"],
     ["attention"],
     ["model"],
-    ["heads"],
+    ["heads", "semantic"],
     ["drafters"],
     ["memory"],
     ["control"],

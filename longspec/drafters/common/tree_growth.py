@@ -11,7 +11,7 @@ speculation, 2308.04623): the tokens that the reader itself would choose are kep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,6 +78,7 @@ class _Plant:
     probs: list[float] = field(default_factory=list)
     leaves: list[int] = field(default_factory=list)  # nodes that aren't expanded
     at: int = -1  # the node being expanded; -1 is the root, the last committed token
+    over: Callable[[Sequence[int]], bool] | None = None  # as `grow` takes it
     inner: Draft | None = None
     staged: slice = field(default_factory=lambda: slice(0, 0))  # rows of the current pass
     rows: list[tuple[int, int]] = field(default_factory=list)  # of the stage: token, and parent row or -1
@@ -132,6 +133,8 @@ class _Plant:
         best = next((leaf for leaf in self.leaves if self.depth(leaf) < self.deepest), None)
         if best is None or self.probs[best] < self.floor:
             return False
+        if self.over is not None and self._ends(best):
+            return False
         better = sum(chance >= self.probs[best] for chance in self.probs)
         if better - 1 >= self.limit:  # its children would not be among the `limit` best nodes
             return False
@@ -141,7 +144,18 @@ class _Plant:
         return True
 
     def draft(self) -> Draft:
-        return likeliest(self.tokens, self.parents, self.probs, self.limit)
+        """The best nodes; or a chain up to its end, without probabilities by which it could be cut."""
+        found = likeliest(self.tokens, self.parents, self.probs, self.limit)
+        if self.over is None:
+            return found
+        tokens = found.tokens.tolist()
+        count = next((n for n in range(1, len(tokens)) if self.over(tokens[:n])), len(tokens))
+        return Draft.chain(tokens[:count])
+
+    def _ends(self, node: int) -> bool:
+        """Whether the chain is over at this node, or, as an inner draft brings several nodes, before it."""
+        path = self.path(node)[len(self.ahead) :]
+        return self.over is not None and any(self.over(path[:n]) for n in range(1, len(path) + 1))
 
 
 def likeliest(tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float], limit: int) -> Draft:
@@ -165,9 +179,11 @@ def grow(
     vocabulary: Tensor | None = None,
     of_head: bool = False,
     breadth: int | None = None,
+    over: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Draft]:
     """A draft for each session. inner: a drafter whose drafts the reader verifies. of_head: the reader is a head.
-    breadth: candidates of an expanded node, if not the usual number; 1 makes chains.
+    breadth: candidates of an expanded node, if not the usual number; 1 makes chains. over: whether drafted tokens
+    end a step; drafts are then chains up to there, however improbable.
 
     ahead: assumed tokens of each session, behind which its draft begins. depth: depth limit of the tree, if the reader
     has one. vocabulary: [D], the tokens of the reader's logits; default: all of the target's.
@@ -175,14 +191,16 @@ def grow(
     drafts = [Draft.chain(()) for _ in sessions]
     plants: dict[int, _Plant] = {}
     usual, floor = (HEAD_BREADTH, HEAD_FLOOR) if of_head else (BREADTH, FLOOR)
-    breadth = breadth or usual
+    breadth, floor = (1, 0.0) if over is not None else (breadth or usual, floor)
     for i, (session, limit) in enumerate(zip(sessions, limits, strict=True)):
         if limit > 0:
             guess = ahead[i] if ahead else ()
             stage, length, lacking = reader.open(session)
             coming = [*lacking, *guess]
             deepest, continued = min(limit, depth or limit), list(range(-1, len(coming) - 1))
-            plants[i] = _Plant(session, guess, limit, deepest, breadth, floor, stage, length, coming, continued)
+            plants[i] = _Plant(
+                session, guess, limit, deepest, breadth, floor, stage, length, coming, continued, over=over
+            )
     growing = list(plants.values())
     while growing:
         _pass(reader, growing, inner, vocabulary)
