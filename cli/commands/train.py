@@ -47,8 +47,8 @@ class Training:
     """The head, its data, and the length of training."""
 
     head: str = argument(
-        what="What to train: clover, clover2, exits, medusa, cerberus, parallelspec, specformer or transfer; or "
-        "features: what they are trained on.",
+        what="What to train: clover, clover2, exits, medusa, cerberus, parallelspec, specformer, transfer, eagle3 or "
+        "fastmtp; or features: what they are trained on.",
         metavar="HEAD",
     )
     prompts: Path | None = option(
