@@ -52,6 +52,8 @@ def export(
     """Write a trained head for vLLM or llama.cpp."""
     if what.to not in LAYOUTS:
         raise UsageError(f"There is no layout {what.to!r}; use one of: {', '.join(LAYOUTS)}.")
+    if not (what.head / "config.json").is_file():
+        raise UsageError(f"{what.head} holds no head; name the folder that `longspec train` wrote.")
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         progress.report(f"loading {loading.model}")
         from longspec.heads.format import load_head, read_about

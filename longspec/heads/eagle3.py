@@ -12,6 +12,7 @@ into F for drafting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ class Eagle3Head(Fed):
         self.layers = nn.ModuleList([Eagle3Layer(config)])
         self.norm = Norm(config.width, config.eps)
 
+    @property
+    def layer(self) -> Eagle3Layer:
+        layer = self.layers[0]
+        assert isinstance(layer, Eagle3Layer)
+        return layer
+
     @classmethod
     def reads_of(cls, layers: int) -> tuple[int, ...]:
         """The second, the middle one and the third from the end, as the authors do."""
@@ -68,11 +75,11 @@ class Eagle3Head(Fed):
         return features * self.scale.to(features.dtype).repeat_interleave(self.config.width)
 
     def inputs(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        layer, normed = self.layers[0], self.layers[0].hidden_norm(states)
-        return normed, torch.cat((layer.input_layernorm(tokens), normed), -1)
+        normed = self.layer.hidden_norm(states)
+        return normed, torch.cat((self.layer.input_layernorm(tokens), normed), -1)
 
     def start(self, fit: Fit) -> None:
-        width, sizes, layer = self.config.width, list[Tensor](), self.layers[0]
+        width, sizes = self.config.width, list[Tensor]()
 
         def both(batch: Batch) -> Tensor:
             read = batch.read(self.reads)[:, :-1]
@@ -84,10 +91,9 @@ class Eagle3Head(Fed):
         states, token = found[:, :-width], found[:, -width:]
         self.fc.weight.copy_(states / self.scale.repeat_interleave(width))
         size = self.fc.weight.square().sum().div(width).sqrt()  # about that of the states, which the layer norms
-        layer.hidden_norm.weight.fill_(1.0)
-        self._read_own(layer.self_attn, token / size)
+        self._read_own(self.layer.self_attn, token / size)
 
-    def _read_own(self, products: nn.ModuleDict, token: Tensor) -> None:
+    def _read_own(self, products: Any, token: Tensor) -> None:
         """Let the first query head of each group give about `token` [W, W] of a row's own token."""
         c = self.config
         left, sizes, right = torch.linalg.svd(token)

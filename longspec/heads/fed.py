@@ -36,7 +36,13 @@ class Fed(Head):
     ONCE: ClassVar[tuple[str, ...]] = ()
     """Names of the modules that run once a draft; the others run for each drafted token."""
 
-    layers: nn.ModuleList  # of one, a `Layer`
+    layers: nn.ModuleList
+
+    @property
+    def layer(self) -> Layer:
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        return layer
 
     def enter(self, features: Tensor) -> Tensor:
         """The first states [..., W] of chains, from the states [..., reads * W] of their positions."""
@@ -55,7 +61,7 @@ class Fed(Head):
         length, past = tokens.shape[1], list[tuple[Tensor, Tensor]]()
         for i in range(min(self.depth, length)):
             residual, normed = self.inputs(states[:, : length - i], tokens[:, i:])
-            made = self.layers[0].fed(residual + self._attended(normed, past))
+            made = self.layer.fed(residual + self._attended(normed, past))
             yield Out(made, i + 1, DECAY**i)
             states = self.following(made)
 
@@ -66,7 +72,7 @@ class Fed(Head):
 
     def _attended(self, normed: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention [B, n, W] of the chains' rows of one depth, whose keys and values [B, heads, n, D] are appended."""
-        products, c, depth, n = self.layers[0].self_attn, self.config, len(past), normed.shape[1]
+        products, c, depth, n = self.layer.self_attn, self.config, len(past), normed.shape[1]
         queries, keys, values = (
             products[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
         )
@@ -103,7 +109,7 @@ class FastMtp(Fed):
         self.token_norm, self.state_norm = Norm(width, eps), Norm(width, eps)
         self.fc = nn.Linear(2 * width, width, bias=False)
         self.layers = nn.ModuleList([Layer(config)])
-        products = self.layers[0].self_attn
+        products = self.layer.self_attn
         products["q_norm"], products["k_norm"] = Norm(config.head_dim, eps), Norm(config.head_dim, eps)
         self.norm = Norm(width, eps)
 
@@ -121,7 +127,7 @@ class FastMtp(Fed):
 
     def inputs(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.fc(self._both(states, tokens))
-        return x, self.layers[0].input_layernorm(x)
+        return x, self.layer.input_layernorm(x)
 
     def following(self, outputs: Tensor) -> Tensor:
         made: Tensor = self.norm(outputs)

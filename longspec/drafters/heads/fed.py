@@ -44,11 +44,15 @@ class TrainedMtp(Multitoken):
         super().__init__(model, mtp_of(model, head), depth=head.depth)
 
     @classmethod
-    def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
+    def make(  # type: ignore[override]
+        cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = ""
+    ) -> Drafter:
         return cls(model, load_head(folder, model))
 
     @classmethod
-    def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
+    def planned_bytes(  # type: ignore[override]
+        cls, target: Any, *, folder: str | Path = ""
+    ) -> tuple[int, int]:
         once, row = room(Path(folder), target.config)
         return once, row * target.tokens
 
@@ -57,10 +61,14 @@ class PublishedMtp(Multitoken):
     """Drafts with a head in the layout of `speculators`."""
 
     @classmethod
-    def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
+    def make(  # type: ignore[override]
+        cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = ""
+    ) -> Drafter:
         return cls(model, mtp_folder(Path(folder), read_config(folder), model))
 
     @classmethod
-    def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
+    def planned_bytes(  # type: ignore[override]
+        cls, target: Any, *, folder: str | Path = ""
+    ) -> tuple[int, int]:
         row = 2 * target.config.key_heads * target.config.head_dim * DTYPES[target.dtype].itemsize
         return weights_bytes(folder, target.dtype), row * target.tokens
