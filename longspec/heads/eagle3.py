@@ -83,7 +83,8 @@ class Eagle3Head(Fed):
 
         def both(batch: Batch) -> Tensor:
             read = batch.read(self.reads)[:, :-1]
-            sizes.append(read.unflatten(-1, (len(self.reads), -1)).square().mean(-1).sqrt().flatten(0, 1))
+            by_layer = read.view(*read.shape[:-1], len(self.reads), width)
+            sizes.append(by_layer.square().mean(-1).sqrt().flatten(0, 1))
             return torch.cat((read, unit(batch.embedded[:, 1:])), -1)
 
         found = fit(both, 1)
