@@ -106,6 +106,7 @@ class Eagle3Head(Fed):
         made[:, :rank] = left[:, :rank] * sizes[:rank].sqrt()
         outs[:, :, 0].copy_(made.view(c.width, c.key_heads, -1))
         keys = products["k_proj"].weight
-        nn.init.orthogonal_(keys, OWN**0.5 * c.head_dim**-0.25)
+        drawn = torch.Generator(keys.device).manual_seed(0)  # the same ones in all workers, and when it goes on
+        nn.init.orthogonal_(keys, OWN**0.5 * c.head_dim**-0.25, generator=drawn)
         queries = products["q_proj"].weight.view(c.key_heads, groups, c.head_dim, -1)
         queries[:, 0] = keys.view(c.key_heads, c.head_dim, -1)
