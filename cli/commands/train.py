@@ -50,8 +50,8 @@ class Training:
     """The head, its data, and the length of training."""
 
     head: str = argument(
-        what="What to train: clover, clover2, exits, medusa, cerberus, parallelspec, specformer or transfer; or "
-        "features: what they are trained on; or semantic: a probe for --accept semantic, which is lossy.",
+        what="What to train: clover, clover2, exits, medusa, cerberus, parallelspec, specformer, transfer, eagle3 or "
+        "fastmtp; or features: what they are trained on; or semantic: a probe for --accept semantic, which is lossy.",
         metavar="HEAD",
     )
     prompts: Path | None = option(

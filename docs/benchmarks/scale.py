@@ -1,9 +1,10 @@
 """Batches on a Ray of this machine: whether texts are the same, rates, the driver's memory, and a forecast.
 
-    python docs/benchmarks/scale.py texts|records|forecast [--records N] [--tokens N] [--output FILE]
+    python docs/benchmarks/scale.py texts|records|overhead|forecast [--records N] [--tokens N] [--output FILE]
 
 Each part runs the command as a process: `texts` writes the same prompts by one process, by two on halves, and by two
-actors; `records` sends tiny records through a tiny model; `forecast` measures a hundred prompts, forecasts a thousand,
+actors; `records` sends tiny records through a tiny model; `overhead` sends records that can't be answered, so that
+no engine works and what is left is the way there and back; `forecast` measures a hundred prompts, forecasts a thousand,
 and runs these. Takes two cores, which nothing else should have.
 """
 
@@ -30,14 +31,14 @@ FOLDER = Path(tempfile.mkdtemp(prefix="longspec-scale-"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=("texts", "records", "forecast"))
+    parser.add_argument("part", choices=("texts", "records", "overhead", "forecast"))
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    found = {"texts": texts, "records": records, "forecast": forecast}[given.part](given)
+    found = {"texts": texts, "records": records, "overhead": overhead, "forecast": forecast}[given.part](given)
     found["hardware"] = {"machine": platform.machine(), "threads": 1, "cpus": os.cpu_count()}
     found["versions"] = {name: version(name) for name in ("ray", "torch", "transformers")}
     print(json.dumps(found, indent=2))
@@ -130,6 +131,24 @@ def records(given: argparse.Namespace) -> dict[str, Any]:
         "written": summary("ray")["written"],
         "driver_mib": {"first": rss[0], "middle": rss[len(rss) // 2], "last": rss[-1], "most": max(rss)},
         "milliseconds_a_record": {"ray": 1e3 * each, "engine": 1e3 * plain, "overhead": 1e3 * (each - plain / 2)},
+    }
+
+
+def overhead(given: argparse.Namespace) -> dict[str, Any]:
+    """Of a record, from the difference of two runs, so that starting Ray and its actors doesn't count."""
+    took = {}
+    for count in (given.records // 10, given.records):
+        source = written(f"none{count}.jsonl", [{"id": i, "prompt": ""} for i in range(count)])
+        began = time.perf_counter()
+        code = batch(source, f"none{count}.out", "-m", given.model, "--on", "ray", "--actors", "2").wait()
+        took[count] = time.perf_counter() - began
+        lines = sum(1 for _ in (FOLDER / f"none{count}.out").open("rb"))
+        assert lines == count, (lines, code)
+    few, many = took
+    return {
+        "records": given.records,
+        "seconds": {str(count): seconds for count, seconds in took.items()},
+        "milliseconds_a_record": 1e3 * (took[many] - took[few]) / (many - few),
     }
 
 

@@ -18,6 +18,7 @@ from longspec.drafters.heads.all_depths import AtOnce
 from longspec.drafters.heads.assistant import Assisting
 from longspec.drafters.heads.clover import Head
 from longspec.drafters.heads.eagle3 import Eagle
+from longspec.drafters.heads.fed import PublishedMtp, TrainedEagle, TrainedMtp
 from longspec.drafters.heads.hidden_transfer import HiddenTransfer
 from longspec.drafters.heads.medusa import Medusa
 from longspec.drafters.heads.mtp import Multitoken
@@ -32,7 +33,9 @@ from longspec.drafters.suffix import Suffix
 from longspec.drafters.token_recycling import Recycle
 from longspec.heads import KINDS
 from longspec.heads.all_depths import AllDepths
+from longspec.heads.eagle3 import Eagle3Head
 from longspec.heads.exits import Exits
+from longspec.heads.fed import FastMtp
 from longspec.heads.format import Trained
 from longspec.heads.head import Head as HeadModule
 from longspec.heads.one_pass import OnePass
@@ -72,6 +75,7 @@ def _names(raw: Mapping[str, Any]) -> str:
 
 HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
     Eagle: lambda raw: "eagle3" in _names(raw),
+    PublishedMtp: lambda raw: raw.get("speculators_model_type") == "mtp",
     Medusa: lambda raw: "medusa_num_heads" in raw,
     Assisting: lambda raw: raw.get("model_type") in MODEL_TYPES,
 }
@@ -83,6 +87,8 @@ WAYS: dict[type[HeadModule], type[Drafter]] = {
     OnePass: Layered,
     Exits: Exit,
     Transfer: HiddenTransfer,
+    Eagle3Head: TrainedEagle,
+    FastMtp: TrainedMtp,
 }
 """Drafter class by the class that a head's module is made from."""
 

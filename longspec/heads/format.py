@@ -87,7 +87,7 @@ class Trained:
         """Config of the head's layers."""
         target = model.decoder.config
         size = target.vocabulary if self.tokens is None else len(self.tokens)
-        return block_of(target, self.module.LAYERS, self.window, size)
+        return self.module.block(block_of(target, self.module.LAYERS, self.window, size))
 
 
 def new_head(
@@ -114,9 +114,10 @@ def new_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reads = KINDS[kind].reads_of(model.decoder.config.layers) if reads is None else reads
-        module = KINDS[kind](block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1), reads, depth)
+        block = KINDS[kind].block(block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1))
+        module = KINDS[kind](block, reads, depth)
     with torch.no_grad():
-        module.norm.weight.copy_(_final_norm(model))
+        module.take(_final_norm(model))
     return Trained(kind, depth, window, tokens, module.to(model.decoder.device))
 
 

@@ -92,6 +92,15 @@ class Head(nn.Module):
         """Weights that a chain of `depth` tokens reads, and how often it reads the LM head's rows."""
         return sum(parameter.numel() for parameter in self.parameters()), 1
 
+    @classmethod
+    def block(cls, config: Config) -> Config:
+        """The config of its layers, from that of plain ones with the target's widths."""
+        return config
+
+    def take(self, final: Tensor) -> None:
+        """Begin with the weights [W] of the target's final norm."""
+        self.norm.weight.copy_(final)
+
     def start(self, fit: Fit) -> None:
         """Set the weights that least squares can find, so that training begins with a linear probe's guesses."""
 

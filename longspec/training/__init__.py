@@ -5,6 +5,7 @@ seen       texts -> the target's hidden states and distributions, and batches of
 features   both in a folder, written once for all heads
 ridge      the least squares that a head begins with
 loss       of any head's outputs
+lanes      work of several threads, whose number changes no bit
 train      the training loop, with checkpoints; an interrupted run ends with the same weights
 report     accuracy by draft depth, and tokens per step
 course     all of it, in a head's folder

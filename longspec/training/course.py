@@ -27,6 +27,7 @@ from longspec.machine.schema import check, whole
 from longspec.model.load import CODED, Model
 from longspec.training.distil import Text
 from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
+from longspec.training.lanes import Lanes
 from longspec.training.report import tokens_per_step, write_report
 from longspec.training.ridge import begin
 from longspec.training.together import Together, together
@@ -62,7 +63,8 @@ class Course:
             UsageError: the folder holds another training, no prompt can be used, or no training answers there.
             LongspecError: a file can't be written, or this worker is given up.
         """
-        company = together(join)
+        lanes = Lanes.of(self.model.decoder.device)
+        company = together(join, lanes)
 
         def said(stage: str, done: int, total: int) -> None:
             company.moves()
@@ -70,11 +72,12 @@ class Course:
 
         company.lead("features", lambda: self._prepare(said))
         features = self._features()
-        company.lead("steps", lambda: self._measure(features, said))
-        recipe = self._recipe()
-        head, progress = self._train(features, recipe, said, company, int8=int8)
         found: list[dict[str, Any]] = []
-        company.lead("report", lambda: found.append(self._report(features, recipe, head, progress, said)))
+        with lanes:
+            company.lead("steps", lambda: self._measure(features, said, lanes))
+            recipe = self._recipe()
+            head, progress = self._train(features, recipe, said, company, int8=int8)
+            company.lead("report", lambda: found.append(self._report(features, recipe, head, progress, said, lanes)))
         return found[0] if found else None
 
     def _prepare(self, report: Report) -> None:
@@ -83,13 +86,17 @@ class Course:
             write_features(self.model, self.writer, self._work, self.content(), report)
 
     def _report(
-        self, features: Features, recipe: Recipe, head: Trained, progress: Progress, report: Report
+        self, features: Features, recipe: Recipe, head: Trained, progress: Progress, report: Report, lanes: Lanes
     ) -> dict[str, Any]:
         model, best = self.model, load_head(self.folder, self.model)
         report("validating", 0, 0)
         worth: dict[str, float] = {}
         written: list[Text] = []
-        for name, made in (("untrained", self._untrained(features)), ("begun", self._begun(features)), ("", best)):
+        for name, made in (
+            ("untrained", self._untrained(features)),
+            ("begun", self._begun(features, lanes)),
+            ("", best),
+        ):
             worth[name], written = tokens_per_step(model, ready(model, made), features.held, self.options)
         size = model.decoder.config.vocabulary
         said = {
@@ -133,12 +140,12 @@ class Course:
     def _features(self) -> Features:
         return Features.open(self.features or self._work, self.model, self.recipe.kind)
 
-    def _measure(self, features: Features, report: Report) -> None:
+    def _measure(self, features: Features, report: Report, lanes: Lanes) -> None:
         """Of a budget in minutes find the number of steps, once for the folder."""
         path, recipe = self.folder / "work" / "steps.json", self.recipe
         if recipe.minutes and not path.exists():
             report("measuring", 0, 0)
-            seconds = seconds_of_a_step(self.model, self._begun(features), features, recipe)
+            seconds = seconds_of_a_step(self.model, self._begun(features, lanes), features, recipe, lanes)
             steps = max(1, int(recipe.minutes * 60 / seconds))
             _written(path, {"steps": steps, "seconds_of_a_step": seconds})
 
@@ -167,11 +174,11 @@ class Course:
             reads=None if first is None else first.module.reads,
         )
 
-    def _begun(self, features: Features) -> Trained:
+    def _begun(self, features: Features, lanes: Lanes) -> Trained:
         """The head at step 0: what least squares find, or `first`, with its draft vocabulary."""
         head = self._untrained(features)
         if self.first is None:
-            begin(self.model, head, features)
+            begin(self.model, head, features, lanes)
         else:
             head.module.load_state_dict(self.first.module.state_dict())
         return head
@@ -180,7 +187,7 @@ class Course:
         self, features: Features, recipe: Recipe, report: Report, company: Together, *, int8: bool
     ) -> tuple[Trained, Progress]:
         """The head after the last step, and the progress; the best head is written to the folder."""
-        model, head = self.model, self._begun(features)
+        model, head = self.model, self._begun(features, company.lanes)
         progress = train(
             model,
             head,

@@ -16,6 +16,7 @@ from longspec.heads.head import Batch, unit
 from longspec.heads.seen import Seen, batch_of
 from longspec.model.load import Model
 from longspec.training.features import Features
+from longspec.training.lanes import Lanes
 
 __all__ = ["begin", "ridge"]
 
@@ -26,7 +27,7 @@ STRENGTH = 0.01
 """Of the penalty, for inputs of a root mean square of 1."""
 
 
-def begin(model: Model, head: Trained, features: Features) -> None:
+def begin(model: Model, head: Trained, features: Features, lanes: Lanes) -> None:
     """Set what least squares can find of an untrained head."""
     chosen, rows = [], 0
     for i in range(len(features)):
@@ -38,25 +39,28 @@ def begin(model: Model, head: Trained, features: Features) -> None:
             break
     layers = head.reads(model)
     with torch.no_grad():
-        head.module.start(ridge(model, [features.seen(number, layers) for number in sorted(chosen)], layers))
+        head.module.start(ridge(model, [features.seen(number, layers) for number in sorted(chosen)], layers, lanes))
 
 
-def ridge(model: Model, texts: Sequence[Seen], layers: Sequence[int]) -> Callable[..., Tensor]:
-    """The `Fit` over these texts."""
+def ridge(model: Model, texts: Sequence[Seen], layers: Sequence[int], lanes: Lanes) -> Callable[..., Tensor]:
+    """The `Fit` over these texts, whose sums are added in their order."""
 
     def fit(inputs: Callable[[Batch], Tensor], behind: int, layer: int | None = None) -> Tensor:
-        squares: Tensor | float = 0.0
-        products: Tensor | float = 0.0
-        count = 0
-        for text in texts:
+        @torch.no_grad()
+        def summed(text: Seen) -> tuple[Tensor, Tensor, int]:
             batch, target = batch_of(model, [text], layers)
             final = unit(batch.states[model.decoder.config.layers if layer is None else layer])[0, behind:]
             given = inputs(batch)[0, : len(final)].float()
             final = final[: len(given)]
             counted = target.counted[0, behind : behind + len(given)]
             given, final = given[counted], final[counted]
-            squares, products = squares + given.T @ given, products + given.T @ final
-            count += len(given)
+            return given.T @ given, given.T @ final, len(given)
+
+        squares: Tensor | float = 0.0
+        products: Tensor | float = 0.0
+        count = 0
+        for square, product, rows in lanes.map(summed, texts):
+            squares, products, count = squares + square, products + product, count + rows
         assert isinstance(squares, Tensor)
         assert isinstance(products, Tensor)
         penalty = STRENGTH * max(1, count) * torch.eye(len(squares), dtype=torch.float64, device=squares.device)

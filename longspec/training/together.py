@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, distributed
 
 from longspec.errors import LongspecError, UsageError
+from longspec.training.lanes import Lanes
 
-__all__ = ["ALONE", "CHILD", "Behind", "Company", "Together", "dist", "together"]
+__all__ = ["CHILD", "Behind", "Company", "Together", "dist", "together"]
 
 T = TypeVar("T")
 dist: Any = distributed  # whose stubs lack half of what is used here
@@ -50,7 +51,9 @@ _POLL, _LONGEST_POLL = 5e-4, 0.02  # seconds
 
 
 class Behind(Exception):  # noqa: N818 - no error
-    """Raised in a worker that is new among others: it is to load the checkpoint, which one of them has just written."""
+    """Raised in a worker that is new: it is to load the checkpoint, which one of the others has just written; or where
+    all are new the newest that those before them have left.
+    """
 
 
 class Broken(Exception):  # noqa: N818 - no error, but a worker's that has gone
@@ -62,6 +65,9 @@ class Together:
 
     first = True
     """True in the process that leads: it validates, writes and reports."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes = lanes
 
     def moves(self) -> None:
         """Say that the training goes on."""
@@ -81,19 +87,18 @@ class Together:
         Raises:
             Behind: before anything was computed for this step.
         """
-        total = gradient(0)
-        for number in range(1, count):
-            total += gradient(number)
+        total: Tensor | None = None
+        for made in self.lanes.map(gradient, range(count)):
+            total = made if total is None else total.add_(made)
+        assert total is not None
         return total
-
-
-ALONE = Together()
 
 
 class Company(Together):
     """A worker among others."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, lanes: Lanes) -> None:
+        super().__init__(lanes)
         try:
             socket.create_connection((host, port), _ANSWERING).close()  # the store would try for its whole timeout
             self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
@@ -140,10 +145,10 @@ class Company(Together):
             try:
                 owners = self._meet(step, held, save, count)
                 own = self._members.index(self.number)
-                for number, owner in enumerate(owners):
-                    if owner == own and number not in held:
-                        held[number] = gradient(number).cpu()
-                        self.moves()
+                lacking = [number for number, owner in enumerate(owners) if owner == own and number not in held]
+                for number, made in zip(lacking, self.lanes.map(gradient, lacking), strict=True):
+                    held[number] = made.cpu()
+                    self.moves()
                 for number, owner in enumerate(owners):
                     held[number] = self._told(held[number] if owner == own else torch.empty(size), owner)
                 self._commit(step)
@@ -170,21 +175,23 @@ class Company(Together):
         return [holders[number] if number in holders else next(dealt) for number in range(count)]
 
     def _agree(self, step: int, held: dict[int, Tensor], save: Callable[[], None]) -> None:
-        """Learn who holds what, and give the state to those who are new. All others are at the same step."""
+        """Learn who holds what, and give the state to those who are new. All others are at the same step. Where there
+        are none, those who are new may have loaded checkpoints of different steps, and the others left a newer one.
+        """
         epoch, members = self._epoch, self._members
         self._ask("set", f"{epoch}/at/{self.number}", json.dumps([self._met, step, sorted(held)]))
         places = [f"{epoch}/at/{number}" for number in members]
         self._wait(places)
         said = [json.loads(self._ask("get", place)) for place in places]
-        source = next((rank for rank, (met, _, _) in enumerate(said) if met), 0)
-        new = [rank for rank, (met, _, _) in enumerate(said) if not met and rank != source]
+        source = next((rank for rank, (met, _, _) in enumerate(said) if met), None)
+        new = [rank for rank, (met, _, _) in enumerate(said) if not met]
         own = members.index(self.number)
         if new and own == source:
             save()
             self._ask("set", f"{epoch}/saved", "")
-        if own in new:
+        if own in new and source is not None:
             self._wait([f"{epoch}/saved"])
-        self._step, self._met, self._agreed = said[source][1], True, epoch
+        self._step, self._met, self._agreed = said[source or 0][1], True, epoch
         self._holders = {number: rank for rank in reversed(range(len(said))) for number in said[rank][2]}
         if own in new:
             raise Behind
@@ -299,13 +306,13 @@ class Company(Together):
                 sleep(BEAT)
 
 
-def together(address: tuple[str, int] | None) -> Together:
+def together(address: tuple[str, int] | None, lanes: Lanes) -> Together:
     """A worker of the training that is gathered at this address, or this process alone.
 
     Raises:
         UsageError: nothing answers there.
     """
-    return ALONE if address is None else Company(*address)
+    return Together(lanes) if address is None else Company(*address, lanes)
 
 
 def _own_address(host: str, port: int) -> str:

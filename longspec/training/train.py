@@ -1,9 +1,10 @@
 """The training loop of a head, with checkpoints and validation in the engine.
 
 Takes a target, its features and a `Recipe`; keeps the head with the most tokens per step on held-out prompts, its
-weights a moving average. A step's texts are a function of seed and step, each of which is a micro-batch with a number,
-and gradients are added in the order of these; a checkpoint holds all state that a step changes. So in fp32 on a CPU an
-interrupted run ends with the same bits, and so do several workers, whoever of them dies or joins.
+weights a moving average. A step's texts are a function of seed and step, each of which is a micro-batch with a number
+that one thread computes, and gradients are added in the order of these; a checkpoint holds all state that a step
+changes. So in fp32 on a CPU an interrupted run ends with the same bits whatever the number of threads, and so do
+several workers, whoever of them dies or joins.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from longspec.machine.files import replaced
 from longspec.model.load import Model
 from longspec.training.distil import Text
 from longspec.training.features import Features
+from longspec.training.lanes import Lanes
 from longspec.training.loss import Drafted, loss_of
-from longspec.training.together import ALONE, Behind, Together
+from longspec.training.together import Behind, Together
 
 __all__ = ["Average", "Progress", "Recipe", "frequent", "ready", "seconds_of_a_step", "train"]
 
@@ -126,7 +128,7 @@ def train(
     validate: Validate,
     keep: Callable[[Trained], None],
     report: Report,
-    company: Together = ALONE,
+    company: Together,
 ) -> Progress:
     """Train the head in place, from the checkpoint if there is one. `keep` is called with every new best head.
 
@@ -178,7 +180,9 @@ def train(
     return progress
 
 
-def seconds_of_a_step(model: Model, head: Trained, features: Features, recipe: Recipe, steps: int = 12) -> float:
+def seconds_of_a_step(
+    model: Model, head: Trained, features: Features, recipe: Recipe, lanes: Lanes, steps: int = 12
+) -> float:
     """The median, after three more that warm up, of a copy of the head that is then dropped."""
     scratch = replace(head, module=deepcopy(head.module))
     parameters, usable = list(scratch.module.parameters()), _usable(features, recipe)
@@ -187,7 +191,7 @@ def seconds_of_a_step(model: Model, head: Trained, features: Features, recipe: R
         began = perf_counter()
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
-        _backward(model, scratch, drafted, features, chosen, step)
+        _backward(model, scratch, drafted, features, chosen, step, Together(lanes))
         _descend(optimizer, parameters, recipe.rate_at(step))
         average.follow(scratch, step)
         took.append(perf_counter() - began)
@@ -224,7 +228,7 @@ def _backward(
     features: Features,
     chosen: Sequence[int],
     step: int,
-    company: Together = ALONE,
+    company: Together,
     save: Callable[[], None] = lambda: None,
 ) -> float:
     """Set the gradients of a step, of whose texts each is a micro-batch; returns the loss per token."""

@@ -22,6 +22,7 @@ from support.engines import of_folder, tiny
 from longspec.errors import UsageError
 from longspec.training.course import Course, start
 from longspec.training.gathering import Gathering
+from longspec.training.lanes import Lanes
 from longspec.training.together import CHILD, Company
 from longspec.training.train import Recipe
 
@@ -155,15 +156,32 @@ def test_five_kills_at_random_change_no_bit(folder: Path, tmp_path: Path, seed: 
     same(tmp_path / "alone", tmp_path / "out")
 
 
+def test_threads_change_no_bit(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Least squares over the same rows differ between torch's products by one thread and by three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert course(folder, tmp_path, SHARED).run(silent) is not None
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    same(undisturbed, tmp_path)
+
+
 @pytest.mark.full
 def test_the_command_starts_workers(tmp_path: Path) -> None:
-    """One report on stdout; two ways to be many at once are refused."""
+    """One report on stdout, and the bits of one process with another number of threads; two ways to be many at once are
+    refused.
+    """
     folder = write_tiny(tmp_path / "model", context=256)
     (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     train = ["train", "clover", "-m", str(folder), "--prompts", str(tmp_path / "prompts"), "--tokens", "400", "--json"]
-    train += ["--steps", "6", "--draft-vocab", "64", "--threads", "1"]
+    train += ["--steps", "6", "--draft-vocab", "64", "--texts", "4"]
     two = call([*train, "-o", str(tmp_path / "two"), "--workers", "2"], tmp_path, whole=True)
     assert two.code == 0, two.err
+    one = call([*train, "-o", str(tmp_path / "one"), "--threads", "3"], tmp_path, whole=True)
+    assert one.code == 0, one.err
+    same(tmp_path / "one", tmp_path / "two")
     assert json.loads(two.out)["draft_vocabulary"] == 64
     assert "2 workers; another one joins by the same command with --join 127.0.0.1:" in two.err
     refused = inside([*train, "-o", str(tmp_path / "x"), "--workers", "2", "--join", "127.0.0.1:1"], tmp_path)
@@ -176,7 +194,7 @@ def test_nobody_there_is_said(tmp_path: Path) -> None:
         Gathering(port=gathering.port)
     del gathering
     with pytest.raises(UsageError, match=r"No training answers at 127.0.0.1:1"):
-        Company("127.0.0.1", 1)
+        Company("127.0.0.1", 1, Lanes())
 
 
 def main() -> None:

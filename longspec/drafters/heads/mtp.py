@@ -33,8 +33,11 @@ stop most drafts earlier.
 class Multitoken(Drafter):
     """Drafts with the checkpoint's own head."""
 
-    def __init__(self, model: Model, head: Mtp) -> None:
-        self.head, self._target = head, model.decoder
+    of_head = False
+    """Whether its trees are as broad as those of heads that are trained here."""
+
+    def __init__(self, model: Model, head: Mtp, depth: int = _DEPTH) -> None:
+        self.head, self._target, self._depth = head, model.decoder, depth
         self.needs = Needs(layers=(model.decoder.config.layers,))
         self._follow = Follow(head.decoder.shape, self._run)
 
@@ -69,9 +72,9 @@ class Multitoken(Drafter):
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        return grow(
-            self, sessions, self._follow.rooms(sessions, limits), ahead, depth=_DEPTH, vocabulary=self.head.tokens
-        )
+        rooms = self._follow.rooms(sessions, limits)
+        tokens = self.head.tokens
+        return grow(self, sessions, rooms, ahead, depth=self._depth, vocabulary=tokens, of_head=self.of_head)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)

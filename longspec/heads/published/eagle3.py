@@ -21,6 +21,8 @@ from torch import Tensor
 from longspec.attention import attend
 from longspec.cache.stage import Shape
 from longspec.errors import ModelError, UsageError
+from longspec.heads.eagle3 import Eagle3Head
+from longspec.heads.format import Trained
 from longspec.machine.schema import listed, shown, whole
 from longspec.model.config import Config
 from longspec.model.decoder import Rows
@@ -29,7 +31,7 @@ from longspec.model.rope import Rotation, rotate
 from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
-__all__ = ["Eagle3", "load_eagle3"]
+__all__ = ["Eagle3", "eagle3_of", "layer_of", "load_eagle3"]
 
 _DEPTH = 7  # default draft depth, as in EAGLE-2's and EAGLE-3's code
 _MOST_DEPTH = 64
@@ -110,6 +112,26 @@ class Eagle3:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
 
+def eagle3_of(model: Model, head: Trained) -> Eagle3:
+    """A head that was trained here, of the kind `eagle3`. Its cache's window is that of its training."""
+    module, dtype, config = head.module, model.decoder.dtype, head.config(model)
+    assert isinstance(module, Eagle3Head)
+    weights = {_plain(name): value.to(dtype) for name, value in module.state_dict().items() if name != "scale"}
+    weights |= {"fc.weight": module.folded.detach().to(dtype), "lm_head.weight": head.rows(model)}
+    rope = config.ropes[0]
+    assert rope is not None
+    return Eagle3(
+        replace(config, context=head.window),
+        weights,
+        head.reads(model),
+        head.depth,
+        None if head.tokens is None else head.tokens.to(model.decoder.device),
+        None,
+        True,
+        Rotation(rope, model.decoder.device),
+    )
+
+
 def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
     """Load a head from a folder's model.safetensors. raw: the parsed config.json.
 
@@ -118,10 +140,7 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
         ModelError: the files are damaged or missing, or pickled.
     """
     path, target = folder / "model.safetensors", model.decoder.config
-    layer = raw.get("transformer_layer_config") or raw
-    read = {name: layer[name] for name in _READ if name in layer}
-    plain = {"vocab_size": target.vocabulary, **read, "model_type": "llama", "num_hidden_layers": 1}
-    config = Config.read(plain)
+    config = layer_of(raw, target, "llama")
     if config.vocabulary != target.vocabulary:
         raise UsageError(f"The head in {folder} is for a vocabulary of {config.vocabulary:,} tokens; {model.name} has "
                          f"{target.vocabulary:,}: take the model that it was trained for.")  # fmt: skip
@@ -160,7 +179,7 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
     rope = config.ropes[0]
     assert rope is not None
     return Eagle3(
-        replace(config, context=min(config.context, target.context)),
+        replace(config, context=min(config.windows[0] or config.context, config.context, target.context)),
         weights,
         tuple(layers),
         _depth(raw),
@@ -169,6 +188,22 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
         bool(raw.get("norm_before_residual", False)),
         Rotation(rope, device),
     )
+
+
+def layer_of(raw: Mapping[str, Any], target: Config, family: str) -> Config:
+    """Config of a head's layer, of a family's form, with its window. raw: of the head's folder.
+
+    Raises:
+        ModelError: a value isn't what it must be.
+    """
+    layer = raw.get("transformer_layer_config") or raw
+    read = {name: layer[name] for name in _READ if name in layer}
+    config = Config.read({"vocab_size": target.vocabulary, **read, "model_type": family, "num_hidden_layers": 1})
+    slides = "sliding_attention" in (layer.get("layer_types") or ())[:1]
+    window = layer.get("sliding_window") if slides else None
+    if not (window is None or whole(1, 1 << 31).holds(window)):
+        raise ModelError(f"The head's config.json says a sliding_window of {shown(window)}; positions were expected.")
+    return replace(config, windows=(window,))
 
 
 def _plain(name: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 from longspec.cache.stage import BLOCK
 from longspec.errors import ModelError, UsageError
 from longspec.heads.draft_vocabulary import rounded
+from longspec.heads.format import Trained
+from longspec.heads.published.eagle3 import layer_of
+from longspec.machine.schema import shown
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder, Rows
 from longspec.model.files.checkpoint import Checkpoint
@@ -30,7 +34,7 @@ from longspec.model.layers.reader import Reader
 from longspec.model.load import CODED, DTYPES, Model
 from longspec.model.weights.read import Weights
 
-__all__ = ["Mtp", "check_head", "has_head", "lacking", "load_mtp", "room"]
+__all__ = ["SPECULATORS", "Mtp", "check_head", "has_head", "lacking", "load_mtp", "mtp_folder", "mtp_of", "room"]
 
 _NAMED = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _CODED = 9 / 8  # bytes of a weight in 8 bits, with its group's scale; and more than of one in less
@@ -44,6 +48,17 @@ _QWEN = {
 }
 _DEEPSEEK = {"fc": "eh_proj", "token_norm": "enorm", "state_norm": "hnorm", "norm": "shared_head.norm", "layers.0.": ""}
 """Names of modules within the block, which counts as a layer behind the last one."""
+
+_OURS = {name: name for name in _QWEN}
+
+SPECULATORS = {
+    "fc": "mtp_layers.0.input_proj",
+    "token_norm": "mtp_layers.0.token_layernorm",
+    "state_norm": "mtp_layers.0.hidden_layernorm",
+    "norm": "mtp_layers.0.final_layernorm",
+    "layers.0.": "mtp_layers.0.",
+}
+"""Names of modules in a folder of vLLM's `speculators`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +101,37 @@ def load_mtp(model: Model, tokens: Tensor | None = None) -> Mtp:
     target, checkpoint = model.decoder, model.checkpoint
     if checkpoint is None:
         raise UsageError(f"{model.name} was made of no files, in which an MTP head could lie; use another --drafter.")
-    weights, coded = _weights(checkpoint, target.dtype), CODED.get(model.dtype)
-    places, config = _places(checkpoint, weights, target.config), _block(target.config)
+    weights = _weights(checkpoint, target.dtype)
+    return _made(model, _block(target.config), weights, tokens, _places(checkpoint, weights, target.config))
+
+
+def mtp_of(model: Model, head: Trained) -> Mtp:
+    """A head that was trained here, of the kind `fastmtp`."""
+    weights = Weights.of_tensors(head.module.state_dict(), model.decoder.dtype)
+    return _made(model, head.config(model), weights, head.tokens, _OURS)
+
+
+def mtp_folder(folder: Path, raw: Mapping[str, Any], model: Model) -> Mtp:
+    """A head in the layout of `speculators`, over a layer of Qwen3's form. raw: the folder's config.json.
+
+    Raises:
+        UsageError: the head is for a model of other sizes.
+        ModelError: the files are damaged or missing.
+    """
+    target, layer = model.decoder.config, raw.get("transformer_layer_config") or {}
+    if layer.get("model_type") != "qwen3":
+        raise UsageError(f"The MTP head in {folder} has a layer of {shown(layer.get('model_type'))}; longspec drafts "
+                         "with layers of qwen3's form.")  # fmt: skip
+    config = layer_of(raw, target, "qwen3")
+    if (config.width, config.vocabulary) != (target.width, target.vocabulary):
+        raise UsageError(f"The head in {folder} is {config.width} wide, for {config.vocabulary:,} tokens; {model.name} "
+                         f"is {target.width} wide, with {target.vocabulary:,}: take its own.")  # fmt: skip
+    weights = Weights.of_folder(folder, model.decoder.dtype)
+    return _made(model, config, weights, None, SPECULATORS)
+
+
+def _made(model: Model, config: Config, weights: Weights, tokens: Tensor | None, places: Mapping[str, str]) -> Mtp:
+    target, coded = model.decoder, CODED.get(model.dtype)
     tokens = None if tokens is None else tokens.to(target.device)
     output, rows = target.output_of(tokens), 0
     if tokens is not None:
