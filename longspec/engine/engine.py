@@ -25,7 +25,6 @@ from longspec.drafters.auto import auto, heads_for
 from longspec.drafters.draft_model import check_vocabulary
 from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
-from longspec.engine.acceptance import EXACT, REMARK, accepting, check_text
 from longspec.engine.answer import Answer, memory, speculation, timing, usage
 from longspec.engine.memory_guard import Watch
 from longspec.engine.opening import Prepared, prepare
@@ -41,6 +40,7 @@ from longspec.heads.published.mtp import check_head, has_head, lacking
 from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, choose_device, open_model
+from longspec.semantic.accept import EXACT, REMARK, accepting, check_text
 from longspec.semantic.probe import Judge, load_probe
 from longspec.text.prompt import Prompt
 from longspec.text.tokenizer import Vocabulary
@@ -76,18 +76,16 @@ class Engine(Writer):
         judge: Judge | None = None,
     ) -> None:
         """drafter: a name (`longspec.drafters.spec`) or a Drafter. options: drafters' options by drafter name. control:
-        a name or a Control. draft_tokens: 15 if left out, or 48 where weights are on disk. costs_file: measured
-        latencies on this machine, read at start, written by `keep_costs`. judge: accepts drafts by their meaning, which
-        is lossy; goodput, which would cut them, is then fixed.
+        a name or a Control. draft_tokens: 15 if left out, or 48 with weights on disk. costs_file: measured latencies,
+        which `keep_costs` writes. judge: accepts drafts by their meaning, lossily; goodput, which cuts them, is fixed.
         """
         check(drafter, cache, all_rows, draft_tokens, options)
-        if draft_tokens is None:
-            draft_tokens = DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS
+        draft_tokens = draft_tokens or (DRAFT_TOKENS if model.decoder.ring is None else STREAMED_DRAFT_TOKENS)
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
-        drafters, self._remark = _drafters(model, drafter, options or {}, plan)
-        self._remark = REMARK if judge is not None else self._remark
+        drafters, remark = _drafters(model, drafter, options or {}, plan)
+        self._remark = remark if judge is None else REMARK
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
         if isinstance(control, str):
@@ -135,11 +133,10 @@ class Engine(Writer):
         of `longspec tune`; used where a drafter skips layers. draft_from: text files that the answer may repeat.
         remember: draft from earlier answers too, and store the new ones. control: the draft-length policy, one of
         CONTROLS. accept: exact, or semantic:FOLDER, by a probe of drafted steps, which is lossy. memory: the process's
-        limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for the machine's free memory; the cache
-        and the prefill chunk are chosen to fit. weights: where the layers are: memory, disk (but for those that
-        `memory` has room for), or auto, which is disk where nothing else fits. tokens: prompt and answer that memory is
-        planned for, as a number or a function of the vocabulary; the model's context if left out. texts: sequences
-        decoded side by side. report: a callback for downloads: stage, bytes done, total.
+        limit, such as "6GiB" (on a GPU: torch's reserved memory), or "auto" for what is free; cache and prefill chunk
+        fit it. weights: where the layers are: memory, disk (but for those that `memory` has room for), or auto, which
+        is disk where nothing else fits. tokens: prompt and answer to plan for, as a number or by the vocabulary; the
+        context if left out. texts: sequences side by side. report: a callback of downloads: stage, done, total.
 
         Raises:
             ModelError: the model can't be found, read, or isn't supported.
@@ -158,9 +155,8 @@ class Engine(Writer):
         _check_drafter(drafting["drafter"], options, opened)
         smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
         if memory is not None:
-            planned = tokens(opened.vocabulary) if callable(tokens) else tokens
-            run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights}
-            plan = make_plan(opened, memory, tokens=planned, **drafting, **run)
+            run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights, **drafting}
+            plan = make_plan(opened, memory, tokens=tokens(opened.vocabulary) if callable(tokens) else tokens, **run)
         loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
         if smaller is not None:
             drafting["options"]["draft"] = smaller.load(strict=strict)

@@ -86,8 +86,7 @@ class Session:
         self.error: Exception | None = None  # the error that ended the sequence, in place of a finish reason
         self.stats = Stats()
         self.bets: Counter[str] = Counter()  # steps by drafter, or by `none: ` and the reason
-        self.drafting = 0.0  # seconds of drafting in the session's steps; a shared step counts in full for each session
-        self.verifying = 0.0  # seconds of the target's passes, counted likewise
+        self.drafting = self.verifying = 0.0  # seconds of drafting and of passes; a shared step counts in full for each
         self.meant = 0  # tokens that were accepted for their meaning, which the target would have written otherwise
         self.notes: list[str] = []  # messages for the user
         self.prompt_cache: Path | None = None  # where to save the prompt's rows after prefill

@@ -21,11 +21,11 @@ from support.passes import write as feed_all
 from longspec.cache import Dense
 from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.ngram import Ngram
-from longspec.engine.acceptance import accepting
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
 from longspec.errors import ModelError, UsageError
 from longspec.model.load import Model
+from longspec.semantic.accept import accepting
 from longspec.semantic.meaning import numbers, same
 from longspec.semantic.probe import ABOUT, WEIGHTS, Judged, Probe, load_probe, save_probe
 from longspec.semantic.steps import Steps
