@@ -32,7 +32,7 @@ SUMMARIES = {
     "command": "Print a shell command for a request; nothing is run.",
     "serve": "Keep a model loaded, and answer OpenAI's API with it on this machine.",
     "train": "Train a head that drafts for a model, on what the model answers.",
-    "export": "Write a trained head in the layout of another engine.",
+    "export": "Write a trained head for vLLM or llama.cpp.",
     "tune": "Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves "
     "out.",
     "plan": "Show what each kind of cache takes for a text, and which fit, without loading the model.",

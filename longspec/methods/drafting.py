@@ -86,7 +86,10 @@ _HEADS = (
         "--drafter medusa",
         "trained by `longspec train`; a folder's published heads too; typical acceptance is below",
     ),
-    _OWN("EAGLE-3", "2503.01840", "--drafter FOLDER", "published heads, in two layouts"),
+    _OWN(
+        "EAGLE-3", "2503.01840", "--drafter eagle3", "trained by `longspec train`; published ones too, in two layouts"
+    ),
+    _OWN("FastMTP", "2509.18362", "--drafter fastmtp", "one block for all depths; trained by `longspec train`"),
     _OWN("Gemma 4's assistant", "", "--drafter FOLDER", "queries only, over the target's own cache"),
     _OWN("EAGLE", "2401.15077", "", "EAGLE-3 took its place"),
     _OWN("P-EAGLE", "2602.01469", "", "its layout isn't read"),

@@ -159,8 +159,9 @@ def test_accepted_steps_stay_whole_with_the_targets_own_rows(target: Model, draf
     for session, tokens in zip(opened(made, 2, **way), together, strict=True):
         assert finish(made, [session]) == [tokens]  # alone as beside others
         fresh = Dense(target.decoder.shape)
-        feed_all(target.decoder, fresh, tokens[: session.cache.length])
-        one, other = (feed(target.decoder, cache, [20, 30, 40])[1] for cache in (session.cache, fresh))
+        with torch.inference_mode():  # in which the session's rows were made
+            feed_all(target.decoder, fresh, tokens[: session.cache.length])
+            one, other = (feed(target.decoder, cache, [20, 30, 40])[1] for cache in (session.cache, fresh))
         assert torch.allclose(one, other, atol=TOLERANCE)
     answer = made.answer(sessions[0])
     assert answer.speculation["meant"] == sessions[0].meant > 0
@@ -203,7 +204,10 @@ def test_logprobs_are_the_targets(target: Model, draft: Model) -> None:
 def test_it_is_never_on_by_itself(target: Model, draft: Model) -> None:
     assert Engine(target, options={"draft": draft}).judge is None
     given: dict[str, Any] = {"draft": draft}
-    assert accepting("exact", "auto", given, None) == ({"drafter": "auto", "options": given, "draft_tokens": 15}, None)
+    assert accepting("exact", "auto", given, None) == (
+        {"drafter": "auto", "options": given, "draft_tokens": None},
+        None,
+    )
 
 
 @pytest.mark.parametrize(
