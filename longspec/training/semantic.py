@@ -204,7 +204,7 @@ def _train(probe: Probe, states: Tensor, labels: Tensor, others: Tensor, theirs:
     best, at, kept = float("inf"), 0, {name: value.clone() for name, value in probe.state_dict().items()}
     for epoch in range(1, _EPOCHS + 1):
         probe.train()
-        for rows in torch.randperm(len(labels)).split(_BATCH):
+        for rows in torch.randperm(len(labels)).split(_BATCH):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             loss = (torch.sigmoid(probe(states[rows])) - labels[rows]).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -234,7 +234,7 @@ def test_a_text_that_is_held_is_refused(target: Model, draft: Model) -> None:
     made = judging(target, draft, judge_of(target, 1.0))
     for options in ({"regex": "a+"}, {"json_schema": "{}"}, {"reasoning_budget": 5}):
         with pytest.raises(UsageError, match="aren't held"):
-            made.open("A", raw=True, **options)  # type: ignore[arg-type]
+            made.open("A", raw=True, **options)
 
 
 def test_steps_are_drafted_whole(target: Model, draft: Model) -> None:

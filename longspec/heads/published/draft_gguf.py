@@ -91,10 +91,10 @@ def _write(path: Path, head: Eagle3, model: Model, fields: Mapping[str, Any]) ->
     writer.add_array(f"{kind}.target_layers", list(head.layers))
     writer.add_bool(f"{kind}.norm_before_residual", head.norm_first)
     _add_tokenizer(writer, fields)
-    for name, value in head.weights.items():
+    for name, weight in head.weights.items():
         module, _, last = name.rpartition(".")
         heads = {"self_attn.q_proj": c.heads, "self_attn.k_proj": c.key_heads}.get(module)
-        stored = value if heads is None else _in_pairs(value, heads)
+        stored = weight if heads is None else _in_pairs(weight, heads)
         held = stored.detach().cpu().float() if stored.dim() == 1 else stored.detach().cpu()
         if held.dtype == torch.bfloat16:
             bits = held.contiguous().view(torch.int16).numpy().view("uint8")
