@@ -9,7 +9,6 @@ Matrices may be stored as int8 with a scale per row, a quarter of fp32; they are
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.head import Head
 from longspec.heads.layers import block_of
-from longspec.machine.files import read_json, replaced
+from longspec.machine.files import read_json
 from longspec.machine.schema import TABLE, TEXT, check, listed, shown, whole
 from longspec.model.config import Config
 from longspec.model.load import Model
 from longspec.model.weights.read import check_values
-from longspec.model.weights.safetensors import Shard
+from longspec.model.weights.safetensors import Shard, save_described
 
 __all__ = [
     "CONFIG",
@@ -171,8 +170,6 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
     Raises:
         LongspecError: the files can't be written.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for name, value in sorted(head.module.state_dict().items()):
         held = value.detach().cpu().contiguous()
@@ -184,14 +181,8 @@ def save_head(folder: str | Path, head: Trained, model: Model, *, int8: bool = F
         tokens = head.tokens.cpu()
         tensors[_OFFSETS] = tokens - torch.arange(len(tokens))
         tensors[_DRAFTED] = torch.zeros(model.decoder.config.vocabulary, dtype=torch.bool).index_fill(0, tokens, True)
-    about = _about(head, model, int8=int8)
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replaced(folder / WEIGHTS, lambda path: save_file(tensors, path))
-        replaced(folder / CONFIG, lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
+    save_described(folder / WEIGHTS, tensors, folder / CONFIG, _about(head, model, int8=int8))
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

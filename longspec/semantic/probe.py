@@ -12,7 +12,6 @@ fingerprints.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from longspec.errors import LongspecError, ModelError, UsageError
-from longspec.machine.files import read_json, replaced
+from longspec.errors import ModelError, UsageError
+from longspec.machine.files import read_json
 from longspec.machine.schema import TABLE, TEXT, check, number, whole
 from longspec.model.load import Model
-from longspec.model.weights.safetensors import Shard
+from longspec.model.weights.safetensors import Shard, save_described
 from longspec.semantic.steps import Steps
 
 __all__ = ["ABOUT", "HIDDEN", "WEIGHTS", "Judge", "Judged", "Probe", "load_probe", "read_about", "save_probe"]
@@ -121,8 +120,6 @@ def save_probe(
     Raises:
         LongspecError: the files can't be written.
     """
-    from safetensors.torch import save_file
-
     folder, (width, hidden) = Path(folder), probe.sizes
     about = {
         "version": _VERSION,
@@ -133,13 +130,7 @@ def save_probe(
         "draft": {"name": draft.name, "lineage": draft.lineage},
         "report": dict(report),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in probe.state_dict().items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replaced(folder / WEIGHTS, lambda path: save_file(tensors, path))
-        replaced(folder / ABOUT, lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
+    save_described(folder / WEIGHTS, probe.state_dict(), folder / ABOUT, about)
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

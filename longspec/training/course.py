@@ -9,7 +9,6 @@ work/recipe.json                 the folder's recipe: a run with another one is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.errors import LongspecError, UsageError
+from longspec.errors import UsageError
 from longspec.heads.accuracy import accuracies, judged
 from longspec.heads.format import Trained, load_head, new_head, save_head
-from longspec.machine.files import read_json, replaced
+from longspec.machine.files import read_json
 from longspec.machine.schema import check, whole
 from longspec.model.load import CODED, Model
+from longspec.training.claim import claim, put_json
 from longspec.training.distil import Text
 from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
 from longspec.training.lanes import Lanes
@@ -147,7 +147,7 @@ class Course:
             report("measuring", 0, 0)
             seconds = seconds_of_a_step(self.model, self._begun(features, lanes), features, recipe, lanes)
             steps = max(1, int(recipe.minutes * 60 / seconds))
-            _written(path, {"steps": steps, "seconds_of_a_step": seconds})
+            put_json(path, {"steps": steps, "seconds_of_a_step": seconds})
 
     def _recipe(self) -> Recipe:
         """With the number of its steps."""
@@ -209,7 +209,7 @@ class Course:
 
     def _claim(self, work: Path) -> None:
         """Write the recipe into a new folder; in a used one raise UsageError unless its recipe is the same."""
-        said = json.loads(json.dumps({
+        claim(work, {
             "recipe": asdict(self.recipe),
             "target": self.model.lineage,
             "dtype": self.model.dtype,
@@ -218,19 +218,7 @@ class Course:
             "sampling": self.options,
             "first": None if self.first is None else _digest(self.first),
             "features": None if self.features is None else sha256((self.features / MANIFEST).read_bytes()).hexdigest(),
-        }))  # fmt: skip
-        path = work / "recipe.json"
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                _written(path, said)
-        except OSError as error:
-            raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
-        begun = read_json(path, 1 << 16, "The recipe", hint="name another folder")
-        other = [name for name in said if begun.get(name) != said[name]]
-        if other:
-            raise UsageError(f"{self.folder} holds another training (its {', '.join(other)} differ); ask for the same, "
-                             "or name another folder.")  # fmt: skip
+        })  # fmt: skip
 
 
 def split(prompts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
@@ -286,10 +274,6 @@ def start(
     else:
         options, distilled, validating = Features.sampling(features), [], Features.held_of(features)
     return Course(model, recipe, folder, distilled, validating, options, writer or model, held, features)
-
-
-def _written(path: Path, said: Any) -> None:
-    replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
 
 
 def _digest(head: Trained) -> str:

@@ -36,6 +36,7 @@ from longspec.model.weights.safetensors import Shard
 from longspec.semantic.meaning import same
 from longspec.semantic.probe import Probe, save_probe
 from longspec.semantic.steps import STEP_TOKENS, Steps
+from longspec.training.claim import claim
 from longspec.training.course import split
 from longspec.training.distil import TOGETHER
 
@@ -132,12 +133,12 @@ def train_probe(
     used, held = split(prompts, seed)
     order = [*held, *used]  # the held-out ones first, so that each amount of tokens has them
     work, width = folder / "work", target.decoder.config.width
-    _claim(work, {
+    claim(work, {
         "target": target.lineage,
         "draft": draft.lineage,
         "dtype": [target.dtype, draft.dtype],
         "prompts": hashlib.sha256("\0".join(order).encode()).hexdigest(),
-        "sampling": json.loads(json.dumps(options)),
+        "sampling": dict(options),
     })  # fmt: skip
     drafter = parse("model+ngram", {"draft": draft, "steps": True}).make(target)
     watch = Watch(Steps(target.vocabulary, target.end_tokens))
@@ -298,19 +299,3 @@ def _joined(parts: Sequence[Examples]) -> Examples:
         torch.cat([one.drafted for one in parts]),
         torch.cat([one.own for one in parts]),
     )
-
-
-def _claim(work: Path, said: dict[str, Any]) -> None:
-    """Write what a new folder's training is of; refuse a folder of another one."""
-    path = work / "recipe.json"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            replaced(path, lambda place: place.write_text(json.dumps(said, indent=1) + "\n"))
-    except OSError as error:
-        raise LongspecError(f"{work} can't be used: {error.strerror}; name another folder.") from error
-    begun = read_json(path, 1 << 16, "The recipe", hint="name another folder")
-    other = [name for name in said if begun.get(name) != said[name]]
-    if other:
-        raise UsageError(f"{work.parent} holds another training (its {', '.join(other)} differ); ask for the same, or "
-                         "name another folder.")  # fmt: skip

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict
-from support.agents import TOWN, agent, tool
-from support.servers import Served, serving
+from support.agents import TOWN, Town, tool
+from support.servers import Served
 
 USER: Any = [{"role": "user", "content": "Where to?"}]
 TOOLS: Any = [tool("weather"), tool("rain")]
 ASKED: Any = {"model": "tiny", "messages": USER, "temperature": 1.0, "seed": 4, "max_tokens": 900}
 BROKEN = {"id": "a", "function": {"name": "a", "arguments": "["}}
 PLAIN = {"longspec": {"drafter": "none"}}
-
-
-class Town(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    city: Literal["Bonn", "Oslo"]
-    days: Literal[1, 2]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(agent(tmp_path_factory.mktemp("agent"))) as up:
-        yield up
 
 
 @pytest.fixture(scope="module")

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict
-from support.agents import agent, tool
+from support.agents import Town, tool
 from support.commands import SECONDS
-from support.servers import Served, serving
+from support.servers import Served
 
 USER: Any = [{"role": "user", "content": "Where to?"}]
 TOOLS: Any = [tool("weather"), tool("rain")]
 WRITTEN: Any = {"temperature": 1.0, "seed": 4, "max_tokens": 900}
-
-
-class Town(BaseModel):
-    """A town to go to."""
-
-    model_config = ConfigDict(extra="forbid")
-    city: Literal["Bonn", "Oslo"]
-    days: Literal[1, 2]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(agent(tmp_path_factory.mktemp("agent"))) as up:
-        yield up
 
 
 @pytest.fixture(scope="module")

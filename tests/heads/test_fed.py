@@ -13,7 +13,7 @@ from support.checkpoints import oracle
 from support.commands import inside, write_tiny
 from support.engines import engine, prompts, tiny
 from support.ggufs import write_gguf as write_target
-from support.heads import shaken
+from support.heads import shaken, some
 
 from longspec.drafters import drafter_of
 from longspec.drafters.heads.fed import PublishedMtp, TrainedMtp
@@ -34,10 +34,6 @@ KINDS = ["eagle3", "fastmtp"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("target"), end_tokens=())
-
-
-def some(model: Model) -> torch.Tensor:
-    return torch.tensor([i for i in range(model.decoder.config.vocabulary) if i % 3])
 
 
 @pytest.mark.parametrize("kind", KINDS)

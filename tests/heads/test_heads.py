@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checkpoints import load, oracle, write
 from support.engines import engine, finish, prompts, tiny, vocabulary, with_heads
-from support.heads import shaken
+from support.heads import shaken, some
 from support.native import SIZES, coded
 from support.real import exact
 
@@ -32,11 +32,6 @@ from longspec.model.load import Model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("target"), end_tokens=())
-
-
-def some(model: Model) -> torch.Tensor:
-    """Two thirds of the vocabulary."""
-    return torch.tensor([i for i in range(model.decoder.config.vocabulary) if i % 3])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
 from support.checkpoints import load, oracle, write
 from support.engines import engine
 from support.letters import tokenizer_of
@@ -24,6 +25,15 @@ TOWN: dict[str, Any] = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
+
+
+class Town(BaseModel):
+    """A town to go to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    city: Literal["Bonn", "Oslo"]
+    days: Literal[1, 2]
 
 
 def tool(name: str, *, strict: bool = False) -> dict[str, Any]:

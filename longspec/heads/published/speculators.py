@@ -9,7 +9,6 @@ reads. Features enter an EAGLE-3 head as they are there, so that its powers of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.errors import LongspecError, UsageError
+from longspec.errors import UsageError
 from longspec.heads.eagle3 import Eagle3Head
 from longspec.heads.format import CONFIG, WEIGHTS, Trained
 from longspec.heads.published.mtp import SPECULATORS
-from longspec.machine.files import replaced
 from longspec.model.load import Model
+from longspec.model.weights.safetensors import save_described
 
 __all__ = ["TYPES", "write_speculators"]
 
@@ -36,8 +35,6 @@ def write_speculators(folder: Path, head: Trained, model: Model, verifier: str) 
         UsageError: the layout has no type for this kind of head.
         LongspecError: a file can't be written.
     """
-    from safetensors.torch import save_file
-
     if head.kind not in TYPES:
         raise UsageError(f"`speculators` has no type for a head of the kind {head.kind}; those of the kinds "
                          f"{' and '.join(TYPES)} can be exported to it.")  # fmt: skip
@@ -54,13 +51,7 @@ def write_speculators(folder: Path, head: Trained, model: Model, verifier: str) 
         },
         "dtype": str(model.decoder.dtype).removeprefix("torch."),
     }
-    held = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replaced(folder / WEIGHTS, lambda path: save_file(held, path, {"format": "pt"}))
-        replaced(folder / CONFIG, lambda path: path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
+    save_described(folder / WEIGHTS, tensors, folder / CONFIG, said)
 
 
 def _eagle3(head: Trained, model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -25,12 +25,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from longspec.errors import ModelError
-from longspec.machine.files import opened, parse_json
+from longspec.errors import LongspecError, ModelError
+from longspec.machine.files import opened, parse_json, replaced
 from longspec.machine.schema import shown
 from longspec.machine.system import available_bytes, has_large_pages
 
-__all__ = ["Shard", "write_shard"]
+__all__ = ["Shard", "save_described", "write_shard"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -235,3 +235,21 @@ def _read_header(path: Path, prefix: bytes, read: Callable[[int], bytes], size: 
 
 def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and n >= 0 for n in value)
+
+
+def save_described(weights: Path, tensors: Mapping[str, Tensor], about: Path, said: Mapping[str, Any]) -> None:
+    """Write a few tensors and their description, as JSON, into a folder, each atomically, the description last.
+
+    Raises:
+        LongspecError: they can't be written.
+    """
+    from safetensors.torch import save_file
+
+    held = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    try:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        replaced(weights, lambda path: save_file(held, path, {"format": "pt"}))
+        replaced(about, lambda path: path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8"))
+    except OSError as error:
+        folder, why = weights.parent, error.strerror or error
+        raise LongspecError(f"{folder} can't be written: {why}; name another folder.") from error
