@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspec.cli.commands.bench_drafters import SUITE, drafters
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, argument, expanded, group, option
@@ -20,14 +21,11 @@ from longspec.errors import UsageError
 
 if TYPE_CHECKING:
     from longspec.bench.engines import EngineWorkload
-    from longspec.bench.process import Worker
     from longspec.model.load import Opened
 
 __all__ = ["bench"]
 
 bench = typer.Typer(cls=Group, add_completion=False, rich_markup_mode=None, help="Measure, and print a table.")
-
-_SUITE = "Prompts: objects with `category` and `turns`, one a line."
 
 
 @group()
@@ -58,77 +56,14 @@ def cache(options: CacheOptions, loading: Annotated[Loading, Only("model", "dtyp
         results.take(CacheWorkload(engine, text, contexts, kinds), progress)
 
 
-@group()
-class DrafterOptions:
-    """Prompts, lengths and drafters."""
-
-    suite: Path = option(what=_SUITE, metavar="FILE")
-    drafter: list[str] | None = option(None, "May be repeated. auto, if left out.", metavar="NAME")
-    prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
-    max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
-    transformers: bool = option(
-        False, "Beside them, transformers' generate with its prompt lookup.", flag="--transformers"
-    )
-
-
-@group("Model and method")
-class CacheKind:
-    """The cache kind, the same for all drafters."""
-
-    cache: str = option("dense", "A kind of cache; dense, if left out.", metavar="NAME")
-
-
-@bench.command("drafters", cls=Command)
-@expanded
-def drafters(
-    options: DrafterOptions,
-    loading: Annotated[Loading, Only("model", "draft_model", "dtype")],
-    kind: CacheKind,
-    drafting: Annotated[Loading, Only("num_speculative_tokens", "control")],
-    results: Results,
-) -> None:
-    """Compare drafters with plain decoding, prompt by prompt in turns, by category."""
-    results.check(options.suite, loading.model, loading.draft_model)
-    from longspec.bench.contenders import peers
-    from longspec.bench.drafters import DrafterWorkload
-    from longspec.bench.harness import read_suite, sample
-    from longspec.drafters import DRAFT_TOKENS
-    from longspec.engine.engine import Engine
-    from longspec.model.load import open_model
-
-    suite = sample(read_suite(options.suite), options.prompts)
-    with Progress(loading.model) as progress, ExitStack() as stack:
-        opened = open_model(loading.model, dtype=loading.dtype, report=progress.report)
-        opened.set_threads()
-        model, smaller = opened.load(report=progress.report), None
-        if loading.draft_model:
-            smaller = open_model(loading.draft_model, dtype=model.dtype, report=progress.report).load()
-        engines = {
-            name: Engine(
-                model,
-                drafter=name,
-                cache=kind.cache,
-                draft_tokens=drafting.num_speculative_tokens or DRAFT_TOKENS,
-                control=drafting.control,
-                options={"draft": smaller} if smaller and (name == "auto" or "model" in name.split("+")) else {},
-            )
-            for name in dict.fromkeys(["none", *(options.drafter or ["auto"])])
-        }
-        others = {}
-        if options.transformers:
-            import torch
-
-            contenders = peers(["lookup"], opened.checkpoint, None, "", 0, torch.get_num_threads())
-            [worker] = _workers(contenders, stack, progress, needed=True).values()
-            others["transformers prompt lookup"] = worker
-        results.take(DrafterWorkload(engines, suite, options.max_new_tokens, others), progress)
+bench.command("drafters", cls=Command)(drafters)
 
 
 @group()
 class BatchOptions:
     """Prompts, batch sizes and draft lengths."""
 
-    suite: Path = option(what=_SUITE, metavar="FILE")
+    suite: Path = option(what=SUITE, metavar="FILE")
     texts: list[Any] | None = option(
         None,
         "Texts side by side; may be repeated. 1, 2, 4, 8 and 16, if left out, as far as there are prompts.",
@@ -180,7 +115,7 @@ class HeadOptions:
     heads: list[Path] | None = argument(
         None, "Folders of trained heads. Those that come along for the model, if left out.", metavar="DIR..."
     )
-    suite: Path = option(what=_SUITE, metavar="FILE")
+    suite: Path = option(what=SUITE, metavar="FILE")
     prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
     rounds: int = option(3, "Of what is timed.", metavar="N", parser=readers.whole(1))
     max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
@@ -220,7 +155,7 @@ def heads(options: HeadOptions, loading: Annotated[Loading, Only("model", "threa
 class EngineOptions:
     """Prompts, engines and rounds."""
 
-    suite: Path | None = option(None, _SUITE, metavar="FILE")
+    suite: Path | None = option(None, SUITE, metavar="FILE")
     category: list[str] | None = option(None, "Of the suite; may be repeated. All, else.", metavar="NAME")
     sample: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
     text: Path | None = option(None, "The text that is read and continued.", metavar="FILE")
@@ -281,6 +216,7 @@ def _engine_workload(
     from longspec.bench import contenders as who
     from longspec.bench.engines import EngineWorkload, chats, contexts, lengths
     from longspec.bench.harness import read_suite, sample
+    from longspec.bench.process import workers
     from longspec.model.files.hub import find
     from longspec.model.load import native_dtype
 
@@ -301,25 +237,8 @@ def _engine_workload(
         *who.ours(options.setting or settings, loading.model, loading.draft_model, threads),
         *who.peers(peers, opened.checkpoint, smaller, options.llama_python or "", longest, threads),
     ]
-    workers = _workers(contenders, stack, progress, needed=bool(options.peer))
-    return EngineWorkload(workers, cases, options.rounds, options.base, loading.model)
-
-
-def _workers(contenders: Sequence[Any], stack: ExitStack, progress: Progress, *, needed: bool) -> Mapping[str, Worker]:
-    """The worker processes by name. needed: an unavailable engine is an error, instead of a note."""
-    from longspec.bench.process import Worker, opened
-
-    workers = {}
-    for worker in opened(contenders, stack, progress.report):
-        if isinstance(worker, Worker):
-            workers[worker.contender.name] = worker
-            if note := worker.told.get("note"):
-                progress.say(f"{note} It is measured without that.")
-        elif needed:
-            raise worker
-        else:
-            progress.say(str(worker))
-    return workers
+    ready = workers(contenders, stack, progress.report, progress.say, needed=bool(options.peer))
+    return EngineWorkload(ready, cases, options.rounds, options.base, loading.model)
 
 
 def _known(what: str, names: Sequence[str], known: Sequence[str]) -> None:

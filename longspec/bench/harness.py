@@ -26,6 +26,7 @@ __all__ = [
     "Took",
     "Turns",
     "Workload",
+    "entries",
     "read_suite",
     "report",
     "sample",
@@ -170,23 +171,31 @@ def report(workload: Workload, rows: Sequence[Row], path: Path | None) -> Row:
     return whole
 
 
-def read_suite(path: Path) -> dict[str, list[str]]:
-    """The first turns of a Spec-Bench file, by category in the file's order.
+def entries(path: Path) -> list[dict[str, Any]]:
+    """The objects of a Spec-Bench file.
 
     Raises:
         UsageError: a line is not an object with `category` and `turns`.
     """
-    suite: dict[str, list[str]] = {}
+    found = []
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 entry = json.loads(line)
                 if not (isinstance(entry, dict) and isinstance(entry.get("category"), str) and entry.get("turns")):
                     raise UsageError(f"{path}:{number} has no category and turns; a suite has one such object a line.")
-                suite.setdefault(entry["category"], []).append(str(entry["turns"][0]))
+                found.append(entry)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path} can't be read as a suite: {why}.") from error
+    return found
+
+
+def read_suite(path: Path) -> dict[str, list[str]]:
+    """The first turns of a Spec-Bench file, by category in the file's order."""
+    suite: dict[str, list[str]] = {}
+    for entry in entries(path):
+        suite.setdefault(entry["category"], []).append(str(entry["turns"][0]))
     return suite
 
 

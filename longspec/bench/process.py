@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from longspec.bench.contenders import Contender
 from longspec.bench.harness import Progress, Took
 from longspec.errors import LongspecError, UsageError
 
-__all__ = ["Case", "Worker", "opened"]
+__all__ = ["Case", "Worker", "opened", "workers"]
 
 _PLACES = ("assistant", "file", "folder")
 
@@ -72,6 +72,14 @@ class Worker:
 
     def write(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> Took:
         """The timing of these prompts. Raises LongspecError where the process has ended or reports an error."""
+        took = self.ask(case, prompts)
+        firsts = () if took["first"] is None else (took["first"],)
+        return Took(len(prompts), took["tokens"], took["seconds"], took.get("steps", 0), firsts=firsts)
+
+    def ask(self, case: Case, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """All that the process tells of these prompts; of one alone transformers' tells the answer and the tokens of
+        each step too. The errors are those of `write`.
+        """
         request = {"prompts": prompts, "new": case.new, "width": case.width, "ends": case.ends}
         assert self._process.stdin is not None
         with suppress(OSError):  # the process has ended: its stderr says why
@@ -79,8 +87,7 @@ class Worker:
             self._process.stdin.flush()
         took = self._answer()
         self.peak = took["peak_bytes"]
-        firsts = () if took["first"] is None else (took["first"],)
-        return Took(len(prompts), took["tokens"], took["seconds"], took.get("steps", 0), firsts=firsts)
+        return took
 
     def report(self) -> dict[str, Any]:
         """The contender's description: its settings without file paths, and the worker's own report."""
@@ -125,6 +132,30 @@ def opened(
         else:
             stack.callback(worker.close)
             yield worker
+
+
+def workers(
+    contenders: Sequence[Contender | str],
+    stack: ExitStack,
+    report: Progress,
+    say: Callable[[str], object],
+    *,
+    needed: bool,
+) -> dict[str, Worker]:
+    """The workers by name, and what is to be said of them. needed: an unavailable engine is an error, instead of a
+    note.
+    """
+    found = {}
+    for worker in opened(contenders, stack, report):
+        if isinstance(worker, Worker):
+            found[worker.contender.name] = worker
+            if note := worker.told.get("note"):
+                say(f"{note} It is measured without that.")
+        elif needed:
+            raise worker
+        else:
+            say(str(worker))
+    return found
 
 
 def _started(contender: Contender) -> Worker:

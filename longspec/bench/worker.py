@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +29,8 @@ Case = dict[str, Any]
 """prompts: each with text, raw and tokens; new: tokens of each answer at most; width: texts at a time; ends: tokens
 that end an answer."""
 Took = dict[str, Any]
-"""tokens and seconds of decoding; first: seconds to the first token, None where texts were written side by side."""
+"""tokens and seconds of decoding; first: seconds to the first token, None where texts were written side by side. Of a
+single text transformers' has all of the answer's tokens, and how many each pass gave: answer, lengths."""
 Write = Callable[[Case], Took]
 Told = dict[str, Any]
 
@@ -78,6 +80,21 @@ def longspec(settings: dict[str, Any]) -> tuple[Write, Told]:
     return write, {**told, "drafters": list(engine.speculator.drafters), "versions": versions}
 
 
+def taken(rows: list[list[int]], ends: list[int], size: int, seen: list[tuple[float, int]], began: float) -> Took:
+    """The timing of answers. seen: of each pass its time, and the length of a prompt of `size` tokens with what was
+    written then. Of one answer its tokens are told too, and how many of them each pass gave.
+    """
+    (first, length), (last, _) = seen[0], seen[-1]
+    counts = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    tokens = sum(max(0, count - (length - size)) for count in counts)
+    took = {"tokens": tokens, "seconds": last - first, "first": first - began, "steps": len(seen)}
+    if len(rows) > 1:
+        return took
+    done = [min(end - size, counts[0]) for _, end in seen]  # a draft may go on behind the end of text
+    lengths = [end - start for start, end in pairwise([0, *done])]
+    return {**took, "answer": rows[0][: counts[0]], "lengths": lengths}
+
+
 def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
     """Transformers' generate with a dynamic cache. settings: folder, dtype, threads; lookup, a number of tokens, or
     assistant, a folder.
@@ -123,11 +140,7 @@ def transformers(settings: dict[str, Any]) -> tuple[Write, Told]:
             pad_token_id=(ends or [0])[0], stopping_criteria=StoppingCriteriaList([clock]),
             **({} if len(prompts) > 1 else extra),
         )  # fmt: skip
-        (first, length), (last, _) = clock.seen[0], clock.seen[-1]
-        rows = out[:, size:].tolist()
-        counts = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-        tokens = sum(max(0, count - (length - size)) for count in counts)
-        return {"tokens": tokens, "seconds": last - first, "first": first - began, "steps": len(clock.seen)}
+        return taken(out[:, size:].tolist(), ends, size, clock.seen, began)
 
     def write(case: Case) -> Took:
         if case["width"] == 1:

@@ -35,7 +35,10 @@ _SURVEYS = (
         "Closer Look at Efficient Inference Methods", "2411.13157", "longspec doctor", "this table, its last column"
     ),
     Method(
-        "Unlocking Efficiency, with Spec-Bench", "2401.07851", "longspec bench drafters", "first turns of its prompts"
+        "Unlocking Efficiency, with Spec-Bench",
+        "2401.07851",
+        "longspec bench drafters --official",
+        "its six tasks and formulas",
     ),
     Method("Speculative Decoding and Beyond", "2502.19732", "longspec doctor", "this table"),
 )
