@@ -5,9 +5,9 @@ size, context and text (Su et al., 2310.18813), so it is decided anew in each st
 
 - A drafter gets the limit whose expected tokens exceed the opportunity cost of their seconds most, if any does. A
   second costs the tokens that recent steps gave per second.
-- A draft is cut where a node's probability is below the marginal cost of its position in the pass: nodes of all
-  sessions in order of calibrated probability against the marginal latency (EAGLE-2, 2406.16858, and Lever,
-  2605.16786, grow trees so).
+- A draft is cut where a node's probability is below the marginal cost of its position in the pass, which in a mixture
+  is mostly that of experts that no other position reads: nodes of all sessions in order of calibrated probability
+  against the marginal latency (EAGLE-2, 2406.16858, and Lever, 2605.16786, grow trees so).
 - One back-off: a drafter whose drafts lost two tokens' time on a sequence, or have no expected gain, pauses there,
   for twice as many steps each time; then it is tried again. A new sequence begins with the pause that the last one
   had reached, and so does a new run: where nothing paid the last time it begins at rest.
@@ -15,7 +15,7 @@ size, context and text (Su et al., 2310.18813), so it is decided anew in each st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -70,8 +70,11 @@ class Goodput(Control):
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
 
-    def calibrate(self, rows: int, seconds: float) -> None:
-        self._curve.observe(rows, seconds)
+    def price_by(self, growth: Callable[[float], float]) -> None:
+        self._curve.growth = growth
+
+    def calibrate(self, rows: int, seconds: float, growth: float | None = None) -> None:
+        self._curve.observe(rows, seconds, growth)
 
     def report(self) -> dict[str, Any]:
         pauses = {name: trial.pause for name, trial in self._latest.items()}
@@ -163,7 +166,7 @@ class Goodput(Control):
         size, curve = len(step.outcomes), self._curve
         begun = any(outcome.draft.begun is not None for outcome in step.outcomes)
         if step.pass_seconds is not None and not begun:
-            curve.observe(step.rows, step.pass_seconds)
+            curve.observe(step.rows, step.pass_seconds, step.growth)
             if not any(outcome.bet.limit for outcome in step.outcomes):
                 self._plain = self._steps + _PLAIN[1]
         drafting = self._observe_drafting(step, begun=begun)

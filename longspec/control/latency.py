@@ -1,6 +1,9 @@
-"""Latency models, fitted online: a pass's seconds by its token positions, a draft's seconds by its limit.
+"""Latency models, fitted online: a pass's seconds by its token positions and what they read, a draft's by its limit.
 
-Takes measured seconds and gives expected ones; knows no clock, no model and no drafter. The noise is one-sided (a
+Takes measured seconds and gives expected ones; knows no clock, no model and no drafter. Where further positions read
+further weights, as a mixture's do, what is learned is the seconds of reading what a pass of one position reads, and a
+pass's seconds are these times its growth: what it reads, in passes of one position. So a text whose rows choose
+other experts has its price at once, and what was learned on one text holds on another. The noise is one-sided (a
 step may take ten times as long, never a tenth), so slow outliers get little weight.
 """
 
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import exp, log
 from pathlib import Path
@@ -40,6 +43,7 @@ class Curve:
     """
 
     def __init__(self, logs: list[float] | None = None) -> None:
+        self.growth: Callable[[float], float] = lambda rows: 1.0  # of a dense model
         self._logs = list(logs or _PRIOR)
         self._counts = [4.0 if logs else 0.0] * _KNOTS  # samples of each knot, exponentially weighted
         self._measured = 4 if logs else 0
@@ -48,17 +52,23 @@ class Curve:
         """Expected seconds of a pass of `rows` >= 1 positions; in units of a one-position pass before any
         measurement.
         """
+        return self._each(rows) * self.growth(rows)
+
+    def _each(self, rows: float) -> float:
+        """Seconds for what a pass of one position reads."""
         knot, share = _place(rows)
         low, high = exp(self._logs[knot]), exp(self._logs[knot + 1])
         return low + share * (high - low)
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Update the curve by a pass of `rows` positions that took `seconds`."""
+    def observe(self, rows: int, seconds: float, growth: float | None = None) -> None:
+        """Update the curve by a pass of `rows` positions that took `seconds`. growth: what it has read; what it was
+        expected to, if left out.
+        """
         if not 0 < seconds < float("inf"):
             return
         knot, share = _place(rows)
         share = min(share, 1.0)
-        wrong = log(seconds / self.seconds(rows))
+        wrong = log(seconds / (self._each(rows) * (growth or self.growth(rows))))
         known = (1 - share) * self._counts[knot] + share * self._counts[knot + 1]
         common, own = wrong, 0.0
         if self._measured:

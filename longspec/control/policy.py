@@ -6,7 +6,7 @@ one costs time and nothing else. The default is `longspec.control.goodput`; here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -43,6 +43,7 @@ class Step:
     draft_seconds: Mapping[str, float]  # by drafter, of those that were asked
     pass_seconds: float | None  # None where a prefill chunk shared the pass, which says nothing of a step's latency
     rows: int  # token positions of the pass, without a prefill chunk's
+    growth: float | None = None  # what the pass has read, in passes of one position; None where nobody says
 
 
 class Control:
@@ -69,8 +70,11 @@ class Control:
     def observe(self, step: Step) -> None:
         """Learn from a step."""
 
-    def calibrate(self, rows: int, seconds: float) -> None:
-        """Learn a pass's latency by its token positions, before the first step."""
+    def price_by(self, growth: Callable[[float], float]) -> None:
+        """Take what a pass of so many token positions is expected to read, in passes of one position."""
+
+    def calibrate(self, rows: int, seconds: float, growth: float | None = None) -> None:
+        """Learn a pass's latency by its token positions and what it has read, before the first step."""
 
     def report(self) -> dict[str, Any]:
         """The state for a later run to begin with, as JSON."""

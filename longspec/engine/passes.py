@@ -26,6 +26,7 @@ from longspec.engine.speculator import Speculator
 from longspec.errors import LongspecError, UsageError
 from longspec.model.decoder import Chunk, Rows
 from longspec.model.load import Model
+from longspec.model.reads import Growth
 from longspec.semantic.probe import Judge
 from longspec.types import Commit
 
@@ -33,6 +34,7 @@ __all__ = ["Passes", "one_at_a_time"]
 
 _CALIBRATED = (1, 2, 4, 8, 16)  # positions
 _STREAMED = (1, 1, 16)  # where a pass may take seconds
+_STRIDE = 257  # between the tokens of such a pass: rows of one token would all choose the same experts
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -69,6 +71,8 @@ class Passes:
         self.watch = watch
         self.prefill_rows = prefill_rows
         self.judge = judge  # of whole drafts, which then don't shrink on the way
+        self.growth = Growth(model.decoder)
+        speculator.control.price_by(self.growth)
         self.pruner = None if model.decoder.ring is None or judge is not None else Pruner(model.decoder)
 
     @property
@@ -95,10 +99,11 @@ class Passes:
         decoder = self.model.decoder
         for rows in (1, *_CALIBRATED) if decoder.ring is None else _STREAMED:  # the first one wakes threads
             stage = CACHES["dense"](decoder.shape).open()
-            chunk = Chunk(stage, stage.add(range(-1, rows - 1)), [0] * rows, 0, False)
+            tokens = [_STRIDE * i % decoder.config.vocabulary for i in range(rows)]
+            chunk = Chunk(stage, stage.add(range(-1, rows - 1)), tokens, 0, False)
             began = perf_counter()
             decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))
-            self.speculator.control.calibrate(rows, perf_counter() - began)
+            self.speculator.control.calibrate(rows, perf_counter() - began, self.growth.observe())
 
     def prefill(self, session: Session) -> Iterator[int]:
         """Prefill all uncached tokens but the last, chunk by chunk; yields the cache's length after each."""
@@ -111,7 +116,9 @@ class Passes:
     def read(self, session: Session, stop: int | None = None) -> None:
         """Run a pass for the prompt's next chunk, up to position `stop`."""
         chunk = self._chunk(session, stop)
-        self._prefilled(chunk, forward([], [chunk], self.model.decoder, self.speculator.needs), 0)
+        output = forward([], [chunk], self.model.decoder, self.speculator.needs)
+        self.growth.observe()
+        self._prefilled(chunk, output, 0)
 
     @one_at_a_time
     @torch.inference_mode()
@@ -128,7 +135,7 @@ class Passes:
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunks = [] if reading is None else [self._chunk(reading, stop)]
         output = forward(inputs, chunks, self.model.decoder, self.speculator.needs, self.pruner, self.judge)
-        commits = []
+        growth, commits = self.growth.observe(), []
         for i, (one, verdict) in enumerate(zip(output.inputs, output.verdicts, strict=False)):
             commits.append(Commit((), "", len(inputs[i].draft), 0))
             with one.session.keeping_error():
@@ -139,7 +146,7 @@ class Passes:
                 self._prefilled(chunk, output, len(inputs))
         rows = sum(len(one.tokens) for one in inputs)
         verdicts = [one.proposed(verdict) for one, verdict in zip(output.inputs, output.verdicts, strict=False)]
-        self.speculator.observe(commits, verdicts, output.seconds, rows, shared=bool(chunks))
+        self.speculator.observe(commits, verdicts, output.seconds, rows, shared=bool(chunks), growth=growth)
         return self._guarded(sessions, commits)
 
     def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:

@@ -115,10 +115,17 @@ class Speculator:
                 drafter.read(session, [features[layer] for layer in drafter.needs.layers])
 
     def observe(
-        self, commits: Sequence[Commit], verdicts: Sequence[Verdict], seconds: float, rows: int, *, shared: bool
+        self,
+        commits: Sequence[Commit],
+        verdicts: Sequence[Verdict],
+        seconds: float,
+        rows: int,
+        *,
+        shared: bool,
+        growth: float | None,
     ) -> None:
         """Report the verified step to control and drafters. seconds: of the forward pass, with `rows` token
-        positions; shared: a prefill chunk was in it too.
+        positions; shared: a prefill chunk was in it too; growth: what it has read, in passes of one position.
         """
         outcomes = []
         for pending, commit, verdict in zip(self._pending, commits, verdicts, strict=True):
@@ -131,7 +138,7 @@ class Speculator:
                     drafter.observe(session, commit, verdict)
             kept = [node - first for node in verdict.kept if first <= node < first + count]
             outcomes.append(Outcome(session, pending.bet, pending.own, kept, verdict))
-        self.control.observe(Step(outcomes, self._seconds, None if shared else seconds, rows))
+        self.control.observe(Step(outcomes, self._seconds, None if shared else seconds, rows, growth))
         self._pending = []
 
 

@@ -61,9 +61,10 @@ class Mixture:
     logit_bias: bool = False  # the router's product has a bias
     scale: float = 1.0  # multiplies the weights
 
-    def union(self, rows: int) -> float:
+    def union(self, rows: float) -> float:
         """Experts that a pass of so many rows is expected to go through, if each row chooses at random."""
-        return self.experts * (1 - (1 - self.chosen / self.experts) ** rows)
+        missed: float = (1 - self.chosen / self.experts) ** rows
+        return self.experts * (1 - missed)
 
 
 def mixture_of(family: str, raw: Mapping[str, Any], layers: int) -> Mixture | None:

@@ -20,6 +20,7 @@ from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
 from longspec.model.linear import Linear
 from longspec.model.native import missing
+from longspec.model.routing import Recent
 
 __all__ = ["DenseAndExperts"]
 
@@ -63,6 +64,10 @@ class DenseAndExperts:
     @property
     def weights(self) -> tuple[Any, ...]:
         return *self.norms, *self.dense.weights, *self.experts.weights
+
+    @property
+    def recent(self) -> Recent | None:
+        return self.experts.recent
 
     def touched(self, rows: int) -> float:
         """Bytes of weights that a pass of so many rows is expected to read."""

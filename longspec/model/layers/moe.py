@@ -24,6 +24,7 @@ from longspec.model.layers.steady import steady
 from longspec.model.linear import Linear
 from longspec.model.mixtures import Mixture
 from longspec.model.native import missing
+from longspec.model.routing import Recent
 from longspec.model.weights.pool import Pooled
 
 __all__ = ["Moe"]
@@ -42,6 +43,7 @@ class Moe:
     experts: tuple[DenseMlp, ...]
     multiply: Callable[[Tensor, Sequence[int]], Tensor]  # rows [p, width] sorted by expert, and how many each has
     factors: Tensor | None = None  # [experts] in fp32: of each expert's weight
+    recent: Recent | None = None  # what the last rows chose
 
     @classmethod
     def read(cls, reader: Reader, layer: int) -> Moe:
@@ -63,6 +65,7 @@ class Moe:
             bias=reader.exact(f"{at}.expert_bias", (mixture.experts,)) if mixture.biased else None,
             experts=tuple(experts),
             multiply=reader.pooled(KernelExperts(experts, c) if native else _by_torch(experts), layer),
+            recent=Recent(mixture.experts) if reader.device.type == "cpu" else None,  # to ask a GPU is to wait for it
         )
         if isinstance(made.multiply, Pooled):
             made.multiply.routed_by(made.route)
@@ -91,6 +94,8 @@ class Moe:
     def __call__(self, x: Tensor, by: Tensor | None = None) -> Tensor:
         """by: what the router takes in place of the rows."""
         chosen, weights = self.route(x if by is None else by)
+        if self.recent is not None:
+            self.recent.add(chosen[:, : self.mixture.chosen])
         if isinstance(self.multiply, Pooled):
             self.multiply.routed(x if by is None else by)
         order = chosen.flatten().argsort(stable=True)
