@@ -18,6 +18,7 @@ from longspec import __version__
 from longspec.cli.options.groups import Only
 from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.settings import config_path
+from longspec.errors import LongspecError
 from longspec.machine.system import cores, processor, quota, total_bytes
 from longspec.methods import options
 
@@ -78,9 +79,21 @@ def _machine() -> dict[str, Any]:
         "usable_cores": cores(),
         "core_quota": quota(),
         "memory_bytes": total_bytes(),
+        "memory_read_mb_per_second": _memory_rate(),
         "available_bytes": memory.get("MemAvailable"),
         "limit_bytes": _memory_limit(),
     }
+
+
+def _memory_rate() -> int | None:
+    """How fast memory is read, which is what a token's weights are read at."""
+    try:
+        from longspec.machine.bandwidth import memory_rate
+
+        rate = memory_rate()
+    except (ImportError, OSError):  # torch says why, below
+        return None
+    return None if rate is None else round(rate / 1e6)
 
 
 def _meminfo() -> dict[str, int]:
@@ -168,7 +181,24 @@ def _model() -> dict[str, Any]:
         "weights": model.format or "none",
         "disk_bytes": model.nbytes,
         "read_mb_per_second": _read_rate(),
+        **(_token(default) if model.here else {}),
     }
+
+
+def _token(model: str) -> dict[str, Any]:
+    """What a token of the model reads, and how many a second that makes without drafts."""
+    try:
+        from longspec.machine.bandwidth import kept_rate
+        from longspec.memory.forecast import forecast
+        from longspec.memory.plan import choice, request_of
+        from longspec.model.load import open_model
+
+        request = request_of(open_model(model, offline=True), None)
+        told = forecast(request, choice(request, "dense", 512), kept_rate()).report()
+    except (ImportError, OSError, LongspecError) as error:
+        return {"token": f"can't be told: {error}"}
+    rate = told["tokens_per_second"]
+    return {"token_reads_mb": round(told["bytes_per_token"] / 1e6), "tokens_per_second": rate and round(rate)}
 
 
 def _read_rate() -> int | None:
@@ -200,7 +230,7 @@ def _settings() -> dict[str, Any]:
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
-        return "none" if name.endswith("_bytes") else "not installed"
+        return "none" if name.endswith(("_bytes", "_second")) else "not installed"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes"):

@@ -6,8 +6,7 @@ Reads a model's headers, or its config.json alone where it isn't on this machine
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,7 @@ from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError, ModelError
 
 if TYPE_CHECKING:
-    from longspec.memory.plan import Choice, Request
+    from longspec.memory.plan import Request
 
 __all__ = ["EPILOG", "plan"]
 
@@ -81,8 +80,14 @@ def plan(
             torch.set_num_threads(place.threads)
         measured = None if many.texts is None else Measured.read(many)
         context = planned.context or (None if measured is None else measured.longest)
+        from longspec.memory.report import report as report_of
+
         request, stored = _request(loading.model, place.device, place.dtype, context)
-        report = {"model": loading.model, "format": stored, **_report(request, planned.memory or "auto")}
+        report = {
+            "model": loading.model,
+            "format": stored,
+            **report_of(request, planned.memory or "auto", _measured(request)),
+        }
         if measured is not None:
             progress.report("simulating the batch")
             report["batch"] = forecast(many, measured, _memory(request, measured.width))
@@ -110,7 +115,7 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> tuple[
     from longspec.model.files.checkpoint import Checkpoint
     from longspec.model.files.hub import fetch_config
     from longspec.model.load import DTYPES, choose_device, choose_dtype, open_model
-    from longspec.model.weights.footprint import Footprint, parameters
+    from longspec.model.weights.footprint import Footprint, estimated, parameters
 
     place = choose_device(device)
     try:
@@ -127,88 +132,24 @@ def _request(model: str, device: str, dtype: str, context: int | None) -> tuple[
         weights = int(parameters(config, tied=tied) * _BITS.get(kind, 8 * DTYPES[kind].itemsize) / 8)
         stored = None
         process = resident_bytes() + _TOKENIZER_NBYTES * config.vocabulary
-        footprint = Footprint(weights, weights, weights)
+        footprint = Footprint(weights, weights, weights, passes=estimated(config, weights, tied=tied))
         request = Request(config, kind, place, footprint, min(context or config.context, config.context), process)
     if context is not None and context > request.config.context:
         raise ContextError(f"{context:,} tokens were asked for; the context of {model} is {request.config.context:,}.")
     return request, stored
 
 
-def _report(request: Request, memory: str | int) -> dict[str, Any]:
-    """The object that `--json` prints."""
+def _measured(request: Request) -> Callable[[float], float] | None:
+    """Seconds of a pass by its rows, as earlier runs of the model on this machine found them; None without any."""
     import torch
 
-    from longspec.cache import CACHES, LOSSLESS
-    from longspec.memory.plan import CHUNKS, alone, budget_of, choice, choices, filled
-    from longspec.model.weights.footprint import parameters
+    from longspec.control.latency import Curve, costs_file, read
 
-    budget = budget_of(request, memory)
-    caches = []
-    for name in CACHES:
-        tried = [choice(request, name, rows) for rows in CHUNKS]
-        fitting = next((one for one in tried if one.lacks(budget) is None), None)
-        shown = fitting or tried[-1]
-        room = CACHES[name](replace(request.shape, device=torch.device("meta"))).room(request.tokens)
-        caches.append(
-            {
-                "cache": name,
-                "cache_lossless": name in LOSSLESS,
-                "bytes_per_token": room.device / request.tokens,
-                "cache_bytes": room.device,
-                "host_bytes": room.host,
-                "disk_bytes": room.disk,
-                "total_bytes": shown.need.total,
-                "prefill_rows": shown.prefill_rows,
-                "fits": fitting is not None,
-                "lacks": shown.lacks(budget),
-            }
-        )
-    picked = next((filled(request, one, budget) for one in choices(request) if one.lacks(budget) is None), None)
-    return {
-        "dtype": request.dtype,
-        "device": str(request.device),
-        "context": request.tokens,
-        "budget_bytes": budget,
-        "process_bytes": request.process,
-        "weights_bytes": request.footprint.weights,
-        "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
-        "least_bytes": alone(request),
-        "picked": picked and _picked(picked),
-        "from_disk": picked and _from_disk(request, picked),
-        "curve": [{"budget_bytes": one.need.total, **_picked(one)} for one in _curve(choices(request))],
-        "caches": caches,
-    }
-
-
-def _picked(one: Choice) -> dict[str, Any]:
-    said = {name: getattr(one, name) for name in ("cache", "prefill_rows", "draft_tokens")}
-    return {**said, "weights": "memory" if one.kept is None else "disk"}
-
-
-def _from_disk(request: Request, picked: Choice) -> dict[str, Any] | None:
-    """What a plain token reads of weights on disk, and how long that takes; None where all are in memory."""
-    if picked.kept is None:
-        return None
-    from longspec.machine.disk import read_rate
-
-    file = None if request.checkpoint is None else request.checkpoint.largest
-    rate = None if file is None else read_rate(file)
-    return {
-        "kept_layers": picked.kept,
-        "layers": len(request.footprint.layers),
-        "bytes_per_token": picked.streamed,
-        "disk_bytes_per_second": rate,
-        "tokens_per_second": rate and picked.streamed and rate / picked.streamed,
-    }
-
-
-def _curve(choices: Iterable[Choice]) -> Iterator[Choice]:
-    """What is taken as the budget falls: each choice, tried in this order, that needs less than all before it."""
-    least = math.inf
-    for one in choices:
-        if one.need.total < least:
-            least = one.need.total
-            yield one
+    threads, reads = torch.get_num_threads(), request.footprint.reads
+    path = costs_file(request.config, request.dtype, request.device, threads, strict=request.strict, streamed=None)
+    curve = Curve.of((read(path) or {}).get("passes"))
+    curve.growth = lambda rows: reads.by_rows(rows) / reads.by_rows(1)
+    return curve.seconds if curve.report() else None
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -245,8 +186,30 @@ def _print(report: dict[str, Any]) -> None:
         sentence = "finds nothing that fits"
     typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")
     if picked:
+        _print_reads(report["reads"], report["context"])
         _print_disk(report["from_disk"])
         _print_curve(report["curve"])
+
+
+def _print_reads(said: dict[str, Any], context: int) -> None:
+    from longspec.machine.system import shown
+
+    rate = ""
+    if said["tokens_per_second"]:
+        read = f"{said['memory_bytes_per_second'] / 1e9:,.1f} GB/s"
+        rate = f": at {read}, as this machine's memory is read, {said['tokens_per_second']:.3g} tokens/s without drafts"
+    if said["measured_tokens_per_second"]:
+        rate += f" ({said['measured_tokens_per_second']:.3g} in earlier runs)"
+    typer.echo(
+        f"A token behind {context:,} others reads {shown(said['bytes_per_token'])}, {shown(said['weights_bytes'])} of "
+        f"weights and {shown(said['cache_bytes'])} of cache{rate}."
+    )
+    if said["union"]:
+        each = [f"{one['rows']}: {one['experts']:.0f} ({shown(one['bytes'])})" for one in said["union"]]
+        typer.echo(
+            f"Rows of a pass, and the experts of {said['experts']} that they read if they choose at random: "
+            f"{', '.join(each)}. Rows of one text choose more alike."
+        )
 
 
 def _print_disk(said: dict[str, Any] | None) -> None:

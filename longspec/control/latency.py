@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import exp, log
@@ -126,8 +127,19 @@ class DraftCost:
         self._measured += 1
 
 
-def costs_file(**what: str) -> Path:
-    """The path of a latency file, keyed by machine, model, dtype, threads and the like."""
+def costs_file(config: object, dtype: str, device: object, threads: int, *, strict: bool, streamed: int | None) -> Path:
+    """The path of a model's latencies on this machine. streamed: bytes that each pass reads from disk; None where
+    none are.
+    """
+    what = {
+        **({} if streamed is None else {"streamed": f"{streamed >> 24}"}),  # 16 MiB
+        "machine": f"{platform.node()} {platform.machine()}",
+        "config": repr(config),
+        "dtype": dtype,
+        "device": str(device),
+        "strict": str(strict),
+        "threads": str(threads),
+    }
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "costs" / f"{name}.json"
 

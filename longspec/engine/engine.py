@@ -8,7 +8,6 @@ It never prints: progress goes to a callback, text to the iterator's caller.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -338,13 +337,8 @@ def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str
 
 def costs_path(model: Model) -> Path:
     """The file for this model's latencies on this machine."""
-    decoder, ring = model.decoder, model.decoder.ring
+    decoder, ring, threads = model.decoder, model.decoder.ring, torch.get_num_threads()
+    streamed = None if ring is None else ring.streamed
     return latency.costs_file(
-        **({} if ring is None else {"streamed": f"{ring.streamed >> 24}"}),  # 16 MiB
-        machine=f"{platform.node()} {platform.machine()}",
-        config=repr(decoder.config),
-        dtype=model.dtype,
-        device=str(decoder.device),
-        strict=str(decoder.strict),
-        threads=str(torch.get_num_threads()),
+        decoder.config, model.dtype, decoder.device, threads, strict=decoder.strict, streamed=streamed
     )

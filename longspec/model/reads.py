@@ -1,4 +1,4 @@
-"""What a pass reads: bytes of weights, by its rows.
+"""What a pass reads: bytes of weights, by its rows, and of the cache.
 
 Takes what a decoder's sub-layers say that a pass of some rows touches. The rows of a dense model share all of its
 weights. Those of a mixture share what isn't an expert's, and read the union of their experts: how fast that grows is a
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longspec.cache.shape import Shape
 from longspec.model.mixtures import Mixture
 from longspec.model.routing import Recent, unions
 
 if TYPE_CHECKING:
     from longspec.model.decoder import Decoder
 
-__all__ = ["Growth", "Reads"]
+__all__ = ["Growth", "Reads", "rows_read"]
 
 _ALL = 1 << 20  # rows that go through all experts
 _MOST = 64  # rows whose union is learned: as many as a draft may have
@@ -48,6 +49,16 @@ class Reads:
     def by_rows(self, rows: float) -> float:
         """Of rows that choose at random, which is the most that they are expected to read."""
         return self.by_union(0.0 if self.mixture is None else self.mixture.union(rows))
+
+
+def rows_read(shape: Shape, tokens: int) -> int:
+    """Bytes of the cache that a row behind so many others reads, in the model's dtype: the rows of its windows, and the
+    states of layers that keep some.
+    """
+    each = shape.sizes or ((shape.key_heads, shape.head_dim),) * shape.layers
+    rows = [tokens if window is None else min(tokens, window) for window in shape.windows]
+    read = sum(2 * heads * dim * count for (heads, dim), count in zip(each, rows, strict=True)) * shape.dtype.itemsize
+    return read + (0 if shape.states is None else shape.states.state_bytes)
 
 
 class Growth:

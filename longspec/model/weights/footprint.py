@@ -14,10 +14,11 @@ import torch
 from longspec.model.config import Config
 from longspec.model.decoder import Decoder
 from longspec.model.files.checkpoint import Checkpoint
+from longspec.model.reads import Reads
 from longspec.model.weights.read import Weights
 from longspec.model.weights.valueless import DEQUANTIZED, Valueless
 
-__all__ = ["Footprint", "footprint", "parameters", "shapes_of"]
+__all__ = ["Footprint", "estimated", "footprint", "parameters", "shapes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,12 @@ class Footprint:
     layers: tuple[int, ...] = ()  # of each layer's matrices, which may stay on disk; none where that isn't known
     experts: tuple[int, ...] = ()  # of each expert's of all layers, beside these
     largest: int = 0  # beside what is kept, while one matrix is loaded
+    passes: Reads | None = None  # of those in memory, what a pass reads; None where files don't say
+
+    @property
+    def reads(self) -> Reads:
+        """What a pass reads; all weights where that isn't known."""
+        return self.passes or Reads(self.weights)
 
 
 def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, coded: str | None = None) -> Footprint:
@@ -50,7 +57,7 @@ def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, coded:
         weights: Weights = Weights.of_folder(place, dtype)
     else:
         weights = checkpoint.weights(dtype, coded=coded is not None)
-    valueless, whole = shapes_of(checkpoint, weights, config, coded)
+    valueless, decoder = shapes_of(checkpoint, weights, config, coded)
     dequantizes = valueless.dequantizes
     mapped, copied = sum(valueless.mapped.values()), valueless.copied
     gaps = copied // 12 if dequantizes and coded is None else 0  # heap fragmentation that dequantizing leaves
@@ -59,14 +66,27 @@ def footprint(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, coded:
     units = valueless.sizes.items()
     layers = tuple(nbytes for unit, nbytes in units if isinstance(unit, int))
     experts = tuple(nbytes for unit, nbytes in units if not isinstance(unit, int))
-    return Footprint(whole, resident, loading, layers, experts, valueless.largest)
+    passes = Reads.of(decoder.touched, config.mixture)
+    return Footprint(decoder.nbytes, resident, loading, layers, experts, valueless.largest, passes)
 
 
-def shapes_of(checkpoint: Checkpoint, weights: Weights, config: Config, coded: str | None) -> tuple[Valueless, int]:
-    """The checkpoint's weights without values, of which a decoder has taken all that it needs; and that one's bytes."""
+def shapes_of(checkpoint: Checkpoint, weights: Weights, config: Config, coded: str | None) -> tuple[Valueless, Decoder]:
+    """The checkpoint's weights without values, and a decoder that has taken all of them that it needs."""
     dequantizes = checkpoint.gguf is not None and (coded is not None or checkpoint.folder is None)
     shapes = Valueless(weights, dequantizes=dequantizes, releases=coded is not None)
-    return shapes, Decoder(config, shapes, torch.device("meta"), coded=coded).nbytes
+    return shapes, Decoder(config, shapes, torch.device("meta"), coded=coded)
+
+
+def estimated(config: Config, nbytes: int, *, tied: bool) -> Reads:
+    """What a pass reads of so many bytes of weights, where nothing but the config is known."""
+    each = nbytes / parameters(config, tied=tied)
+    nbytes -= 0 if tied else round(config.vocabulary * config.width * each)
+    if (own := config.per_layer) is not None:  # a row of its table is read
+        nbytes -= round(own.inputs * config.layers * own.table * each)
+    if (mixture := config.mixture) is None:
+        return Reads(nbytes)
+    expert = sum(mixture.layers) * 3 * config.width * mixture.width * each
+    return Reads(nbytes - round(expert * mixture.experts), expert, mixture)
 
 
 def parameters(config: Config, *, tied: bool) -> int:
