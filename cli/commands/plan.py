@@ -6,7 +6,7 @@ Reads a model's headers, or its config.json alone where it isn't on this machine
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,7 +188,7 @@ def _print(report: dict[str, Any]) -> None:
     if picked:
         _print_reads(report["reads"], report["context"])
         _print_disk(report["from_disk"])
-        _print_curve(report["curve"])
+        _print_curve(report)
 
 
 def _print_reads(said: dict[str, Any], context: int) -> None:
@@ -227,11 +227,35 @@ def _print_disk(said: dict[str, Any] | None) -> None:
     )
 
 
-def _print_curve(curve: Sequence[dict[str, Any]]) -> None:
+def _print_curve(report: dict[str, Any]) -> None:
     from longspec.machine.system import shown
 
-    typer.echo("\nWhat --memory makes of a budget, at least:")
-    typer.echo(f"{'BUDGET':>10}  {'CACHE':5}  DRAFTED  PREFILL  WEIGHTS")
-    for one in curve:
-        budget, cache = shown(one["budget_bytes"]), one["cache"]
-        typer.echo(f"{budget:>10}  {cache:5}  {one['draft_tokens']:7}  {one['prefill_rows']:7}  {one['weights']}")
+    typer.echo("\nWhat --memory makes of a budget, at least, and the tokens/s that reading and drafts promise then:")
+    rows = [("BUDGET", "CACHE", "DRAFTED", "PREFILL", "WEIGHTS", "TOKENS/S", "DRAFTERS")]
+    for one in report["curve"]:
+        rate = f"{one['tokens_per_second']:.3g}" if one["tokens_per_second"] else "unknown"
+        numbers = (str(one["draft_tokens"]), str(one["prefill_rows"]))
+        drafters = ", ".join(one["drafters"]) if one["draft_tokens"] else "none"
+        rows.append((shown(one["budget_bytes"]), one["cache"], *numbers, one["weights"], rate, drafters))
+    for budget, cache, drafted, prefill, weights, rate, drafters in rows:
+        typer.echo(f"{budget:>10}  {cache:7}  {drafted:>7}  {prefill:>7}  {weights:7}  {rate:>8}  {drafters}")
+    typer.echo(_why(report))
+
+
+def _why(report: dict[str, Any]) -> str:
+    """Why one was taken, of those that were tried."""
+    from longspec.machine.system import shown
+
+    picked, further = report["picked"], report["next"]
+    said = f"Of {report['candidates']:,} candidates "
+    if further is None:
+        return f"{said}the first is taken: nothing that is larger promises more."
+    said_of = {
+        "weights": "weights {}",
+        "cache": "cache {}",
+        "draft_tokens": "{} drafted tokens",
+        "prefill_rows": "prefill chunks of {} rows",
+    }
+    changes = [word.format(further[key]) for key, word in said_of.items() if further[key] != picked[key]]
+    more = shown(further["budget_bytes"] - report["budget_bytes"])
+    return f"{said}the first that fits is taken; with {more} more it would be {', '.join(changes) or 'another'}."

@@ -20,7 +20,7 @@ from longspec.control import latency
 from longspec.control import make as make_control
 from longspec.control.policy import Control
 from longspec.drafters import DRAFT_TOKENS
-from longspec.drafters.auto import auto, heads_for
+from longspec.drafters.chosen import FREE, chosen
 from longspec.drafters.draft_model import check_vocabulary
 from longspec.drafters.heads.mtp import Multitoken
 from longspec.drafters.spec import parse
@@ -34,8 +34,8 @@ from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
-from longspec.errors import ModelError, UsageError
-from longspec.heads.published.mtp import check_head, has_head, lacking
+from longspec.errors import UsageError
+from longspec.heads.published.mtp import check_head
 from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, choose_device, open_model
@@ -83,7 +83,7 @@ class Engine(Writer):
         if plan is not None and plan.choice.draft_tokens:
             draft_tokens = min(draft_tokens, plan.choice.draft_tokens)
         self.plan = plan
-        drafters, remark = _drafters(model, drafter, options or {}, plan)
+        drafters, remark = chosen(model, drafter, options or {}, FREE if plan is None else plan.limits)
         self._remark = remark if judge is None else REMARK
         self.drafter_name = next(iter(drafters)) if len(drafters) == 1 else str(drafter)
         self.costs_file = costs_file
@@ -93,6 +93,8 @@ class Engine(Writer):
             control = make_control("fixed" if idle else control, [*drafters], draft_tokens, learned)
         watch = Watch(plan, moves=cache == "auto", is_read=model.is_read) if plan else None
         rows = plan.choice.prefill_rows if plan else CHUNKS[0]
+        if plan is not None and plan.choice.how.texts < plan.request.texts:
+            self.most_texts = plan.choice.how.texts
         super().__init__(model, Speculator(drafters, control, draft_tokens), watch, rows, judge)
         if control.is_new and model.decoder.kernel is not None:
             self.calibrate()
@@ -157,7 +159,7 @@ class Engine(Writer):
             run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights, **drafting}
             plan = make_plan(opened, memory, tokens=tokens(opened.vocabulary) if callable(tokens) else tokens, **run)
         loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
-        if smaller is not None:
+        if smaller is not None and (plan is None or plan.limits.holds("model")):
             drafting["options"]["draft"] = smaller.load(strict=strict)
         engine = cls(
             loaded,
@@ -289,41 +291,6 @@ def _smaller(name: str, target: Opened, device: str, report: Report | None) -> O
     names = (target.checkpoint.name, target.vocabulary), (opened.checkpoint.name, opened.vocabulary)
     check_vocabulary(*names, opened.config.vocabulary)
     return opened
-
-
-def _drafters(
-    model: Model, drafter: str | Drafter, options: Mapping[str, Any], plan: Plan | None
-) -> tuple[dict[str, Drafter], str | None]:
-    """The drafters by name, in the order in which the control tries them; and what is to be said with the first text of
-    a head that `auto` doesn't take.
-    """
-    if isinstance(drafter, Drafter):
-        return {type(drafter).__name__.lower(): drafter}, None
-    if drafter != "auto":
-        spec = parse(drafter, options)
-        return {spec.name: spec.make(model)}, None
-    heads = heads_for(model)
-    if plan is not None:
-        tokens, spare = plan.request.tokens * plan.request.texts, plan.budget - plan.choice.need.total
-        heads = heads_for(model, tokens, spare)
-    own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
-    nbytes = model.decoder.nbytes if model.decoder.ring is None else 0  # fewer layers are read as slowly as all
-    chosen = auto(options, nbytes=nbytes, heads=heads, mtp=own)
-    made, remark = {}, _lacking(model)
-    for spec in chosen:
-        try:
-            made[spec.name] = spec.make(model)
-        except ModelError as error:
-            if spec.name != "mtp":
-                raise
-            remark = str(error)  # of a head that nobody asked for by name
-    return made, remark
-
-
-def _lacking(model: Model) -> str | None:
-    """What is to be said of a model whose config names an MTP head that its files lack."""
-    lacks = None if model.checkpoint is None else lacking(model.checkpoint, model.decoder.config)
-    return None if lacks is None else f"{lacks}; it is drafted for without one"
 
 
 def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str, Any] | None:

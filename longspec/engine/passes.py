@@ -58,6 +58,8 @@ class Passes:
     the memory guard. judge: what may accept drafts by their meaning; None is exact.
     """
 
+    most_texts: int | None = None  # that the memory plan holds side by side; None: no limit
+
     def __init__(
         self,
         model: Model,

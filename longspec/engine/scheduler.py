@@ -64,6 +64,7 @@ class Passes(Protocol):
     """The engine's part: opens sessions, and steps them in one forward pass."""
 
     cache_name: str
+    most_texts: int | None  # that a memory plan holds side by side; None: no limit
 
     def empty_cache(self) -> Cache:
         """A cache of that kind."""
@@ -96,7 +97,7 @@ class Schedule:
 
     def __init__(self, engine: Passes, width: int = WIDTH, kept: int = 0, shelf: Shelf | None = None) -> None:
         self.engine = engine
-        self.width = width
+        self.width = width if engine.most_texts is None else min(width, engine.most_texts)
         self._waiting: deque[Session] = deque()
         self._reading: Session | None = None
         self._writing: list[Session] = []

@@ -1,5 +1,5 @@
-"""What memory may be spent on: kinds of cache, sizes of prefill chunks and of drafts, the place of the weights; and the
-bytes of each choice.
+"""What memory may be spent on: kinds of cache, sizes of prefill chunks, how a run drafts, the place of the weights; and
+the bytes of each choice.
 
 Takes a model's config and weight footprint, and a sequence length; gives choices, the cheapest in time first. On a CPU
 the bytes are the process's peak resident size; on a GPU torch's reserved memory, the host's being separate.
@@ -20,6 +20,7 @@ from longspec.cache.state_stage import StateStage
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.spec import Spec
 from longspec.machine.system import available_bytes, shown
+from longspec.memory.gain import DRAFTS, How, hows, taken, whole
 from longspec.memory.workspace import workspace
 from longspec.model.config import Config
 from longspec.model.files.checkpoint import Checkpoint
@@ -45,9 +46,6 @@ __all__ = [
 
 CHUNKS = (512, 256, 128, 64)
 """Rows of a prefill chunk, the fastest first: CPU seconds for 6,700 rows in bf16 10.6, 10.9, 12.0 and 15.9."""
-
-DRAFTS = (8, 4, 2)
-"""Drafted tokens to try where those asked for don't fit: the logits of a tree are its memory (SpecMemo, 2506.01986)."""
 
 WEIGHTS = ("auto", "memory", "disk")
 """Where they may be."""
@@ -84,6 +82,7 @@ class Request:
     weights: str = "auto"  # where they are: in memory, on disk, or there where they don't fit
     streamed_draft_tokens: int = DRAFT_TOKENS  # where weights are read from disk for each pass
     checkpoint: Checkpoint | None = None  # where drafters find heads of the model's own
+    may_drop: bool = False  # drafters, as nobody asked for them by name
 
     @property
     def shape(self) -> Shape:
@@ -119,17 +118,22 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kind of cache, a prefill chunk, a size of drafts and a place of the weights, with the bytes that they need."""
+    """A kind of cache, a prefill chunk, a way to draft and a place of the weights, with the bytes that they need."""
 
     cache: str
     prefill_rows: int
-    draft_tokens: int
+    how: How
     need: Need
     host: int = 0  # bytes of host memory, beside a GPU's
     disk: int = 0
     kept: int | None = None  # layers in memory, where the others are read from disk for each pass; None: all
     pool: int = 0  # bytes that their experts may take in memory
     streamed: int = 0  # bytes that a pass of one row is expected to read
+
+    @property
+    def draft_tokens(self) -> int:
+        """Of a draft at most."""
+        return self.how.draft_tokens
 
     def lacks(self, budget: int | None) -> str | None:
         """The reason why this choice is impossible: the budget, the host's memory, or the disk. None where it fits."""
@@ -143,14 +147,16 @@ class Choice:
 
 
 def choices(request: Request, cache: str = "auto") -> Iterator[Choice]:
-    """All choices, the cheapest first."""
+    """All choices, the cheapest first: ways to draft come before another kind of cache, which may change the text."""
+    drafters = taken(request)
     places: list[tuple[int | None, int]] = [(None, request.draft_tokens)] if request.weights != "disk" else []
     places += [(0, request.streamed_draft_tokens)] if request.streams else []
     for kept, most in places:
+        ways = hows(request, drafters, most, streams=kept is not None)
         for name in _order(request.device) if cache == "auto" else (cache,):
-            for drafts in (most, *(few for few in (DRAFT_TOKENS, *DRAFTS) if few < most)):
+            for how in ways:
                 for rows in CHUNKS:
-                    yield choice(replace(request, draft_tokens=drafts), name, rows, kept)
+                    yield choice(request, name, rows, kept, how=how)
 
 
 def filled(request: Request, found: Choice, budget: int) -> Choice:
@@ -158,11 +164,11 @@ def filled(request: Request, found: Choice, budget: int) -> Choice:
     if found.kept is None:
         return found
     layers, experts = request.footprint.layers, request.footprint.experts
-    asked, left = replace(request, draft_tokens=found.draft_tokens), max(0, budget - found.need.total)
+    left = max(0, budget - found.need.total)
     kept = min(len(layers), left // max(layers))
-    made = choice(asked, found.cache, found.prefill_rows, kept)
+    made = choice(request, found.cache, found.prefill_rows, kept, how=found.how)
     pool = min(sum(experts), made.pool + max(0, budget - made.need.total)) if experts else 0
-    return choice(asked, found.cache, found.prefill_rows, kept, pool)
+    return choice(request, found.cache, found.prefill_rows, kept, pool, how=found.how)
 
 
 def beside(found: Footprint) -> int:
@@ -180,13 +186,19 @@ def least_pool(found: Footprint) -> int:
     return min(_EXPERTS * max(found.experts, default=0), sum(found.experts))
 
 
-def choice(request: Request, cache: str, prefill_rows: int, kept: int | None = None, pool: int = 0) -> Choice:
-    """The choice of that cache, prefill chunk, number of layers in memory and room for experts, with its bytes."""
-    r, shape, on_cpu = request, request.shape, request.device.type == "cpu"
+def choice(
+    request: Request, cache: str, prefill_rows: int, kept: int | None = None, pool: int = 0, how: How | None = None
+) -> Choice:
+    """The choice of that cache, prefill chunk, number of layers in memory and room for experts, with its bytes. how: it
+    drafts; as it was asked for, if left out.
+    """
+    how = whole(request, taken(request)) if how is None else how
+    r = replace(request, draft_tokens=how.draft_tokens, texts=how.texts)
+    shape, on_cpu = r.shape, r.device.type == "cpu"
     empty = CACHES[cache](replace(shape, device=torch.device("meta")))
     room = Room(*(part * r.texts for part in empty.room(r.tokens)))
     rows = min(max(prefill_rows, r.draft_tokens + 1), r.tokens) + (r.texts - 1) * (r.draft_tokens + 1)
-    drafter = sum(spec.planned_bytes(r) for spec in r.drafters)
+    drafter = how.nbytes
     own = r.process + LATER
     held = drafter + room.host
     working = {
@@ -197,7 +209,7 @@ def choice(request: Request, cache: str, prefill_rows: int, kept: int | None = N
     }
     if not on_cpu:
         need = Need(weights=r.footprint.weights, **working)
-        return Choice(cache, prefill_rows, r.draft_tokens, need, host=held + r.footprint.loading, disk=room.disk)
+        return Choice(cache, prefill_rows, how, need, host=held + r.footprint.loading, disk=room.disk)
     found, streamed = r.footprint, 0
     weights, peak = found.resident, found.loading
     if kept is not None:
@@ -211,7 +223,7 @@ def choice(request: Request, cache: str, prefill_rows: int, kept: int | None = N
     need = Need(process=own, weights=weights, drafter=drafter, **working)
     loading = max(0, own + peak - need.total)
     need = Need(own, weights, drafter, **working, loading=loading)
-    return Choice(cache, prefill_rows, r.draft_tokens, need, disk=room.disk, kept=kept, pool=pool, streamed=streamed)
+    return Choice(cache, prefill_rows, how, need, disk=room.disk, kept=kept, pool=pool, streamed=streamed)
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ that fits.
 Takes a model's config and weight footprint, and a sequence length; gives each choice's bytes by component, and the
 first choice that fits, in this order:
 
-    dense, int8, int4, then offload (on a GPU) and disk; each with prefill chunks of 512, 256, 128, 64 tokens
+    dense, int8, int4, then offload (on a GPU) and disk
+    of each, the ways to draft, by the tokens per second that they promise (`gain`): sizes of trees, down to none;
+    whether a draft model or a head is loaded that nobody asked for by name; texts side by side
+    of each, prefill chunks of 512, 256, 128, 64 tokens
     on a CPU: the same with the layers' weights on disk, of which as many stay in memory as fit
 
 A smaller chunk costs time before the first token only (measured: with chunks of 64, prefill takes half as long
-again); another kind of cache costs time with every token, and its output may differ from dense's: so all chunks come
-before the next kind. It loads nothing and monitors nothing (`longspec.engine.memory_guard`).
+again); another kind of cache costs time with every token, and its output may differ from dense's: so all chunks and all
+ways to draft come before the next kind. It loads nothing and monitors nothing (`longspec.engine.memory_guard`).
 
 On a CPU the bytes are the process's peak resident size; on a GPU torch's reserved memory, the host's being separate.
 """
@@ -25,6 +28,7 @@ import torch
 from longspec.cache import LOSSLESS
 from longspec.drafters import DRAFT_TOKENS
 from longspec.drafters.auto import auto
+from longspec.drafters.chosen import Limits
 from longspec.drafters.spec import Spec, parse
 from longspec.errors import BudgetError, UsageError
 from longspec.heads.published.mtp import has_head
@@ -85,15 +89,19 @@ class Plan:
     choice: Choice
 
     def __str__(self) -> str:
-        c = self.choice
+        c, texts = self.choice, self.choice.how.texts
         said = (
             f"{shown(c.need.total)} of {shown(self.budget)} planned for {self.request.tokens:,} tokens"
-            f"{f' in each of {self.request.texts} texts' if self.request.texts > 1 else ''}: cache {c.cache}"
+            f"{f' in each of {texts} texts' if self.request.texts > 1 else ''}: cache {c.cache}"
         )
         said += "" if c.cache in LOSSLESS else " (the text may differ from dense's)"
         said += "" if c.prefill_rows == CHUNKS[0] else f", prefill in chunks of {c.prefill_rows} rows"
         wanted = self.request.draft_tokens if c.kept is None else self.request.streamed_draft_tokens
-        said += f", at most {c.draft_tokens} drafted tokens" if c.draft_tokens < wanted else ""
+        if c.draft_tokens < wanted:
+            said += f", at most {c.draft_tokens} drafted tokens" if c.draft_tokens else ", without drafts"
+        if c.draft_tokens and c.how.without:
+            said += f", without {' and '.join(c.how.without)}"
+        said += f", {texts} of {self.request.texts} texts side by side" if texts < self.request.texts else ""
         if c.kept is None:
             return said
         return f"{said}, {shown(c.streamed)} of weights read from disk for each pass"
@@ -103,6 +111,13 @@ class Plan:
         """Bytes of the budget that nothing is planned for."""
         return max(0, self.budget - self.choice.need.total)
 
+    @property
+    def limits(self) -> Limits:
+        """What it leaves for drafters."""
+        how, asked = self.choice.how, self.request
+        drafts = bool(how.draft_tokens or not asked.draft_tokens)
+        return Limits(drafts, how.without, asked.tokens * how.texts, self.spare)
+
     def report(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         c = self.choice
@@ -110,10 +125,11 @@ class Plan:
             "budget_bytes": self.budget,
             "planned_bytes": c.need.total,
             "planned_tokens": self.request.tokens,
-            "planned_texts": self.request.texts,
+            "planned_texts": c.how.texts,
             "planned_cache": c.cache,
             "prefill_rows": c.prefill_rows,
             "draft_tokens": c.draft_tokens,
+            "without": list(c.how.without),
             "kept_layers": c.kept,
             "streamed_bytes": c.streamed,
             "parts": asdict(c.need),
@@ -206,6 +222,7 @@ def request_of(
         texts=texts,
         weights=weights,
         checkpoint=opened.checkpoint,
+        may_drop=drafter == "auto",
     )
 
 
@@ -217,10 +234,11 @@ def plan(request: Request, budget: int, cache: str = "auto", smaller: tuple[str,
     Raises:
         BudgetError: there is none. Its message has the least need, by component.
     """
-    tried = list(choices(request, cache))
-    for candidate in tried:
+    tried = []
+    for candidate in choices(request, cache):
         if candidate.lacks(budget) is None:
             return Plan(request, budget, filled(request, candidate, budget))
+        tried.append(candidate)
     least = min(tried, key=lambda candidate: candidate.need.total)
     if (needed := alone(request)) > budget:
         weights = "the weights alone need" if request.device.type != "cpu" else "process and weights alone need"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,10 @@ __all__ = ["report"]
 def report(request: Request, memory: str | int, measured: Callable[[float], float] | None = None) -> dict[str, Any]:
     """The object that `longspec plan --json` prints. measured: seconds of a pass by its rows, by earlier runs."""
     budget = budget_of(request, memory)
-    picked = next((filled(request, one, budget) for one in choices(request) if one.lacks(budget) is None), None)
-    on_disk = picked and _from_disk(request, picked)
+    tried = list(choices(request))
+    picked = next((filled(request, one, budget) for one in tried if one.lacks(budget) is None), None)
+    rates = _rates(request)
+    curve = [{"budget_bytes": one.need.total, **_picked(request, one, rates)} for one in _curve(tried)]
     return {
         "dtype": request.dtype,
         "device": str(request.device),
@@ -38,12 +40,27 @@ def report(request: Request, memory: str | int, measured: Callable[[float], floa
         "weights_bytes": request.footprint.weights,
         "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
         "least_bytes": alone(request),
-        "picked": picked and _picked(picked),
-        "from_disk": on_disk,
-        "reads": picked and _reads(request, picked, on_disk, measured),
-        "curve": [{"budget_bytes": one.need.total, **_picked(one)} for one in _curve(choices(request))],
+        "picked": picked and _picked(request, picked, rates),
+        "from_disk": picked and _from_disk(request, picked, rates),
+        "reads": picked and _reads(request, picked, rates, measured),
+        "candidates": len(tried),
+        "next": next((one for one in reversed(curve) if one["budget_bytes"] > budget), None),
+        "curve": curve,
         "caches": [_cache(request, name, budget) for name in CACHES],
     }
+
+
+class _Rates(NamedTuple):
+    """Bytes per second of reading; None where it isn't known."""
+
+    memory: float | None
+    disk: float | None
+
+
+def _rates(request: Request) -> _Rates:
+    file = request.checkpoint.largest if request.checkpoint is not None and request.streams else None
+    memory = kept_rate() if request.device.type == "cpu" else None
+    return _Rates(memory, None if file is None else read_rate(file))
 
 
 def _cache(request: Request, name: str, budget: int) -> dict[str, Any]:
@@ -67,32 +84,37 @@ def _cache(request: Request, name: str, budget: int) -> dict[str, Any]:
 
 
 def _reads(
-    request: Request, picked: Choice, on_disk: dict[str, Any] | None, measured: Callable[[float], float] | None
+    request: Request, picked: Choice, rates: _Rates, measured: Callable[[float], float] | None
 ) -> dict[str, Any]:
     """What a token reads, and how many tokens a second that makes."""
-    memory = kept_rate() if request.device.type == "cpu" else None
-    disk = None if on_disk is None else on_disk["disk_bytes_per_second"]
     known = None if measured is None else 1 / measured(1)
-    return {**forecast(request, picked, memory, disk).report(), "measured_tokens_per_second": known}
+    return {**forecast(request, picked, *rates).report(), "measured_tokens_per_second": known}
 
 
-def _picked(one: Choice) -> dict[str, Any]:
-    said = {name: getattr(one, name) for name in ("cache", "prefill_rows", "draft_tokens")}
-    return {**said, "weights": "memory" if one.kept is None else "disk"}
+def _picked(request: Request, one: Choice, rates: _Rates) -> dict[str, Any]:
+    """A choice. tokens_per_second: what reading allows, times what its drafts are expected to bring."""
+    seconds = forecast(request, one, *rates).seconds(1)
+    return {
+        "cache": one.cache,
+        "prefill_rows": one.prefill_rows,
+        "draft_tokens": one.draft_tokens,
+        "drafters": [each.spec.name for each in one.how.drafters],
+        "weights": "memory" if one.kept is None else "disk",
+        "gain": round(one.how.gain, 3),
+        "tokens_per_second": seconds and round(one.how.gain / seconds, 3),
+    }
 
 
-def _from_disk(request: Request, picked: Choice) -> dict[str, Any] | None:
+def _from_disk(request: Request, picked: Choice, rates: _Rates) -> dict[str, Any] | None:
     """What a plain token reads of weights on disk, and how long that takes; None where all are in memory."""
     if picked.kept is None:
         return None
-    file = None if request.checkpoint is None else request.checkpoint.largest
-    rate = None if file is None else read_rate(file)
     return {
         "kept_layers": picked.kept,
         "layers": len(request.footprint.layers),
         "bytes_per_token": picked.streamed,
-        "disk_bytes_per_second": rate,
-        "tokens_per_second": rate and picked.streamed and rate / picked.streamed,
+        "disk_bytes_per_second": rates.disk,
+        "tokens_per_second": rates.disk and picked.streamed and rates.disk / picked.streamed,
     }
 
 

@@ -24,7 +24,7 @@ _CACHES = (
 
 _MEMORY = (
     Method(
-        "SpecMemo", "2506.01986", "--memory SIZE", "tree, cache, prefill and head by a budget; not the batch's width"
+        "SpecMemo", "2506.01986", "--memory SIZE", "tree, drafters, texts side by side, then cache, by expected goodput"
     ),
     Method("ReCoVer", "2605.11215", "longspec train --workers N", "numbered micro-batches, added in their order"),
 )

@@ -195,11 +195,13 @@ def test_the_engine_drafts_what_was_planned(folder: str) -> None:
     roomy = Engine.load(folder, memory="auto", dtype="fp32", drafter="ngram")
     assert roomy.plan is not None
     assert roomy.speculator.most == 15
-    few = replace(roomy.plan, choice=replace(roomy.plan.choice, draft_tokens=4))
+    choice = roomy.plan.choice
+    few = replace(roomy.plan, choice=replace(choice, how=replace(choice.how, draft_tokens=4)))
     assert Engine(roomy.model, drafter="ngram", plan=few).speculator.most == 4
     assert Engine(roomy.model, drafter="ngram", plan=few, draft_tokens=2).speculator.most == 2
-    none = replace(roomy.plan, choice=replace(roomy.plan.choice, draft_tokens=0))
+    none = replace(roomy.plan, choice=replace(choice, how=replace(choice.how, draft_tokens=0)))
     assert Engine(roomy.model, drafter="none", plan=none).plan == none
+    assert Engine(roomy.model, plan=none).drafter_name == "none"
 
 
 def test_a_cache_by_name_is_kept_or_refused() -> None:

@@ -50,7 +50,7 @@ def test_a_draft_model_is_planned_and_reported(model: Model, target: Path, tmp_p
 
 def test_a_budget_that_the_draft_model_breaks_is_refused(target: Path) -> None:
     without, with_draft = (
-        replace(request_for(target, name, options), process=256 << 20, weights="memory")
+        replace(request_for(target, name, options), process=256 << 20, weights="memory", texts=1)
         for name, options in (("ngram", None), ("model+ngram", {"draft": str(target)}))
     )
     needed = choice(replace(with_draft, draft_tokens=DRAFTS[-1]), "dense", 64).need.total

@@ -146,8 +146,11 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert guarded(["plan", "-m", tiny, *TINY]) == 0
     out = capfd.readouterr().out
     assert "--cache auto takes dense" in out
+    head, first = r"^ +BUDGET  CACHE    DRAFTED  PREFILL  WEIGHTS  TOKENS/S  DRAFTERS\n", r"B  dense +15 +512  memory"
     assert re.search(
-        r"^ +BUDGET  CACHE  DRAFTED  PREFILL  WEIGHTS\n +\d[^\n]*B  dense +15 +512  memory$", out, re.MULTILINE
+        rf"{head} +\d[^\n]*{first} +[\d.e+]+  recycle",
+        out,
+        re.MULTILINE,
     )
     assert re.search(r"^dense .* yes$", out, re.MULTILINE)
 
@@ -155,12 +158,14 @@ def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     report = planned(["-m", tiny, "--memory", "16GiB", *TINY], capfd)
     assert (report["context"], report["budget_bytes"], report["dtype"]) == (4096, 16 << 30, "fp32")
-    assert report["picked"] == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15, "weights": "memory"}
+    picked = {name: report["picked"][name] for name in ("cache", "prefill_rows", "draft_tokens", "weights")}
+    assert picked == {"cache": "dense", "prefill_rows": 512, "draft_tokens": 15, "weights": "memory"}
+    assert (report["picked"]["drafters"], report["next"]) == (["recycle+ngram"], None)
     budgets = [one["budget_bytes"] for one in report["curve"]]
     assert budgets == sorted(budgets, reverse=True)
     first, *_, last = report["curve"]
     assert {**report["picked"], "budget_bytes": budgets[0]} == first
-    assert (last["prefill_rows"], last["draft_tokens"], last["weights"]) == (64, 2, "disk")
+    assert (last["prefill_rows"], last["draft_tokens"], last["weights"]) == (64, 0, "disk")
     at = planned(
         ["-m", tiny, "--memory", str(budgets[1]), *TINY], capfd
     )  # of the same process: the least that holds it
