@@ -32,6 +32,7 @@ _PRIOR = 0.05  # prior cost of a draft, and of each of its tokens, in plain pass
 _CHEAP = 0.2  # in plain passes: below it the full limit is asked for, and then cut
 _LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row: half of `_LOSS` at first, `_AGAIN` after a pause
 _PAUSE, _FRESH = 128, 8  # steps: the longest, and the longest that a new text begins with
+_RESTING = 16  # steps of a pause: four in a row have ended with nothing won
 _PROBE = 4  # tokens of an exploratory draft
 _PLAIN = (4, 128)  # steps without drafts, to measure the gain: the first one, and the interval
 _RECENT = 1 / 32
@@ -65,6 +66,7 @@ class Goodput(Control):
         self._pauses = _pauses((learned or {}).get("pauses"))  # of drafters of earlier runs
         self._latest = {name: _Trial(pool, pause=self._pauses.get(name, 1)) for name, pool in self._pools.items()}
         self._trials: WeakKeyDictionary[Writing, dict[str, _Trial]] = WeakKeyDictionary()
+        self._gone: set[str] = set()  # drafters that aren't loaded any longer
         self._steps, self._nodes = 0, 0.0  # steps so far; moving average of a session's draft nodes
         self._brought = self._took = 1.0  # moving averages: tokens, and time in plain steps
         self._price = 1.0  # tokens per second, the price of latency
@@ -79,6 +81,21 @@ class Goodput(Control):
     def report(self) -> dict[str, Any]:
         pauses = {name: trial.pause for name, trial in self._latest.items()}
         return {"passes": self._curve.report(), "pauses": {**self._pauses, **pauses}}
+
+    def resting(self) -> list[str]:
+        """Those that pause on every sequence, the last one for `_RESTING` steps at least."""
+        known = list(self._trials.values())
+        return [
+            name
+            for name, last in self._latest.items()
+            if name not in self._gone
+            and last.pause >= _RESTING
+            and known
+            and all(trials[name].due > self._steps for trials in known)
+        ]
+
+    def forget(self, drafter: str) -> None:
+        self._gone.add(drafter)
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
         self._steps += 1
@@ -96,7 +113,7 @@ class Goodput(Control):
         if not most:
             return Bet("", 0, "at the end")
         for name, trial in trials.items():
-            if trial.due > self._steps:
+            if trial.due > self._steps or name in self._gone:
                 continue
             value, limit = self._worth(name, trial, most, size)
             if value > best and not trial.due:

@@ -76,6 +76,13 @@ class Control:
     def calibrate(self, rows: int, seconds: float, growth: float | None = None) -> None:
         """Learn a pass's latency by its token positions and what it has read, before the first step."""
 
+    def resting(self) -> list[str]:
+        """The drafters that have long brought nothing to any sequence."""
+        return []
+
+    def forget(self, drafter: str) -> None:
+        """Bet on it no more: it isn't loaded any longer."""
+
     def report(self) -> dict[str, Any]:
         """The state for a later run to begin with, as JSON."""
         return {}

@@ -4,6 +4,7 @@ Takes sessions between two passes. A plan is an upper estimate, so the guard is 
 beside the planned one, or a library that keeps more than was measured. Its measures, in this order:
 
     let go of finished texts' rows that were kept for prompts to come, and return free heap memory to the system
+    let go of drafters that rest, as nothing that they drafted paid (noted; the text is the same without them)
     convert a dense cache to int8 or int4, if the cache was left to auto (noted in the session: its output may differ)
     end the longest sequence, with the answer so far
 """
@@ -36,6 +37,7 @@ class Watch:
         self.plan = plan
         self.moves, self.is_read = moves, is_read
         self.let_go: Callable[[], bool] = lambda: False  # frees rows that nobody is writing behind, if there are any
+        self.give_back: Callable[[], str | None] = lambda: None  # lets go of a drafter that rests; its name
         self._steps = 0
         self._peak = peak_bytes()
         self._passing = 0  # bytes that a pass was seen to allocate and to free again
@@ -89,6 +91,13 @@ class Watch:
         release()
         while self._excess(rows, more) > 0 and self.let_go():
             release()
+        while self._excess(rows, more) > 0 and (gone := self.give_back()) is not None:
+            release()
+            for session in sessions:
+                session.notes.append(
+                    f"{gone} drafts no more: nothing paid, and its memory was needed to stay below "
+                    f"{shown(self.plan.budget)}"
+                )
         for session in sessions if self.moves else ():
             if (excess := self._excess(rows, more)) <= 0:
                 return True

@@ -71,6 +71,8 @@ class Passes:
         self.model = model
         self.speculator = speculator
         self.watch = watch
+        if watch is not None:
+            watch.give_back = speculator.give_back
         self.prefill_rows = prefill_rows
         self.judge = judge  # of whole drafts, which then don't shrink on the way
         self.growth = Growth(model.decoder)

@@ -6,6 +6,7 @@ drafters which tokens were kept. The engine knows no more of drafting than this.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -42,16 +43,35 @@ class Speculator:
         self.drafters = dict(drafters)
         self.control = control
         self.most = most
-        self.everyone = [*_walk(self.drafters.values())]
-        self.needs: Needs = reduce(or_, (drafter.needs for drafter in self.everyone), control.needs)
+        self._count()
         self.drafts_forced = [*drafters] != ["none"]  # plain decoding drafts no forced tokens either
         self._pending: list[_Pending] = []
         self._seconds: dict[str, float] = {}
+
+    def _count(self) -> None:
+        """Say who there is, and what they need of a pass."""
+        self.everyone = [*_walk(self.drafters.values())]
+        self.needs: Needs = reduce(or_, (drafter.needs for drafter in self.everyone), self.control.needs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all drafters' weights and tables."""
         return sum(drafter.nbytes for drafter in self.everyone)
+
+    def give_back(self) -> str | None:
+        """Let go of the drafter that holds the most memory of those that rest, for good, between two steps: its name
+        (Nightjar, 2512.22420, which moves it to another device).
+        """
+        resting = [name for name in self.control.resting() if name in self.drafters]
+        sizes = {name: sum(part.nbytes for part in _walk([self.drafters[name]])) for name in resting}
+        if not any(sizes.values()):
+            return None
+        gone = max(sizes, key=lambda name: sizes[name])
+        del self.drafters[gone]
+        self.control.forget(gone)
+        self._count()
+        gc.collect()
+        return gone
 
     def named(self, drafter: str | None) -> str | None:
         """The drafter's name. Raises UsageError: there is none of this name, and it isn't `none`."""
@@ -72,8 +92,9 @@ class Speculator:
         guides = [self._guide(session) for session in sessions]
         forced = [guide.forced(limit) if guide else [] for guide, limit in zip(guides, limits, strict=True)]
         left = [limit - len(ahead) for limit, ahead in zip(limits, forced, strict=True)]
+        known = {"none", *self.drafters}  # one that a session asked for may have been given back since
         bets = [
-            bet if session.drafter is None else _asked(session.drafter, limit)
+            _asked(session.drafter, limit) if session.drafter in known else bet
             for session, bet, limit in zip(sessions, self.control.bets(sessions, left), left, strict=True)
         ]
         drafts = self._drafts(sessions, bets, forced)
@@ -149,9 +170,9 @@ def _walk(drafters: Iterable[Drafter]) -> Iterator[Drafter]:
         yield from _walk(drafter.parts)
 
 
-def _asked(drafter: str, limit: int) -> Bet:
+def _asked(drafter: str | None, limit: int) -> Bet:
     """The bet of a session that names its drafter."""
-    return Bet(drafter, 0, "none asked for") if drafter == "none" else Bet(drafter, limit)
+    return Bet("none", 0, "none asked for") if drafter in (None, "none") else Bet(drafter, limit)
 
 
 def _why(bet: Bet, draft: Draft) -> str:

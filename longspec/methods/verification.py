@@ -31,7 +31,7 @@ _TREES = (
 _LENGTHS = (
     _CHOICE("a fixed length", "2211.17192", "--control fixed", "always as much as may be"),
     _CHOICE("Su et al.", "2310.18813", _CONTROL, "by batch size, in each step; `longspec bench batch` shows it"),
-    _CHOICE("Nightjar", "2512.22420", _CONTROL, "measured tokens per second, none among the choices"),
+    _CHOICE("Nightjar", "2512.22420", _CONTROL, "measured tokens per second, none among the choices; memory back"),
     _CHOICE(
         "Cerberus' gate", "2410.13344", "--control entropy", "a bound on the last entropy, which `longspec tune` fits"
     ),
