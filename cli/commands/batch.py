@@ -165,10 +165,10 @@ def batch(
     options = loading.engine_options(ctx)
     files.check(loading.model, loading.skip_set)
     width = files.batch_size
-    if (
-        loading.memory is not None
-    ):  # each sequence is planned at the model's whole context: one at a time, unless --batch-size is given
-        width = options["texts"] = files.batch_size or 1
+    if loading.memory is not None:  # each sequence is planned at the model's whole context, as many as fit
+        from longspec.engine.scheduler import WIDTH
+
+        width = options["texts"] = files.batch_size or WIDTH
     with (
         open_input(
             files.inputs or [], form=files.form, template=files.template, files_from=files.files_from, null=files.null

@@ -235,7 +235,7 @@ def _print_curve(report: dict[str, Any]) -> None:
     for one in report["curve"]:
         rate = f"{one['tokens_per_second']:.3g}" if one["tokens_per_second"] else "unknown"
         numbers = (str(one["draft_tokens"]), str(one["prefill_rows"]))
-        drafters = ", ".join(one["drafters"]) if one["draft_tokens"] else "none"
+        drafters = ", ".join(one["drafters"] or ["auto"]) if one["draft_tokens"] else "none"
         rows.append((shown(one["budget_bytes"]), one["cache"], *numbers, one["weights"], rate, drafters))
     for budget, cache, drafted, prefill, weights, rate, drafters in rows:
         typer.echo(f"{budget:>10}  {cache:7}  {drafted:>7}  {prefill:>7}  {weights:7}  {rate:>8}  {drafters}")

@@ -101,7 +101,7 @@ class Plan:
             said += f", at most {c.draft_tokens} drafted tokens" if c.draft_tokens else ", without drafts"
         if c.draft_tokens and c.how.without:
             said += f", without {' and '.join(c.how.without)}"
-        said += f", {texts} of {self.request.texts} texts side by side" if texts < self.request.texts else ""
+        said += f", {texts:,} of {self.request.texts:,} texts side by side" if texts < self.request.texts else ""
         if c.kept is None:
             return said
         return f"{said}, {shown(c.streamed)} of weights read from disk for each pass"

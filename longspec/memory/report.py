@@ -18,6 +18,7 @@ from longspec.machine.bandwidth import kept_rate
 from longspec.machine.disk import read_rate
 from longspec.memory.choices import CHUNKS, Choice, Request, choice, choices, filled
 from longspec.memory.forecast import forecast
+from longspec.memory.gain import How, taken, whole
 from longspec.memory.plan import alone, budget_of
 from longspec.model.weights.footprint import parameters
 
@@ -27,7 +28,7 @@ __all__ = ["report"]
 def report(request: Request, memory: str | int, measured: Callable[[float], float] | None = None) -> dict[str, Any]:
     """The object that `longspec plan --json` prints. measured: seconds of a pass by its rows, by earlier runs."""
     budget = budget_of(request, memory)
-    tried = list(choices(request))
+    tried, how = list(choices(request)), whole(request, taken(request))
     picked = next((filled(request, one, budget) for one in tried if one.lacks(budget) is None), None)
     rates = _rates(request)
     curve = [{"budget_bytes": one.need.total, **_picked(request, one, rates)} for one in _curve(tried)]
@@ -46,7 +47,7 @@ def report(request: Request, memory: str | int, measured: Callable[[float], floa
         "candidates": len(tried),
         "next": next((one for one in reversed(curve) if one["budget_bytes"] > budget), None),
         "curve": curve,
-        "caches": [_cache(request, name, budget) for name in CACHES],
+        "caches": [_cache(request, name, budget, how) for name in CACHES],
     }
 
 
@@ -63,9 +64,9 @@ def _rates(request: Request) -> _Rates:
     return _Rates(memory, None if file is None else read_rate(file))
 
 
-def _cache(request: Request, name: str, budget: int) -> dict[str, Any]:
+def _cache(request: Request, name: str, budget: int, how: How) -> dict[str, Any]:
     """What a kind of cache takes, with the largest prefill chunk that fits."""
-    tried = [choice(request, name, rows) for rows in CHUNKS]
+    tried = [choice(request, name, rows, how=how) for rows in CHUNKS]
     fitting = next((one for one in tried if one.lacks(budget) is None), None)
     shown = fitting or tried[-1]
     room = CACHES[name](replace(request.shape, device=torch.device("meta"))).room(request.tokens)

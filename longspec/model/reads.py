@@ -71,7 +71,8 @@ class Growth:
             own = decoder.layers[: decoder.config.group]
             self.layers = [recent for each in own if (recent := getattr(each.mlp, "recent", None)) is not None]
             self._reads = Reads.of(decoder.touched, self.mixture)
-            self._unions = np.array([self.mixture.union(rows) for rows in range(_MOST + 1)])
+            self._rows = np.arange(_MOST + 1)
+            self._unions = np.array([self.mixture.union(rows) for rows in range(_MOST + 1)])  # expected, by rows
 
     def __call__(self, rows: float) -> float:
         """Of a pass of `rows` >= 1."""
@@ -82,7 +83,7 @@ class Growth:
         assert self.mixture is not None
         if rows > _MOST:
             return _beyond(self.mixture, float(self._unions[-1]), rows - _MOST)
-        return float(np.interp(rows, np.arange(_MOST + 1), self._unions))
+        return float(np.interp(rows, self._rows, self._unions))
 
     def observe(self) -> float | None:
         """Learn from the pass that was just run; gives what it has read, in passes of one row. None where routers

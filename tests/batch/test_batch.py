@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -215,7 +216,10 @@ def test_memory_is_planned_for_all_texts_of_a_pass(tiny: str, home: Path, capfd:
     source = prompts(home / "in.jsonl", 3)
     assert batch(tiny, source, home / "out", "--memory", "4GiB", "--batch-size", "2") == 0
     assert "in each of 2 texts" in capfd.readouterr().err
-    assert batch(tiny, source, home / "small", "--memory", "4GiB", "--batch-size", "4096") == 4
+    assert batch(tiny, source, home / "fewer", "--memory", "4GiB", "--batch-size", "4096") == 0
+    assert re.search(r"in each of (\d+) texts: cache dense.*, \1 of 4,096 texts side by side", capfd.readouterr().err)
+    assert answers(home / "fewer") == answers(home / "out")
+    assert batch(tiny, source, home / "small", "--memory", "1MiB", "--batch-size", "2") == 4
     assert "tokens need at least" in capfd.readouterr().err
 
 
