@@ -21,9 +21,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longspec.cache.folding import fold
 from longspec.cache.shape import Shape, StateSpec
 from longspec.cache.stage import BLOCK, Take
-from longspec.cache.state_stage import Point, StateStage, fold
+from longspec.cache.state_stage import Point, StateStage
 
 __all__ = ["States"]
 

@@ -12,12 +12,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longspec.cache.folding import fold
 from longspec.cache.layout import Branch, Layout
 from longspec.cache.shape import Shape, StateSpec
 from longspec.cache.stage import BLOCK
 from longspec.cache.tree import Tree
 
-__all__ = ["History", "Point", "StateStage", "fold"]
+__all__ = ["History", "Point", "StateStage"]
 
 
 class Point(NamedTuple):
@@ -197,14 +198,3 @@ class History:
         state = fold(before, k, u, decay, stage.cache.spec.key_of)
         stage.keep_state(self.layer, border, state)
         return state
-
-
-def fold(state: Tensor, k: Tensor, u: Tensor, decay: Tensor, key_of: Sequence[int]) -> Tensor:
-    """The state after a block, from that before it [heads, key dim, value dim] and the block's 64 rows, each
-    [64, heads, dim]. key_of: of each of the state's heads, the key's.
-    """
-    last = decay[-1:]
-    if len(key_of) != k.shape[1]:
-        k = k[:, torch.tensor(key_of, device=k.device)]
-    weighted = (k * (last - decay).float().exp()).permute(1, 2, 0)  # [heads, key dim, 64]
-    return torch.baddbmm(state * last[0, :, :, None].float().exp(), weighted, u.transpose(0, 1))

@@ -84,8 +84,8 @@ def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
     """The reason why it can't take heads of `dim` channels; None where it can."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return f"it reads bf16 on the CPU, not {dtype} on {device.type}"
-    if dim % 32 or dim > 256:
-        return f"it reads heads of 32, 64, 96 and so on up to 256 channels, not {dim}"
+    if dim % 32 or dim > 512:
+        return f"it reads heads of 32, 64, 96 and so on up to 512 channels, not {dim}"
     return missing()
 
 

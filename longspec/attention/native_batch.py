@@ -88,7 +88,9 @@ class Texts:
         return len(self._spans)
 
     def read(self, layer: int, made: Tensor, output: Tensor, sinks: Tensor | None = None) -> None:
-        """Write keys and values of `made` [r, (H + 2 K) * D] to the cache, and attention's output to [r, H * D]."""
+        """Write keys and values of `made` [r, (H + 2 K) * D and more] to the cache, and attention's output to
+        [r, H * D].
+        """
         texts = self._prepared[self.read_of[layer]]
         self.begin(made, [layer])
         self._reading.sinks = cpu.sinks_of(sinks, self._reading.key_heads * self._reading.groups)
@@ -101,10 +103,10 @@ class Texts:
         """Set the query pointer to `made` and mark the staged rows of `layers` as written, for another C function
         that calls the kernel itself.
         """
-        self._reading.queries = pointer(made, torch.bfloat16, None, self._width)
-        self._reading.query_row = self._width
-        if len(made) < self._rows:
-            raise ValueError(f"a pass of {self._rows} rows can't be of {len(made)}")
+        self._reading.queries = pointer(made, torch.bfloat16, None, None)
+        self._reading.query_row = made.shape[1]
+        if len(made) < self._rows or made.shape[1] < self._width:
+            raise ValueError(f"a pass of {self._rows} rows of {self._width} can't be of {list(made.shape)}")
         for span in self._spans:
             for layer in layers:
                 span.stage.filled(layer + span.shift, span.staged)

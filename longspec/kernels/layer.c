@@ -1,6 +1,8 @@
 /* A decoder's layers for the rows of a pass on a CPU; attention is another library's.
  *
  *     project   norm, then queries, keys and values, rotated to their positions
+ *     turn      of a product that was made before, its heads normed and rotated
+ *     gate      attention's output times the sigmoids of its gates
  *     finish    output and residual, norm, gate and up, activation, down and residual
  *     layers    both, and attention between them, for a run of layers
  *     linear    norm, if any, then one product: the head
@@ -15,19 +17,7 @@
  * Activations and weights are row-major; norms' weights are fp32. A function that takes the team is run by all its
  * threads, which share its loops; a call's work is led once (team.h).
  */
-#include "products.h"
-
-enum { SILU = 0, GELU_TANH = 1, CLAMPED = 2 };
-enum { ATTENTION = 1, MLP = 2 };
-
-typedef struct {
-    Matrix qkv, output, gate_up, down;
-    const float *before_attention, *after_attention, *before_mlp, *after_mlp; /* norms [width], or null */
-    const float *query_norm, *key_norm;                                      /* or null */
-    int64_t norms_all_heads; /* query_norm is over all heads at once, not over each */
-    int64_t heads, key_heads, head_dim, activation;
-    float eps;
-} Layer;
+#include "layer/heads.h"
 
 int missing(void) { return refused(); }
 
@@ -103,46 +93,6 @@ void linear(const Matrix *m, const float *norm, float eps, const bf16 *x, int64_
 /* y [rows, width] = norm(x). */
 void norm(const float *weight, float eps, const bf16 *x, int64_t rows, int64_t width, bf16 *y) {
     for (int64_t row = 0; row < rows; row++) rms_norm(x + row * width, weight, width, eps, y + row * width);
-}
-
-/* Halves (a, b) of a head become (a cos - b sin, b cos + a sin); cos and signed sin [dims]. */
-static void rotated(bf16 *head, const bf16 *cos, const bf16 *sin, int64_t dims) {
-    const int64_t half = dims / 2;
-    for (int64_t i = 0; i < half; i += LANES) {
-        const int64_t some = half - i;
-        const vf a = load_some(head + i, some), b = load_some(head + half + i, some);
-        const vf left = rounded(a * load_some(cos + i, some)), right = rounded(b * load_some(cos + half + i, some));
-        save_some(head + i, left + b * load_some(sin + i, some), some);
-        save_some(head + half + i, right + a * load_some(sin + half + i, some), some);
-    }
-}
-
-/* Where rows stand: cos, sin [rows, dims], dims 0 where the layer has no positions. */
-typedef struct {
-    const bf16 *cos, *sin;
-    int64_t dims;
-} Rope;
-
-/* qkv [rows, q + 2 kv] of hidden [rows, width], for at most 64 rows. */
-static void project_rows(Team *t, const Layer *l, const bf16 *hidden, int64_t rows, Rope rope, bf16 *qkv, const Workspace *w) {
-    const Matrix *m = &l->qkv;
-    const int64_t heads = l->heads + l->key_heads, dim = l->head_dim;
-    multiplied(t, m, pack(t, m, hidden, l->before_attention, l->eps, rows, w), rows, 0, qkv);
-    if (l->norms_all_heads) {
-        SHARED(t, i, 2 * rows) {
-            bf16 *at = qkv + i / 2 * m->size + i % 2 * l->heads * dim;
-            rms_norm(at, i % 2 ? l->key_norm : l->query_norm, (i % 2 ? l->key_heads : l->heads) * dim, l->eps, at);
-        }
-        meet(t);
-    }
-    SHARED(t, i, rows * heads) {
-        const int64_t row = i / heads, at = i % heads;
-        bf16 *head = qkv + row * m->size + at * dim;
-        const float *weight = at < l->heads ? l->query_norm : l->key_norm;
-        if (weight && !l->norms_all_heads) rms_norm(head, weight, dim, l->eps, head);
-        if (rope.dims) rotated(head, rope.cos + row * rope.dims, rope.sin + row * rope.dims, rope.dims);
-    }
-    meet(t);
 }
 
 /* w->wide [rows, wide] = activation(gate) * up, of packed rows. */
@@ -223,7 +173,7 @@ static Rope from_position(Rope rope, int64_t at) {
     return rope.dims ? (Rope){rope.cos + at * rope.dims, rope.sin + at * rope.dims, rope.dims} : rope;
 }
 
-/* What a call of `project` or `finish` is for. */
+/* What a call of `project`, `turn`, `gate` or `finish` is for. */
 typedef struct {
     const Layer *l;
     const bf16 *attention, *before;
@@ -231,6 +181,7 @@ typedef struct {
     Rope rope;
     bf16 *to;
     Workspace w;
+    int64_t apart; /* of `turn`: values from a row to the next */
 } Part;
 
 static void project_by(void *args, Team *t, int64_t rank) {
@@ -247,8 +198,33 @@ static void project_by(void *args, Team *t, int64_t rank) {
 /* project_rows, for any number of rows. */
 void project(const Layer *l, const bf16 *hidden, int64_t rows, const bf16 *cos, const bf16 *sin, int64_t dims, bf16 *qkv,
              char *workspace, Team *t, int64_t threads) {
-    Part p = {l, 0, hidden, rows, 0, {cos, sin, dims}, qkv, parted(workspace, widest(l))};
+    Part p = {l, 0, hidden, rows, 0, {cos, sin, dims}, qkv, parted(workspace, widest(l)), 0};
     lead(t, threads, project_by, &p);
+}
+
+static void turn_by(void *args, Team *t, int64_t rank) {
+    const Part *p = args;
+    (void)rank;
+    turn_heads(t, p->l, p->rows, p->rope, p->to, p->apart);
+}
+
+/* turn_heads, for rows of a product that was made before. */
+void turn(const Layer *l, bf16 *qkv, int64_t rows, int64_t apart, const bf16 *cos, const bf16 *sin, int64_t dims, Team *t,
+          int64_t threads) {
+    Part p = {.l = l, .rows = rows, .rope = {cos, sin, dims}, .to = qkv, .apart = apart};
+    lead(t, threads, turn_by, &p);
+}
+
+static void gate_by(void *args, Team *t, int64_t rank) {
+    const Part *p = args;
+    (void)rank;
+    gate_rows(t, p->l, p->before, p->rows, p->to);
+}
+
+/* gate_rows, for any number of rows. */
+void gate(const Layer *l, const bf16 *qkv, int64_t rows, bf16 *read, Team *t, int64_t threads) {
+    Part p = {.l = l, .before = qkv, .rows = rows, .to = read};
+    lead(t, threads, gate_by, &p);
 }
 
 static void finish_by(void *args, Team *t, int64_t rank) {
@@ -266,7 +242,7 @@ static void finish_by(void *args, Team *t, int64_t rank) {
 /* finish_rows, for any number of rows. */
 void finish(const Layer *l, const bf16 *attention, const bf16 *before, int64_t rows, int64_t mlp, bf16 *hidden,
             char *workspace, Team *t, int64_t threads) {
-    Part p = {l, attention, before, rows, mlp, {0, 0, 0}, hidden, parted(workspace, widest(l))};
+    Part p = {l, attention, before, rows, mlp, {0, 0, 0}, hidden, parted(workspace, widest(l)), 0};
     if (!attention && hidden != before) memcpy(hidden, before, (size_t)(rows * l->output.size) * sizeof *hidden);
     lead(t, threads, finish_by, &p);
 }
@@ -284,7 +260,8 @@ typedef struct {
 /* What the layers of a pass have in common. */
 typedef struct {
     const Layer *const *layers;
-    const int64_t *rope_of, *read_of; /* of each layer; no positions: -1 */
+    const int64_t *rope_of, *place_of; /* of each layer; no positions: -1; its place among the cache's layers */
+    const int64_t *read_of;           /* of each of the cache's layers */
     const uint8_t *parts;             /* of each layer: ATTENTION and MLP, or what isn't left out */
     const Rope *ropes;
     const Read *reads;
@@ -313,10 +290,13 @@ static void layers_by(void *args, Team *t, int64_t rank) {
             bf16 *x = run->hidden + at * l->output.size, *read = run->read + at * l->output.width;
             if (p->parts[i] & ATTENTION) {
                 const Rope rope = p->rope_of[i] < 0 ? (Rope){0, 0, 0} : from_position(p->ropes[p->rope_of[i]], at);
-                const Read *r = p->reads + p->read_of[i];
-                if (rank == 0) p->attend(p->reading, r->texts, p->count, i, at, at + here, r->workspace, 0, t, rank);
-                project_rows(t, l, x, here, rope, run->qkv + at * l->qkv.size, &w);
-                p->attend(p->reading, r->texts, p->count, i, at, at + here, r->workspace, run->read, t, rank);
+                const int64_t place = p->place_of[i];
+                const Read *r = p->reads + p->read_of[place];
+                bf16 *qkv = run->qkv + at * l->qkv.size;
+                if (rank == 0) p->attend(p->reading, r->texts, p->count, place, at, at + here, r->workspace, 0, t, rank);
+                project_rows(t, l, x, here, rope, qkv, &w);
+                p->attend(p->reading, r->texts, p->count, place, at, at + here, r->workspace, run->read, t, rank);
+                if (l->output_gate) gate_rows(t, l, qkv, here, read);
             }
             finish_rows(t, l, p->parts[i] & ATTENTION ? read : 0, x, here, p->parts[i] & MLP, x, &w);
         }

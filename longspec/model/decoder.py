@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any
@@ -36,7 +35,7 @@ from longspec.model.layers.reader import Reader
 from longspec.model.linear import Linear
 from longspec.model.native import Fused, missing
 from longspec.model.rope import Rotation
-from longspec.model.rows import Chunk, Pass, Rows, Span
+from longspec.model.rows import NO_SKIP, Chunk, Pass, Rows, Skip, Span
 from longspec.model.weights.quantized import CodedLinear, Piece
 from longspec.model.weights.read import Weights
 
@@ -44,20 +43,6 @@ __all__ = ["Chunk", "Decoder", "Rows", "Skip", "Span"]
 
 STRICT_TILE = 16
 """Rows per tile under --strict: 1 to 16 rows cost nearly the same on a CPU with bf16 tiles (16.4 and 17.3 ms)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """Sub-layers that a pass leaves out: only the residual stream passes them."""
-
-    attention: frozenset[int] = frozenset()
-    mlp: frozenset[int] = frozenset()
-
-    def __len__(self) -> int:
-        return len(self.attention) + len(self.mlp)
-
-
-NO_SKIP = Skip()
 
 
 class Decoder:
@@ -288,22 +273,27 @@ class Decoder:
 
     def _layers_of(self, first: int, last: int, hidden: Tensor, run: Pass, skip: Skip) -> Tensor:
         """Hidden states [r, width] after layers first..last, all of one loop."""
-        fused = self._fused
-        if fused is not None and run.by_kernel and not self.config.mixers and not self.config.mixture:
-            parts = [3] * self.config.layers
-            if skip:
-                parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(len(parts))]
-            return fused.layers(first, last, hidden, run, parts)
-        for i in range(first, last):
-            layer, mlp = self._layers[i], i not in skip.mlp
-            mixes = i not in skip.attention or i in self._read_by_others
-            if fused is not None:
-                whole = isinstance(layer.mlp, DenseMlp)
-                hidden = fused.layer(i, hidden, run, layer.mixer if mixes else None, mlp=mlp and whole)
-                mixes, mlp = False, mlp and not whole
-            hidden = through(layer, hidden, run, mixes=mixes, mlp=mlp)
-            hidden = hidden if layer.end is None else layer.end(hidden, run.inputs)
+        fused, at = self._fused, first
+        parts = [(i not in skip.attention) + 2 * (i not in skip.mlp) for i in range(self.config.layers)]
+        while at < last:
+            stop = at if fused is None else fused.run_from(at, last, run)
+            if fused is not None and stop > at:
+                hidden = fused.layers(at, stop, hidden, run, parts)
+            else:
+                hidden, stop = self._layer(at, hidden, run, skip), at + 1
+            at = stop
         return hidden
+
+    def _layer(self, i: int, hidden: Tensor, run: Pass, skip: Skip) -> Tensor:
+        """Hidden states [r, width] after layer i."""
+        layer, fused, mlp = self._layers[i], self._fused, i not in skip.mlp
+        mixes = i not in skip.attention or i in self._read_by_others
+        if fused is not None:
+            whole = isinstance(layer.mlp, DenseMlp)
+            hidden = fused.layer(i, hidden, run, layer.mixer if mixes else None, mlp=mlp and whole)
+            mixes, mlp = False, mlp and not whole
+        hidden = through(layer, hidden, run, mixes=mixes, mlp=mlp)
+        return hidden if layer.end is None else layer.end(hidden, run.inputs)
 
     def fill(self, rows: Rows, hidden: Tensor) -> None:
         """Stage the keys and values that the first layer, an attention, makes of hidden states [r, width], and compute
@@ -327,7 +317,7 @@ class Decoder:
         """Whether a token position's bits depend on its own path alone: with the C kernels, and under --strict.
         torch's operators round differently for different shapes of a pass.
         """
-        return self.strict or (self._fused is not None and not self.config.mixers)
+        return self.strict or (self._fused is not None and all(layer.mixer.is_exact for layer in self._layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [r, V] of hidden states [r, width]: in the model's dtype, or the C kernel's fp32 sums."""

@@ -1,5 +1,5 @@
-"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU; of hybrids the products,
-and of mixtures all but the routing.
+"""A decoder's layers and head by the C kernel of `layer.c`, in bf16 or quantized, on a CPU; of mixers that aren't
+attention the products, and of mixtures all but the routing.
 
 Takes a decoder's weights without a copy; gives the results of torch's operators up to rounding, in less than half of
 the time: on two cores with AMX all of the default model's layers and its head take 10.5 ms for 1 position and 11.4
@@ -19,7 +19,7 @@ from torch import Tensor
 from longspec.kernels.boundary import pointer, turned, workspace
 from longspec.kernels.build import library
 from longspec.kernels.team import team
-from longspec.model.config import Config
+from longspec.model.config import Config, LayerSpec
 from longspec.model.rows import Pass
 from longspec.model.weights.quantized import CodedLinear, Piece, missing_kernel, tile_nbytes
 
@@ -42,14 +42,15 @@ class Matrix(ctypes.Structure):
     )
 
 
-_NORMS = ("before_mixer", "after_mixer", "before_mlp", "after_mlp", "query_norm", "key_norm")
+_NORMS = ("before_mixer", "after_mixer", "before_mlp", "after_mlp", "query_norm", "key_norm", "value_norm")
+_SIZES = ("norms_all_heads", "heads", "key_heads", "head_dim", "activation", "output_gate")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("inputs", "output", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in _NORMS),
-        *((name, ctypes.c_int64) for name in ("norms_all_heads", "heads", "key_heads", "head_dim", "activation")),
+        *((name, ctypes.c_int64) for name in _SIZES),
         ("eps", ctypes.c_float),
     )
 
@@ -64,8 +65,8 @@ class _Read(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layers", "rope_of", "read_of", "parts", "ropes", "reads", "attend")),
-        ("reading", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("layers", "rope_of", "place_of", "read_of", "parts", "ropes", "reads")),
+        *((name, ctypes.c_void_p) for name in ("attend", "reading")),
         ("count", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("team", ctypes.c_void_p),
@@ -106,12 +107,19 @@ class Fused:
         self._config = config
         self._norms: list[Tensor] = []  # in fp32
         some = zip(layers[: config.group], config.specs, strict=False)
-        self._layers = [self._layer(layer, dense=spec.mlp == "dense") for layer, spec in some] * config.loops
+        self._layers = [self._layer(layer, spec) for layer, spec in some] * config.loops
         self._pointers = [ctypes.addressof(layer) for layer in self._layers]
+        self._places = [layer.mixer.place for layer in layers]
+        self._mixers = [spec.mixer for spec in config.specs]
+        self._whole = [
+            spec.mixer == "attention" and spec.mlp == "dense" and layer.mixer.sinks is None and layer.end is None
+            for layer, spec in zip(layers, config.specs, strict=True)
+        ]
         self._ropes = [rope for rope in dict.fromkeys(config.ropes) if rope is not None]
         self._in_all = (
             torch.tensor(self._pointers),
             torch.tensor([self._ropes.index(rope) if rope else -1 for rope in config.ropes]),
+            torch.tensor(self._places),
         )
         self._head, self._norm = matrix_of(head), self._norm_of(norm, config.width)
         self._held = (layers, head)
@@ -130,6 +138,12 @@ class Fused:
         """The address of the calling thread's workspace, large enough for any product of this decoder."""
         return workspace("layer", self._workspace_nbytes).data_ptr()
 
+    def run_from(self, first: int, last: int, run: Pass) -> int:
+        """Where the run of layers ends that one call takes, from layer `first` on; `first` where it takes none."""
+        while run.by_kernel and first < last and self._whole[first]:
+            first += 1
+        return first
+
     def layers(self, first: int, last: int, hidden: Tensor, run: Pass, parts: Sequence[int]) -> Tensor:
         """Hidden states [r, width] after layers first..last, in one call; the attention kernel takes all spans of the
         pass. parts: a bit mask per layer: 1 attention, 2 MLP, 3 both.
@@ -137,14 +151,14 @@ class Fused:
         c, rows, turns, texts = self._config, len(hidden), run.turns, run.texts
         assert texts is not None
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-        qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
+        qkv = hidden.new_empty(rows, self._layers[first].inputs.size)
         read = hidden.new_empty(rows, c.heads * c.head_dim)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
-        texts.begin(qkv, [i for i in range(first, last) if parts[i] & 1])
-        turned = [_Turn(*self._turn(turns[rope], rows)) for rope in self._ropes]
+        texts.begin(qkv, [self._places[i] for i in range(first, last) if parts[i] & 1])
+        turned = [_Turn(*self._turn(turns[rope], rows, c.head_dim)) for rope in self._ropes]
         prepared = [_Read(*each) for each in texts.reads()]
         arrays = (
-            (ctypes.c_int64 * len(parts))(*texts.read_of),
+            (ctypes.c_int64 * len(texts.read_of))(*texts.read_of),
             (ctypes.c_uint8 * len(parts))(*parts),
             (_Turn * len(turned))(*turned),
             (_Read * len(prepared))(*prepared),
@@ -162,11 +176,32 @@ class Fused:
         it doesn't know. mixer None skips the mixer, mlp False the MLP.
         """
         read = None
-        if mixer is not None and self._config.mixers:
-            read = mixer.mix(self.inputs(index, hidden), run)
+        if mixer is not None and self._mixers[index] == "attention":
+            read = self._attended(index, hidden, run, mixer)
+        elif mixer is not None and self._mixers[index] == "shared_attention":
+            made = mixer.widened(self.inputs(index, hidden))
+            read = mixer.read_cache(self._turned(index, made, run.turns[mixer.rope] if mixer.rope else None), run)
         elif mixer is not None:
-            read = mixer.read_cache(self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None), run)
+            read = mixer.mix(self.inputs(index, hidden), run)
         return self.finish(index, read, hidden, mlp=mlp)
+
+    def _attended(self, index: int, hidden: Tensor, run: Pass, mixer: Any) -> Tensor:
+        """Attention's output [r, H * D], times its gates where it has any."""
+        qkv = self.project(index, hidden, run.turns[mixer.rope] if mixer.rope else None)
+        read: Tensor = mixer.read_cache(qkv, run)
+        if self._config.output_gate:
+            read = read.contiguous()
+            at = pointer(read, torch.bfloat16, len(qkv), self._layers[index].output.width)
+            self._kernel.gate(self._pointers[index], qkv.data_ptr(), len(qkv), at, *team())
+        return read
+
+    def _turned(self, index: int, made: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """A product's heads [r, heads * D], normed and rotated in their place."""
+        layer, rows = self._layers[index], len(made)
+        rope = self._turn(turn, rows, layer.head_dim) if turn else (None, None, 0)
+        at = pointer(made, torch.bfloat16, rows, (layer.heads + 2 * layer.key_heads) * layer.head_dim)
+        self._kernel.turn(self._pointers[index], at, rows, made.shape[1], *rope, *team())
+        return made
 
     def inputs(self, index: int, hidden: Tensor) -> Tensor:
         """The product of a mixer's inputs [r, size] of normed hidden [r, width]."""
@@ -179,12 +214,12 @@ class Fused:
 
     def project(self, index: int, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries, keys and values [r, (heads + 2 key heads) * D] of hidden [r, width], with norms and rotation
-        applied.
+        applied, and behind them the gates where there are any.
         """
         c, rows, hidden = self._config, len(hidden), hidden.contiguous()
-        qkv = hidden.new_empty(rows, (c.heads + 2 * c.key_heads) * c.head_dim)
+        qkv = hidden.new_empty(rows, self._layers[index].inputs.size)
         at = pointer(hidden, torch.bfloat16, rows, c.width)
-        rope = self._turn(turn, rows) if turn else (None, None, 0)
+        rope = self._turn(turn, rows, c.head_dim) if turn else (None, None, 0)
         self._kernel.project(self._pointers[index], at, rows, *rope, qkv.data_ptr(), self.workspace(), *team())
         return qkv
 
@@ -219,29 +254,29 @@ class Fused:
         self._kernel.norm(self._norm, self._config.eps, at, rows, self._config.width, made.data_ptr())
         return made
 
-    def _turn(self, turn: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int]:
+    def _turn(self, turn: tuple[Tensor, Tensor], rows: int, head_dim: int) -> tuple[int, int, int]:
         """The addresses of cosines and signed sines [r, 1, dims], and dims."""
-        dims = turned(turn[0].shape[-1], self._config.head_dim)
+        dims = turned(turn[0].shape[-1], head_dim)
         cos, sin = (pointer(each, torch.bfloat16, rows, 1, dims) for each in turn)
         return cos, sin, dims
 
-    def _layer(self, layer: Any, *, dense: bool) -> _Layer:
-        c = self._config
-        all_heads = c.query_norm == "width"
-        mixer, mlp = layer.mixer, layer.mlp
-        products = (mlp.gate_up, mlp.down) if dense else (None, None)
+    def _layer(self, layer: Any, spec: LayerSpec) -> _Layer:
+        c, mixer, mlp = self._config, layer.mixer, layer.mlp
+        products = (mlp.gate_up, mlp.down) if spec.mlp == "dense" else (None, None)
         norms = [layer.before_mixer, layer.after_mixer, layer.before_mlp, layer.after_mlp]
-        norms += [None, None] if c.mixers else [mixer.query_norm, mixer.key_norm]
-        queries, keys = (c.heads * c.head_dim, c.key_heads * c.head_dim) if all_heads else (c.head_dim, c.head_dim)
-        widths = (c.width, c.width, c.width, c.width, queries, keys)
+        heads, keys, dim = getattr(mixer, "heads", (c.heads, c.key_heads, c.head_dim))
+        all_heads = c.query_norm == "width"
+        norms += [getattr(mixer, name, None) for name in _NORMS[4:]]
+        widths = [c.width] * 4 + ([heads * dim, keys * dim] if all_heads else [dim, dim]) + [dim]
         return _Layer(
             *(matrix_of(linear) for linear in (mixer.inputs, mixer.output, *products)),
             *(self._norm_of(norm.weight, n) if norm else None for norm, n in zip(norms, widths, strict=True)),
             all_heads,
-            c.heads,
-            c.key_heads,
-            c.head_dim,
+            heads,
+            keys if getattr(mixer, "owns", True) else 0,
+            dim,
             ACTIVATIONS[c.activation],
+            c.output_gate and spec.mixer == "attention",
             c.eps,
         )
 
@@ -281,6 +316,8 @@ def kernel() -> ctypes.CDLL | str:
     found.linear.argtypes = (place, place, ctypes.c_float, place, number, place, place, place, place, number)
     found.layers.argtypes = (ctypes.POINTER(_Pass), number, number, place, number, place, place, place)
     found.project.argtypes = (place, place, number, place, place, number, place, place, place, number)
+    found.turn.argtypes = (place, place, number, number, place, place, number, place, number)
+    found.gate.argtypes = (place, place, number, place, place, number)
     found.norm.argtypes = (place, ctypes.c_float, place, number, number, place)
     found.experts.argtypes = (place, place, number, number, place, place, place, place, number)
     found.finish.argtypes = (place, place, place, number, number, place, place, place, number)

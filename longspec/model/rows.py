@@ -1,4 +1,4 @@
-"""The token positions of a forward pass, flattened over sequences, and what its layers share.
+"""The token positions of a forward pass, flattened over sequences, what its layers share, and which it leaves out.
 
 Takes each sequence's stage and tokens; knows no layer.
 """
@@ -15,7 +15,7 @@ from longspec.attention.native_batch import Texts
 from longspec.cache.stage import Stage
 from longspec.model.config import Rope
 
-__all__ = ["Chunk", "Pass", "Rows", "Span"]
+__all__ = ["NO_SKIP", "Chunk", "Pass", "Rows", "Skip", "Span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +93,17 @@ class Pass:
     def by_kernel(self) -> bool:
         """Whether the batched attention kernel takes all spans."""
         return self.texts is not None and len(self.texts) == len(self.rows.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Sub-layers that a pass leaves out: only the residual stream passes them."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+
+NO_SKIP = Skip()

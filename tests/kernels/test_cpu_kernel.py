@@ -132,7 +132,7 @@ def test_nothing_behind_a_part_is_read() -> None:
 def test_what_it_refuses() -> None:
     for queries, why in (
         (torch.zeros(1, 9, 64), "bf16 on the CPU"),
-        (randn(1, 9, 80), "up to 256 channels, not 80"),
+        (randn(1, 9, 80), "up to 512 channels, not 80"),
     ):
         kv = randn(2, 3, 100, queries.shape[2])
         assert why in (cpu.refuses(queries, Segment.dense(kv[0], kv[1])) or "")

@@ -17,7 +17,7 @@ from longspec.kernels import build, isa
 from longspec.kernels.build import library
 
 HERE = Path(__file__).parent
-SOURCES = ["layer", "attention"]
+SOURCES = ["layer", "attention", "mixers"]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or ""
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler was found")
 
@@ -90,7 +90,7 @@ def test_no_memory_is_touched_that_is_not_theirs(
     assert bits(source, flags) == plain[source]
 
 
-@pytest.mark.parametrize("source", ["layer.c", "attention.c", "clover.c", "delta.c"])
+@pytest.mark.parametrize("source", ["layer.c", "attention.c", "clover.c", "mixers.c"])
 @pytest.mark.parametrize(
     "each", [isa._X86[0], isa.Isa("avx512 alone", frozenset(), isa._AVX512)], ids=lambda each: each.name
 )

@@ -27,7 +27,7 @@ from longspec.model.weights.read import Weights
 
 TOKENS = torch.randint(3, 70, (150,), generator=torch.Generator().manual_seed(1)).tolist()
 WIDE = SIZES | {"head_dim": 32, "global_head_dim": 320, "hidden_size_per_layer_input": 32}
-"""Global heads are wider than the attention kernel takes."""
+"""Global heads are wider than those of other families."""
 
 
 def _flatter(model: Any) -> Any:
@@ -96,12 +96,22 @@ def test_products_in_c_are_those_of_torch(tmp_path: Path, family: str, kind: str
     sizes |= {"moe_intermediate_size": 64} if family == "gemma4_moe" else {}
     folder = write(_flatter(oracle(family, **sizes)), tmp_path)
     wanted = _logits(load(folder), kind)
-    for coded, off in ((None, 0.06), ("Q8_0", 0.1)):
+    for coded, off in ((None, 0.065), ("Q8_0", 0.1)):  # seen: .052 in bf16, .061 with a cache of 2 bits
         decoder = load(folder, torch.bfloat16, coded=coded)
         if decoder.slow is not None:
             pytest.skip(decoder.slow)
-        assert not decoder.is_exact
+        assert decoder.is_exact
         assert (_logits(decoder, kind) - wanted).norm() < off * wanted.norm()
+
+
+def test_heads_that_the_attention_kernel_does_not_take_are_left_to_torch(tmp_path: Path) -> None:
+    folder = write(_flatter(oracle("gemma4", **WIDE | {"global_head_dim": 544})), tmp_path)
+    decoder = load(folder, torch.bfloat16)
+    if decoder.slow is not None:
+        pytest.skip(decoder.slow)
+    assert not decoder.is_exact
+    wanted = _logits(load(folder))
+    assert (_logits(decoder) - wanted).norm() < 0.06 * wanted.norm()
 
 
 def test_codes_of_a_gguf_file_are_read_as_they_are(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@
 
 #include "dot.h"
 
-enum { BLOCK = 64, MOST_DIM = 256, CODES_AHEAD = 64 };
+enum { BLOCK = 64, MOST_DIM = 512, CODES_AHEAD = 64 };
 enum { DENSE = 0, SYMMETRIC = 1, ASYMMETRIC = 2, DUAL = 3 };
 
 typedef struct {

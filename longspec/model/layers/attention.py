@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspec.attention.native import unfit
 from longspec.attention.native_batch import reads
 from longspec.cache.shape import RowSpec
 from longspec.model.config import Config, Rope
@@ -71,6 +72,11 @@ class Attention:
         return rows * 4 * config.heads * config.head_dim if config.output_gate else 0
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the C kernels take all of it in bf16, so that a row's bits are its own."""
+        return unfit(torch.bfloat16, torch.device("cpu"), self.config.head_dim) is None
+
+    @property
     def weights(self) -> tuple[Any, ...]:
         return self.inputs, self.query_norm, self.key_norm, self.sinks, self.output
 
@@ -114,7 +120,9 @@ class Attention:
             span.stage.put(self.place + span.shift, span.staged, keys[span.at], values[span.at])
 
     def read_cache(self, made: Tensor, run: Pass) -> Tensor:
-        """Stage the keys and values of `made` [r, (H + 2 K) * D], and return attention's output [r, H * D]."""
+        """Stage the keys and values of `made` [r, (H + 2 K) * D], behind which gates may stand, and return attention's
+        output [r, H * D].
+        """
         c, spans, texts = self.config, run.rows.spans, run.texts
         output = made.new_empty(len(made), c.heads * c.head_dim)
         if texts is not None:
@@ -122,7 +130,7 @@ class Attention:
             if run.by_kernel:
                 return output
         heads = made.view(len(made), -1, c.head_dim)
-        queries, keys, values = heads.tensor_split((c.heads, c.heads + c.key_heads), 1)
+        queries, keys, values, _ = heads.tensor_split((c.heads, c.heads + c.key_heads, c.heads + 2 * c.key_heads), 1)
         for span in spans:
             if texts is not None and reads(span):
                 continue

@@ -8,6 +8,7 @@ value dim] at the parent p of position i, a decay a, a strength b in 0..1, and q
 
 A position stages k, u, the sum d of log a since its block's start, and the convolution's input: S_i is a sum over the
 block's rows on its path (`longspec.cache.recurrent`), so that S_p is never made (`delta_rule`; by C `delta_native`).
+Where the products are the C kernels' all between them is too: `native`.
 
 Shapes: n rows, H value heads, K key heads, D their dimensions. All in fp32 but the sums d.
 """
@@ -25,12 +26,12 @@ from longspec.cache.shape import RowSpec, StateSpec
 from longspec.cache.state_stage import History
 from longspec.model.config import Config
 from longspec.model.hybrids import Delta
-from longspec.model.layers.delta_native import missing, read_by_kernel
+from longspec.model.layers.delta_native import KernelDelta, missing, read_by_kernel
 from longspec.model.layers.delta_rule import Form, Ingredients, chunked, recurrence
 from longspec.model.layers.norm import Norm
 from longspec.model.layers.reader import Reader
 from longspec.model.layers.steady import steady
-from longspec.model.rows import Pass, Span
+from longspec.model.rows import Pass
 
 __all__ = ["GatedDelta", "convolved", "form_of"]
 
@@ -49,6 +50,7 @@ class GatedDelta:
     norm: Norm
     output: Any
     form: Form
+    native: KernelDelta | None
     strict: bool
 
     @classmethod
@@ -75,17 +77,24 @@ class GatedDelta:
         names = (
             ("in_proj_ba", "in_proj_qkvz") if d.by_key_head else ("in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z")
         )
+        inputs = reader.linear([f"{at}.{name}" for name in names], d.inputs, c.width)
+        convolution = reader.exact(f"{at}.conv1d.weight", (d.channels, 1, d.width))[:, 0]
+        decay = -reader.exact(f"{at}.A_log", (d.value_heads,)).exp()
+        decay_bias = reader.exact(f"{at}.dt_bias", (d.value_heads,))
+        norm = Norm(reader.exact(f"{at}.norm.weight", (d.value_dim,)), c.eps)
+        by_kernel = reader.by_kernel and missing(d, reader.device) is None
         return cls(
             d,
             place,
             reader.numbers(d.key_of),
-            inputs=reader.linear([f"{at}.{name}" for name in names], d.inputs, c.width),
-            convolution=reader.exact(f"{at}.conv1d.weight", (d.channels, 1, d.width))[:, 0],
-            decay=-reader.exact(f"{at}.A_log", (d.value_heads,)).exp(),
-            decay_bias=reader.exact(f"{at}.dt_bias", (d.value_heads,)),
-            norm=Norm(reader.exact(f"{at}.norm.weight", (d.value_dim,)), c.eps),
+            inputs=inputs,
+            convolution=convolution,
+            decay=decay,
+            decay_bias=decay_bias,
+            norm=norm,
             output=reader.linear([f"{at}.out_proj"], c.width, d.values),
             form=form_of(d, reader.device, strict=reader.strict),
+            native=KernelDelta(d, convolution, decay, decay_bias, norm) if by_kernel else None,
             strict=reader.strict,
         )
 
@@ -94,6 +103,11 @@ class GatedDelta:
         """Bytes of a pass's temporary tensors."""
         d = _delta(config)
         return rows * 4 * (5 * d.channels + 8 * d.value_heads * max(d.key_dim, d.value_dim))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the C kernels take all of it in bf16, so that a row's bits are its own."""
+        return self.native is not None
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -107,11 +121,17 @@ class GatedDelta:
         """What is between the two products: the gated and normed reading [r, values], of the inputs `made`."""
         d = self.delta
         alpha, beta, qkv, gate = self._split(made)
-        decays = self.decay * steady(F.softplus, alpha.float() + self.decay_bias, strict=self.strict)
-        strengths = steady(torch.sigmoid, beta.contiguous(), strict=self.strict)
         read = torch.empty(len(made), d.value_heads, d.value_dim, device=made.device)
         for span in run.rows.spans:
-            read[span.at] = self._read(span, qkv[span.at], decays[span.at], strengths[span.at])
+            states, part = span.stage.states, read[span.at]
+            history: History = states.history(self.place, span.staged, x=qkv[span.at][:, None])
+            brought = self.native.ingredients if self.native else self._ingredients
+            rows = brought(history, alpha[span.at], beta[span.at])
+            for branch in history.branches:
+                self.form(history, branch, rows, part, self.key_of)
+            states.put(history)
+        if self.native:
+            return self.native.opened(read, gate)
         gated = self.norm(read) * steady(F.silu, gate.contiguous(), strict=self.strict).view_as(read)
         return gated.to(made.dtype).flatten(1)
 
@@ -130,22 +150,22 @@ class GatedDelta:
         queries, keys, values, gate = (part.flatten(1) for part in grouped)
         return alpha, beta, torch.cat((queries, keys, values), -1), gate
 
-    def _read(self, span: Span, x: Tensor, decays: Tensor, strengths: Tensor) -> Tensor:
-        """Stage a sequence's rows, and give what they read [n, H, D]."""
-        d, states = self.delta, span.stage.states
-        history: History = states.history(self.place, span.staged, x=x[:, None])
+    def _ingredients(self, history: History, alpha: Tensor, beta: Tensor) -> Ingredients:
+        """What a pass's rows bring, of their inputs, which the history has, and alpha, beta [r, H]; keys go to the
+        history too.
+        """
+        d, count = self.delta, len(alpha)
         mixed = steady(F.silu, convolved(history, self.convolution), strict=self.strict)
         parts = torch.split(mixed, [d.keys, d.keys, d.values], -1)
-        queries, keys = (part.view(len(x), d.key_heads, d.key_dim) for part in parts[:2])
-        values = parts[2].view(len(x), d.value_heads, d.value_dim)
-        keys = _unit(keys)
+        queries, keys = (_unit(part.view(count, d.key_heads, d.key_dim)) for part in parts[:2])
         history.add("k", keys)
-        rows = Ingredients(_unit(queries) * d.key_dim**-0.5, keys, values.contiguous(), decays, strengths)
-        read = torch.empty_like(rows.values)
-        for branch in history.branches:
-            self.form(history, branch, rows, read, self.key_of)
-        states.put(history)
-        return read
+        return Ingredients(
+            queries * d.key_dim**-0.5,
+            keys,
+            parts[2].view(count, d.value_heads, d.value_dim).contiguous(),
+            decays=self.decay * steady(F.softplus, alpha.float() + self.decay_bias, strict=self.strict),
+            strengths=steady(torch.sigmoid, beta.contiguous(), strict=self.strict),
+        )
 
 
 def form_of(delta: Delta, device: torch.device, *, strict: bool) -> Form:

@@ -75,7 +75,7 @@ class LayerEnd:
     projection: Any
     norm: Norm | None
     factor: Tensor  # [1]
-    strict: bool
+    steady: bool  # the activation's bits don't depend on where a value stands
 
     @classmethod
     def read(cls, reader: Reader, layer: int) -> LayerEnd | None:
@@ -85,14 +85,14 @@ class LayerEnd:
             return None
         factor = reader.exact(f"{at}.layer_scalar", (1,))
         if not each.inputs:
-            return cls(layer, None, None, None, factor, reader.strict)
+            return cls(layer, None, None, None, factor, steady=True)
         return cls(
             layer,
             reader.product(f"{at}.per_layer_input_gate", each.inputs, c.width),
             reader.product(f"{at}.per_layer_projection", c.width, each.inputs),
             reader.norm(f"{at}.post_per_layer_input_norm", c.width),
             factor,
-            reader.strict,
+            steady=reader.strict or reader.by_kernel,
         )
 
     @property
@@ -102,7 +102,7 @@ class LayerEnd:
     def __call__(self, hidden: Tensor, inputs: Tensor | None) -> Tensor:
         """The layer's output [r, width]; inputs: [r, layers, p]."""
         if self.gate is not None and inputs is not None and self.norm is not None:
-            open_ = steady(_GELU, self.gate(hidden), strict=self.strict).to(hidden.dtype)
+            open_ = steady(_GELU, self.gate(hidden), strict=self.steady).to(hidden.dtype)
             gated = open_ * inputs[:, self.layer]
             hidden = hidden + self.norm(self.projection(gated))
         return hidden * self.factor.to(hidden.dtype)

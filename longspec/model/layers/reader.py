@@ -98,6 +98,11 @@ class Reader:
         return self._tile is not None
 
     @property
+    def by_kernel(self) -> bool:
+        """Whether the C kernels compute such a decoder: what is left to torch must then keep a row's bits its own."""
+        return missing(self.config, self.dtype, self.device) is None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._weights.dtype
 
@@ -148,7 +153,7 @@ class Reader:
     def product(self, name: str, rows: int, columns: int) -> Any:
         """A matrix [rows, columns] that is multiplied by itself, not as a part of a layer's C call."""
         made = self.linear([name], rows, columns)
-        return KernelLinear(made) if missing(self.config, self.dtype, self.device) is None else made
+        return KernelLinear(made) if self.by_kernel else made
 
     def pooled(self, multiply: Callable[[Tensor, Sequence[int]], Tensor], layer: int) -> Any:
         """The products of a layer's experts; where these are on disk, with those that rows choose read before."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspec.attention.native import unfit
 from longspec.cache.shape import RowSpec
 from longspec.model.config import Config, Rope
 from longspec.model.layers.norm import Norm
@@ -76,6 +77,16 @@ class SharedAttention:
     def weights(self) -> tuple[Any, ...]:
         return self.inputs, self.query_norm, self.key_norm, self.output
 
+    @property
+    def owns(self) -> bool:
+        """Whether it has keys and values of its own."""
+        return self.key_norm is not None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the C kernels take all of it in bf16, so that a row's bits are its own."""
+        return unfit(torch.bfloat16, torch.device("cpu"), self.heads[2]) is None
+
     def __call__(self, x: Tensor, run: Pass) -> Tensor:
         left: Tensor = self.output(self.mix(self.inputs(x), run))
         return left
@@ -83,13 +94,29 @@ class SharedAttention:
     def mix(self, made: Tensor, run: Pass) -> Tensor:
         """What is between the two products: attention's output [r, H * D] of the inputs `made`."""
         heads, keys, dim = self.heads
-        queries, rest = made.view(len(made), -1, dim).tensor_split((heads,), 1)
+        queries, rest = self.widened(made).view(len(made), -1, dim).tensor_split((heads,), 1)
         queries = self.turned(self.query_norm(queries), run)
-        own = None
-        if self.key_norm is not None and self.value_norm is not None:
-            first, last = rest[:, :keys], rest[:, 0 if self.keys_as_values else keys :]
-            own = self.turned(self.key_norm(first), run), self.value_norm(last)
-        output = made.new_empty(len(made), heads * dim)
+        if self.key_norm is None or self.value_norm is None:
+            return self._read(queries, None, run)
+        return self._read(
+            queries, (self.turned(self.key_norm(rest[:, :keys]), run), self.value_norm(rest[:, keys:])), run
+        )
+
+    def widened(self, made: Tensor) -> Tensor:
+        """The product of the inputs with columns of values, where they are the keys."""
+        if not (self.owns and self.keys_as_values):
+            return made
+        return torch.cat((made, made[:, self.heads[0] * self.heads[2] :]), -1)
+
+    def read_cache(self, made: Tensor, run: Pass) -> Tensor:
+        """Attention's output [r, H * D] of queries, keys and values `made` that are normed and rotated."""
+        heads, keys, dim = self.heads
+        queries, own, values = made.view(len(made), -1, dim).tensor_split((heads, heads + keys), 1)
+        return self._read(queries, (own, values) if self.owns else None, run)
+
+    def _read(self, queries: Tensor, own: tuple[Tensor, Tensor] | None, run: Pass) -> Tensor:
+        """own: keys and values of the rows, to be staged."""
+        output = queries.new_empty(len(queries), self.heads[0] * self.heads[2])
         for span in run.rows.spans:
             if own is not None:
                 span.stage.put(self.place, span.staged, own[0][span.at], own[1][span.at])

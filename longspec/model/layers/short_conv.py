@@ -1,7 +1,7 @@
 """The gated short convolution (LFM2): of three products b, c, x of a row, c times the convolution of b times x.
 
 Takes normed rows [r, width] and their pass; gives [r, width]. A position leaves the convolution's input; a block reads
-the last inputs before it.
+the last inputs before it. Where the products are the C kernels', so is what is between (`native`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspec.cache.shape import RowSpec, StateSpec
 from longspec.model.config import Config
+from longspec.model.layers.conv_native import KernelConvolution, missing
 from longspec.model.layers.gated_delta import convolved
 from longspec.model.layers.reader import Reader
 from longspec.model.rows import Pass
@@ -30,6 +31,7 @@ class ShortConv:
     convolution: Tensor  # [width, width of the convolution]
     bias: Tensor | None
     output: Any
+    native: KernelConvolution | None
 
     @classmethod
     def rows(cls, config: Config, dtype: torch.dtype) -> tuple[RowSpec, ...]:
@@ -44,18 +46,28 @@ class ShortConv:
     @classmethod
     def read(cls, reader: Reader, layer: int, place: int) -> ShortConv:
         c, at = reader.config, f"layers.{layer}.conv"
+        inputs = reader.linear([f"{at}.in_proj"], 3 * c.width, c.width)
+        convolution = reader.exact(f"{at}.conv.weight", (c.width, 1, c.convolution))[:, 0]
+        bias = reader.exact(f"{at}.conv.bias", (c.width,)) if reader.has(f"{at}.conv.bias") else None
+        by_kernel = reader.by_kernel and missing(c.convolution, c.width) is None
         return cls(
             place,
-            inputs=reader.linear([f"{at}.in_proj"], 3 * c.width, c.width),
-            convolution=reader.exact(f"{at}.conv.weight", (c.width, 1, c.convolution))[:, 0],
-            bias=reader.exact(f"{at}.conv.bias", (c.width,)) if reader.has(f"{at}.conv.bias") else None,
+            inputs,
+            convolution,
+            bias,
             output=reader.linear([f"{at}.out_proj"], c.width, c.width),
+            native=KernelConvolution(convolution, bias) if by_kernel else None,
         )
 
     @classmethod
     def workspace(cls, config: Config, rows: int) -> int:
         """Bytes of a pass's temporary tensors."""
         return rows * 4 * 7 * config.width
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the C kernels take all of it in bf16, so that a row's bits are its own."""
+        return self.native is not None
 
     @property
     def weights(self) -> tuple[Any, ...]:
@@ -69,12 +81,14 @@ class ShortConv:
         """What is between the two products [r, width], of the inputs `made`."""
         before, after, x = made.chunk(3, -1)
         x = before * x
-        mixed = torch.empty(x.shape, device=x.device)
+        output = torch.empty_like(x)
         for span in run.rows.spans:
-            states = span.stage.states
+            states, part = span.stage.states, output[span.at]
             history = states.history(self.place, span.staged, x=x[span.at][:, None])
-            mixed[span.at] = convolved(history, self.convolution)
+            if self.native is not None:
+                self.native.times(history, after[span.at], part)
+            else:
+                mixed = convolved(history, self.convolution)
+                part.copy_(after[span.at] * (mixed if self.bias is None else mixed + self.bias).to(x.dtype))
             states.put(history)
-        if self.bias is not None:
-            mixed = mixed + self.bias
-        return after * mixed.to(x.dtype)
+        return output

@@ -2,12 +2,16 @@
  *
  * A row's sums are over the state's key channels in their order, then over the rows of its own path in the order of their
  * depth, each product rounded before it is added: its bits depend on its path alone, not on the pass, its other rows or
- * the processor. Rows stand behind their parents. The state of a head is read for four rows at once.
+ * the processor. Rows stand behind their parents. The state of a head is read for four rows at once. A full block is folded
+ * into a new state in the order of its rows, so that a text has one state whoever staged it.
  */
+#ifndef DELTA_RULE_H
+#define DELTA_RULE_H
+
 #include "simd.h"
 #include "team.h"
 
-enum { MOST_DIM = 256, MOST_DEPTH = 64, ROWS = 4 };
+enum { MOST_DIM = 256, SPAN = 64, ROWS = 4 }; /* positions of a block; rows or channels that share a reading */
 
 typedef struct {
     const float *state;     /* [heads, key_dim, value_dim] at the block's start */
@@ -59,8 +63,8 @@ static void row_of(const Delta *d, int64_t head, int64_t i, float *written, floa
     const float *k = d->k + (own * d->key_heads + key_head) * dim, *q = d->queries + (pass * d->key_heads + key_head) * dim;
     const float *v = d->values + (pass * d->heads + head) * wide, strength = d->strengths[pass * d->heads + head];
     float *u = d->u + (own * d->heads + head) * wide, *read = d->read + (pass * d->heads + head) * wide;
-    int64_t path[MOST_DEPTH], depth = 0;
-    for (int64_t up = d->parents[at]; up >= 0 && depth < MOST_DEPTH; up = d->parents[up]) path[depth++] = d->rows[up];
+    int64_t path[SPAN], depth = 0;
+    for (int64_t up = d->parents[at]; up >= 0 && depth < SPAN; up = d->parents[up]) path[depth++] = d->rows[up];
     const double before = depth ? d->sums[path[0] * d->heads + head] : 0;
     const double sum = d->sums[own * d->heads + head] = before + d->decays[pass * d->heads + head];
     const float faded = one_exponential((float)sum);
@@ -107,5 +111,50 @@ static void delta_by(void *args, Team *t, int64_t rank) {
     meet(t);
 }
 
-/* u, sums and what is read, of the new rows. */
-void delta(Delta *d, Team *t, int64_t threads) { lead(t, threads, delta_by, d); }
+/* A block of 64 rows and the state before it, which become the state after it. */
+typedef struct {
+    const float *state;   /* [heads, key_dim, value_dim] */
+    const float *k;       /* [64, key_heads, key_dim] */
+    const float *u;       /* [64, heads, value_dim] */
+    const double *decay;  /* [64, heads]: sums of log decays since the block's start */
+    float *folded;        /* [heads, key_dim, value_dim] */
+    const int64_t *key_of; /* [heads] */
+    int64_t heads, key_heads, key_dim, value_dim;
+} Fold;
+
+/* Some of a head's key channels: what the rows add, in their order and eight at a time, so that fewer roundings add up; and
+ * what was there, faded. */
+static void fold_some(const Fold *f, int64_t head, int64_t first) {
+    const int64_t dim = f->key_dim, wide = f->value_dim, key_head = f->key_of[head];
+    const double last = f->decay[(SPAN - 1) * f->heads + head];
+    const float faded = one_exponential((float)last);
+    float weights[ROWS][SPAN], left[SPAN];
+    for (int64_t j = 0; j < SPAN; j++) left[j] = (float)(last - f->decay[j * f->heads + head]);
+    for (int64_t j = 0; j < SPAN; j += LANES) save(left + j, exponential(load(left + j)));
+    for (int64_t j = 0; j < SPAN; j++)
+        for (int64_t r = 0; r < ROWS; r++) weights[r][j] = f->k[(j * f->key_heads + key_head) * dim + first + r] * left[j];
+    const int64_t place = (head * dim + first) * wide;
+    for (int64_t at = 0; at < wide; at += LANES) {
+        vf sums[ROWS] = {{0}};
+        for (int64_t some = 0; some < SPAN; some += 8) {
+            vf part[ROWS] = {{0}};
+            for (int64_t j = some; j < some + 8; j++) {
+                const vf value = load(f->u + (j * f->heads + head) * wide + at);
+                UNROLL for (int r = 0; r < ROWS; r++) part[r] += value * weights[r][j];
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) sums[r] += part[r];
+        }
+        UNROLL for (int r = 0; r < ROWS; r++) sums[r] += load(f->state + place + r * wide + at) * faded;
+        UNROLL for (int r = 0; r < ROWS; r++) save(f->folded + place + r * wide + at, sums[r]);
+    }
+}
+
+static void fold_by(void *args, Team *t, int64_t rank) {
+    const Fold *f = args;
+    const int64_t each = f->key_dim / ROWS;
+    (void)rank;
+    SHARED(t, i, f->heads * each) fold_some(f, i / each, i % each * ROWS);
+    meet(t);
+}
+
+#endif
