@@ -34,7 +34,9 @@ _ROWS: dict[str, Callable[[Shape], Cache]] = {
 
 
 def _cache(kind: str, shape: Shape) -> Cache:
-    """A cache of this kind for all of a model's layers."""
+    """A cache of this kind for all of a model's layers; without a layer that keeps rows all kinds are one."""
+    if not shape.windows:
+        return Hybrid(shape, Dense(shape))
     rows = _ROWS[kind](shape) if len(shape.groups) == 1 else Grouped.of(shape, _ROWS[kind])
     return rows if shape.states is None else Hybrid(shape, rows)
 

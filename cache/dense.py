@@ -114,7 +114,7 @@ class Dense(Cache):
     def room(self, rows: int) -> Room:
         """All layers' buffers, and one layer's a second time for growth."""
         held = -(-rows // BLOCK) * BLOCK * self.shape.row_bytes
-        return Room(held + held // self.shape.layers)
+        return Room(held + held // max(self.shape.layers, 1))
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """`rows.LAYER` [2, K, rows, D]; of a residual window the rows from `start` on."""
@@ -279,7 +279,7 @@ class DenseStage(Stage):
     def check_complete(self, rows: Sequence[int]) -> None:
         """Raise ValueError unless the stage is fresh and these rows hold keys and values in all layers."""
         self._check_fresh()
-        if rows and max(rows) >= min(self._held):
+        if rows and max(rows) >= min(self._held, default=len(self._tree)):
             raise ValueError(f"row {max(rows)} was put in some layers only: {self._held}")
 
     def _check_fresh(self) -> None:

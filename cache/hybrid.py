@@ -21,7 +21,8 @@ class Hybrid(Cache):
 
     def __init__(self, shape: Shape, rows: Cache) -> None:
         self.rows, self.states = rows, States(shape)
-        self.lossless, self.in_one_piece, self.can_become = rows.lossless, rows.in_one_piece, rows.can_become
+        self.lossless, self.in_one_piece = rows.lossless, rows.in_one_piece
+        self.can_become = rows.can_become if shape.windows else ()
 
     @property
     def length(self) -> int:  # type: ignore[override]

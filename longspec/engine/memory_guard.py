@@ -112,7 +112,7 @@ class Watch:
         bytes.
         """
         shape = self.plan.request.shape
-        coming = rows * shape.row_bytes + self.plan.choice.need.cache // shape.layers + more
+        coming = rows * shape.row_bytes + self.plan.choice.need.cache // max(shape.layers, 1) + more
         passing = self._passing if shape.device.type == "cpu" else 0
         return self.used() + coming + passing - self.plan.budget
 

@@ -5,6 +5,7 @@
  *     gated_norm    what was read, normed, times the SiLU of its gate
  *     fold          a block's rows and the state before them as the state after them
  *     short_conv    LFM2: the convolution times what opens it
+ *     grouped       grouped linear attention: what rows of one group read of the state, of each other and of past values
  *
  * A row's sums depend on its path alone, and are taken in one order: its bits don't depend on the pass, its other rows, the
  * threads or the processor. Rows of products are bf16, all between is fp32, and the sums of log decays fp64: they reach
@@ -13,6 +14,7 @@
 #include "mixers/convolution.h"
 #include "mixers/delta_rule.h"
 #include "mixers/gates.h"
+#include "mixers/grouped.h"
 
 /* What the rows of a pass bring to the gated delta rule. */
 typedef struct {
@@ -117,3 +119,7 @@ static void short_conv_by(void *args, Team *t, int64_t rank) {
 }
 
 void short_conv(Short *s, Team *t, int64_t threads) { lead(t, threads, short_conv_by, s); }
+
+/* Queries and keys of length one; then, for the rows of one group, what they read. */
+void grouped_units(Grouped *g, Team *t, int64_t threads) { lead(t, threads, unit_by, g); }
+void grouped(Grouped *g, Team *t, int64_t threads) { lead(t, threads, grouped_by, g); }

@@ -36,7 +36,7 @@ _SAME = {"gemma4_unified_text": ("gemma4_text", {"hidden_size_per_layer_input": 
 _TIED = ("smollm3", "gemma2", "gemma3_text", "gemma4_text", "lfm2", "lfm2_moe")
 """Families of which transformers' config class ties the head to the embeddings where config.json doesn't say."""
 
-_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", *HYBRIDS)
+_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", *(name for name in HYBRIDS if name != "linear_llama"))
 """Families that norm each head's queries and keys."""
 
 _WIDTH_NORMS = ("olmo2", "olmoe")

@@ -328,7 +328,12 @@ class Decoder:
     def _texts(self, rows: Rows) -> Texts | None:
         """The batched attention over all spans; None where the kernel can't take them."""
         c = self.config
-        if self.strict or c.per_layer is not None or cpu.unfit(self.dtype, self.device, c.head_dim):
+        if (
+            self.strict
+            or not self.shape.windows
+            or c.per_layer is not None
+            or cpu.unfit(self.dtype, self.device, c.head_dim)
+        ):
             return None
         spans = [span for span in rows.spans if reads(span)]
         return Texts(spans, self.shape, c.heads, c.scale, c.attention_softcap) if spans else None

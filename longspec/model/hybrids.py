@@ -14,7 +14,7 @@ from longspec.errors import ModelError
 
 __all__ = ["HYBRIDS", "ZERO_CENTRED", "Delta", "fields_of", "plain_config"]
 
-HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe")
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm2", "lfm2_moe", "linear_llama")
 """Values of `model_type`."""
 
 ZERO_CENTRED = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
@@ -22,12 +22,14 @@ ZERO_CENTRED = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 _DELTA = {"linear_attention": "gated_delta", "full_attention": "attention"}
 _CONVOLUTION = {"conv": "short_conv", "full_attention": "attention"}
+_GROUPED = {"linear_attention": "grouped_linear", "full_attention": "attention"}
 _MIXERS = {
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": _DELTA,
     "qwen3_next": _DELTA,
     "lfm2": _CONVOLUTION,
     "lfm2_moe": _CONVOLUTION,
+    "linear_llama": _GROUPED,
 }
 """By family: the kinds of its layers in config.json's `layer_types`, and their names in MIXERS."""
 
@@ -79,7 +81,7 @@ def plain_config(family: str, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         tied = raw.get("tie_embedding", raw.get("tie_word_embeddings", True))
         channels = _adjusted(raw) if family == "lfm2" else raw["intermediate_size"]
         return {**raw, **values, "intermediate_size": channels, "tie_word_embeddings": tied}
-    if family in _MIXERS:
+    if _MIXERS.get(family) is _DELTA:
         # Qwen3.5's mixtures have no layer that is dense, and so no width of one.
         mlp = {"intermediate_size": raw.get("moe_intermediate_size", 512)} if family == "qwen3_5_moe_text" else {}
         return {"partial_rotary_factor": 0.25, "head_dim": 256, **mlp, **raw}
@@ -93,6 +95,8 @@ def fields_of(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any
     fields: dict[str, Any] = {"mixers": _mixers(family, raw, layers)}
     if family in ("lfm2", "lfm2_moe"):
         return {**fields, "convolution": raw.get("conv_L_cache") or 3}
+    if _MIXERS[family] is _GROUPED:
+        return {**fields, "convolution": _inputs(raw)}
     names = {"key_head_dim": 128, "value_head_dim": 128, "conv_kernel_dim": 4}
     keys, heads = raw.get("linear_num_key_heads") or 16, raw.get("linear_num_value_heads") or 32
     key_dim, value_dim, width = (raw.get(f"linear_{name}") or default for name, default in names.items())
@@ -110,13 +114,15 @@ def _mixers(family: str, raw: Mapping[str, Any], layers: int) -> tuple[str, ...]
     if types is None and known is _CONVOLUTION:
         full = raw.get("full_attn_idxs") or range(layers)
         types = ["full_attention" if i in full else "conv" for i in range(layers)]
+    elif types is None and known is _GROUPED:
+        types = ["linear_attention"] * layers
     elif types is None:
         every = raw.get("full_attention_interval") or 4
         types = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
     for i, kind in enumerate(types):
         if kind not in known:
             raise ModelError(f"Layer {i} is of the type {kind!r}; the layers of {family} are {' or '.join(known)}.")
-    if "full_attention" not in types:
+    if "full_attention" not in types and known is not _GROUPED:
         raise ModelError(f"No layer of this {family} is full_attention, and longspec needs one.")
     return tuple(known[kind] for kind in types)
 
@@ -129,3 +135,14 @@ def _adjusted(raw: Mapping[str, Any]) -> int:
     width, unit = 2 * width // 3, int(raw.get("block_multiple_of") or 256)
     width = int(float(raw.get("block_ffn_dim_multiplier") or 1.0) * width)
     return -(-width // unit) * unit
+
+
+def _inputs(raw: Mapping[str, Any]) -> int:
+    """Linearised Llama: the positions that a convolution reads. The file's kernel is as wide ahead as back."""
+    kernel, group = raw.get("linear_conv_kernel_dim") or 63, raw.get("linear_group_size") or 64
+    if kernel % 2 == 0 or group != 64:
+        raise ModelError(
+            f"config.json says a convolution of {kernel} and groups of {group}; "
+            "a convolution of an odd width and groups of 64 were expected."
+        )
+    return (int(kernel) + 1) // 2

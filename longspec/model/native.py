@@ -178,8 +178,9 @@ class Fused:
         read = None
         if mixer is not None and self._mixers[index] == "attention":
             read = self._attended(index, hidden, run, mixer)
-        elif mixer is not None and self._mixers[index] == "shared_attention":
-            made = mixer.widened(self.inputs(index, hidden))
+        elif mixer is not None and self._mixers[index] in ("grouped_linear", "shared_attention"):
+            made = self.inputs(index, hidden)
+            made = mixer.widened(made) if self._mixers[index] == "shared_attention" else made
             read = mixer.read_cache(self._turned(index, made, run.turns[mixer.rope] if mixer.rope else None), run)
         elif mixer is not None:
             read = mixer.mix(self.inputs(index, hidden), run)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import load, oracle, write
-from support.engines import engine, finish, prompts, tiny
+from support.engines import RandomTrees, engine, finish, of_folder, prompts, tiny
 from support.passes import TOKENS, continuation, feed, filled
 from support.passes import write as commit
 from torch import Tensor
@@ -24,7 +24,7 @@ from longspec.model.decoder import Decoder
 from longspec.model.layers import delta_rule
 
 TOLERANCE = 1e-4
-FAMILIES = ["qwen3_5-wide", "lfm2"]
+FAMILIES = ["qwen3_5-wide", "lfm2", "linear_llama", "linear_llama-some"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -244,4 +244,38 @@ def test_a_checkpoint_with_pictures_is_read_for_its_text(tmp_path: Path) -> None
     del moved["model.language_model.layers.1.linear_attn.A_log"]
     save_file(moved, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"layers\.1\.linear_attn\.A_log is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", [name for name in CACHES if "--" not in name])
+def test_a_model_without_rows_is_drafted_for(tmp_path: Path, kind: str) -> None:
+    """All layers of a linearised Llama are linear attention: any kind of cache is its states alone."""
+    model = of_folder(write(oracle("linear_llama"), tmp_path), ())
+    texts = prompts(2, 150)
+    found: list[list[list[int]]] = []
+    for drafter in ("none", "ngram", "trees"):
+        wanted = {str(i): tokens for i, tokens in enumerate(found[0])} if drafter == "trees" else {}
+        made = engine(model, RandomTrees(wanted) if drafter == "trees" else drafter, cache=kind, draft_tokens=16)
+        opened = [
+            made.open(text, raw=True, key=str(i), max_new_tokens=60, temperature=0.8) for i, text in enumerate(texts)
+        ]
+        found.append(finish(made, opened))
+        assert opened[0].cache.nbytes <= States.room(model.decoder.shape.states)  # type: ignore[arg-type]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"linear_conv_kernel_dim": 64}, "a convolution of 64 and groups of 64; a convolution of an odd width"),
+        ({"linear_group_size": 32}, "a convolution of 63 and groups of 32"),
+        ({"linear_conv_kernel_dim": 31}, r"dwconv\.weight: the checkpoint has \[6, 1, 63, 1\]"),
+        ({"layer_types": ["conv"] * 4}, "the layers of linear_llama are linear_attention or full_attention"),
+    ],
+)
+def test_a_linearised_llama_of_another_form_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = write(oracle("linear_llama"), tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    with pytest.raises(ModelError, match=said):
         load(folder)

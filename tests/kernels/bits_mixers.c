@@ -29,7 +29,7 @@ static void add(const void *bytes, size_t count) {
 }
 
 static bf16 tail[(INPUTS - 1) * CHANNELS], x[ALL * CHANNELS], alpha[ALL * 50], gate[ALL * HEADS * VALUE_DIM], y[ALL * CHANNELS];
-static float weight[INPUTS * CHANNELS], bias[CHANNELS], decay[HEADS], queries[ALL * KEY_HEADS * KEY_DIM];
+static float weight[INPUTS * CHANNELS], bias[CHANNELS], decay[HEADS], queries[ALL * HEADS * KEY_DIM];
 static float k[ALL * KEY_HEADS * KEY_DIM], u[ALL * HEADS * VALUE_DIM], values[ALL * HEADS * VALUE_DIM], found[ALL * HEADS * VALUE_DIM];
 static float decays[ALL * HEADS], strengths[ALL * HEADS], before[HEADS * KEY_DIM * VALUE_DIM], after[HEADS * KEY_DIM * VALUE_DIM];
 static double sums[ALL * HEADS];
@@ -63,6 +63,29 @@ static void rows(int64_t known, int64_t count, int is_tree) {
     add(y, (size_t)(count * HEADS * VALUE_DIM) * sizeof *y);
 }
 
+/* The same of grouped linear attention, whose heads of keys are a half of its heads. */
+static void group(int64_t known, int64_t count, int is_tree) {
+    enum { DIM = 32, OWN = KEY_HEADS * DIM, ROW = (HEADS + 2 * KEY_HEADS) * DIM };
+    int64_t window[ALL * INPUTS], places[ALL], parents[ALL], fresh[ALL];
+    for (int64_t i = 0; i < known + count; i++) {
+        places[i] = i;
+        parents[i] = is_tree && i >= known ? (int64_t)(drawn() % (uint32_t)(i + 1)) - 1 : i - 1;
+    }
+    for (int64_t row = 0; row < count; row++) {
+        int64_t at = known + row;
+        fresh[row] = row;
+        for (int64_t i = INPUTS - 1, left = INPUTS - 1; i >= 0; i--) {
+            window[row * INPUTS + i] = at >= 0 ? INPUTS - 1 + at : --left;
+            at = at >= 0 ? parents[at] : -1;
+        }
+    }
+    const Convolution of = {tail, x + 64, is_tree ? window : 0, weight, 0, count, known + count, INPUTS, OWN};
+    Grouped g = {of, x, queries, k, u, before, y, places, parents, fresh, ROW, known, count, HEADS, KEY_HEADS, DIM};
+    grouped_units(&g, 0, 1);
+    grouped(&g, 0, 1);
+    add(k, sizeof k), add(y, (size_t)(count * HEADS * DIM) * sizeof *y);
+}
+
 int main(void) {
     floats(weight, INPUTS * CHANNELS, 0.6f), floats(bias, CHANNELS, 1), floats(before, HEADS * KEY_DIM * VALUE_DIM, 0.3f);
     for (int64_t head = 0; head < HEADS; head++) decay[head] = -0.01f - 0.2f * (float)head;
@@ -81,6 +104,9 @@ int main(void) {
         short_conv(&conv, 0, 1);
         add(y, (size_t)(count * WIDTH) * sizeof *y);
     }
+    group(0, 9, 0);
+    group(9, 20, 1);
+    group(29, 35, 0);
     printf("%016llx\n", (unsigned long long)hash);
     return 0;
 }

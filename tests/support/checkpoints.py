@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.linearised import Linearised
 from support.looped import Looped
 
 from longspec.model.config import Config
@@ -147,22 +148,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2_moe": ("Lfm2Moe", {**_CONVOLUTIONS, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}),
     "ouro": ("Ouro", {"model_type": "ouro", "num_hidden_layers": 2, "total_ut_steps": 4}),
+    "linear_llama": ("LinearLlama", {"model_type": "linear_llama", "linear_conv_kernel_dim": 63}),
+    "linear_llama-some": (
+        "LinearLlama",
+        {
+            "model_type": "linear_llama",
+            "linear_conv_kernel_dim": 9,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        },
+    ),
 }
 
 
 _LAYER = re.compile(r"(.*)layers\.(\d+)\.(.+)")
 
 
+_NAIVE: dict[str, Any] = {"Ouro": Looped, "LinearLlama": Linearised}
 _WITH_IMAGES = ("Gemma3", "Gemma4", "Gemma4Unified", "Qwen3_5", "Qwen3_5Moe")
 
 
 def oracle(name: str, **changes: Any) -> Any:
-    """The family's transformers model, which Ouro has none of: fp32, eager attention, random weights, norms and biases
-    too.
+    """The family's transformers model: fp32, eager attention, random weights, norms and biases too. Ouro and linearised
+    Llamas, which have none, are naive models of our own.
     """
     family, extra = FAMILIES[name]
-    if family == "Ouro":
-        return Looped({**_COMMON, **extra, **changes})
+    if family in _NAIVE:
+        return _NAIVE[family]({**_COMMON, **extra, **changes})
     import transformers
 
     config_class = getattr(transformers, f"{family}TextConfig" if family in _WITH_IMAGES else f"{family}Config")

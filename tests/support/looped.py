@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Looped"]
+__all__ = ["Looped", "Mlp", "turn_of", "turned"]
 
 
 class _Attention(nn.Module):
@@ -28,8 +28,8 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Over x [b, n, width] alone: every position reads itself and those before it."""
         b, n, _ = x.shape
-        q = _turned(self.q_proj(x).view(b, n, self.heads, self.dim), *turn).transpose(1, 2)
-        k = _turned(self.k_proj(x).view(b, n, self.key_heads, self.dim), *turn).transpose(1, 2)
+        q = turned(self.q_proj(x).view(b, n, self.heads, self.dim), *turn).transpose(1, 2)
+        k = turned(self.k_proj(x).view(b, n, self.key_heads, self.dim), *turn).transpose(1, 2)
         v = self.v_proj(x).view(b, n, self.key_heads, self.dim).transpose(1, 2)
         k, v = (each.repeat_interleave(self.heads // self.key_heads, 1) for each in (k, v))
         scores = q @ k.transpose(-1, -2) * self.dim**-0.5
@@ -38,7 +38,7 @@ class _Attention(nn.Module):
         return read
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, channels, bias=False)
@@ -54,7 +54,7 @@ class _Layer(nn.Module):
     def __init__(self, c: SimpleNamespace) -> None:
         super().__init__()
         self.self_attn = _Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        self.mlp = _Mlp(c.hidden_size, c.intermediate_size)
+        self.mlp = Mlp(c.hidden_size, c.intermediate_size)
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.input_layernorm_2 = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -93,7 +93,7 @@ class Looped(nn.Module):
     def readouts(self, tokens: Tensor) -> list[Tensor]:
         """Logits [b, n, V] of tokens [b, n] after each loop."""
         c, hidden, made = self.c, self.model.embed_tokens(tokens), []
-        turn = _turn(tokens.shape[1], c.head_dim, c.rope_theta)
+        turn = turn_of(tokens.shape[1], c.head_dim, c.rope_theta)
         for _ in range(c.total_ut_steps):
             for layer in self.model.layers:
                 hidden = layer(hidden, turn)
@@ -111,14 +111,14 @@ class Looped(nn.Module):
         save_file({name: each.contiguous() for name, each in self.state_dict().items()}, folder / "model.safetensors")
 
 
-def _turn(n: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def turn_of(n: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [n, 1, dim] of the positions 0 to n - 1."""
     angles = torch.arange(n)[:, None] * theta ** -(torch.arange(0, dim, 2) / dim)
     angles = torch.cat((angles, angles), -1)[:, None]
     return angles.cos(), angles.sin()
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [b, n, heads, dim], each rotated to its position."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin

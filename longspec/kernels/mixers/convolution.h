@@ -20,14 +20,19 @@ typedef struct {
     int64_t rows, history, inputs, channels;
 } Convolution;
 
-/* The row's channels first .. first + count, in y; they are whole vectors of 16. */
-static void convolve(const Convolution *c, int64_t row, int64_t first, int64_t count, float *y) {
+/* Where a row's inputs stand, the oldest first. */
+static void window_of(const Convolution *c, int64_t row, const bf16 *of[MOST_INPUTS]) {
     const int64_t before = c->inputs - 1;
-    const bf16 *of[MOST_INPUTS];
     for (int64_t i = 0; i < c->inputs; i++) {
         const int64_t at = c->window ? c->window[row * c->inputs + i] : c->history - c->rows + row + i;
         of[i] = at < before ? c->tail + at * c->channels : c->x + (at - before) * c->channels;
     }
+}
+
+/* The row's channels first .. first + count, in y; they are whole vectors of 16. */
+static void convolve(const Convolution *c, int64_t row, int64_t first, int64_t count, float *y) {
+    const bf16 *of[MOST_INPUTS];
+    window_of(c, row, of);
     for (int64_t at = first; at < first + count; at += LANES) {
         vf sum = load_bf16(of[0] + at) * load(c->weight + at);
         for (int64_t i = 1; i < c->inputs; i++) sum += load_bf16(of[i] + at) * load(c->weight + i * c->channels + at);

@@ -13,6 +13,7 @@ from longspec.model.layers.attention import Attention
 from longspec.model.layers.dense_and_experts import DenseAndExperts
 from longspec.model.layers.dense_mlp import DenseMlp
 from longspec.model.layers.gated_delta import GatedDelta
+from longspec.model.layers.grouped_linear import GroupedLinear
 from longspec.model.layers.moe import Moe
 from longspec.model.layers.shared_attention import SharedAttention
 from longspec.model.layers.short_conv import ShortConv
@@ -22,6 +23,7 @@ __all__ = ["MIXERS", "MLPS"]
 MIXERS: dict[str, Any] = {
     "attention": Attention,
     "gated_delta": GatedDelta,
+    "grouped_linear": GroupedLinear,
     "shared_attention": SharedAttention,
     "short_conv": ShortConv,
 }

@@ -52,13 +52,14 @@ def missing(inputs: int, channels: int) -> str | None:
 class KernelConvolution:
     """A layer's convolution; it keeps the weights alive."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: [channels, inputs]."""
-        self._weight, self._bias = weight.T.float().contiguous(), None if bias is None else bias.float().contiguous()
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, channels: int | None = None) -> None:
+        """weight: [inputs, channels]; or [inputs, heads], of so many channels."""
+        self._weight, self._bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+        self._channels = weight.shape[1] if channels is None else channels
 
     def of(self, history: History) -> Convolution:
         """The struct for the pass's rows; the history and this object must outlive it."""
-        layout, (inputs, channels) = history.layout, self._weight.shape
+        layout, inputs, channels = history.layout, len(self._weight), self._channels
         tail, window = history.stage.cache.point.tail[history.layer], layout.window
         return Convolution(
             pointer(tail, torch.bfloat16, inputs - 1, 1, channels),
@@ -98,6 +99,6 @@ def kernel() -> ctypes.CDLL | str:
 
 @cache
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    for name in ("ingredients", "delta", "gated_norm", "short_conv"):
+    for name in ("ingredients", "delta", "gated_norm", "short_conv", "grouped_units", "grouped"):
         getattr(found, name).argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     return found

@@ -92,7 +92,7 @@ class KernelDelta:
 
     def __init__(self, delta: Delta, convolution: Tensor, decay: Tensor, bias: Tensor, norm: Norm) -> None:
         """convolution: [channels, inputs]; decay, bias: [H]."""
-        self._delta, self._convolution, self._eps = delta, KernelConvolution(convolution, None), norm.eps
+        self._delta, self._convolution, self._eps = delta, KernelConvolution(convolution.T), norm.eps
         self._decay, self._bias, self._norm = (each.float().contiguous() for each in (decay, bias, norm.weight))
 
     def ingredients(self, history: History, alpha: Tensor, beta: Tensor) -> Ingredients:

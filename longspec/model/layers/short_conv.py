@@ -56,7 +56,7 @@ class ShortConv:
             convolution,
             bias,
             output=reader.linear([f"{at}.out_proj"], c.width, c.width),
-            native=KernelConvolution(convolution, bias) if by_kernel else None,
+            native=KernelConvolution(convolution.T, bias) if by_kernel else None,
         )
 
     @classmethod
