@@ -36,6 +36,12 @@ static inline void begin_tiles(int64_t kind, int64_t rows) {
 }
 INLINE void end_tiles(void) { _tile_release(); }
 
+static inline void transpose(float m[TILE][TILE]) {
+    vu words[LANES];
+    transposed((const bf16 *)m, DEEP, words);
+    memcpy(m, words, sizeof words);
+}
+
 static inline int64_t packed_bytes(int64_t width) { return TILE * width * (int64_t)sizeof(bf16); }
 
 /* Columns k .. k + 32 of the rows x, of which the first `live` are there. */

@@ -1,11 +1,13 @@
 /* AVX2, with and without AVX-VNNI. Sixteen outputs are two registers. */
 enum { ROWS_AT_ONCE = 2, VALUE_ROWS = 4, CODE_ROWS = 4 };
+enum { ASKS_IN_ORDER = 0 }; /* outputs of a row alone: the next ones' weights, column by column */
 enum { AHEAD = 2048 }; /* bytes: codes are asked for so early */
 
 #include "planes.h"
 
 /* 16 columns of 8 rows x, `apart` values apart, as 8 words of two columns, each of 8 rows. */
-INLINE void transposed(const bf16 *x, int64_t apart, __m256i words[8]) {
+#define TRANSPOSED
+INLINE void transposed(const bf16 *x, int64_t apart, vu words[LANES]) {
     __m256 a[8], b[8];
     UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps((const void *)(x + i * apart));
     UNROLL for (int i = 0; i < 8; i += 2) {
@@ -19,45 +21,9 @@ INLINE void transposed(const bf16 *x, int64_t apart, __m256i words[8]) {
         a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
     UNROLL for (int i = 0; i < 4; i++) {
-        words[i] = _mm256_castps_si256(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        words[i + 4] = _mm256_castps_si256(_mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+        words[i] = (vu)_mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        words[i + 4] = (vu)_mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
     }
-}
-
-INLINE vf even_of(__m256i words) { return (vf)_mm256_slli_epi32(words, 16); }
-INLINE vf odd_of(__m256i words) { return (vf)_mm256_and_si256(words, _mm256_set1_epi32(-65536)); }
-
-/* 32 columns of 16 rows x, `apart` values apart, as fp32 [32, 16]. */
-INLINE void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[WIDE]) {
-    for (int half = 0; half < WIDE; half += LANES)
-        for (int k = 0; k < DEEP; k += 16) {
-            __m256i words[8];
-            transposed(x + half * apart + k, apart, words);
-            UNROLL for (int i = 0; i < 8; i++) {
-                save(panel[k + 2 * i] + half, even_of(words[i]));
-                save(panel[k + 2 * i + 1] + half, odd_of(words[i]));
-            }
-        }
-}
-
-/* Sums of 8 outputs for one row x, without a panel: what the processor then does between reads of memory is less. */
-#define ALONE
-INLINE void multiply_alone(const bf16 *weight, int64_t apart, int64_t width, const float *x, float *sums) {
-    vf total = all(0);
-    for (int64_t k = 0; k < width; k += DEEP) {
-        vf even = all(0), odd = all(0);
-        UNROLL for (int i = 0; i < LANES; i++) __builtin_prefetch(weight + i * apart + k + LANES * apart);
-        for (int half = 0; half < DEEP; half += 16) {
-            __m256i words[8];
-            transposed(weight + k + half, apart, words);
-            UNROLL for (int i = 0; i < 8; i++) {
-                even = fused(all(x[k + half + 2 * i]), even_of(words[i]), even);
-                odd = fused(all(x[k + half + 2 * i + 1]), odd_of(words[i]), odd);
-            }
-        }
-        total += even + odd;
-    }
-    save(sums, total);
 }
 
 INLINE vq look_up(const int8_t table[16], vq places) {

@@ -1,13 +1,16 @@
 /* AVX-512 (F and BW), with and without VNNI. Sixteen outputs are one register. */
 enum { ROWS_AT_ONCE = 8, VALUE_ROWS = 4, CODE_ROWS = 8 };
+enum { ASKS_IN_ORDER = 1 }; /* outputs of a row alone: all their weights at once, then the next ones' in memory's order */
 enum { AHEAD = 3072 }; /* bytes: with AMX, 1 row of the default model takes 2.1 ms and not 2.5 with 1,024 */
 
 #include "planes.h"
 
-/* Columns become rows, in four rounds of exchanging neighbours, pairs, quarters and halves. */
-static inline void transpose(float m[TILE][TILE]) {
+/* 32 columns of 16 rows x, `apart` values apart, as 16 words of two columns, each of 16 rows: columns become rows in four
+ * rounds of exchanging neighbours, pairs, quarters and halves. */
+#define TRANSPOSED
+INLINE void transposed(const bf16 *x, int64_t apart, vu words[LANES]) {
     __m512 a[TILE], b[TILE];
-    UNROLL for (int i = 0; i < TILE; i++) a[i] = _mm512_loadu_ps(m[i]);
+    UNROLL for (int i = 0; i < TILE; i++) a[i] = _mm512_loadu_ps(x + i * apart);
     UNROLL for (int i = 0; i < TILE; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -24,20 +27,8 @@ static inline void transpose(float m[TILE][TILE]) {
             b[i + 4 + j] = _mm512_shuffle_f32x4(a[i + j], a[i + 4 + j], 0xdd);
         }
     UNROLL for (int j = 0; j < 8; j++) {
-        _mm512_storeu_ps(m[j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0x88));
-        _mm512_storeu_ps(m[8 + j], _mm512_shuffle_f32x4(b[j], b[8 + j], 0xdd));
-    }
-}
-
-/* 32 columns of 16 rows x, `apart` values apart, as fp32 [32, 16]. */
-static inline void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[WIDE]) {
-    float words[TILE][TILE] __attribute__((aligned(64)));
-    for (int i = 0; i < TILE; i++) memcpy(words[i], x + i * apart, 64);
-    transpose(words);
-    for (int i = 0; i < TILE; i++) {
-        const vu bits = (vu)load(words[i]);
-        save(panel[2 * i], (vf)(bits << 16));
-        save(panel[2 * i + 1], (vf)(bits & 0xffff0000));
+        words[j] = (vu)_mm512_shuffle_f32x4(b[j], b[8 + j], 0x88);
+        words[8 + j] = (vu)_mm512_shuffle_f32x4(b[j], b[8 + j], 0xdd);
     }
 }
 

@@ -1,8 +1,8 @@
 /* Products in bf16 by fused multiplications, without tiles: weights are unpacked to fp32 once for all rows.
  *
  * Packed rows are fp32 [16, width]. A panel is 16 outputs of some columns in fp32, [column, 16]; of the target's header
- * come `unpack_columns`, which makes 32 columns of it, and how many rows fit its registers: ROWS_AT_ONCE and, for attention's
- * values, VALUE_ROWS, both powers of two.
+ * come `unpack_columns`, which makes 32 columns of it, or `transposed` (TRANSPOSED), which makes these in registers, and how
+ * many rows fit its registers: ROWS_AT_ONCE and, for attention's values, VALUE_ROWS, both powers of two.
  */
 enum { PANEL = 256, HAS_TILES = 0, BY_TILES = 0 };
 
@@ -43,11 +43,50 @@ INLINE void multiply(const float (*panel)[WIDE], const float *x, int64_t width, 
         UNROLL for (int p = 0; p < PIECES; p++) save(sums + r * stride + p * LANES, total[r][p]);
 }
 
+#ifdef TRANSPOSED
+INLINE vf even_of(vu words) { return (vf)(words << 16); }
+INLINE vf odd_of(vu words) { return (vf)(words & 0xffff0000); }
+
+/* 32 columns of 16 rows x, `apart` values apart, as fp32 [32, 16]. */
+INLINE void unpack_columns(const bf16 *x, int64_t apart, float (*panel)[WIDE]) {
+    for (int at = 0; at < WIDE; at += LANES)
+        for (int k = 0; k < DEEP; k += 2 * LANES) {
+            vu words[LANES];
+            transposed(x + at * apart + k, apart, words);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                save(panel[k + 2 * i] + at, even_of(words[i]));
+                save(panel[k + 2 * i + 1] + at, odd_of(words[i]));
+            }
+        }
+}
+
+/* Sums of LANES outputs for one row x, without a panel: what the processor then does between reads of memory is less. */
+INLINE void multiply_alone(const bf16 *weight, int64_t apart, int64_t width, const float *x, float *sums) {
+    vf total = all(0);
+    for (int64_t k = 0; ASKS_IN_ORDER && k < LANES * width; k += DEEP) __builtin_prefetch(weight + k);
+    for (int64_t k = 0; k < width; k += DEEP) {
+        vf even = all(0), odd = all(0);
+        const bf16 *soon = weight + LANES * apart + (ASKS_IN_ORDER ? LANES * k : k);
+        UNROLL for (int i = 0; i < LANES; i++) __builtin_prefetch(soon + i * (ASKS_IN_ORDER ? DEEP : apart));
+        for (int half = 0; half < DEEP; half += 2 * LANES) {
+            vu words[LANES];
+            transposed(weight + k + half, apart, words);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                even = fused(all(x[k + half + 2 * i]), even_of(words[i]), even);
+                odd = fused(all(x[k + half + 2 * i + 1]), odd_of(words[i]), odd);
+            }
+        }
+        total += even + odd;
+    }
+    save(sums, total);
+}
+#endif
+
 /* sums [rows, 16], rows `stride` apart: packed rows times the 16 rows of `weight`, which are `apart` values apart. */
 static inline void product_bf16(const bf16 *weight, int64_t apart, int64_t width, const void *packed, int64_t rows, float *sums,
                          int64_t stride) {
     float panel[PANEL][WIDE] __attribute__((aligned(64)));
-#ifdef ALONE
+#ifdef TRANSPOSED
     if (rows == 1) {
         for (int64_t i = 0; i < WIDE; i += LANES) multiply_alone(weight + i * apart, apart, width, packed, sums + i);
         return;
