@@ -69,6 +69,7 @@ class Goodput(Control):
         self._gone: set[str] = set()  # drafters that aren't loaded any longer
         self._steps, self._nodes = 0, 0.0  # steps so far; moving average of a session's draft nodes
         self._brought = self._took = 1.0  # moving averages: tokens, and time in plain steps
+        self._host = [0.0, 0.0]  # moving averages: a session's `host_seconds` without and with a draft
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
 
@@ -145,11 +146,17 @@ class Goodput(Control):
         for limit in self._limits:
             limit = min(limit, most)
             expected = limit if rate >= 1 else rate * (1 - rate**limit) / (1 - rate)
-            value = expected - self._price * (seconds(before + limit) - without + cost.seconds(limit) / size)
+            spent = seconds(before + limit) - without + cost.seconds(limit) / size + self._taking
+            value = expected - self._price * spent
             if value > best:
                 best, at = value, limit
         whole = trial.acceptance.has_probs and cost.token * most < _CHEAP * without
         return best, most if whole else at
+
+    @property
+    def _taking(self) -> float:
+        """Seconds that taking a draft's tokens adds to a step."""
+        return max(0.0, self._host[1] - self._host[0])
 
     def _cost(self, name: str) -> DraftCost:
         """What the drafter was seen to cost; before that, a share of a pass, in the units that passes have now."""
@@ -186,6 +193,10 @@ class Goodput(Control):
             curve.observe(step.rows, step.pass_seconds, step.growth)
             if not any(outcome.bet.limit for outcome in step.outcomes):
                 self._plain = self._steps + _PLAIN[1]
+            drafts = any(len(outcome.draft) for outcome in step.outcomes)
+            self._host[drafts] += (1 if not self._host[drafts] else _RECENT) * (
+                min(step.host_seconds / size, 2 * self._host[drafts] or 1.0) - self._host[drafts]
+            )
         drafting = self._observe_drafting(step, begun=begun)
         kept = sum(len(outcome.kept) for outcome in step.outcomes)
         plain = curve.seconds(size)
@@ -198,6 +209,7 @@ class Goodput(Control):
                 continue
             users = sum(other.bet.drafter == outcome.bet.drafter for other in step.outcomes)
             spent = curve.seconds(step.rows) - curve.seconds(step.rows - n) + drafting[outcome.bet.drafter] / users
+            spent += self._taking if n else 0.0
             self._learn(outcome, len(outcome.kept) - spent * size / plain)
 
     def _observe_drafting(self, step: Step, *, begun: bool) -> dict[str, float]:

@@ -44,6 +44,7 @@ class Step:
     pass_seconds: float | None  # None where a prefill chunk shared the pass, which says nothing of a step's latency
     rows: int  # token positions of the pass, without a prefill chunk's
     growth: float | None = None  # what the pass has read, in passes of one position; None where nobody says
+    host_seconds: float = 0.0  # of the step beside its pass and the drafting: a longer one with drafts to take
 
 
 class Control:

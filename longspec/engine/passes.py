@@ -135,6 +135,7 @@ class Passes:
         sequence is stored in `Session.error`, and raised where there is no other sequence; an error of the whole pass
         is raised before anything is committed.
         """
+        began = perf_counter()
         drafts = self.speculator.propose(sessions)
         inputs = [Input.of(session, session.unfed, draft) for session, draft in zip(sessions, drafts, strict=True)]
         chunks = [] if reading is None else [self._chunk(reading, stop)]
@@ -150,7 +151,7 @@ class Passes:
                 self._prefilled(chunk, output, len(inputs))
         rows = sum(len(one.tokens) for one in inputs)
         verdicts = [one.proposed(verdict) for one, verdict in zip(output.inputs, output.verdicts, strict=False)]
-        self.speculator.observe(commits, verdicts, output.seconds, rows, shared=bool(chunks), growth=growth)
+        self.speculator.observe(commits, verdicts, began, output.seconds, rows, shared=bool(chunks), growth=growth)
         return self._guarded(sessions, commits)
 
     def _commit(self, one: Input, kept: Sequence[int], output: Output, index: int) -> None:

@@ -139,14 +139,16 @@ class Speculator:
         self,
         commits: Sequence[Commit],
         verdicts: Sequence[Verdict],
+        began: float,
         seconds: float,
         rows: int,
         *,
         shared: bool,
         growth: float | None,
     ) -> None:
-        """Report the verified step to control and drafters. seconds: of the forward pass, with `rows` token
-        positions; shared: a prefill chunk was in it too; growth: what it has read, in passes of one position.
+        """Report the verified step to control and drafters. began: the step, on perf_counter's clock. seconds: of the
+        forward pass, with `rows` token positions; shared: a prefill chunk was in it too; growth: what it has read, in
+        passes of one position.
         """
         outcomes = []
         for pending, commit, verdict in zip(self._pending, commits, verdicts, strict=True):
@@ -159,7 +161,8 @@ class Speculator:
                     drafter.observe(session, commit, verdict)
             kept = [node - first for node in verdict.kept if first <= node < first + count]
             outcomes.append(Outcome(session, pending.bet, pending.own, kept, verdict))
-        self.control.observe(Step(outcomes, self._seconds, None if shared else seconds, rows, growth))
+        host = perf_counter() - began - seconds - sum(self._seconds.values())
+        self.control.observe(Step(outcomes, self._seconds, None if shared else seconds, rows, growth, host))
         self._pending = []
 
 

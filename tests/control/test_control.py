@@ -30,7 +30,8 @@ class Text:
 @dataclass
 class Machine:
     """Passes cost 1 + slope * (rows - 1), a draft `start`, a drafted token `drafting`; times are off by a tenth, and
-    seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing.
+    seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing. taking: what a step
+    with a draft takes beside its pass.
     """
 
     acceptance: dict[str, Callable[[int], float]]  # by drafter, of the tokens so far
@@ -39,6 +40,7 @@ class Machine:
     noise: float = 0.1
     start: float = 0.0
     sure: float | None = None
+    taking: float = 0.0
     chaos: random.Random = field(default_factory=lambda: random.Random(5))
 
     def run(self, control: Any, tokens: int, sessions: int = 1, room: int = 32) -> float:
@@ -61,10 +63,11 @@ class Machine:
                     drafting[bet.drafter] = max(drafting.get(bet.drafter, 0.0), seconds)
             true = 1 + self.slope * (rows - 1)
             seen = true * self.chaos.uniform(1 - self.noise, 1 + self.noise) * (10 if self.chaos.random() < 0.01 else 1)
-            total += true + sum(drafting.values())
+            host = self.taking * any(map(len, drafts))
+            total += true + sum(drafting.values()) + host
             verdict = Verdict((), 0)
             outcomes = [Outcome(*one, verdict) for one in zip(texts, bets, drafts, kept, strict=True)]
-            control.observe(Step(outcomes, drafting, seen, rows))
+            control.observe(Step(outcomes, drafting, seen, rows, host_seconds=host))
             for text, path in zip(texts, kept, strict=True):
                 text.tokens += range(1 + len(path))
         return total
@@ -86,6 +89,11 @@ def plain(machine: Machine, tokens: int, sessions: int = 1) -> float:
 def test_a_drafter_that_always_loses_costs_three_percent_at_most(drafting: float, slope: float) -> None:
     machine = Machine({"bad": steady(0.0)}, {"bad": drafting}, slope)
     assert machine.run(Goodput(["bad"], 32), 2000) < 1.03 * plain(machine, 2000)
+
+
+def test_what_taking_a_draft_costs_counts() -> None:
+    machine = Machine({"some": steady(0.2)}, {"some": 0.0}, 0.02, taking=0.25)  # .2 tokens for .27 of a pass
+    assert machine.run(Goodput(["some"], 32), 2000) < 1.03 * plain(machine, 2000)
 
 
 @pytest.mark.parametrize(("drafting", "slope"), [(0.0, 0.04), (0.0, 0.005), (0.1, 0.02)])
