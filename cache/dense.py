@@ -31,6 +31,9 @@ _SPLIT_ROWS = 64
 _NEAR_UNIT = 16
 """Unit of capacity of a residual window, in rows: the window is short, and whole blocks would waste more of it."""
 
+_SOON = 512
+"""Rows that a growth adds at most on a CPU beyond an eighth: untouched room takes no memory there, and copying some."""
+
 
 class Dense(Cache):
     """Keys and values of one session. See `longspec.cache.stage.Cache` for the verbs."""
@@ -76,14 +79,13 @@ class Dense(Cache):
 
     def commit(self, stage: DenseStage, rows: Sequence[int]) -> None:
         stage.check_complete(rows)
-        kept = len(rows)
-        if not (stage.behind and list(rows) == list(range(kept))):
+        if not (stage.behind and list(rows) == list(range(len(rows)))):
             chosen = [buffer[:, :, stage.offset :].index_select(2, _index(rows, buffer)) for buffer in stage.buffers]
-            self.reserve(self.length + kept)
+            self.reserve(self.length + len(rows))
             at = self.length - self._start
             for buffer, new in zip(self._buffers, chosen, strict=True):
-                buffer[:, :, at : at + kept] = new
-        self.length += kept
+                buffer[:, :, at : at + len(rows)] = new
+        self.length += len(rows)
         self._changed()
 
     def truncate(self, length: int) -> None:
@@ -169,7 +171,8 @@ class Dense(Cache):
         needed = rows - self._start
         if needed <= self._capacity:
             return
-        grown = max(needed, 0 if self.near else self._capacity + self._capacity // 8)
+        more = max(self._capacity // 8, min(self._capacity, _SOON) if self.shape.device.type == "cpu" else 0)
+        grown = max(needed, 0 if self.near else self._capacity + more)
         unit = _NEAR_UNIT if self.near else BLOCK
         self._capacity = -(-grown // unit) * unit
         for layer, old in enumerate(self._buffers):
@@ -230,8 +233,7 @@ class DenseStage(Stage):
         if self.behind:
             self._cache.reserve(self.length + rows.stop)
         else:
-            empty = self._cache._empty(len(parents))
-            self._own = [torch.cat((old, empty), 2) for old in self._own]
+            self._own = [torch.cat((old, self._cache._empty(len(parents))), 2) for old in self._own]
         return rows
 
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
@@ -263,8 +265,7 @@ class DenseStage(Stage):
     def runs(self, layer: int, rows: slice) -> list[Segment]:
         window = self._cache.shape.windows[layer]
         self._check_fresh()
-        cache, length = self._cache, self.length
-        runs = []
+        cache, length, runs = self._cache, self.length, list[Segment]()
         start = 0  # position of a buffer's first row
         for buffers, count in cache._shared:
             runs.append(self._run(buffers, rows, start, start + count, window))

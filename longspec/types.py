@@ -69,7 +69,7 @@ class Draft:
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Draft:
         """A draft in which each token continues the one before it."""
-        return cls.tree(tokens, range(-1, len(tokens) - 1))
+        return cls.tree(tokens, range(-1, len(tokens) - 1)) if len(tokens) else _NOTHING
 
     @classmethod
     def tree(
@@ -86,6 +86,9 @@ class Draft:
             None if probs is None else torch.tensor(probs, dtype=torch.float32),
             whole=whole,
         )
+
+
+_NOTHING = Draft.tree((), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -220,8 +221,11 @@ def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
 def kernel() -> ctypes.CDLL | str:
     """The loaded C library; the reason as a string where it isn't available."""
     found = library("attention.c")
-    if isinstance(found, str):
-        return found
+    return found if isinstance(found, str) else _declared(found)
+
+
+@cache
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     reading, segments = ctypes.POINTER(Reading), ctypes.POINTER(_Segment)
     place, number = ctypes.c_void_p, ctypes.c_int64
     found.attention_state.argtypes, found.attention_state.restype = (reading,), number

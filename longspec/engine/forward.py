@@ -202,7 +202,8 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
         contexts = [session.seen.union(path) for path in group[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
-    flat, ends = torch.cat(chosen).where(sound(logits), -1).tolist(), list(accumulate(one.choosing for one in inputs))
+    both = zip(torch.cat(chosen).tolist(), sound(logits).tolist(), strict=True)
+    flat, ends = [token if good else -1 for token, good in both], list(accumulate(one.choosing for one in inputs))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 

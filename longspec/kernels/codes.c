@@ -330,9 +330,13 @@ static void values_by(void *args, Team *t, int64_t rank) {
     meet(t);
 }
 
-/* The rows `chosen` of a matrix of tiles as fp32 [count, width]. */
-void values(int64_t format, const char *tiles, int64_t width, const int64_t *chosen, int64_t count, float *to, Team *t,
-            int64_t threads) {
+/* The rows `chosen` of a matrix of tiles [size, width] as fp32 [count, width]; -1. Or the first index in `chosen` that
+ * isn't a row's, and nothing. */
+int64_t values(int64_t format, const char *tiles, int64_t size, int64_t width, const int64_t *chosen, int64_t count,
+               float *to, Team *t, int64_t threads) {
+    for (int64_t n = 0; n < count; n++)
+        if (chosen[n] < 0 || chosen[n] >= size) return n;
     Job job = {.format = format, .size = count, .width = width, .from = tiles, .chosen = chosen, .to = (char *)to};
     lead(t, count > 64 ? threads : 1, format == FORMAT_FP8 ? float8_values_by : values_by, &job);
+    return -1;
 }

@@ -27,7 +27,7 @@ class Rotation:
     def __init__(self, rope: Rope, device: torch.device) -> None:
         short, self._factor = frequencies(rope)
         both = torch.stack((short, frequencies(rope, long=True)[0])) if rope.kind == "longrope" else short[None]
-        self._frequencies = both.to(device)  # [1 or 2, dims / 2]
+        self._frequencies = torch.cat((-both, both), -1).to(device)  # [1 or 2, dims], of the signed sines
         self.first_context = int(rope.get("original_max_position_embeddings", 0)) if len(both) == 2 else None
 
     def __call__(self, positions: Tensor, long: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,8 +39,7 @@ class Rotation:
         # Not by cos and sin: these wake MKL's threads for any number of values, which then spin for milliseconds where
         # the kernels' team works (a pass of a 1.5B model on two cores took 40 ms and not 32).
         turned = torch.polar(torch.full_like(angles, self._factor), angles)
-        cos, sin = turned.real, turned.imag
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        return turned.real.to(dtype).contiguous(), turned.imag.to(dtype).contiguous()
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -57,20 +59,9 @@ def choose(
     if kernel is None:
         return _choose(logits, sampling, keys)
     logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
-    own, (address, threads) = torch.tensor(keys, dtype=torch.int64), team()
-    kernel(
-        "choose",
-        logits.data_ptr(),
-        *logits.shape,
-        ctypes.c_float(sampling.temperature),
-        sampling.top_k,
-        ctypes.c_float(sampling.top_p),
-        ctypes.c_float(sampling.min_p),
-        own.data_ptr(),
-        chosen.data_ptr(),
-        address or 0,
-        threads,
-    )
+    own, kept = torch.tensor(keys, dtype=torch.int64), (sampling.top_k, sampling.top_p, sampling.min_p)
+    at, to = logits.data_ptr(), chosen.data_ptr()
+    kernel.choose(at, *logits.shape, sampling.temperature, *kept, own.data_ptr(), to, *team())
     far = (chosen < 0).nonzero()[:, 0]
     if len(far):  # rows for which the kernel's candidates may not suffice
         chosen[far] = _choose(logits[far], sampling, own[far])
@@ -95,7 +86,7 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     kernel = _kernel(logits) if 0 < count <= min(_MOST, size) else None
     if kernel is not None:
         logits, best = logits.contiguous(), torch.empty(rows, count, dtype=torch.int64)
-        kernel("best", logits.data_ptr(), rows, size, count, best.data_ptr())
+        kernel.best(logits.data_ptr(), rows, size, count, best.data_ptr())
         return best
     if count == 1:
         return logits.max(-1, keepdim=True).indices  # faster than argmax
@@ -118,7 +109,7 @@ def sound(logits: Tensor) -> Tensor:
     if kernel is None:
         return logits.sum(-1, dtype=torch.float32) < float("inf")
     logits, found = logits.contiguous(), torch.empty(len(logits), dtype=torch.int64)
-    kernel("sound", logits.data_ptr(), *logits.shape, found.data_ptr())
+    kernel.sound(logits.data_ptr(), *logits.shape, found.data_ptr())
     return found.bool()
 
 
@@ -128,22 +119,29 @@ def _mass(logits: Tensor, temperature: float) -> Tensor:
     if kernel is None:
         return torch.logsumexp(logits.float() / temperature, -1, keepdim=True)
     logits, mass = logits.contiguous(), torch.empty(len(logits), 1)
-    kernel("mass", logits.data_ptr(), *logits.shape, ctypes.c_float(temperature), mass.data_ptr())
+    kernel.mass(logits.data_ptr(), *logits.shape, temperature, mass.data_ptr())
     return mass
 
 
-def _kernel(logits: Tensor) -> Callable[..., None] | None:
-    """Calls a C function of `sampler.c` for these logits, by name and arguments (addresses as integers); or None."""
-    kernel = library(_SOURCE) if logits.device.type == "cpu" and logits.dtype in _KERNELS else ""
-    if isinstance(kernel, str):
-        return None
-    suffix = _KERNELS[logits.dtype]
+def _kernel(logits: Tensor) -> SimpleNamespace | None:
+    """The C functions of `sampler.c` for these logits, which take addresses as integers; or None."""
+    found = library(_SOURCE) if logits.device.type == "cpu" and logits.dtype in _KERNELS else ""
+    return None if isinstance(found, str) else _declared(found, _KERNELS[logits.dtype])
 
-    def call(name: str, *words: object) -> None:
-        wide = (ctypes.c_int64(word) if isinstance(word, int) else word for word in words)
-        getattr(kernel, name + suffix)(*wide)
 
-    return call
+@cache
+def _declared(found: ctypes.CDLL, suffix: str) -> SimpleNamespace:
+    place, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    kinds = {
+        "best": (place, number, number, number, place),
+        "sound": (place, number, number, place),
+        "mass": (place, number, number, real, place),
+        "choose": (place, number, number, real, number, real, real, place, place, place, number),
+    }
+    kernel = SimpleNamespace(**{name: getattr(found, name + suffix) for name in kinds})
+    for name, kind in kinds.items():
+        getattr(kernel, name).argtypes = kind
+    return kernel
 
 
 def rank(

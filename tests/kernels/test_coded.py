@@ -84,6 +84,14 @@ def test_values_are_coded_to_a_254th(dtype: torch.dtype) -> None:
     assert not Piece.of_values(torch.zeros(16, 32)).values().any()
 
 
+def test_a_row_that_is_not_there_is_refused() -> None:
+    piece = Piece.of_values(torch.randn(32, 64))
+    assert torch.equal(piece.values(torch.tensor([31, 0])), piece.values()[[31, 0]])
+    for row in (-1, 32, 1 << 40):
+        with pytest.raises(IndexError, match=f"no row {row} among 32"):
+            piece.values(torch.tensor([0, row]))
+
+
 def test_4_bits_have_a_smaller_error_than_the_gguf_packages() -> None:
     weight = randn(64, 1024)
     theirs = values("Q4_0", torch.from_numpy(gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_0)))

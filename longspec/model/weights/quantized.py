@@ -168,12 +168,18 @@ class Piece:
         return cls(kind, (room or Room()).take(count * nbytes).view(count, nbytes), width)
 
     def values(self, rows: Tensor | None = None) -> Tensor:
-        """The dequantized matrix [size, width] in fp32, or the rows of these indices, which must be in range."""
+        """The dequantized matrix [size, width] in fp32, or the rows of these indices.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
         rows = torch.arange(self.size) if rows is None else rows.contiguous()
         made, kernel, number = torch.empty(len(rows), self.width), _kernel(), self.number
         tiles = pointer(self.tiles, torch.uint8, self.size // STRIP, kernel.tile_bytes(number, self.width))
         chosen = pointer(rows, torch.int64, None)
-        kernel.values(number, tiles, self.width, chosen, len(rows), made.data_ptr(), *team())
+        wrong = kernel.values(number, tiles, self.size, self.width, chosen, len(rows), made.data_ptr(), *team())
+        if wrong >= 0:
+            raise IndexError(f"there is no row {int(rows[wrong])} among {self.size}")
         return made
 
 
@@ -200,10 +206,9 @@ class CodedLinear:
 
     def rows(self, chosen: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized rows of these indices [...], as [..., in]: a table's look-up."""
-        flat = chosen.flatten()
-        if len(self.pieces) > 1 or (len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.size):
-            return torch.nn.functional.embedding(chosen, self.values()).to(dtype)  # which names what is out of range
-        return self.pieces[0].values(flat).to(dtype).view(*chosen.shape, self.width)
+        if len(self.pieces) > 1:
+            return torch.nn.functional.embedding(chosen, self.values()).to(dtype)
+        return self.pieces[0].values(chosen.flatten()).to(dtype).view(*chosen.shape, self.width)
 
     def __call__(self, rows: Tensor) -> Tensor:
         coded = rows if self.pieces[0].format == FP8 else self._coded(rows)
@@ -251,5 +256,6 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.row_bytes.argtypes, found.row_bytes.restype = (number, number), number
     found.pack.argtypes = (number, place, number, number, number, place, place, number)
     found.quantize.argtypes = (number, place, number, number, number, number, place, place, number)
-    found.values.argtypes = (number, place, number, place, number, place, place, number)
+    found.values.argtypes = (number, place, number, number, place, number, place, place, number)
+    found.values.restype = number
     return found
