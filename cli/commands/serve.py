@@ -7,6 +7,7 @@ Loads in the worker's thread; listens once that is done. Messages go to stderr, 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -52,6 +53,11 @@ _PASS_SECONDS = 4.0
 
 _IDLE_SECONDS = 600.0
 """After which one of several models is unloaded."""
+
+_SWITCH_SECONDS = 0.0005
+"""For which the thread that writes waits for the interpreter where another one parses a request. It lets go of it and
+takes it back ten times a pass, and Python's own 5 ms each time are a pass of a small model.
+"""
 
 _PLANNED = "under a memory budget its cache may be another than the one that run would choose"
 _NO_FOLDER = "the folder for its socket is missing, or isn't this user's alone"
@@ -165,6 +171,7 @@ def _serve(model: str, options: dict[str, Any], serving: Serving, parallel: int 
     from longspec.server.listen import bind, bound_unix, listen
     from longspec.server.models import Models
 
+    sys.setswitchinterval(_SWITCH_SECONDS)
     width = parallel or WIDTH
     folder, planned = remote.folder(make=True), options["memory"] is not None
     # The address depends on the files' present state.
