@@ -1,8 +1,8 @@
 """File store of the offloaded cache.
 
-Blocks are written once and read whole, at byte `(block * layers + layer) * block_bytes`. The file is read with pread,
-not mapped: mapped pages count towards the process's resident size, which `--memory` bounds, and the page cache does
-not. The file is unlinked at once: it vanishes with the process.
+Blocks are written once, a layer's [K, 64, 2, D] at byte `(block * layers + layer) * block_bytes`, and read whole or row
+by row. The file is read with preadv, not mapped: mapped pages count towards the process's resident size, which
+`--memory` bounds, and the page cache does not. The file is unlinked at once: it vanishes with the process.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +30,9 @@ class FileStore:
 
     def __init__(self, shape: Shape, folder: Path | None = None) -> None:
         self._kind = shape
-        self._shape = (2, shape.key_heads, BLOCK, shape.head_dim)
-        self._block_bytes = 2 * shape.key_heads * BLOCK * shape.head_dim * shape.dtype.itemsize
+        self._shape = (shape.key_heads, BLOCK, 2, shape.head_dim)
+        self._row_bytes = 2 * shape.head_dim * shape.dtype.itemsize
+        self._block_bytes = shape.key_heads * BLOCK * self._row_bytes
         self._folder = folder
         self._file, name = tempfile.mkstemp(prefix="longspec-", dir=folder)
         os.unlink(name)
@@ -40,7 +43,7 @@ class FileStore:
         return os.fstat(self._file).st_size
 
     def write(self, layer: int, block: int, rows: Tensor) -> None:
-        held: Any = rows.to("cpu").contiguous().view(torch.uint8).flatten().numpy()
+        held: Any = rows.to("cpu").permute(1, 2, 0, 3).contiguous().view(torch.uint8).flatten().numpy()
         try:
             written = os.pwrite(self._file, memoryview(held), self._at(layer, block))
         except OSError as error:
@@ -56,7 +59,17 @@ class FileStore:
         got = os.preadv(self._file, [memoryview(into)], self._at(layer, block))
         if got != self._block_bytes:
             raise LongspecError(f"The cache on disk lost a block: {got} of {self._block_bytes} bytes were read.")
-        return rows.view(self._kind.dtype).view(self._shape)
+        return rows.view(self._kind.dtype).view(self._shape).permute(2, 0, 1, 3)
+
+    def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
+        """Rows that stand behind each other in the file are read by one call."""
+        place = heads * BLOCK + positions % BLOCK
+        at = self._at(layer, positions // BLOCK) + place * self._row_bytes
+        first = [0, *(np.flatnonzero(np.diff(at) != self._row_bytes) + 1).tolist(), len(at)]
+        for begin, end in pairwise(first):
+            got = os.preadv(self._file, [to[begin:end]], int(at[begin]))
+            if got != (end - begin) * self._row_bytes:
+                raise LongspecError(f"The cache on disk lost rows: {got} bytes of {end - begin} rows were read.")
 
     def tensors(self) -> Iterator[Tensor]:
         """None: the blocks are in the file."""
@@ -73,5 +86,5 @@ class FileStore:
     def room(self, nbytes: int) -> Room:
         return Room(0, disk=nbytes)
 
-    def _at(self, layer: int, block: int) -> int:
+    def _at(self, layer: int, block: Any) -> Any:
         return (block * self._kind.layers + layer) * self._block_bytes

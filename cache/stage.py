@@ -17,13 +17,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longspec.cache.shape import Shape
 from longspec.errors import LongspecError
+
+if TYPE_CHECKING:
+    from longspec.cache.choice import Chosen
 
 __all__ = ["BLOCK", "Bounds", "Cache", "Codec", "Room", "Segment", "Shape", "Stage", "Take"]
 
@@ -104,6 +107,7 @@ class Segment:
     start: int = 0  # the token position of the first column; staged rows count on from the text's last
     codec: Codec | None = None  # None: dense
     dtype: torch.dtype | None = None  # that codes are decoded to
+    chosen: Chosen | None = None  # columns of one layer's codes that rows read exactly, each its own
 
     @classmethod
     def dense(cls, keys: Tensor, values: Tensor, bounds: Bounds | None = None, start: int = 0) -> Segment:
@@ -159,7 +163,8 @@ class Segment:
         """Columns first..last alone; both at blocks where it is coded."""
         bounds = None if self.bounds is None else self.bounds.within(first, last, self.columns)
         column, start = self.column + first, self.start + first
-        return Segment(self.layers, column, last - first, bounds, start, self.codec, self.dtype)
+        chosen = None if self.chosen is None else self.chosen.within(first, last)
+        return Segment(self.layers, column, last - first, bounds, start, self.codec, self.dtype, chosen)
 
     def pieces(self) -> Iterator[Segment]:
         """One layer's columns as dense segments: of codes at most 16 blocks each, which never stand decoded at once."""
@@ -169,7 +174,8 @@ class Segment:
         assert self.dtype is not None
         for first in range(0, self.columns, PIECE_BLOCKS * BLOCK):
             piece = self.cut(first, min(first + PIECE_BLOCKS * BLOCK, self.columns))
-            yield Segment.dense(*self.codec.decode(piece.tensors, self.dtype), piece.bounds, piece.start)
+            keys, values = self.codec.decode(piece.tensors, self.dtype)
+            yield Segment(((keys, values),), 0, piece.columns, piece.bounds, piece.start, chosen=piece.chosen)
 
 
 class Codec(Protocol):

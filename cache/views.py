@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from longspec.cache.dense import near_start
-from longspec.cache.pages import block_scores
 from longspec.cache.stage import BLOCK, Cache, Segment, Stage
 
 __all__ = ["Pages", "Upper", "View", "ViewedStage", "Window", "viewed"]
@@ -59,8 +58,8 @@ class Pages:
     """The residual window, staged rows, and the `count` old blocks with the best scores. One instance for each session.
 
     A block's score is bounded by the least and greatest of its keys per channel. A layer's selection is made by the
-    first queries after a further block has become old, and kept for 64 tokens, until the next one does. Blocks of an
-    offloaded cache's store aren't paged: that cache selects them itself.
+    first queries after a further block has become old, and kept for 64 tokens, until the next one does. An offloaded
+    cache's old blocks aren't paged: that cache selects rows of them itself.
     """
 
     count: int = 8
@@ -86,15 +85,17 @@ class Pages:
         yield from _cut(part, [*chosen, (old * BLOCK, part.columns)])
 
     def _old(self, part: Segment, length: int) -> int:
-        """Number of old blocks to select from; 0 for a segment that is read whole: not from position 0, or short."""
+        """Number of old blocks to select from; 0 for a segment that is read whole: not from position 0, or short, or
+        of a cache that selects rows itself.
+        """
         old = min((near_start(length) - part.start) // BLOCK, part.columns // BLOCK)
-        return 0 if part.start or old <= self.count else old
+        return 0 if part.start or old <= self.count or part.chosen is not None else old
 
     def _choice(self, layer: int, part: Segment, old: int, queries: Tensor) -> list[tuple[int, int]]:
         """Column ranges of the selected blocks, adjacent ones merged."""
         least, greatest = self._bounds(layer, part, old)
         readable = torch.ones(len(queries), old, dtype=torch.bool, device=queries.device)
-        score = block_scores(queries, least, greatest, readable).amax(0)
+        score = _block_scores(queries, least, greatest, readable).amax(0)
         columns: list[tuple[int, int]] = []
         for block in sorted(score.topk(min(self.count, old)).indices.tolist()):
             first = columns.pop()[0] if columns and columns[-1][1] == block * BLOCK else block * BLOCK
@@ -207,3 +208,21 @@ def _cut(part: Segment, ranges: Iterable[tuple[int, int]]) -> Iterator[Segment]:
         first, last = max(0, first), min(last, part.columns)
         if first < last:
             yield part.cut(first, last)
+
+
+def _block_scores(queries: Tensor, least: Tensor, greatest: Tensor, readable: Tensor) -> Tensor:
+    """[q, b]: score of each block for each query [q, H, D], summed over heads; -1 for blocks that it may not read.
+
+    It is an upper bound on the attention scores of the block's keys (Quest, 2406.10774):
+
+        max over positions j of q . k_j  <=  sum over channels d of max(q_d * least_d, q_d * greatest_d)
+
+    least, greatest: [K, b, D], per channel of a block's keys. readable: [q, b] bool. A head's bounds go through a
+    softmax over the blocks before the sum, since heads have no common scale.
+    """
+    q, heads, dim = queries.shape
+    grouped = queries.float().reshape(q, len(least), heads // len(least), dim).permute(1, 2, 0, 3)  # [K, G, q, D]
+    high, low = greatest.transpose(1, 2)[:, None], least.transpose(1, 2)[:, None]  # [K, 1, D, b]
+    bounds = (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low) * dim**-0.5
+    falling = torch.softmax(bounds.masked_fill(~readable, float("-inf")), -1).nan_to_num(0.0)
+    return falling.sum((0, 1)).masked_fill(~readable, -1.0)

@@ -65,7 +65,8 @@ def attend(
     pieces = _readable(queries, parts, softcap)
     part, backend = next(pieces)
     following = next(pieces, None)
-    if following is None and softcap is None and backend is None and sinks is None:
+    is_plain = softcap is None and sinks is None and part.chosen is None
+    if following is None and backend is None and is_plain:
         return reference.whole(queries, _dense(part), scale)
     total = _read(queries, part, backend, scale, softcap)
     while following is not None:

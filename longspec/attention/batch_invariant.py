@@ -23,10 +23,12 @@ def attend_strictly(
 ) -> Tensor:
     """As `longspec.attention.attend`: queries [q, H, D] over all segments; [q, H, D] in their dtype."""
     pieces = list(reference.decoded(parts))
-    chosen = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
+    allowed = [part.bounds.allowed(part.keys.shape[1]) if part.bounds is not None else None for part in pieces]
     output = torch.empty_like(queries)
     for i in range(len(queries)):
-        runs = [_columns(part, None if rows is None else rows[i]) for part, rows in zip(pieces, chosen, strict=True)]
+        runs = [
+            _columns(part, i, None if rows is None else rows[i]) for part, rows in zip(pieces, allowed, strict=True)
+        ]
         keys, values = (torch.cat(tensors, 1).contiguous() for tensors in zip(*runs, strict=True))
         row, run = queries[i : i + 1].contiguous(), Segment.dense(keys, values)
         if softcap is None and sinks is None:
@@ -37,7 +39,8 @@ def attend_strictly(
     return output
 
 
-def _columns(part: Segment, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    if allowed is None:
-        return part.keys, part.values
-    return part.keys[:, allowed], part.values[:, allowed]
+def _columns(part: Segment, row: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    keys, values = part.keys, part.values
+    if part.chosen is not None:
+        keys, values = part.chosen.put(row, keys, values)
+    return (keys, values) if allowed is None else (keys[:, allowed], values[:, allowed])

@@ -10,84 +10,25 @@ default model at 7,000 columns on two cores with AMX, for 1 and for 9 positions:
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspec.cache.codes import Codec, DualCodec
-from longspec.cache.stage import Bounds, Segment
-from longspec.kernels.boundary import pointer, workspace
-from longspec.kernels.build import library
+from longspec.cache.native import Pieces, kernel, reading_of, segment_of, unfit
+from longspec.cache.stage import Segment
+from longspec.kernels.boundary import workspace
 from longspec.kernels.team import team
 
-__all__ = [
-    "DENSE",
-    "DUAL",
-    "USE",
-    "Reading",
-    "attend",
-    "kernel",
-    "kind_of",
-    "limits",
-    "missing",
-    "refuses",
-    "sinks_of",
-    "unfit",
-]
+__all__ = ["USE", "attend", "missing", "refuses"]
 
 USE = "bf16 on the CPU"
-
-
-class _Side(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "lower", "step", "low")),
-        *((name, ctypes.c_int64) for name in ("head", "lower_head", "step_head", "low_head")),
-    )
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = (
-        ("keys", _Side),
-        ("values", _Side),
-        *((name, ctypes.c_int64) for name in ("kind", "bits", "columns", "start")),
-        *((name, ctypes.c_void_p) for name in ("first", "last", "tail", "parents")),
-        ("staged", ctypes.c_int64),
-    )
-
-
-class Reading(ctypes.Structure):
-    """The queries of a pass: the kernel's C struct."""
-
-    _fields_ = (
-        ("queries", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("query_row", "rows", "key_heads", "groups", "dim")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("sinks", ctypes.c_void_p),
-    )
-
-
-DENSE, SYMMETRIC, ASYMMETRIC, DUAL = range(4)
-"""Kinds of segments."""
 
 
 def missing() -> str | None:
     """The reason why this machine can't run it; None where it can."""
     found = kernel()
     return found if isinstance(found, str) else None
-
-
-def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
-    """The reason why it can't take heads of `dim` channels; None where it can."""
-    if dtype != torch.bfloat16 or device.type != "cpu":
-        return f"it reads bf16 on the CPU, not {dtype} on {device.type}"
-    if dim % 32 or dim > 512:
-        return f"it reads heads of 32, 64, 96 and so on up to 512 channels, not {dim}"
-    return missing()
 
 
 def refuses(queries: Tensor, part: Segment) -> str | None:
@@ -111,10 +52,10 @@ def attend(
     for run, is_last in _runs(parts):
         begin = reading is None
         if reading is None or state is None:
-            reading = _reading(queries, run[0], scale, softcap, sinks)
+            reading = reading_of(queries, run[0], scale, softcap, sinks)
             state = torch.empty(library.attention_state(reading), dtype=torch.uint8)
         held: list[Tensor] = []
-        segments = (_Segment * len(run))(*(_segment(part, len(queries), queries.shape[2], held) for part in run))
+        segments = (Pieces * len(run))(*(segment_of(part, len(queries), queries.shape[2], held) for part in run))
         room = workspace("attention", library.attention_workspace(reading, segments, len(run), threads))
         target = output.data_ptr() if is_last else None
         library.attention_read(
@@ -139,99 +80,6 @@ def _runs(parts: Iterable[Segment]) -> Iterator[tuple[list[Segment], bool]]:
 
 
 def _follows(before: Segment, part: Segment) -> bool:
+    if before.chosen is not None:  # nothing waits behind codes whose exact rows are there
+        return True
     return not before.is_coded and not part.is_coded and before.start + before.columns == part.start
-
-
-def sinks_of(sinks: Tensor | None, heads: int) -> int | None:
-    """The kernel's pointer to the heads' sinks."""
-    return None if sinks is None else pointer(sinks, torch.float32, heads)
-
-
-def _reading(queries: Tensor, part: Segment, scale: float, softcap: float | None, sinks: Tensor | None) -> Reading:
-    rows, heads, dim = queries.shape
-    key_heads = part.key_heads
-    at = pointer(queries, torch.bfloat16, rows, heads, dim)
-    groups, held = heads // key_heads, sinks_of(sinks, heads)
-    return Reading(at, heads * dim, rows, key_heads, groups, dim, scale, softcap or 0.0, held)
-
-
-def limits(
-    bounds: Bounds | None, rows: int, held: list[Tensor]
-) -> tuple[int | None, int | None, int | None, int | None, int]:
-    """The bounds of `rows` positions as the kernel's arguments: pointers to first, last, tail and parents, and the
-    tail's number of columns; the tensors pointed to are appended to `held`.
-    """
-    if bounds is None:
-        return None, None, None, None, 0
-    held += (bounds.first, bounds.last)
-    first, last = (pointer(each, torch.int64, rows) for each in (bounds.first, bounds.last))
-    if bounds.tail is None or not bounds.tail.shape[1]:
-        return first, last, None, None, 0
-    held.append(bounds.tail.contiguous())
-    staged, parents = bounds.tail.shape[1], bounds.parents
-    if parents is not None:
-        held.append(parents)
-    tree = None if parents is None else pointer(parents, torch.int64, staged)
-    return first, last, pointer(held[-1 if parents is None else -2], torch.bool, rows, staged), tree, staged
-
-
-def _segment(part: Segment, rows: int, dim: int, held: list[Tensor]) -> _Segment:
-    """The segment as the kernel's C struct; the tensors pointed to are appended to `held`."""
-    bounds = limits(part.bounds, rows, held)
-    if part.codec is None:
-        keys, values = _rows(part.keys, dim, held), _rows(part.values, dim, held)
-        return _Segment(keys, values, DENSE, 16, part.columns, part.start, *bounds)
-    kind, half = kind_of(part.codec), len(part.tensors) // 2
-    keys, values = (_codes(side, kind, held) for side in (part.tensors[:half], part.tensors[half:]))
-    return _Segment(keys, values, kind, part.codec.bits, part.columns, part.start, *bounds)
-
-
-def kind_of(codec: Any) -> int:
-    """The kernel's number for a codec's kind of codes."""
-    if not isinstance(codec, Codec):
-        raise TypeError(f"the kernel doesn't read codes of {type(codec).__name__}")
-    return DUAL if isinstance(codec, DualCodec) else SYMMETRIC if codec.symmetric else ASYMMETRIC
-
-
-def _rows(rows: Tensor, dim: int, held: list[Tensor]) -> _Side:
-    """The C struct of dense rows [K, n, D] in bf16."""
-    if rows.stride()[1:] != (dim, 1):
-        rows = rows.contiguous()
-    held.append(rows)
-    pointer(rows[0], torch.bfloat16, None, dim)
-    return _Side(codes=rows.data_ptr(), head=rows.stride(0) * 2)
-
-
-def _codes(side: tuple[Tensor, ...], kind: int, held: list[Tensor]) -> _Side:
-    """The C struct of a codec's tensors of keys or of values, each [K, b, ...]: codes, the dual codec's lower plane,
-    steps, lows.
-    """
-    whole = [each if each[0].is_contiguous() else each.contiguous() for each in side]
-    held += whole
-    codes, lower = whole[0], whole[1] if kind == DUAL else None
-    scales = whole[2:] if kind == DUAL else whole[1:]
-    made = _Side(codes=codes.data_ptr(), head=codes.stride(0), step=scales[0].data_ptr(), step_head=scales[0].stride(0))
-    if lower is not None:
-        made.lower, made.lower_head = lower.data_ptr(), lower.stride(0)
-    if kind != SYMMETRIC:
-        made.low, made.low_head = scales[1].data_ptr(), scales[1].stride(0)
-    return made
-
-
-def kernel() -> ctypes.CDLL | str:
-    """The loaded C library; the reason as a string where it isn't available."""
-    found = library("attention.c")
-    return found if isinstance(found, str) else _declared(found)
-
-
-@cache
-def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    reading, segments = ctypes.POINTER(Reading), ctypes.POINTER(_Segment)
-    place, number = ctypes.c_void_p, ctypes.c_int64
-    found.attention_state.argtypes, found.attention_state.restype = (reading,), number
-    found.attention_workspace.argtypes, found.attention_workspace.restype = (reading, segments, number, number), number
-    found.attention_read.argtypes = (reading, segments, number, number, place, number, place, place, place)
-    found.texts_workspace.argtypes, found.texts_workspace.restype = (reading, place, number, number), number
-    found.texts_read.argtypes = (reading, place, number, number, number, number, place, number, place, place)
-    found.texts_attend.argtypes = (reading, place, number, number, number, number, place, place, place, number)
-    return found

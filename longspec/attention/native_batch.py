@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from longspec.attention import native as cpu
+from longspec.cache import native as cpu
 from longspec.cache.stage import Segment, Shape, Stage
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.team import team
@@ -146,6 +146,8 @@ class Texts:
             capacity = run.layers[0][0].shape[1]
             return self._placed(run, shift), cpu.DENSE, 16, capacity, run.column, run.columns, run.start, *limits
         kind, bits = cpu.kind_of(run.codec), run.codec.bits
+        if kind == cpu.GROUPED:
+            raise TypeError("codes in groups are read with the rows that queries chose, layer by layer")
         return self._placed(run, shift), kind, bits, 0, run.column, run.columns, run.start, *limits
 
     def _placed(self, run: Segment, shift: int) -> int:

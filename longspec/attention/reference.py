@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspec.cache.choice import Chosen
 from longspec.cache.stage import Segment
 
 __all__ = ["USE", "decoded", "has_flash", "no_gpu", "read", "read_flash", "sunk", "whole"]
@@ -46,7 +47,7 @@ def whole(queries: Tensor, part: Segment, scale: float) -> Tensor:
 
 def has_flash(queries: Tensor, part: Segment, softcap: float | None) -> bool:
     """Whether `read_flash` can take it: on the CPU any segment, on a GPU unbounded ones in half precision."""
-    if softcap is not None:
+    if softcap is not None or part.chosen is not None:
         return False
     if queries.device.type == "cpu":
         return True
@@ -77,16 +78,44 @@ def read(queries: Tensor, part: Segment, scale: float, softcap: float | None = N
     With a softcap c the scores are c * tanh(score / c) (Gemma 2). A query without allowed columns gives zeros and
     -inf.
     """
+    if part.chosen is not None:
+        return _read_chosen(queries, part, part.chosen, scale, softcap)
     rows, groups = _grouped(queries, part)
-    scores = torch.matmul(rows[0].float(), part.keys.float().transpose(1, 2)) * scale  # [K, G * q, n]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = _capped(torch.matmul(rows[0].float(), part.keys.float().transpose(1, 2)) * scale, softcap)  # [K, G * q, n]
     if part.bounds is not None:
         scores = scores + part.bounds.bias(part.keys.shape[1], scores.dtype, groups)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     output = _ungrouped(torch.matmul(weights, part.values.float()), queries)
     return output, lse.reshape(len(part.keys), groups, -1).permute(2, 0, 1).reshape(queries.shape[:2])
+
+
+def _read_chosen(
+    queries: Tensor, part: Segment, chosen: Chosen, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`read` where each row reads some columns as exact rows: their scores and values take the place of the codes'."""
+    (rows, groups), (key_heads, n, dim), q = _grouped(queries, part), part.keys.shape, len(queries)
+    is_none = (chosen.columns < 0).permute(1, 0, 2)[:, None]  # [K, 1, q, c]
+    place = chosen.columns.long().permute(1, 0, 2)[:, None].masked_fill(is_none, n)  # n: a column that nobody reads
+    place = place.expand(-1, groups, -1, -1)
+    keys, values = chosen.rows[chosen.slots.long().clamp(min=0)].float().unbind(3)  # [q, K, c, D]
+    grouped = rows[0].float().view(key_heads, groups, q, dim)
+    own = _capped(torch.einsum("kgqd,qkcd->kgqc", grouped, keys) * scale, softcap)
+    scores = _capped(torch.matmul(rows[0].float(), part.keys.float().transpose(1, 2)) * scale, softcap)
+    if part.bounds is not None:
+        scores = scores + part.bounds.bias(n, scores.dtype, groups)
+    scores = F.pad(scores.view(key_heads, groups, q, n), (0, 1), value=float("-inf"))
+    scores = scores.scatter(-1, place, own.masked_fill(is_none, float("-inf")))
+    lse = torch.logsumexp(scores, -1)  # [K, G, q]
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    exact = torch.einsum("kgqc,qkcd->kgqd", weights.gather(-1, place), values)
+    coded = torch.matmul(weights.scatter(-1, place, 0.0)[..., :n].flatten(1, 2), part.values.float())
+    output = (coded.view(key_heads, groups, q, dim) + exact).permute(2, 0, 1, 3).reshape(queries.shape)
+    return output, lse.permute(2, 0, 1).reshape(queries.shape[:2])
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def sunk(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

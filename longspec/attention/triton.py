@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from longspec.attention.reference import no_gpu
-from longspec.cache.codes import Codec, DualCodec
+from longspec.cache.codes import Codec, DualCodec, GroupCodec
 from longspec.cache.stage import BLOCK, Segment
 
 __all__ = [
@@ -74,7 +74,8 @@ def refuses(queries: Tensor, part: Segment, softcap: float | None) -> str | None
     if queries.dtype not in _DTYPES or queries.shape[-1] > 256:
         return "it reads heads of at most 256 channels in fp32, bf16 or fp16"
     if part.is_coded:
-        return None if isinstance(part.codec, Codec) else "it doesn't know these codes"
+        known = isinstance(part.codec, Codec) and not isinstance(part.codec, GroupCodec) and part.chosen is None
+        return None if known else "it doesn't know these codes"
     if part.bounds is None and softcap is None and queries.dtype != torch.float32:
         return "a whole part in half precision is left to flash attention"
     return None

@@ -1,4 +1,5 @@
-"""Cache kinds against dense: bytes, perplexity, a needle test, and tokens per second.
+"""Cache kinds against dense: bytes, perplexity, a needle test, tokens per second, and the share of the rows that steps
+read from a store that were there before.
 
 Takes a loaded engine and a text; gives one row per kind and context. All passes use the kinds' own stages: a position
 attends in a prefill chunk to the same columns as in plain decoding, so a perplexity by chunks is that of decoding.
@@ -46,9 +47,13 @@ class CacheWorkload:
         Column("perplexity", 10, "{perplexity:.3f}"),
         Column("needles", 7, lambda row: f"{sum(row['needles'])} of {len(row['needles'])}"),
         Column("tokens/s", 8, "{tokens_per_second:.1f}"),
+        Column("there early", 11, "{there_early:.0%}"),
     )
 
-    def __init__(self, engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str]) -> None:
+    def __init__(
+        self, engine: Engine, text: str, contexts: Sequence[int], kinds: Sequence[str], *, needles: bool = True
+    ) -> None:
+        self._needles = _DEPTHS if needles else ()
         self._engine = engine
         self._text = text
         self._tokens = engine.model.vocabulary.encode(text, add_special=False)
@@ -69,15 +74,18 @@ class CacheWorkload:
     def _row(self, kind: str, context: int) -> Row:
         cache = CACHES[kind](self._engine.model.decoder.shape)
         perplexity = _perplexity(self._engine, cache, self._tokens[: context - 32])
+        before = _fetched(cache)
         times = spread(_step_times(self._engine, cache, self._tokens[context - 32 : context]))
+        asked, missed = (now - then for now, then in zip(_fetched(cache), before, strict=True))
         return {
             "kind": kind,
             "context": context,
             "bytes_per_token": cache.nbytes / cache.length,
             "perplexity": perplexity,
-            "needles": [_finds(self._engine, kind, self._text, context, depth) for depth in _DEPTHS],
+            "needles": [_finds(self._engine, kind, self._text, context, depth) for depth in self._needles],
             "tokens_per_second": 1.0 / times["median"],
             "milliseconds": [1e3 * times[name] for name in ("least", "median", "most")],  # per step of one token
+            "there_early": 1 - missed / asked if asked else None,  # of a store's rows, those that no step waited for
         }
 
     def about(self) -> Row:
@@ -122,6 +130,12 @@ def _step_times(engine: Engine, cache: Cache, tokens: Sequence[int]) -> list[flo
         engine.model.decoder.logits(_feed(engine, cache, [token])).argmax(-1).tolist()
         times.append(perf_counter() - began)
     return times[2:]
+
+
+def _fetched(cache: Cache) -> tuple[int, int]:
+    """The store's rows that passes chose, and those that they waited for; 0 without a store."""
+    fetched = getattr(cache, "fetched", None)
+    return (0, 0) if fetched is None else (fetched.asked, fetched.missed)
 
 
 def _finds(engine: Engine, kind: str, text: str, context: int, depth: float) -> bool:

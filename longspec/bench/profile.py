@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from longspec.attention import native as cpu
 from longspec.cache import BLOCK, CACHES
+from longspec.cache import native as cpu
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
 from longspec.machine.system import available_bytes

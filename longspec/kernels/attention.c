@@ -3,14 +3,15 @@
  *     texts_read      all texts of a pass at one layer: their keys and values are put, and read
  *     texts_attend    the same, by a team that is at work already
  *     attention_read  one text's rows over some segments, joined with what was read before
+ *     attention_choose  which columns of codes one text's rows are to read exactly (choose.h)
  *
  * A key head and a chunk of 512 positions are one task (chunk.h), so that two cores share three heads evenly. Every task
  * keeps its rows' maximum, sum and output in fp32; they are joined in the order of the positions, coded segments first.
  * Rows go in passes of at most 64. What a row computes depends on its position and what it may read, and not on the rows
  * or threads beside it, nor on the buffers that its text lies in.
  */
+#include "attention/choose.h"
 #include "attention/plan.h"
-#include "team.h"
 
 /* Rows of one text that stand in the same place in every layer.
  *
@@ -32,22 +33,6 @@ typedef struct {
 } Text;
 
 int missing(void) { return refused(); }
-
-/* Queries of one key head as the first product's packed rows. */
-static void pack_queries(const Rows *rows, int64_t head) {
-    const Reading *r = &rows->r;
-    const int64_t all_rows = r->rows * r->groups;
-    for (int64_t tile = 0; tile < tiles_of(r); tile++) {
-        const bf16 *of[TILE];
-        const int64_t live = all_rows - tile * TILE < TILE ? all_rows - tile * TILE : TILE;
-        for (int64_t i = 0; i < live; i++) {
-            const int64_t row = (tile * TILE + i) % r->rows, group = (tile * TILE + i) / r->rows;
-            of[i] = r->queries + row * r->query_row + (head * r->groups + group) * r->dim;
-        }
-        char *to = (char *)rows->packed + (head * tiles_of(r) + tile) * packed_bytes(r->dim);
-        for (int64_t d = 0; d < r->dim; d += DEEP) pack_columns(of, live, r->dim, d, to);
-    }
-}
 
 /* A tile of joined results as attention's output [rows, key_heads * groups, dim]. */
 static void write_tile(const Reading *r, int64_t head, int64_t tile, const float *from, bf16 *output) {
@@ -77,7 +62,10 @@ static void run_tasks(Team *t, int64_t rank, const Plan *plans, int64_t count, c
         while (at >= p->each * p->rows.r.key_heads) at -= p->each * p->rows.r.key_heads, p++;
         const Own mine = own_at(own + rank * own_size, p->rows.r.dim);
         const Task *task = p->tasks + at;
-        read_chunk(task->rows, task->group, task->head, task->chunk, &mine, task->result);
+        if (task->chunk == EXACT)
+            read_exact(task->rows, task->group->segments, task->head, &mine, task->result);
+        else
+            read_chunk(task->rows, task->group, task->head, task->chunk, &mine, task->result);
     }
     meet(t);
 }

@@ -14,9 +14,7 @@ _CACHES = (
     Method("KIVI, 4 bits", "2402.02750", "--cache int4", "the same"),
     Method("KIVI, 2 bits", "2402.02750", "--cache int2", "the same"),
     Method("QuantSpec's planes", "2502.10424", "--cache dual", "two planes of 4 bits"),
-    Method(
-        "SpeCache", "2503.16163", "--cache offload", "low-bit copy and exact blocks; nothing is fetched ahead as yet"
-    ),
+    Method("SpeCache", "2503.16163", "--cache offload", "2-bit codes, 64 exact rows a key head, fetched ahead"),
     Method("SpeCache, on disk", "2503.16163", "--cache disk", "the same one level down"),
     Method("ShadowKV", "2410.21465", "", "low-rank keys lose more than codes do behind short texts"),
     Method(

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspec.attention import attend, attend_strictly
-from longspec.attention import native as cpu
 from longspec.attention.native_batch import Texts, reads
+from longspec.cache import native as cpu
 from longspec.cache.stage import Shape
 from longspec.model.config import Config, Rope
 from longspec.model.gpu import cuda_graphs as graphs

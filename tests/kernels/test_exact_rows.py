@@ -19,6 +19,7 @@ from torch import Tensor
 from longspec.attention import attend
 from longspec.cache.codes import Codec, DualCodec
 from longspec.cache.dense import Dense
+from longspec.cache.offload import HostStore, Offload
 from longspec.cache.quantized import Quantized
 from longspec.cache.stage import Segment
 from longspec.kernels.isa import ISAS
@@ -33,7 +34,13 @@ SIZES = {
 }
 LENGTH = 600
 TEXT = torch.randint(3, 96, (LENGTH + 130,), generator=torch.Generator().manual_seed(3)).tolist()
-CACHES = {"dense": None, "int8": Codec(8, symmetric=True), "int4": Codec(4), "dual": DualCodec()}
+CACHES = {
+    "dense": None,
+    "int8": Codec(8, symmetric=True),
+    "int4": Codec(4),
+    "dual": DualCodec(),
+    "offload": "offload",  # rows that each row chooses for itself among codes of 2 bits
+}
 
 
 def _isas() -> list[Any]:
@@ -70,6 +77,8 @@ def decoder(folder: Path, dtype: str) -> Decoder:
 
 
 def cache_of(made: Decoder, codec: Any) -> Any:
+    if codec == "offload":
+        return Offload(made.shape, HostStore(made.shape))
     return Dense(made.shape) if codec is None else Quantized(made.shape, codec)
 
 
@@ -97,7 +106,7 @@ def test_a_tree_is_plain_decoding(folder: Path, isa: str, dtype: str, name: str)
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8"])
+@pytest.mark.parametrize("name", ["dense", "int8", "offload"])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_long_passes_are_plain_decoding(folder: Path, isa: str, dtype: str, name: str) -> None:
     """A prompt in one pass of 130 rows, or in passes of any other number; behind another text or none."""

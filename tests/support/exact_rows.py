@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspec.cache.offload import Offload
 from longspec.kernels.isa import candidates
 from longspec.model.decoder import Chunk, Decoder, Rows
 
@@ -56,6 +57,7 @@ def by_one(made: Decoder, base: Any, tokens: Sequence[int], parents: Sequence[in
     """Each node's logits behind its path alone, token by token: plain decoding of the text that `base` holds."""
     caches, found = {-1: base}, []
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        caches[node] = deepcopy(caches[parent])
+        above = caches[parent]  # a thread may be at work for an offloaded one
+        caches[node] = above.fork(above.length) if isinstance(above, Offload) else deepcopy(above)
         found.append(write_text(made, caches[node], [token]))
     return torch.cat(found)

@@ -10,7 +10,7 @@
 #ifndef CHUNK_H
 #define CHUNK_H
 
-#include "segment.h"
+#include "grouped.h"
 
 enum { CHUNK = 512, STRIDE = CHUNK + 16, MOST_ROWS = 64 }; /* rows a power of two apart would share cache sets */
 
@@ -43,6 +43,22 @@ typedef struct {
 } Rows;
 
 static int64_t tiles_of(const Reading *r) { return (r->rows * r->groups + TILE - 1) / TILE; }
+
+/* Queries of one key head as the first product's packed rows. */
+static void pack_queries(const Rows *rows, int64_t head) {
+    const Reading *r = &rows->r;
+    const int64_t all_rows = r->rows * r->groups;
+    for (int64_t tile = 0; tile < tiles_of(r); tile++) {
+        const bf16 *of[TILE];
+        const int64_t live = all_rows - tile * TILE < TILE ? all_rows - tile * TILE : TILE;
+        for (int64_t i = 0; i < live; i++) {
+            const int64_t row = (tile * TILE + i) % r->rows, group = (tile * TILE + i) / r->rows;
+            of[i] = r->queries + row * r->query_row + (head * r->groups + group) * r->dim;
+        }
+        char *to = (char *)rows->packed + (head * tiles_of(r) + tile) * packed_bytes(r->dim);
+        for (int64_t d = 0; d < r->dim; d += DEEP) pack_columns(of, live, r->dim, d, to);
+    }
+}
 
 /* A chunk's result: for each tile the rows' maxima and sums, and outputs [16, dim]. */
 static int64_t tile_floats(const Reading *r) { return TILE * (2 + r->dim); }
@@ -124,7 +140,13 @@ static Span span_of(const Group *g, int64_t head, int64_t chunk, int64_t dim, co
     span.linear = g->tree && g->tree->text - span.begin < span.count ? g->tree->text - span.begin : span.count;
     if (span.linear < 0) span.linear = 0;
     if (only->kind != DENSE) {
-        decode(only, head, span.begin - only->start, span.count, dim, own->keys, INTERLEAVED ? own->pairs : own->values);
+        const int64_t first = span.begin - only->start;
+        bf16 *values = INTERLEAVED ? own->pairs : own->values;
+        if (only->kind == GROUPED) {
+            if (!only->scores) decode_grouped_keys(only, head, first, span.count, dim, own->keys);
+            decode_grouped_values(only, head, first, span.count, dim, values);
+        } else
+            decode(only, head, first, span.count, dim, own->keys, values);
         span.keys = own->keys, span.readable = INTERLEAVED ? own->pairs : own->values;
     } else if (span.linear) {
         gather(g, head, dim, &span, own);
@@ -148,8 +170,23 @@ static void score(const bf16 *keys, int64_t count, int64_t dim, const void *pack
     }
 }
 
+/* The same of codes whose scores are known, for all rows of the text. */
+static void take_scores(const Rows *rows, const Segment *s, const Span *span, int64_t head, int64_t tile, int64_t live, float *scores) {
+    const int64_t first = head * rows->r.groups * rows->all_rows + tile * TILE;
+    for (int64_t i = 0; i < live; i++)
+        memcpy(scores + i * STRIDE, s->scores + (first + i) * s->stride + span->begin - s->start, (size_t)span->linear * 4);
+}
+
 static void hide(float *scores, int64_t from, int64_t to) {
     for (int64_t j = from; j < to; j++) scores[j] = -__builtin_inff();
+}
+
+/* Hides what row `row` of the text reads as exact rows. */
+static void hide_exact(const Segment *s, const Span *span, int64_t place, float *scores) {
+    for (int64_t i = place * s->most; i < (place + 1) * s->most; i++) {
+        const int64_t at = s->start + s->chosen[i] - span->begin;
+        if (s->chosen[i] >= 0 && at >= 0 && at < span->count) scores[at] = -__builtin_inff();
+    }
 }
 
 /* The scores of a tree's ancestors to their positions. */
@@ -243,7 +280,10 @@ static void read_chunk(const Rows *rows, const Group *g, int64_t head, int64_t c
         float *out = result + 2 * TILE;
         memset(result, 0, (size_t)tile_floats(r) * sizeof *result);
         memset(own->weights, 0, (size_t)(span.padded * TILE) * sizeof *own->weights);
-        score(span.keys, span.linear, dim, packed, live, own->scores, STRIDE);
+        if (g->segments->scores)
+            take_scores(rows, g->segments, &span, head, tile, live, own->scores);
+        else
+            score(span.keys, span.linear, dim, packed, live, own->scores, STRIDE);
         if (g->tree) {
             const Segment *s = g->segments + g->count - 1;
             score(row_of(&s->keys, head, in_order(s), dim), nodes, dim, packed, live, own->staged, staged);
@@ -254,6 +294,7 @@ static void read_chunk(const Rows *rows, const Group *g, int64_t head, int64_t c
             float *scores = own->scores + i * STRIDE;
             if (g->tree) place_ancestors(g->tree, &span, g->tree->own + row, own->staged + i * staged, scores);
             limit(g, &span, row, scores);
+            if (g->segments->chosen) hide_exact(g->segments, &span, row * r->key_heads + head, scores);
             soften(r, scores, span.padded, own->weights + i * DEEP, result + i, result + TILE + i);
             left |= 1u << i;
         }

@@ -2,7 +2,9 @@
 #ifndef PLAN_H
 #define PLAN_H
 
-#include "chunk.h"
+#include "exact.h"
+
+enum { EXACT = -1 }; /* as a chunk: what of its codes the rows read as exact rows */
 
 /* One key head of some rows, and a chunk of a group. */
 typedef struct {
@@ -62,7 +64,7 @@ static void plant(Tree *tree, const Segment *s, const Rows *rows) {
 static int64_t plan_bytes(const Reading *all, int64_t rows, int64_t segments, int64_t columns, int64_t staged) {
     Reading r = *all;
     r.rows = rows < MOST_ROWS ? rows : MOST_ROWS;
-    const int64_t chunks = columns / CHUNK + 2 * segments, tasks = chunks * r.key_heads;
+    const int64_t chunks = columns / CHUNK + 3 * segments, tasks = chunks * r.key_heads;
     const int64_t pieces = segments * (int64_t)(sizeof(Segment) + sizeof(Group)) + (int64_t)sizeof(Plan);
     return pieces + tasks * (4 * chunk_floats(&r) + (int64_t)sizeof(Task)) + (staged + MOST_ROWS) * 8 +
            tiles_of(&r) * r.key_heads * packed_bytes(r.dim) + 64 * 16;
@@ -91,7 +93,8 @@ static void plan(Plan *p, const Reading *all, const bf16 *queries, int64_t all_r
         reach(s, g->tree, &p->rows, &g->low, &g->high);
     }
     for (int64_t i = 0; i < p->count; i++)
-        if (p->groups[i].low < p->groups[i].high) p->each += (p->groups[i].high - 1) / CHUNK - p->groups[i].low / CHUNK + 1;
+        if (p->groups[i].low < p->groups[i].high)
+            p->each += (p->groups[i].high - 1) / CHUNK - p->groups[i].low / CHUNK + 1 + !!p->groups[i].segments->chosen;
     p->tasks = take(arena, all->key_heads * p->each * (int64_t)sizeof(Task));
     Task *task = p->tasks;
     for (int64_t head = 0; head < all->key_heads; head++)
@@ -99,6 +102,8 @@ static void plan(Plan *p, const Reading *all, const bf16 *queries, int64_t all_r
             const Group *g = p->groups + i;
             for (int64_t chunk = g->low / CHUNK; g->low < g->high && chunk <= (g->high - 1) / CHUNK; chunk++)
                 *task++ = (Task){&p->rows, g, head, chunk, take(arena, 4 * chunk_floats(&p->rows.r))};
+            if (g->low < g->high && g->segments->chosen)
+                *task++ = (Task){&p->rows, g, head, EXACT, take(arena, 4 * chunk_floats(&p->rows.r))};
         }
 }
 

@@ -10,11 +10,11 @@
 #include "dot.h"
 
 enum { BLOCK = 64, MOST_DIM = 512, CODES_AHEAD = 64 };
-enum { DENSE = 0, SYMMETRIC = 1, ASYMMETRIC = 2, DUAL = 3 };
+enum { DENSE = 0, SYMMETRIC = 1, ASYMMETRIC = 2, DUAL = 3, GROUPED = 4 };
 
 typedef struct {
     const char *codes, *lower;   /* rows of bf16 or of codes; the lower plane of two */
-    const fp16 *step, *low;      /* scales */
+    const fp16 *step, *low;      /* scales; bytes in grouped.h */
     int64_t head, lower_head;    /* bytes from a head to the next */
     int64_t step_head, low_head; /* scales from a head to the next */
 } Side;
@@ -28,6 +28,10 @@ typedef struct {
     const uint8_t *tail;                /* [q, staged]: of the last columns, those that it may read; or null */
     const int64_t *parents;             /* [staged], or null; the last q nodes are the rows that read */
     int64_t staged;
+    const int32_t *chosen, *slots; /* [q, key_heads, most]: codes' columns that a row reads as exact rows (exact.h), rising but */
+    const bf16 *exact;             /* for -1, which is none, and where in exact [.., 2, dim], keys and values; or null */
+    int64_t most, stride;
+    const float *scores; /* [key_heads, groups * q, stride]: the codes' scores, where they are known already; or null */
 } Segment;
 
 /* Columns in their positions' order: without a tree's. */

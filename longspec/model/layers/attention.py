@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.attention.native import unfit
 from longspec.attention.native_batch import reads
+from longspec.cache.native import unfit
 from longspec.cache.shape import RowSpec
 from longspec.model.config import Config, Rope
 from longspec.model.layers.norm import Norm

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspec.attention.native import unfit
+from longspec.cache.native import unfit
 from longspec.cache.shape import RowSpec
 from longspec.model.config import Config, Rope
 from longspec.model.layers.norm import Norm
