@@ -10,16 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from support.checkpoints import load, oracle, write
 from support.engines import RandomTrees, engine, finish, of_folder, prompts
 from support.exact_rows import by_one, path, run, runs_here, tree, write_text
+from support.ggufs import write_gguf
 from support.native import SIZES, coded
 
 from longspec.cache import BLOCK, CACHES
 from longspec.cache.snapshot import Snapshot, save
+from longspec.model.config import Config
 from longspec.model.decoder import Decoder
+from longspec.model.gguf.file import read_gguf
+from longspec.model.weights.read import Weights
 
 TEXT = torch.randint(3, 96, (330,), generator=torch.Generator().manual_seed(3)).tolist()
 WIDE = SIZES | {"head_dim": 64}
@@ -182,3 +187,22 @@ def test_a_chats_next_turn_is_a_fresh_text(hybrid: Path) -> None:
     after = finish(drafting, [drafting.open(later, raw=True, max_new_tokens=40, after=first)])
     plain = engine(model)
     assert after == finish(plain, [plain.open(later, raw=True, max_new_tokens=40)])
+
+
+def test_a_file_of_k_quants_is_plain_decoding(tmp_path: Path) -> None:
+    """Its value heads read key heads in turns, as llama.cpp keeps them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "linear_value_head_dim": 32}
+    kinds = gguf.GGMLQuantizationType
+    others = {"ffn_down": kinds.Q6_K, "ssm_conv1d": kinds.F32}
+    model = oracle("qwen3_5", **{**WIDE, **HEADS, **sizes})
+    file = read_gguf(write_gguf(model, tmp_path / "a.gguf", matrices=kinds.Q4_K, others=others))
+    weights = Weights.of_gguf(file, torch.bfloat16)
+    made = Decoder(Config.read(file.config()), weights, torch.device("cpu"), coded="Q8_0")
+    if made.slow is not None:
+        pytest.skip(made.slow)
+    assert made.is_exact
+    assert {"Q4_K", "Q6_K"} <= made.formats.keys()
+    cache = CACHES["dense"](made.shape)
+    write_text(made, cache, TEXT[:61])
+    tokens, parents = tree(24, 2)
+    assert torch.equal(run(made, [(cache.open(), tokens, parents)])[0], by_one(made, cache, tokens, parents))
