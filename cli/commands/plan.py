@@ -197,7 +197,7 @@ def _print_reads(said: dict[str, Any], context: int) -> None:
     rate = ""
     if said["tokens_per_second"]:
         read = f"{said['memory_bytes_per_second'] / 1e9:,.1f} GB/s"
-        rate = f": at {read}, as this machine's memory is read, {said['tokens_per_second']:.3g} tokens/s without drafts"
+        rate = f", {said['tokens_per_second']:.3g} tokens/s without drafts by the {read} that memory is read at here"
     if said["measured_tokens_per_second"]:
         rate += f" ({said['measured_tokens_per_second']:.3g} in earlier runs)"
     typer.echo(

@@ -3,8 +3,9 @@
     python docs/benchmarks/forecast.py --case smollm2:int8 --case smollm2:bf16 --output docs/benchmarks/forecast.json
 
 Each case is a model and a dtype. The memory's rate is measured anew before each of them, by as many threads as decode.
-`forecast_over_run` is the forecast's tokens per second over the median of the rounds'; `passes_over_run` is the same of
-what the rounds before have taught the control's curve, which is what `plan` calls earlier runs.
+`forecast_over_run` is the forecast's tokens per second over the median of the rounds'; `forecast_over_own_time` is the
+same by the seconds of the process's own threads, which leaves out those that other processes had the cores;
+`passes_over_run` is that of what the rounds before have taught the control's curve, which `plan` calls earlier runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 from pathlib import Path
 from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -36,10 +38,16 @@ def measured(model: str, dtype: str, context: int, tokens: int, rounds: int) -> 
     engine = Engine(opened.load(), drafter="auto", cache="dense")
     size = len(engine.model.vocabulary.encode(PROMPT, add_special=True))
     prompt = PROMPT * max(1, (context - tokens) // size)
-    rates = []
+    rates, own = [], []
     for _ in range(rounds + 1):
-        answer = engine.generate(prompt, raw=True, max_new_tokens=tokens, drafter="none", temperature=0)
-        rates.append(answer.timing["tokens_per_second"])
+        session = engine.open(prompt, raw=True, max_new_tokens=tokens, drafter="none", temperature=0)
+        for _ in engine.prefill(session):
+            pass
+        began, before = perf_counter(), process_time()
+        while session.finish_reason is None:
+            engine.step([session])
+        rates.append(len(session.answer) / (perf_counter() - began))
+        own.append(len(session.answer) * torch.get_num_threads() / (process_time() - before))
     rate = median(rates[1:])
     curve = Curve.of(engine.speculator.control.report().get("passes"))
     return {
@@ -51,6 +59,7 @@ def measured(model: str, dtype: str, context: int, tokens: int, rounds: int) -> 
         "forecast": round(told["tokens_per_second"], 2),
         "run": round(rate, 2),
         "forecast_over_run": round(told["tokens_per_second"] / rate, 3),
+        "forecast_over_own_time": round(told["tokens_per_second"] / median(own[1:]), 3),
         "passes_over_run": round(1 / curve.seconds(1) / rate, 3),
     }
 

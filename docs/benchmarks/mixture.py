@@ -4,9 +4,9 @@
 
 The mixture has random weights in bf16: by default 4 layers of 64 experts, 4 to a row, 400 million parameters (800 MB).
 A drafter that knows the answer drafts chains whose next token is right with the probability that is asked for. All ways
-write the same text, in turns, in one process; a rate is the median of the rounds. `union` is how many experts passes of
-so many rows of that text go through, beside rows that choose at random; `bytes` is what they read, and
-`seconds_of_one_row` what they take, both over those of one row.
+write the same text, in turns, in one process; a rate is the median of the rounds, by the process's own time, which
+leaves other processes out. `union` is how many experts passes of so many rows of that text go through, beside rows that
+choose at random; `bytes` is what they read, and `seconds_of_one_row` what they take, both over those of one row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -127,9 +127,9 @@ def passes(model: Model, text: Sequence[int], repeats: int) -> list[dict[str, fl
             at = (repeat * 37) % (len(text) - rows)
             stage = cache.open()
             chunk = Chunk(stage, stage.add(range(-1, rows - 1)), text[at : at + rows], 0, False)
-            began = perf_counter()
+            began = process_time()
             decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))
-            seconds.append(perf_counter() - began)
+            seconds.append(process_time() - began)
             read.append((growth.observe(), sum(own.union for own in growth.layers) / len(growth.layers)))
         union = median(each for _, each in read)
         assert decoder.config.mixture is not None
@@ -160,10 +160,16 @@ def rates(model: Model, prompt: str, given: dict[str, Any], rate: float, rounds:
     seen: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name, engine in engines.items():
-            answer = engine.generate(prompt, **given)
-            assert text[-len(answer.tokens) :] == [*answer.tokens], f"{name} wrote another text"
+            session = engine.open(prompt, **given)
+            for _ in engine.prefill(session):
+                pass
+            began = process_time()
+            while session.finish_reason is None:
+                engine.step([session])
+            seconds = process_time() - began
+            assert session.tokens == text, f"{name} wrote another text"
             if turn:
-                seen[name].append(answer.timing["tokens_per_second"])
+                seen[name].append(len(session.answer) / seconds)
     found = {name: round(median(each), 2) for name, each in seen.items()}
     best = max((name for name in found if name != "goodput"), key=lambda name: found[name])
     ratio = round(found["goodput"] / found[best], 3)

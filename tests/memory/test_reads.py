@@ -15,7 +15,7 @@ from support.commands import share_kernels, write_tiny
 from longspec.cli.main import guarded
 from longspec.control import latency
 from longspec.machine import bandwidth
-from longspec.memory.forecast import Forecast, forecast
+from longspec.memory.forecast import REACHED, Forecast, forecast
 from longspec.memory.plan import choice, request_of
 from longspec.model.config import Config
 from longspec.model.files.checkpoint import Checkpoint
@@ -57,10 +57,10 @@ def test_the_memorys_rate_is_measured_once(own_cache: Path, monkeypatch: pytest.
 def test_a_pass_takes_as_long_as_its_slower_reading() -> None:
     mixture = Mixture(8, 2, 16, (True,))
     reads = Reads(1000, 100.0, mixture)
-    dense = Forecast(Reads(1000), 200, 0, 0, 1e4, None)
+    dense = Forecast(Reads(1000), 200, 0, 0, 1e4 / REACHED, None)
     assert dense.bytes_per_token == 1200
     assert dense.seconds(1) == dense.seconds(8) == pytest.approx(0.12)
-    mixed = Forecast(reads, 0, 0, 0, 1e4, None)
+    mixed = Forecast(reads, 0, 0, 0, 1e4 / REACHED, None)
     assert mixed.seconds(1) == pytest.approx(0.12)
     assert mixed.seconds(2) == pytest.approx(0.1 + 0.01 * mixture.union(2))
     streamed = replace(mixed, streamed=500, disk_rate=1e3)
@@ -116,7 +116,7 @@ def test_plan_says_what_a_token_reads(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert guarded(["plan", *given]) == 0
     out = capfd.readouterr().out
     assert "A token behind 500 others reads" in out
-    assert "tokens/s without drafts (20.1 in earlier runs)." in out
+    assert "GB/s that memory is read at here (20.1 in earlier runs)." in out
 
 
 def test_plan_says_the_union_of_a_mixture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
