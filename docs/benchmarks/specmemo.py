@@ -6,17 +6,19 @@ Five budgets between the least for plain decoding with a dense cache and what th
 process of its own (`longspec run`), as a user would: 7,000 tokens, of which the answer is --tokens. They run in turns,
 --rounds times. `of_whole` is a budget's tokens per second over those of the largest; `saved` is how much of what
 speculation adds (the bytes between the least and the whole) it does without. `forecast` is what `longspec plan` says.
+`tokens_per_step` is as good a measure of a tree's size, and doesn't depend on who else uses the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,7 +49,6 @@ def plan(model: str, dtype: str, threads: int, context: int) -> dict[str, Any]:
 def written(model: str, dtype: str, threads: int, text: Path, tokens: int, budget: int) -> dict[str, Any]:
     run, given = command(model, dtype, threads)
     asked = ["--no-stdin", "--raw", "-f", str(text), "--max-new-tokens", str(tokens), "--temperature", "0"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(  # noqa: S603
         [*run, "run", *given, *asked, "--weights", "memory", "--memory", str(budget), "--json"],
         capture_output=True,
@@ -55,16 +56,14 @@ def written(model: str, dtype: str, threads: int, text: Path, tokens: int, budge
         text=True,
     )
     answer = json.loads(done.stdout)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    said = answer["memory"]["budget"]
+    said, timing = answer["memory"]["budget"], answer["timing"]
     return {
-        "text": answer["text"],
-        "tokens_per_second": answer["timing"]["tokens_per_second"],
-        "prefill_s": answer["timing"]["prefill_s"],
+        "text": hashlib.sha256(answer["text"].encode()).hexdigest()[:16],
+        "tokens_per_second": timing["tokens_per_second"],
+        "prefill_s": timing["prefill_s"],
         "tokens_per_step": answer["speculation"]["tokens_per_step"],
         "drafter": answer["speculation"]["drafter"],
         "peak_bytes": answer["memory"]["peak_bytes"],
-        "peak_outside_bytes": after * 1024 if after > before else None,
         **{name: said[name] for name in ("planned_bytes", "planned_cache", "prefill_rows", "draft_tokens", "without")},
         "notes": said["notes"],
     }
@@ -90,49 +89,55 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=7000)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--share", type=float, action="append", choices=SHARES, help="these alone; the rest another time"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="runs that it has are kept")
     given = parser.parse_args()
     what = given.model, given.dtype, given.threads
-    planned = plan(*what, given.context)
-    dense = [one for one in planned["curve"] if one["cache"] == "dense" and one["weights"] == "memory"]
-    whole = next(one["budget_bytes"] for one in reversed(dense) if one["draft_tokens"] == dense[0]["draft_tokens"])
-    least = dense[-1]["budget_bytes"]
-    budgets = [round(least + share * (whole - least)) + _SPARE for share in SHARES]
-    runs: dict[int, list[dict[str, Any]]] = {budget: [] for budget in budgets}
+    setting = {"model": given.model, "dtype": given.dtype, "context": given.context, "tokens": given.tokens}
+    said = json.loads(given.output.read_text()) if given.output.exists() else {}
+    if any(said.get(name) != value for name, value in setting.items()):
+        said = {**setting, "curve": plan(*what, given.context)["curve"], "runs": {}}
+    said["machine"] = {"processor": processor(), "platform": platform.platform(), "threads": given.threads}
+    budgets = budgets_of(said["curve"])
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
         text.write_text(cut(given.text, given.context - given.tokens, given.model))
         for _ in range(given.rounds):
-            for budget in budgets:
-                runs[budget].append(written(*what, text, given.tokens, budget))
-                print({**runs[budget][-1], "text": ""}, file=sys.stderr, flush=True)
-    rates = {budget: median(one["tokens_per_second"] for one in own) for budget, own in runs.items()}
-    results = []
-    for share, (budget, own) in zip(SHARES, runs.items(), strict=True):
-        fits = [one for one in planned["curve"] if one["budget_bytes"] <= budget]
-        results.append(
-            {
-                "budget_bytes": budget,
-                "saved": 1 - share,
-                "of_whole": round(rates[budget] / rates[budgets[0]], 3),
-                "within": all(one["peak_bytes"] <= budget for one in own),
-                "same_text": all(one["text"] == runs[budgets[0]][0]["text"] for one in own),
-                "forecast": fits[0] if fits else None,
-                "runs": [{name: value for name, value in one.items() if name != "text"} for one in own],
-                "tokens_per_second": rates[budget],
-            }
-        )
-    said = {
-        "machine": {"processor": processor(), "platform": platform.platform(), "threads": given.threads},
-        "model": given.model,
-        "dtype": given.dtype,
-        "context": given.context,
-        "curve": planned["curve"],
-        "results": results,
-    }
-    print(json.dumps(said, indent=1))
-    if given.output is not None:
-        given.output.write_text(json.dumps(said, indent=1) + "\n")
+            for share in given.share or SHARES:
+                run = written(*what, text, given.tokens, budgets[share])
+                said["runs"].setdefault(str(share), []).append(run)
+                print({**run, "text": ""}, file=sys.stderr, flush=True)
+                said["results"] = [*results(said, budgets)]
+                given.output.write_text(json.dumps(said, indent=1) + "\n")
+    print(json.dumps(said["results"], indent=1))
+
+
+def budgets_of(curve: list[dict[str, Any]]) -> dict[float, int]:
+    """By its share, a budget with the dense cache."""
+    dense = [one for one in curve if one["cache"] == "dense" and one["weights"] == "memory"]
+    whole = next(one["budget_bytes"] for one in reversed(dense) if one["draft_tokens"] == dense[0]["draft_tokens"])
+    least = dense[-1]["budget_bytes"]
+    return {share: round(least + share * (whole - least)) + _SPARE for share in SHARES}
+
+
+def results(said: dict[str, Any], budgets: dict[float, int]) -> Iterator[dict[str, Any]]:
+    """Each budget's runs beside those of the largest."""
+    rates = {share: median(one["tokens_per_second"] for one in own) for share, own in said["runs"].items()}
+    whole = str(SHARES[0])
+    for share, own in said["runs"].items():
+        budget = budgets[float(share)]
+        yield {
+            "budget_bytes": budget,
+            "saved": 1 - float(share),
+            "draft_tokens": own[0]["draft_tokens"],
+            "tokens_per_second": rates[share],
+            "of_whole": round(rates[share] / rates[whole], 3) if whole in rates else None,
+            "within": all(one["peak_bytes"] <= budget for one in own),
+            "same_text": len({one["text"] for some in said["runs"].values() for one in some}) == 1,
+            "forecast": next((one for one in said["curve"] if one["budget_bytes"] <= budget), None),
+        }
 
 
 if __name__ == "__main__":
