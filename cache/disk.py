@@ -11,14 +11,13 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from longspec.cache.native import read_rows
 from longspec.cache.stage import BLOCK, Room, Shape
 from longspec.errors import LongspecError
 
@@ -62,14 +61,10 @@ class FileStore:
         return rows.view(self._kind.dtype).view(self._shape).permute(2, 0, 1, 3)
 
     def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
-        """Rows that stand behind each other in the file are read by one call."""
         place = heads * BLOCK + positions % BLOCK
-        at = self._at(layer, positions // BLOCK) + place * self._row_bytes
-        first = [0, *(np.flatnonzero(np.diff(at) != self._row_bytes) + 1).tolist(), len(at)]
-        for begin, end in pairwise(first):
-            got = os.preadv(self._file, [to[begin:end]], int(at[begin]))
-            if got != (end - begin) * self._row_bytes:
-                raise LongspecError(f"The cache on disk lost rows: {got} bytes of {end - begin} rows were read.")
+        got = read_rows(self._file, self._at(layer, positions // BLOCK) + place * self._row_bytes, to)
+        if got != len(to):
+            raise LongspecError(f"The cache on disk lost rows: {got} of {len(to)} were read.")
 
     def tensors(self) -> Iterator[Tensor]:
         """None: the blocks are in the file."""

@@ -74,6 +74,9 @@ class Fetched:
 
     def forget(self) -> None:
         """Let go of all rows: the store's are to be overwritten."""
+        for held in self._held:
+            if held.done is not None:
+                held.done.wait()
         shape = self._shape
         none = shape.empty((0, 2, shape.head_dim), shape.dtype)
         self._held = [_Held(np.empty(0, np.int64), none, np.empty(0, np.uint8)) for _ in shape.windows]

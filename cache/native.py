@@ -7,6 +7,7 @@ call. What is computed of them is `longspec.attention.native`'s and `longspec.ca
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import Any
 
@@ -24,9 +25,11 @@ __all__ = [
     "GROUPED",
     "Pieces",
     "Reading",
+    "copy_rows",
     "kernel",
     "kind_of",
     "limits",
+    "read_rows",
     "reading_of",
     "segment_of",
     "sinks_of",
@@ -161,6 +164,28 @@ def reading_of(
     return Reading(at, heads * dim, rows, key_heads, groups, dim, scale, softcap or 0.0, held)
 
 
+def copy_rows(at: Any, to: Any) -> None:
+    """Copy rows from addresses [n] into an array [n, bytes]."""
+    found, nbytes = kernel(), to.shape[1]
+    if not isinstance(found, str):
+        found.rows_copy(at.ctypes.data, len(at), nbytes, to.ctypes.data)
+        return
+    for i, address in enumerate(at.tolist()):
+        ctypes.memmove(to[i].ctypes.data, address, nbytes)
+
+
+def read_rows(file: int, at: Any, to: Any) -> int:
+    """Read rows from a file's bytes [n] on into an array [n, bytes]; the number of rows before one that isn't there."""
+    found, nbytes = kernel(), to.shape[1]
+    if not isinstance(found, str):
+        done: int = found.rows_read(file, at.ctypes.data, len(at), nbytes, to.ctypes.data)
+        return done
+    for i, place in enumerate(at.tolist()):
+        if os.preadv(file, [to[i]], place) != nbytes:
+            return i
+    return len(at)
+
+
 def unfit(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
     """The reason why it can't take heads of `dim` channels; None where it can."""
     if dtype != torch.bfloat16 or device.type != "cpu":
@@ -189,4 +214,6 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.texts_attend.argtypes = (reading, place, number, number, number, number, place, place, place, number)
     found.attention_choice_workspace.argtypes, found.attention_choice_workspace.restype = (place, number), number
     found.attention_choose.argtypes = (place, number, place)
+    found.rows_copy.argtypes = (place, number, number, place)
+    found.rows_read.argtypes, found.rows_read.restype = (ctypes.c_int32, place, number, number, place), number
     return found

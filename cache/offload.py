@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from longspec.cache.choice import choose
 from longspec.cache.codes import GroupCodec
 from longspec.cache.dense import near_start
 from longspec.cache.fetched import HELD, Fetched, Rows
+from longspec.cache.native import copy_rows
 from longspec.cache.quantized import Quantized, QuantizedStage
 from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Bounds, Room, Segment, Shape, Take
 
@@ -62,7 +64,7 @@ class HostStore:
     def __init__(self, shape: Shape) -> None:
         self._pin = shape.device.type == "cuda"
         self._blocks: dict[tuple[int, int], Tensor] = {}
-        self._bytes: dict[tuple[int, int], Any] = {}  # the same memory, [K, 64, bytes of a key and a value]
+        self._at = [np.empty(0, np.int64) for _ in shape.windows]  # of each layer, the blocks' addresses
 
     @property
     def nbytes(self) -> int:
@@ -73,21 +75,23 @@ class HostStore:
         kept = torch.empty(heads, BLOCK, 2, dim, dtype=rows.dtype, pin_memory=self._pin)
         kept.copy_(rows.permute(1, 2, 0, 3))
         self._blocks[layer, block] = kept
-        self._bytes[layer, block] = kept.view(torch.uint8).view(heads, BLOCK, -1).numpy()
+        if block >= len(self._at[layer]):
+            self._at[layer] = np.concatenate((self._at[layer], np.zeros(block + 1, np.int64)))
+        self._at[layer][block] = kept.data_ptr()
 
     def read(self, layer: int, block: int) -> Tensor:
         return self._blocks[layer, block].permute(2, 0, 1, 3)
 
     def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
-        for i, (head, position) in enumerate(zip(heads.tolist(), positions.tolist(), strict=True)):
-            to[i] = self._bytes[layer, position // BLOCK][head, position % BLOCK]
+        place = heads * BLOCK + positions % BLOCK
+        copy_rows(self._at[layer][positions // BLOCK] + place * to.shape[1], to)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._blocks.values()
 
     def fork(self) -> HostStore:
         twin = HostStore.__new__(HostStore)
-        twin._pin, twin._blocks, twin._bytes = self._pin, dict(self._blocks), dict(self._bytes)
+        twin._pin, twin._blocks, twin._at = self._pin, dict(self._blocks), [each.copy() for each in self._at]
         return twin
 
     def room(self, nbytes: int) -> Room:

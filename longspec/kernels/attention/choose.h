@@ -41,19 +41,38 @@ static void sink(Found *heap, int64_t size, int64_t at, Found one) {
     heap[at] = one;
 }
 
-/* The best columns of first..last by their weights, as a heap; gives their number. */
+enum { BINS = 2048 };
+
+/* A weight's place among BINS of rising weights: exponent and three bits of mantissa. */
+INLINE int64_t bin_of(float weight) {
+    uint32_t bits;
+    memcpy(&bits, &weight, sizeof bits);
+    return bits >> 20 & (BINS - 1);
+}
+
+/* The best columns of first..last by their weights, as a heap; gives their number. All above some bin are taken, and of that
+ * bin the best: a heap of all took four times as long. */
 static int64_t best_of(const float *weights, int64_t first, int64_t last, int64_t most, Found *heap) {
-    int64_t size = last - first < most ? last - first : most, at = first + size;
-    for (int64_t i = 0; i < size; i++) heap[i] = (Found){weights[first + i], (int32_t)(first + i)};
-    for (int64_t i = size / 2 - 1; i >= 0; i--) sink(heap, size, i, heap[i]);
-    while (at < last) {
-        if (at % LANES == 0 && at + LANES <= last && largest_of(load(weights + at)) <= heap[0].weight) {
-            at += LANES;
-            continue;
-        }
-        for (int64_t end = at / LANES * LANES + LANES; at < end && at < last; at++)
-            if (weights[at] > heap[0].weight) sink(heap, size, 0, (Found){weights[at], (int32_t)at});
+    uint32_t bins[BINS] = {0};
+    int64_t bin = BINS - 1, size = 0, above = 0;
+    for (int64_t j = first; j < last; j++) bins[bin_of(weights[j])]++;
+    for (; bin > 0 && above + bins[bin] < most; bin--) above += bins[bin];
+    Found *edge = heap + above;
+    const int64_t wanted = most - above < bins[bin] ? most - above : bins[bin];
+    int64_t found = 0;
+    for (int64_t j = first; j < last; j++) {
+        const int64_t at = bin_of(weights[j]);
+        const Found one = {weights[j], (int32_t)j};
+        if (at > bin) heap[size++] = one;
+        if (at != bin) continue;
+        if (found < wanted) {
+            edge[found++] = one;
+            for (int64_t i = wanted / 2 - 1; found == wanted && i >= 0; i--) sink(edge, wanted, i, edge[i]);
+        } else if (worse(edge[0], one))
+            sink(edge, wanted, 0, one);
     }
+    size += found;
+    for (int64_t i = size / 2 - 1; i >= 0; i--) sink(heap, size, i, heap[i]);
     return size;
 }
 
@@ -112,41 +131,32 @@ static void choose_row(const Choice *c, int64_t row, int64_t head, float *own) {
 }
 
 static int64_t own_choice(const Choice *c) {
-    const int64_t columns = 2 * c->stride * 4, keys = own_bytes(c->r.dim, 0);
-    return ((columns > keys ? columns : keys) + 127) / 64 * 64;
+    return (2 * c->stride * 4 + 63) / 64 * 64;
 }
 
 static void choose_by(void *args, Team *t, int64_t rank) {
     const Choice *c = args;
     const Reading *r = &c->r;
-    char *at = c->workspace + (-(intptr_t)c->workspace & 63);
-    const Rows rows = {*r, 0, r->rows, at};
+    char *own = c->workspace + (-(intptr_t)c->workspace & 63) + rank * own_choice(c);
     const int64_t tiles = tiles_of(r), all_rows = r->rows * r->groups, chunks = (c->s.columns + CHUNK - 1) / CHUNK;
-    at += r->key_heads * tiles * packed_bytes(r->dim) + rank * own_choice(c);
-    const Own own = own_at(at, r->dim);
-    SHARED(t, head, r->key_heads) pack_queries(&rows, head);
-    meet(t);
-    begin_tiles(0, TILE);
     SHARED(t, i, r->key_heads * chunks) {
         const int64_t head = i / chunks, first = i % chunks * CHUNK;
         const int64_t count = c->s.columns - first < CHUNK ? c->s.columns - first : CHUNK;
-        decode_grouped_keys(&c->s, head, first, count, r->dim, own.keys);
         for (int64_t tile = 0; tile < tiles; tile++) {
-            const char *packed = (const char *)rows.packed + (head * tiles + tile) * packed_bytes(r->dim);
-            const int64_t live = all_rows - tile * TILE < TILE ? all_rows - tile * TILE : TILE;
+            const bf16 *of[TILE];
+            const int64_t live = tile_queries(r, head, tile, of);
             float *scores = c->scores + (head * all_rows + tile * TILE) * c->stride + first;
-            score(own.keys, count, r->dim, packed, live, scores, c->stride);
+            score_grouped(&c->s, head, first, count, r->dim, of, live, scores, c->stride);
         }
     }
-    end_tiles();
     meet(t);
-    SHARED(t, i, r->rows * r->key_heads) choose_row(c, i / r->key_heads, i % r->key_heads, (float *)own.keys);
+    SHARED(t, i, r->rows * r->key_heads) choose_row(c, i / r->key_heads, i % r->key_heads, (float *)own);
     meet(t);
 }
 
 /* Bytes of workspace for so many threads. */
 int64_t attention_choice_workspace(const Choice *c, int64_t threads) {
-    return c->r.key_heads * tiles_of(&c->r) * packed_bytes(c->r.dim) + threads * own_choice(c) + 128;
+    return threads * own_choice(c) + 64;
 }
 
 void attention_choose(Choice *c, int64_t threads, Team *t) { lead(t, threads, choose_by, c); }

@@ -44,17 +44,22 @@ typedef struct {
 
 static int64_t tiles_of(const Reading *r) { return (r->rows * r->groups + TILE - 1) / TILE; }
 
+/* Where the queries of a key head's tile stand; gives their number. */
+static int64_t tile_queries(const Reading *r, int64_t head, int64_t tile, const bf16 *of[TILE]) {
+    const int64_t all_rows = r->rows * r->groups, live = all_rows - tile * TILE < TILE ? all_rows - tile * TILE : TILE;
+    for (int64_t i = 0; i < live; i++) {
+        const int64_t row = (tile * TILE + i) % r->rows, group = (tile * TILE + i) / r->rows;
+        of[i] = r->queries + row * r->query_row + (head * r->groups + group) * r->dim;
+    }
+    return live;
+}
+
 /* Queries of one key head as the first product's packed rows. */
 static void pack_queries(const Rows *rows, int64_t head) {
     const Reading *r = &rows->r;
-    const int64_t all_rows = r->rows * r->groups;
     for (int64_t tile = 0; tile < tiles_of(r); tile++) {
         const bf16 *of[TILE];
-        const int64_t live = all_rows - tile * TILE < TILE ? all_rows - tile * TILE : TILE;
-        for (int64_t i = 0; i < live; i++) {
-            const int64_t row = (tile * TILE + i) % r->rows, group = (tile * TILE + i) / r->rows;
-            of[i] = r->queries + row * r->query_row + (head * r->groups + group) * r->dim;
-        }
+        const int64_t live = tile_queries(r, head, tile, of);
         char *to = (char *)rows->packed + (head * tiles_of(r) + tile) * packed_bytes(r->dim);
         for (int64_t d = 0; d < r->dim; d += DEEP) pack_columns(of, live, r->dim, d, to);
     }
@@ -140,13 +145,8 @@ static Span span_of(const Group *g, int64_t head, int64_t chunk, int64_t dim, co
     span.linear = g->tree && g->tree->text - span.begin < span.count ? g->tree->text - span.begin : span.count;
     if (span.linear < 0) span.linear = 0;
     if (only->kind != DENSE) {
-        const int64_t first = span.begin - only->start;
-        bf16 *values = INTERLEAVED ? own->pairs : own->values;
-        if (only->kind == GROUPED) {
-            if (!only->scores) decode_grouped_keys(only, head, first, span.count, dim, own->keys);
-            decode_grouped_values(only, head, first, span.count, dim, values);
-        } else
-            decode(only, head, first, span.count, dim, own->keys, values);
+        if (only->kind != GROUPED) /* which are read as they are */
+            decode(only, head, span.begin - only->start, span.count, dim, own->keys, INTERLEAVED ? own->pairs : own->values);
         span.keys = own->keys, span.readable = INTERLEAVED ? own->pairs : own->values;
     } else if (span.linear) {
         gather(g, head, dim, &span, own);
@@ -170,9 +170,15 @@ static void score(const bf16 *keys, int64_t count, int64_t dim, const void *pack
     }
 }
 
-/* The same of codes whose scores are known, for all rows of the text. */
-static void take_scores(const Rows *rows, const Segment *s, const Span *span, int64_t head, int64_t tile, int64_t live, float *scores) {
+/* The same of codes in groups, whose scores may be known for all rows of the text. */
+static void score_codes(const Rows *rows, const Segment *s, const Span *span, int64_t head, int64_t tile, int64_t live, float *scores) {
     const int64_t first = head * rows->r.groups * rows->all_rows + tile * TILE;
+    if (!s->scores) {
+        const bf16 *of[TILE];
+        tile_queries(&rows->r, head, tile, of);
+        score_grouped(s, head, span->begin - s->start, span->linear, rows->r.dim, of, live, scores, STRIDE);
+        return;
+    }
     for (int64_t i = 0; i < live; i++)
         memcpy(scores + i * STRIDE, s->scores + (first + i) * s->stride + span->begin - s->start, (size_t)span->linear * 4);
 }
@@ -280,8 +286,9 @@ static void read_chunk(const Rows *rows, const Group *g, int64_t head, int64_t c
         float *out = result + 2 * TILE;
         memset(result, 0, (size_t)tile_floats(r) * sizeof *result);
         memset(own->weights, 0, (size_t)(span.padded * TILE) * sizeof *own->weights);
-        if (g->segments->scores)
-            take_scores(rows, g->segments, &span, head, tile, live, own->scores);
+        const int is_grouped = g->segments->kind == GROUPED;
+        if (is_grouped)
+            score_codes(rows, g->segments, &span, head, tile, live, own->scores);
         else
             score(span.keys, span.linear, dim, packed, live, own->scores, STRIDE);
         if (g->tree) {
@@ -298,7 +305,10 @@ static void read_chunk(const Rows *rows, const Group *g, int64_t head, int64_t c
             soften(r, scores, span.padded, own->weights + i * DEEP, result + i, result + TILE + i);
             left |= 1u << i;
         }
-        if (common) weigh(own->weights, span.readable, INTERLEAVED ? (common + DEEP - 1) / DEEP * DEEP : common, dim, live, out);
+        if (is_grouped)
+            weigh_grouped(g->segments, head, span.begin - g->segments->start, span.count, dim, own->weights, live, (float *)own->keys, out);
+        else if (common)
+            weigh(own->weights, span.readable, INTERLEAVED ? (common + DEEP - 1) / DEEP * DEEP : common, dim, live, out);
         while (g->tree && left) {
             const int64_t leaf = g->tree->chain[(tile * TILE + __builtin_ctz(left)) % r->rows];
             uint32_t of_chain = 0;
