@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longspec.cache.shape import Buffers
 from longspec.cache.stage import BLOCK, Bounds, Cache, Room, Segment, Shape, Stage, Take
 from longspec.cache.tree import Tree
 
@@ -47,10 +48,10 @@ class Dense(Cache):
         self.near = near  # a residual window: rows are read from `near_start` of the reading position on
         self.length = 0
         self._start = 0  # position of the own buffers' first row; earlier ones are shared, or dropped
-        self._shared: list[tuple[list[Tensor], int]] = []  # (buffers, rows), by position
+        self._shared: list[tuple[Buffers, int]] = []  # (buffers, rows), by position
         self._lent = 0  # rows before this position are read by a fork and must not be overwritten
         self._capacity = 0
-        self._buffers: list[Tensor] = [self._empty(0) for _ in shape.windows]
+        self.buffers = Buffers(self._empty(0) for _ in shape.windows)
         self._behind: weakref.ref[DenseStage] | None = None  # the stage whose rows lie behind the committed ones
         self._changes = 0  # number of commits and truncations: a stage opened before the last one is stale
 
@@ -59,16 +60,12 @@ class Dense(Cache):
         return not self.near
 
     @property
-    def buffers(self) -> list[Tensor]:
-        return self._buffers
-
-    @property
     def start(self) -> int:
         """Position of the first row in the own buffers."""
         return self._start
 
     def tensors(self) -> Iterator[Tensor]:
-        for buffers in (self._buffers, *(shared for shared, _ in self._shared)):
+        for buffers in (self.buffers, *(shared for shared, _ in self._shared)):
             yield from buffers
 
     def open(self) -> DenseStage:
@@ -83,7 +80,7 @@ class Dense(Cache):
             chosen = [buffer[:, :, stage.offset :].index_select(2, _index(rows, buffer)) for buffer in stage.buffers]
             self.reserve(self.length + len(rows))
             at = self.length - self._start
-            for buffer, new in zip(self._buffers, chosen, strict=True):
+            for buffer, new in zip(self.buffers, chosen, strict=True):
                 buffer[:, :, at : at + len(rows)] = new
         self.length += len(rows)
         self._changed()
@@ -92,12 +89,12 @@ class Dense(Cache):
         if not 0 <= length <= self.length:
             raise ValueError(f"can't truncate {self.length} rows to {length}")
         if length < max(self._start, self._lent):  # forks read what would be overwritten: share it, use new buffers
-            runs, self._shared, start = [*self._shared, (self._buffers, self.length - self._start)], [], 0
+            runs, self._shared, start = [*self._shared, (self.buffers, self.length - self._start)], [], 0
             for buffers, rows in runs:
                 if start < length:
                     self._shared.append((buffers, min(rows, length - start)))
                 start += rows
-            self._buffers, self._capacity = [self._empty(0) for _ in self._buffers], 0
+            self.buffers, self._capacity = Buffers(self._empty(0) for _ in self.buffers), 0
             self._start = self._lent = length
         self.length = length
         self._changed()
@@ -107,7 +104,7 @@ class Dense(Cache):
             raise ValueError(f"can't share {length} of {self.length} rows")
         twin = Dense(self.shape)
         # A copy of the list: `reserve` and `drop` replace its entries, and the fork keeps the tensors of this moment.
-        twin._shared = [*self._shared, (list(self._buffers), self.length - self._start)]
+        twin._shared = [*self._shared, (Buffers(self.buffers), self.length - self._start)]
         twin.length = twin._start = self.length
         self._lent = max(self._lent, length)
         twin.truncate(length)
@@ -127,7 +124,7 @@ class Dense(Cache):
         s, start = self.shape, near_start(length) if self.near else 0
         held = length - start
         self.reserve(held)
-        for layer, buffer in enumerate(self._buffers):
+        for layer, buffer in enumerate(self.buffers):
             buffer[:, :, :held] = take(f"rows.{layer}", (2, s.key_heads, held, s.head_dim), s.dtype)
         self.begin(start, length)
 
@@ -139,21 +136,22 @@ class Dense(Cache):
     def rows(self, layer: int) -> Tensor:
         """The committed rows [2, K, rows, D] of a layer: a view if they are in one buffer, else a copy."""
         runs = [buffers[layer][:, :, :rows] for buffers, rows in self._shared]
-        own = self._buffers[layer][:, :, : self.length - self._start]
+        own = self.buffers[layer][:, :, : self.length - self._start]
         return torch.cat([*runs, own], 2) if runs else own
 
     def drop(self, layer: int) -> None:
         """Free a layer's rows. The cache must not be used afterwards."""
         empty = self._empty(0)
-        self._shared = [([*run[:layer], empty, *run[layer + 1 :]], rows) for run, rows in self._shared]
-        self._buffers[layer] = empty
+        self._shared = [(Buffers((*run[:layer], empty, *run[layer + 1 :])), rows) for run, rows in self._shared]
+        self.buffers[layer] = empty
 
     def forget(self, row: int) -> None:
         """Free a residual window's rows before position `row`, which are read as codes or from a store now."""
         gone, held = row - self._start, self.length - row
-        old, self._buffers, self._capacity, self._start = self._buffers, [self._empty(0) for _ in self._buffers], 0, row
+        old, self._capacity, self._start = self.buffers, 0, row
+        self.buffers = Buffers(self._empty(0) for _ in old)
         self.reserve(self.length)
-        for buffer, was in zip(self._buffers, old, strict=True):
+        for buffer, was in zip(self.buffers, old, strict=True):
             buffer[:, :, :held] = was[:, :, gone : gone + held]
 
     def copy(self, length: int) -> Dense:
@@ -161,7 +159,7 @@ class Dense(Cache):
         twin = Dense(self.shape, near=self.near)
         twin._start = self._start
         twin.reserve(length)
-        for buffer, ours in zip(twin._buffers, self._buffers, strict=True):
+        for buffer, ours in zip(twin.buffers, self.buffers, strict=True):
             buffer[:, :, : length - self._start] = ours[:, :, : length - self._start]
         twin.length = length
         return twin
@@ -175,10 +173,10 @@ class Dense(Cache):
         grown = max(needed, 0 if self.near else self._capacity + more)
         unit = _NEAR_UNIT if self.near else BLOCK
         self._capacity = -(-grown // unit) * unit
-        for layer, old in enumerate(self._buffers):
+        for layer, old in enumerate(self.buffers):
             new = self._empty(self._capacity)
             new[:, :, : old.shape[2]] = old
-            self._buffers[layer] = new
+            self.buffers[layer] = new
 
     def _changed(self) -> None:
         self._behind = None
@@ -201,7 +199,7 @@ class DenseStage(Stage):
         self._tree = Tree()
         self._held = [0] * cache.shape.layers  # rows put so far, per layer
         self._reaches: dict[tuple[int, int, int, int | None, bool], tuple[int, Bounds | None]] = {}
-        self._own = [] if behind else [cache._empty(0) for _ in cache._buffers]
+        self._own = Buffers(() if behind else (cache._empty(0) for _ in cache.buffers))
 
     @property
     def depths(self) -> Sequence[int]:
@@ -216,8 +214,8 @@ class DenseStage(Stage):
         return self._tree.is_chain
 
     @property
-    def buffers(self) -> list[Tensor]:
-        return self._cache._buffers if self.behind else self._own
+    def buffers(self) -> Buffers:
+        return self._cache.buffers if self.behind else self._own
 
     def reads(self, rows: slice) -> list[int]:
         """For each row a bit mask of the staged rows that it attends to."""
@@ -233,7 +231,7 @@ class DenseStage(Stage):
         if self.behind:
             self._cache.reserve(self.length + rows.stop)
         else:
-            self._own = [torch.cat((old, self._cache._empty(len(parents))), 2) for old in self._own]
+            self._own = Buffers(torch.cat((old, self._cache._empty(len(parents))), 2) for old in self._own)
         return rows
 
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
@@ -241,7 +239,7 @@ class DenseStage(Stage):
         at = slice(self.offset + rows.start, self.offset + rows.stop)
         buffer[0, :, at] = keys.transpose(0, 1)
         buffer[1, :, at] = values.transpose(0, 1)
-        self.filled(layer, rows)
+        self.filled((layer,), rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._check_fresh()
@@ -256,8 +254,9 @@ class DenseStage(Stage):
     def is_known(self, rows: slice) -> bool:
         return True
 
-    def filled(self, layer: int, rows: slice) -> None:
-        self._held[layer] = max(self._held[layer], rows.stop)
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        for layer in layers:
+            self._held[layer] = max(self._held[layer], rows.stop)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         return (run.at(layer) for run in self.runs(layer, rows))
@@ -273,7 +272,7 @@ class DenseStage(Stage):
         if self.behind and rows.stop - rows.start < _SPLIT_ROWS:
             runs.append(self._run(self.buffers, rows, cache.start, length, window, staged=True))
         else:
-            runs.append(self._run(cache._buffers, rows, cache.start, length, window))
+            runs.append(self._run(cache.buffers, rows, cache.start, length, window))
             runs.append(self._run(self.buffers, rows, length, length, window, offset=self.offset, staged=True))
         return [run for run in runs if run.columns]
 
@@ -289,7 +288,7 @@ class DenseStage(Stage):
 
     def _run(
         self,
-        buffers: list[Tensor],
+        buffers: Buffers,
         rows: slice,
         start: int,
         end: int,

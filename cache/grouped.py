@@ -120,9 +120,10 @@ class GroupedStage(Stage):
         stage, place = self._of(layer)
         stage.put(place, rows, keys, values)
 
-    def filled(self, layer: int, rows: slice) -> None:
-        stage, place = self._of(layer)
-        stage.filled(place, rows)
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        for layer in layers:
+            stage, place = self._of(layer)
+            stage.filled((place,), rows)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         stage, place = self._of(layer)

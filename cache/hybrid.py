@@ -116,8 +116,8 @@ class HybridStage(Stage):
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         self.rows.put(layer, rows, keys, values)
 
-    def filled(self, layer: int, rows: slice) -> None:
-        self.rows.filled(layer, rows)
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        self.rows.filled(layers, rows)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         parts: Iterator[Segment] = self.rows.parts(layer, rows, queries)

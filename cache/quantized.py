@@ -206,8 +206,8 @@ class QuantizedStage(Stage):
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         self.near.put(layer, rows, keys, values)
 
-    def filled(self, layer: int, rows: slice) -> None:
-        self.near.filled(layer, rows)
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        self.near.filled(layers, rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.near.keep(rows)

@@ -258,8 +258,8 @@ class Stage(ABC):
         """Where the stage's row 0 stands in the last run's tensors."""
         raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
-    def filled(self, layer: int, rows: slice) -> None:
-        """Keys and values of `rows` stand in the last run's tensors, put there by someone else."""
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        """Keys and values of `rows` stand in these layers' last runs, put there by someone else."""
         raise NotImplementedError(f"{type(self).__name__} doesn't know what its rows will read")
 
 

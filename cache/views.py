@@ -164,8 +164,8 @@ class ViewedStage(Stage):
     def put(self, layer: int, rows: slice, keys: Tensor, values: Tensor) -> None:
         self._stage.put(layer, rows, keys, values)
 
-    def filled(self, layer: int, rows: slice) -> None:
-        self._stage.filled(layer, rows)
+    def filled(self, layers: Sequence[int], rows: slice) -> None:
+        self._stage.filled(layers, rows)
 
     def parts(self, layer: int, rows: slice, queries: Tensor) -> Iterator[Segment]:
         for part in self._stage.parts(layer, rows, queries):

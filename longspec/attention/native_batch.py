@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longspec.cache import native as cpu
+from longspec.cache.shape import Buffers
 from longspec.cache.stage import Segment, Shape, Stage
 from longspec.kernels.boundary import pointer, workspace
 from longspec.kernels.team import team
@@ -108,8 +109,7 @@ class Texts:
         if len(made) < self._rows or made.shape[1] < self._width:
             raise ValueError(f"a pass of {self._rows} rows of {self._width} can't be of {list(made.shape)}")
         for span in self._spans:
-            for layer in layers:
-                span.stage.filled(layer + span.shift, span.staged)
+            span.stage.filled([layer + span.shift for layer in layers], span.staged)
 
     @property
     def call(self) -> tuple[int | None, int, int, int, int | None]:
@@ -157,11 +157,11 @@ class Texts:
         tensors = run.layers
         if id(tensors) not in self._places:
             if run.codec is None:
-                places = [layer.data_ptr() for layer in cast(Sequence[Tensor], run.layers)]
+                array = cast(Buffers, run.layers).places
             else:
                 kind = cpu.kind_of(run.codec)
                 places = [place for codes in run.layers for place in _places(tuple(codes), kind)]
-            array = (ctypes.c_int64 * len(places))(*places)
+                array = (ctypes.c_int64 * len(places))(*places)
             self._held += (array, tensors)
             self._places[id(tensors)] = ctypes.addressof(array)
         words = 1 if run.codec is None else _CODED_WORDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.passes import TOKENS, TOLERANCE, continuation, feed, filled
 from support.passes import write as commit
 
 from longspec.cache import BLOCK, CACHES, Dense, Shape
+from longspec.cache.shape import Buffers
 from longspec.cache.tree import Tree
 from longspec.model.decoder import Decoder, Rows, Span
 
@@ -254,3 +256,11 @@ def test_a_tree_knows_its_paths() -> None:
     assert tree.ancestors(slice(3, 4), window=2).int().tolist() == [[0, 1, 0, 1]]
     with pytest.raises(ValueError, match="stands before its child"):
         tree.add([6])
+
+
+def test_buffers_know_where_they_stand() -> None:
+    buffers = Buffers(torch.zeros(3) for _ in range(2))
+    assert list(buffers.places) == [each.data_ptr() for each in buffers]
+    buffers[1] = torch.ones(5)
+    for each in (buffers, deepcopy(buffers), copy(buffers)):
+        assert list(each.places) == [tensor.data_ptr() for tensor in each]

@@ -143,8 +143,7 @@ class Graphs:
         except RuntimeError as error:
             self.broken = f"a pass of {bucket} rows can't be recorded: {str(error).splitlines()[0]}"
             return None
-        for layer in range(len(places)):
-            stage.filled(layer, staged)
+        stage.filled(range(len(places)), staged)
         return hidden
 
     def remark(self) -> str | None:
