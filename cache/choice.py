@@ -146,7 +146,7 @@ def _by_torch(queries: Tensor, coded: Segment) -> Choice:
             found[i] = torch.where(best >= 0, best + first, -1)
     chosen = found[..., :CHOSEN]
     rising = chosen.masked_fill(chosen < 0, n).sort(-1).values
-    return Choice(rising.masked_fill(rising == n, -1).int(), found[..., CHOSEN:].int(), None)
+    return Choice(rising.masked_fill(rising == n, -1).int(), found[..., CHOSEN:].int().contiguous(), None)
 
 
 def _best(weights: Tensor) -> Tensor:

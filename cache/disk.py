@@ -60,11 +60,11 @@ class FileStore:
             raise LongspecError(f"The cache on disk lost a block: {got} of {self._block_bytes} bytes were read.")
         return rows.view(self._kind.dtype).view(self._shape).permute(2, 0, 1, 3)
 
-    def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
+    def gather(self, layer: int, heads: Any, positions: Any, to: Any, places: Any) -> None:
         place = heads * BLOCK + positions % BLOCK
-        got = read_rows(self._file, self._at(layer, positions // BLOCK) + place * self._row_bytes, to)
-        if got != len(to):
-            raise LongspecError(f"The cache on disk lost rows: {got} of {len(to)} were read.")
+        got = read_rows(self._file, self._at(layer, positions // BLOCK) + place * self._row_bytes, to, places)
+        if got != len(places):
+            raise LongspecError(f"The cache on disk lost rows: {got} of {len(places)} were read.")
 
     def tensors(self) -> Iterator[Tensor]:
         """None: the blocks are in the file."""

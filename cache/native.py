@@ -164,24 +164,26 @@ def reading_of(
     return Reading(at, heads * dim, rows, key_heads, groups, dim, scale, softcap or 0.0, held)
 
 
-def copy_rows(at: Any, to: Any) -> None:
-    """Copy rows from addresses [n] into an array [n, bytes]."""
+def copy_rows(at: Any, to: Any, places: Any) -> None:
+    """Copy rows from addresses [n] to places [n] of an array [.., bytes]."""
     found, nbytes = kernel(), to.shape[1]
     if not isinstance(found, str):
-        found.rows_copy(at.ctypes.data, len(at), nbytes, to.ctypes.data)
+        found.rows_copy(at.ctypes.data, len(at), nbytes, to.ctypes.data, places.ctypes.data)
         return
-    for i, address in enumerate(at.tolist()):
-        ctypes.memmove(to[i].ctypes.data, address, nbytes)
+    for place, address in zip(places.tolist(), at.tolist(), strict=True):
+        ctypes.memmove(to[place].ctypes.data, address, nbytes)
 
 
-def read_rows(file: int, at: Any, to: Any) -> int:
-    """Read rows from a file's bytes [n] on into an array [n, bytes]; the number of rows before one that isn't there."""
+def read_rows(file: int, at: Any, to: Any, places: Any) -> int:
+    """Read rows from a file's bytes [n] on to places [n] of an array [.., bytes]; the number of rows before one that
+    isn't there.
+    """
     found, nbytes = kernel(), to.shape[1]
     if not isinstance(found, str):
-        done: int = found.rows_read(file, at.ctypes.data, len(at), nbytes, to.ctypes.data)
+        done: int = found.rows_read(file, at.ctypes.data, len(at), nbytes, to.ctypes.data, places.ctypes.data)
         return done
-    for i, place in enumerate(at.tolist()):
-        if os.preadv(file, [to[i]], place) != nbytes:
+    for i, (place, start) in enumerate(zip(places.tolist(), at.tolist(), strict=True)):
+        if os.preadv(file, [to[place]], start) != nbytes:
             return i
     return len(at)
 
@@ -214,6 +216,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.texts_attend.argtypes = (reading, place, number, number, number, number, place, place, place, number)
     found.attention_choice_workspace.argtypes, found.attention_choice_workspace.restype = (place, number), number
     found.attention_choose.argtypes = (place, number, place)
-    found.rows_copy.argtypes = (place, number, number, place)
-    found.rows_read.argtypes, found.rows_read.restype = (ctypes.c_int32, place, number, number, place), number
+    found.rows_gather.argtypes = (place,)
+    found.rows_copy.argtypes = (place, number, number, place, place)
+    found.rows_read.argtypes, found.rows_read.restype = (ctypes.c_int32, place, number, number, place, place), number
     return found

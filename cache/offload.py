@@ -82,9 +82,9 @@ class HostStore:
     def read(self, layer: int, block: int) -> Tensor:
         return self._blocks[layer, block].permute(2, 0, 1, 3)
 
-    def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
+    def gather(self, layer: int, heads: Any, positions: Any, to: Any, places: Any) -> None:
         place = heads * BLOCK + positions % BLOCK
-        copy_rows(self._at[layer][positions // BLOCK] + place * to.shape[1], to)
+        copy_rows(self._at[layer][positions // BLOCK] + place * to.shape[1], to, places)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self._blocks.values()
@@ -207,5 +207,5 @@ class OffloadStage(QuantizedStage):
             return
         coded = self.coded(layer, blocks, bounds)
         choice = choose(queries, coded)
-        chosen = cache.fetched.gather(layer, choice, coded.start, self.rows(layer), cache.near.start)
+        chosen = cache.fetched.gather(layer, choice, coded, self.rows(layer), cache.near.start)
         yield replace(coded, chosen=chosen)

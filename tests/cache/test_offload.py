@@ -210,17 +210,20 @@ class Counting:
         self.read = {"pass": 0, "thread": 0}
         self.error: Exception | None = None
 
-    def gather(self, layer: int, heads: Any, positions: Any, to: Any) -> None:
+    def gather(self, layer: int, heads: Any, positions: Any, to: Any, places: Any) -> None:
         own = threading.current_thread() is threading.main_thread()
         self.read["pass" if own else "thread"] += len(heads)
         if self.error is not None and not own:
             raise self.error
-        self.store.gather(layer, heads, positions, to)
+        self.store.gather(layer, heads, positions, to, places)
 
 
-@pytest.fixture(params=[HostStore, FileStore])
-def store(request: pytest.FixtureRequest) -> Counting:
-    made = request.param(SHAPE)
+@pytest.fixture(params=["host, kernel", "host, torch", "disk, kernel"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    if request.param == "host, torch":
+        for module in ("fetched", "native"):
+            monkeypatch.setattr(f"longspec.cache.{module}.kernel", lambda: "there is no compiler")
+    made = FileStore(SHAPE) if request.param.startswith("disk") else HostStore(SHAPE)
     for layer in range(SHAPE.layers):
         for block in range(BLOCKS):
             made.write(layer, block, rows_of(layer)[:, :, block * BLOCK : (block + 1) * BLOCK])
@@ -237,7 +240,7 @@ def check(fetched: Fetched, layer: int, queries: Tensor, start: int = 10 * BLOCK
     part = coded(2, BLOCKS - 3, 32, torch.float32)
     choice = choose(queries, part)
     buffer = rows_of(layer)[:, :, start:] + 100
-    chosen = fetched.gather(layer, choice, part.start, buffer, start)
+    chosen = fetched.gather(layer, choice, part, buffer, start)
     for row, head, i in np.ndindex(*choice.columns.shape):
         position = int(choice.columns[row, head, i]) + part.start
         want = rows_of(layer)[:, head, position] + (100 if position >= start else 0)
@@ -247,8 +250,8 @@ def check(fetched: Fetched, layer: int, queries: Tensor, start: int = 10 * BLOCK
 def test_stores_read_single_rows(store: Counting) -> None:
     heads, positions = np.array([0, 0, 0, 1, 1]), np.array([5, 6, 300, 299, 300])
     read = np.empty((5, 2 * 32 * 4), np.uint8)
-    store.gather(1, heads, positions, read)
-    found = torch.from_numpy(read).view(torch.float32).view(5, 2, 32)
+    store.gather(1, heads, positions, read, np.array([0, 1, 3, 2, 4]))
+    found = torch.from_numpy(read).view(torch.float32).view(5, 2, 32)[[0, 1, 3, 2, 4]]
     assert torch.equal(found, rows_of(1)[:, heads, positions].transpose(0, 1))
     assert torch.equal(store.store.read(1, 4), rows_of(1)[:, :, 4 * BLOCK : 5 * BLOCK])
 
