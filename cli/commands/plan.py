@@ -258,4 +258,4 @@ def _why(report: dict[str, Any]) -> str:
     }
     changes = [word.format(further[key]) for key, word in said_of.items() if further[key] != picked[key]]
     more = shown(further["budget_bytes"] - report["budget_bytes"])
-    return f"{said}the first that fits is taken; with {more} more it would be {', '.join(changes) or 'another'}."
+    return f"{said}the first that fits is taken; with {more} more it would take {', '.join(changes) or 'another'}."
