@@ -155,7 +155,7 @@ def test_the_least_change_that_fits_is_chosen() -> None:
     assert [one.draft_tokens for one in order[:: len(CHUNKS)]] == drafts * 4
     assert [one.prefill_rows for one in order[: len(CHUNKS)]] == list(CHUNKS)
     best = [one for i, one in enumerate(order) if all(one.need.total < earlier.need.total for earlier in order[:i])]
-    assert list(dict.fromkeys(one.cache for one in best)) == ["dense", "int8", "int4", "disk"]
+    assert list(dict.fromkeys(one.cache for one in best)) == ["dense", "int8", "int4"]
     for one, other in pairwise(best):  # to the byte
         assert plan(asked, one.need.total).choice == one
         assert plan(asked, one.need.total - 1).choice == other
