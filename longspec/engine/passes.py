@@ -77,7 +77,9 @@ class Passes:
         self.judge = judge  # of whole drafts, which then don't shrink on the way
         self.growth = Growth(model.decoder)
         speculator.control.price_by(self.growth)
-        self.pruner = None if model.decoder.ring is None or judge is not None else Pruner(model.decoder)
+        # A dense model's layers are read whole for any rows, and a pass waits for them: only experts can stay unread
+        # (docs/benchmarks/pruned.json).
+        self.pruner = None if model.decoder.pool is None or judge is not None else Pruner(model.decoder)
 
     @property
     def pruned_rows(self) -> int:

@@ -18,7 +18,10 @@ _TREES = (
     _CHOICE("token trees", "2305.09781", "--num-speculative-tokens N", "every draft is a tree"),
     _CHOICE("EAGLE-2", "2406.16858", _CONTROL, "the likeliest nodes, by calibrated path probabilities"),
     _CHOICE(
-        "Lever", "2605.16786", "--weights disk", "nodes by gain over a pass's cost with reading; rows leave on the way"
+        "Lever",
+        "2605.16786",
+        "--weights disk",
+        "nodes by gain over a pass's cost with reading; a mixture's rows leave on the way",
     ),
     _CHOICE("SpecExec", "2406.02532", _CONTROL, "best first; 64 nodes at most"),
     _CHOICE("OPT-Tree", "2406.17276", _CONTROL, "nodes by path probability, anew in each step"),

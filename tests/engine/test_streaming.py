@@ -76,8 +76,9 @@ def test_rows_that_leave_on_the_way_change_nothing(
     model = tiny(tmp_path / "model", family, end_tokens=ENDS, num_hidden_layers=5)
     want = texts_of(engine(model, cache=cache), options, 80)
     made = engine(on_disk(tmp_path / "model"), RandomTrees(want), cache=cache)
+    assert (made.pruner is None) == (family == "llama")  # of its own accord, a mixture's rows alone
+    made.pruner = made.pruner or pruning.Pruner(made.model.decoder)
     assert texts_of(made, options, 80) == want
-    assert made.pruner is not None
     assert made.pruner.rows > 30
 
 
