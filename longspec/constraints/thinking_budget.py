@@ -170,8 +170,6 @@ def held(
     constraint = None if grammar is None else Constraint(grammar, vocabulary, size, end_tokens)
     markers = None if raw else vocabulary.markers
     if budget is not None:
-        if budget < 0:
-            raise UsageError(f"reasoning_budget is {budget}; it must be 0 or more.")
         if raw:
             raise UsageError("A raw prompt has no section of reasoning; leave the budget or --raw out.")
         if markers is None:

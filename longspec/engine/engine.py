@@ -34,8 +34,9 @@ from longspec.engine.scoring import Score, scores
 from longspec.engine.session import Session
 from longspec.engine.speculator import Speculator
 from longspec.engine.writer import Writer
-from longspec.errors import UsageError
 from longspec.heads.published.mtp import check_head
+from longspec.machine.declared import declared
+from longspec.machine.schema import whole
 from longspec.memory.plan import CHUNKS, STREAMED_DRAFT_TOKENS, Plan, check_weights, make_plan, on_disk
 from longspec.model.files.store import Report
 from longspec.model.load import Model, Opened, choose_device, open_model
@@ -102,6 +103,7 @@ class Engine(Writer):
         self.load_seconds: dict[str, float] = {}
 
     @classmethod
+    @declared(threads=whole(1, 1 << 16), texts=whole(1, 1 << 16))
     def load(
         cls,
         model: str | torch.nn.Module = "smollm2",
@@ -144,8 +146,6 @@ class Engine(Writer):
             UsageError: an option is unknown or out of range.
             BudgetError: the memory doesn't hold such a sequence, with any cache that may be chosen.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}; it must be 1 or more.")
         options = drafter_options(draft_model, skip_set, draft_from, remember)  # wrong ones are told first
         drafting, probe = accepting(accept, drafter, options, num_speculative_tokens, strict=strict)
         check(**drafting, cache=cache, all_rows=all_rows)
@@ -261,6 +261,7 @@ class Engine(Writer):
             parsed=session.parsed,
         )
 
+    @declared()
     @one_at_a_time
     def score(self, texts: Sequence[str], prompt: Prompt | None = None) -> list[Score]:
         """The log-probability of every token of each text, after the prompt (rendered as by `generate`), or from the

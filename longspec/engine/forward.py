@@ -187,23 +187,26 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenL
 
 def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
     """The target's token after every choosing position, input by input, in one copy to the host; -1 where the model
-    gave no numbers to choose from.
+    gave no numbers to choose from, and less where a processor did.
     """
+    good, wrong = sound(logits), dict[int, int]()
     chosen, start = [], 0
     for _, alike in groupby(inputs, _sampled_alike):
         group = list(alike)
         session, end = group[0].session, start + sum(one.choosing for one in group)
         rows, sampling = logits[start:end], session.sampling
         if session.processes:
-            rows = session.processed(rows, group[0].paths())
+            rows, faults = session.processed(rows, group[0].paths())
+            wrong |= {start + row: fault for row, fault in faults.items()}
         if session.constraint is not None:
             rows = session.constraint.mask(rows, group[0].paths())
         keys = [] if sampling.is_greedy else [key for one in group for key in one.session.noise_keys(one.depths)]
         contexts = [session.seen.union(path) for path in group[0].paths()] if sampling.penalises else None
         chosen.append(choose(rows, sampling, keys, contexts))
         start = end
-    both = zip(torch.cat(chosen).tolist(), sound(logits).tolist(), strict=True)
-    flat, ends = [token if good else -1 for token, good in both], list(accumulate(one.choosing for one in inputs))
+    both = enumerate(zip(torch.cat(chosen).tolist(), good.tolist(), strict=True))
+    flat = [wrong.get(row, token) if is_good else -1 for row, (token, is_good) in both]
+    ends = list(accumulate(one.choosing for one in inputs))
     return [flat[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 

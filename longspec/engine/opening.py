@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from longspec.engine.options import Options, asked, check_options, check_tokens, guidance, most_tokens, tokens_of
 from longspec.model.load import Model
@@ -37,6 +37,7 @@ def prepare(model: Model, prompt: Prompt, options: Options, planned: int | None)
     """Read a prompt. planned: the tokens of the memory plan, if there is one. The errors are those of `Engine.open`."""
     began = perf_counter()
     check_options(options)
+    options = cast("Options", {name: value for name, value in options.items() if value is not None})
     config = model.decoder.config
     room = config.context if planned is None else min(planned, config.context)
     tokens = tokens_of(model.vocabulary, prompt, options, room)

@@ -6,9 +6,9 @@ Takes options as given; loads nothing, so that an invalid option is reported bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from longspec.cache import BLOCK, CACHES
 from longspec.calls.toolbox import Toolbox
@@ -19,8 +19,10 @@ from longspec.drafters.auto import auto
 from longspec.drafters.spec import parse
 from longspec.engine.session import Session
 from longspec.errors import BudgetError, ContextError, UsageError
+from longspec.machine.declared import check_names, hold, kind_of
+from longspec.machine.schema import Kind
 from longspec.model.load import Model
-from longspec.sampling.parameters import PARAMETERS, SamplingOptions
+from longspec.sampling.parameters import NUMBERS, PARAMETERS, SamplingOptions
 from longspec.sampling.processors import Processor, biased, checked_bias
 from longspec.text.prompt import Prompt, encode
 from longspec.text.reasoning_effort import variables
@@ -40,10 +42,6 @@ __all__ = [
     "most_tokens",
     "tokens_of",
 ]
-
-
-MOST_LOGPROBS = 20
-"""Bound of the likeliest tokens that are told, as in OpenAI's API."""
 
 
 class Options(SamplingOptions, total=False):
@@ -130,8 +128,6 @@ def most_tokens(prompt: int, asked: int | None, context: int, planned: int | Non
         raise BudgetError(f"The prompt has {prompt} tokens; the memory was planned for {planned} with the answer.")
     if asked is None:
         return min(planned, context)
-    if asked < 1:
-        raise UsageError(f"max_new_tokens is {asked}; it must be 1 or more.")
     if prompt + asked > context:
         raise ContextError(
             f"The prompt has {prompt} tokens and {asked} new ones were asked for, {prompt + asked} together; "
@@ -146,14 +142,23 @@ def most_tokens(prompt: int, asked: int | None, context: int, planned: int | Non
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError, naming the nearest option, where a name isn't in `Options`, as for a function's own keywords."""
-    for name in options:
-        if name not in Options.__annotations__:
-            near = get_close_matches(name, Options.__annotations__, 1)
-            raise TypeError(
-                f"{name!r} is not an option of a text"
-                + (f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(Options.__annotations__)}.")
-            )
+    """Hold options to their types in `Options` and their bounds in `NUMBERS`; None is an option that is left out.
+
+    Raises:
+        UsageError: a value isn't what its option takes.
+        TypeError: a name isn't an option; the nearest one is named.
+    """
+    check_names(options, Options.__annotations__, "a text")
+    for name, value in options.items():
+        if value is not None and name in NUMBERS:
+            NUMBERS[name].check(name, value)
+        elif value is not None:
+            hold(name, value, _kinds()[name])
+
+
+@cache
+def _kinds() -> Mapping[str, Kind]:
+    return {name: kind_of(hint) for name, hint in get_type_hints(Options).items()}
 
 
 def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: int | None = None) -> list[int]:
@@ -208,9 +213,6 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
         end_tokens=model.end_tokens,
         lead=rules is None,
     )
-    top = options.get("logprobs")
-    if top is not None and not 0 <= top <= MOST_LOGPROBS:
-        raise UsageError(f"logprobs is {top}; it must be 0 to {MOST_LOGPROBS}.")
     bias = checked_bias(options.get("logit_bias") or {}, model.decoder.config.vocabulary)
     return {
         "section": section,
@@ -218,7 +220,7 @@ def guidance(model: Model, tokens: Sequence[int], options: Options) -> dict[str,
         "reader": None if tools is None else tools.reader(),
         "loops": Loops() if options.get("stop_loops") else None,
         "processors": [*([biased(bias)] if bias else []), *(options.get("processors") or ())],
-        "logprobs": top,
+        "logprobs": options.get("logprobs"),
         "parse": getattr(schema, "model_validate_json", None),
     }
 

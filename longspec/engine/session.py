@@ -20,8 +20,8 @@ from longspec.calls.call import Call, CallPart
 from longspec.calls.reader import Reader
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
-from longspec.errors import ModelError
-from longspec.sampling.processors import Processor, penalised
+from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.sampling.processors import Processor, changed, penalised
 from longspec.sampling.sampler import Sampling, noise_key, rank
 from longspec.text.detokenizer import Transcript
 from longspec.text.reasoning import Section
@@ -101,7 +101,7 @@ class Session:
         self.calls: list[Call] = []
         self.drafter = drafter
         self._reader = reader
-        self.processors = tuple(processors)
+        self.processors, self._faults = tuple(processors), list[str]()
         self.logprobs = logprobs
         self._parse = parse
         self.told: list[TokenLogprob] = []  # for each token of the answer, if asked for
@@ -159,8 +159,11 @@ class Session:
         """Whether logits are changed before a token is chosen."""
         return bool(self.processors) or self.sampling.counts
 
-    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [r, V] after the penalties and the processors, by each row's guessed tokens behind the answer."""
+    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, int]]:
+        """Logits [r, V] after the penalties and the processors, by each row's guessed tokens behind the answer; and
+        what `take` is told in place of a token that can't be chosen, by row.
+        """
+        faults: dict[int, str] = {}
         if self.sampling.counts:
             counts = [self._written + Counter(path) for path in paths]
             logits = penalised(logits, counts, self.sampling.frequency_penalty, self.sampling.presence_penalty)
@@ -168,15 +171,17 @@ class Session:
             before = self.answer
             answers = [[*before, *path] for path in paths]
             for process in self.processors:
-                logits = process(logits, answers)
-        return logits
+                logits, wrong = changed(process, logits, answers)
+                faults = {**wrong, **faults}
+        self._faults += [fault for fault in dict.fromkeys(faults.values()) if fault not in self._faults]
+        return logits, {row: -2 - self._faults.index(fault) for row, fault in faults.items()}
 
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `longspec.types.Writing.rank` says."""
         if self.processes and vocabulary is None:  # of a part of the vocabulary, a guess without them is good enough
-            logits = self.processed(logits, paths)
+            logits, _ = self.processed(logits, paths)
         if self.constraint is not None:
             logits = self.constraint.mask(logits, paths, vocabulary)
         keys = [] if self.sampling.is_greedy else self.noise_keys([len(path) for path in paths])
@@ -188,15 +193,13 @@ class Session:
 
         Raises:
             ModelError: the model chose no token, as its logits aren't numbers.
+            UsageError: a processor left none to choose.
         """
-        if verdict.bonus < 0:
-            raise ModelError(
-                f"After {len(self.tokens):,} tokens of prompt and answer the model's logits aren't finite numbers (NaN "
-                "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."
-            )
         tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
         before, shown = len(self.tokens), ""
         for token in tokens:
+            if token < 0:  # the text doesn't end before it
+                raise self._fault(token)
             self.tokens.append(token)
             self.seen.add(token)
             self._written[token] += 1
@@ -232,6 +235,16 @@ class Session:
         self.stats += Stats.of(commit)
         self.meant += verdict.meant
         return commit
+
+    def _fault(self, choice: int) -> LongspecError:
+        """Why there is no token, but a negative number."""
+        at = f"After {len(self.tokens):,} tokens of prompt and answer"
+        if choice < -1:
+            return UsageError(f"{at}: {self._faults[-2 - choice]}")
+        return ModelError(
+            f"{at} the model's logits aren't finite numbers (NaN "
+            "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."
+        )
 
     def interrupt(self, reason: FinishReason = "interrupted") -> Commit:
         """End the sequence here; its commit has the text that was held back."""

@@ -7,12 +7,12 @@ its result.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, Unpack, cast
 
 from longspec.cache import Cache
 from longspec.engine.answer import Answer
@@ -22,7 +22,9 @@ from longspec.engine.passes import Passes
 from longspec.engine.scheduler import WIDTH, Schedule
 from longspec.engine.session import Session
 from longspec.engine.together import Together
-from longspec.errors import LongspecError, UsageError
+from longspec.errors import LongspecError
+from longspec.machine.declared import declared
+from longspec.machine.schema import whole
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
@@ -75,6 +77,7 @@ class Writer(Passes):
             if commit.text:
                 yield commit.text
 
+    @declared(width=whole(1, 1 << 16))
     def generate_many(
         self, prompts: Iterable[Prompt | tuple[Prompt, Options]], *, width: int = WIDTH, **options: Unpack[Options]
     ) -> Iterator[tuple[int, Answer | LongspecError]]:
@@ -94,7 +97,7 @@ class Writer(Passes):
         schedule, numbers, coming = Schedule(self, width), dict[Session, int](), enumerate(prompts)
         while True:
             for number, prompt in islice(coming, schedule.wants):
-                text, own = prompt if isinstance(prompt, tuple) else (prompt, Options())
+                text, own = _parted(prompt)
                 opened = schedule.begin(text, {"key": str(number), **options, **own})
                 if isinstance(opened, LongspecError):
                     yield number, opened
@@ -108,15 +111,14 @@ class Writer(Passes):
                 elif event.finish_reason is not None:
                     yield numbers.pop(session), self.answer(session)
 
+    @declared(n=whole(1, 1 << 16))
     def sample(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
         """`n` answers to one prompt, which is read once: their caches are forks of it, and each has noise of its own.
 
         Raises:
-            UsageError: n is less than 1.
+            UsageError: n isn't a number of answers.
             LongspecError: an answer can't be written.
         """
-        if n < 1:
-            raise UsageError(f"n is {n}; it must be 1 or more.")
         answers: dict[int, Answer] = {}
         for number, answer in self.generate_many([prompt] * n, **options):
             if isinstance(answer, LongspecError):
@@ -171,3 +173,9 @@ class Writer(Passes):
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(WIDTH, thread_name_prefix="longspec")
+
+
+def _parted(prompt: Prompt | tuple[Prompt, Options]) -> tuple[Prompt, Options]:
+    """A prompt and its own options; a tuple of messages is a prompt."""
+    brings = isinstance(prompt, tuple) and [isinstance(each, Mapping) for each in prompt] == [False, True]
+    return cast("tuple[Prompt, Options]", prompt) if brings else (cast("Prompt", prompt), Options())

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 from longspec.errors import UsageError
+from longspec.machine.schema import shown
 
 __all__ = [
     "LEAST_TEMPERATURE",
+    "MOST_LOGPROBS",
     "MOST_TEMPERATURE",
+    "NUMBERS",
     "PARAMETERS",
     "SAMPLED_ONLY",
     "Bounds",
@@ -26,6 +30,10 @@ __all__ = [
 
 MOST_TEMPERATURE = 2.0
 """Upper bound of the temperature, as in OpenAI's API: a higher one is more likely a typo (7 for 0.7)."""
+
+
+MOST_LOGPROBS = 20
+"""Bound of the likeliest tokens that are told, as in OpenAI's API."""
 
 
 LEAST_TEMPERATURE = 1e-3
@@ -43,10 +51,22 @@ class Bounds:
     open_above: bool = False
 
     def hold(self, value: float) -> bool:
-        """True if the number is finite and within the bounds."""
+        """True if it is a number of this kind, finite, and within the bounds."""
+        if not self._is_kind(value):
+            return False
         above = value > self.least if self.open_below else value >= self.least
         below = value < self.most if self.open_above else value <= self.most
         return above and below and value not in (math.inf, -math.inf)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise UsageError where the value isn't such a number."""
+        if not self.hold(value):
+            wanted = self.words if self._is_kind(value) and self.words else self.number
+            raise UsageError(f"{name} is {shown(value)}; it must be {wanted}.")
+
+    def _is_kind(self, value: object) -> bool:
+        """Whether it is a number of this kind: a whole one is a number too, and 4.0 isn't whole."""
+        return isinstance(value, Integral if self.kind is int else Real) and not isinstance(value, bool)
 
     @property
     def words(self) -> str:
@@ -94,9 +114,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, bounds in PARAMETERS.items():
-            value = getattr(self, name)
-            if not bounds.hold(value):
-                raise UsageError(f"{name} is {value}; it must be {bounds.words or 'a number'}.")
+            bounds.check(name, getattr(self, name))
 
     @classmethod
     def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
@@ -149,6 +167,14 @@ class SamplingOptions(TypedDict, total=False):
 
 
 PARAMETERS: Mapping[str, Bounds] = {each.name: each.metadata["bounds"] for each in fields(Sampling)}
+NUMBERS: Mapping[str, Bounds] = {
+    **PARAMETERS,
+    "max_new_tokens": Bounds(int, least=1),
+    "reasoning_budget": Bounds(int, least=0),
+    "logprobs": Bounds(int, least=0, most=MOST_LOGPROBS),
+}
+"""Every option of a text that is a number."""
+
 SAMPLED_ONLY = frozenset(each.name for each in fields(Sampling) if each.metadata["sampled_only"])
 """Parameters that have no effect in greedy decoding."""
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from longspec.errors import UsageError
+from longspec.machine.schema import shown
 
-__all__ = ["MOST_BIAS", "Processor", "biased", "checked_bias", "penalised"]
+__all__ = ["MOST_BIAS", "Processor", "biased", "changed", "checked_bias", "penalised"]
 
 Processor = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 """From logits [r, V] and, for each row, the answer's tokens before it, to logits [r, V]. It mustn't change its
@@ -23,6 +24,30 @@ arguments."""
 
 MOST_BIAS = 100.0
 """Bound of a bias, as in OpenAI's API."""
+
+
+_WANTED = (
+    "numbers of the shape [r, V] of the logits that it takes, in each row one at least that is finite, no NaN, no inf"
+)
+
+
+def changed(process: Processor, logits: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Mapping[int, str]]:
+    """The processor's logits, and what is wrong with those rows in which there is nothing to choose. They are zeros
+    then: a row of a draft that is never reached must not end the text.
+
+    Raises:
+        UsageError: what it gives are no logits of these rows.
+    """
+    found, name = process(logits, answers), getattr(process, "__name__", type(process).__name__)
+    if not isinstance(found, Tensor) or found.shape != logits.shape or not found.is_floating_point():
+        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else shown(found)
+        raise UsageError(f"The processor {name} returned {what} for logits {list(logits.shape)}; it must be {_WANTED}.")
+    best = found.amax(-1)  # NaN where one is NaN
+    if not len(wrong := (~best.isfinite()).nonzero()[:, 0].tolist()):
+        return found, {}
+    words = {row: "-inf only" if value == -torch.inf else str(value) for row, value in enumerate(best.tolist())}
+    faults = {row: f"The processor {name} returned {words[row]} in a row; it must be {_WANTED}." for row in wrong}
+    return found.masked_fill(~best.isfinite()[:, None], 0), faults
 
 
 def checked_bias(bias: Mapping[int, float], vocabulary: int) -> dict[int, float]:

@@ -7,12 +7,15 @@ are the template's.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard
 
 from longspec.errors import UsageError
+from longspec.machine.declared import hold, kind_of
+from longspec.machine.schema import Kind, shown
 from longspec.text.contents import rendered
 from longspec.text.limits import TemplateLimitError
 from longspec.text.tokenizer import Vocabulary
@@ -24,6 +27,12 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 An assistant message may have the `tokens` that the model generated: they are used if they decode to its content.
 """
+
+ROLES = ("user", "system", "assistant", "tool", "developer")
+"""What every conversation may hold; a chat template may name further roles."""
+
+_PROMPT = Kind('a text, or a list of messages ({"role": "user", "content": "Hi."})', kind_of(Prompt).holds)
+_CONTENT = kind_of(str | Sequence[Mapping[str, Any]] | None)
 
 
 def _encode_chat(
@@ -105,6 +114,23 @@ def _begun(vocabulary: Vocabulary, tokens: list[int]) -> list[int]:
     return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
 
 
+def _check(vocabulary: Vocabulary, prompt: Prompt, *, raw: bool) -> None:
+    """Raise UsageError where it isn't a prompt, or has nothing to answer. A raw one may begin with the BOS token."""
+    hold("The prompt", prompt, _PROMPT)
+    if isinstance(prompt, str):
+        if not (raw or prompt.strip()):
+            raise UsageError("The prompt is empty; give a text to answer.")
+        return
+    if not len(prompt):
+        raise UsageError("The prompt has no message; give one at least.")
+    roles = {*ROLES, *(named[1] for named in re.finditer(r"""(?=["']([\w-]+)["'])""", vocabulary.template or ""))}
+    for message in prompt:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in roles:
+            raise UsageError(f"A message's role is {shown(role)}; it must be {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
+        hold("A message's content", message.get("content"), _CONTENT)
+
+
 def encode(
     vocabulary: Vocabulary,
     prompt: Prompt,
@@ -125,6 +151,7 @@ def encode(
         ContextError: it is such a text.
         UsageError: the prompt is empty, there is no chat template, or a raw prompt isn't a single text.
     """
+    _check(vocabulary, prompt, raw=raw)
     if raw:
         if not isinstance(prompt, str) or system:
             raise UsageError("A raw prompt is one text, without a system message or roles.")

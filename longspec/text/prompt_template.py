@@ -252,7 +252,7 @@ def _defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     for name, bounds in _NUMBERS.items():
         value: Any = table.get(name)
         if value is not None:
-            if type(value) not in (int, bounds.kind) or not bounds.hold(value):
+            if not bounds.hold(value):
                 raise UsageError(f"sets {name!r} to {value!r}; it must be {bounds.number}.")
             defaults[name] = value
     return defaults

@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from longspec.errors import ModelError
+from longspec.errors import ModelError, UsageError
 from longspec.model.files.catalogue import Entry, catalogue
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.store import SOURCE, Report, quiet
@@ -80,8 +80,10 @@ def find(name: str, *, offline: bool | None = None, report: Report | None = None
     """The checkpoint of that name, fetched if it isn't on this machine.
 
     offline: forbids the network; None follows HF_HUB_OFFLINE. report: called with the progress of downloads. Raises
-    ModelError, with advice, where there is no such model or it can't be fetched.
+    ModelError, with advice, where there is no such model or it can't be fetched, and UsageError where no name is given.
     """
+    if not name:
+        raise UsageError("The model's name is empty; give a short name, a folder, a GGUF file or a Hugging Face id.")
     path = Path(os.path.expanduser(name))
     configured = os.path.isfile(path / "config.json")
     if os.path.isdir(path) and (configured or name not in SHORT_NAMES):
