@@ -72,6 +72,7 @@ class Goodput(Control):
         self._host = [0.0, 0.0]  # moving averages: a session's `host_seconds` without and with a draft
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
+        self._probes = 0  # the next step that may have one
 
     def price_by(self, growth: Callable[[float], float]) -> None:
         self._curve.growth = growth
@@ -103,7 +104,8 @@ class Goodput(Control):
         size = len(sessions)
         plain = self._curve.seconds(size)
         self._price = max(1.0, self._brought / self._took) * size / plain
-        self._probe = _PROBE if self._curve.seconds(size + _PROBE) < 1.25 * plain else 1
+        cheap = self._price * (self._curve.seconds(size + _PROBE) - plain) < _PROBE / 16  # in tokens that a step brings
+        self._probe = 0 if self._steps < self._probes else _PROBE if cheap else 1
         if self._steps >= self._plain:
             return [Bet("", 0, "measuring")] * size
         return [self._bet(self._of(session), limit, size) for session, limit in zip(sessions, most, strict=True)]
@@ -122,7 +124,8 @@ class Goodput(Control):
             elif self._probe and not bet.limit:
                 bet = Bet(name, min(self._probe, most), "probe")
         if bet.why == "probe":
-            self._probe = 0  # one probe a step: the others wait for the next
+            self._probe = 0  # one probe a step, and fewer with many texts: the others wait
+            self._probes = self._steps + 1 + size // 4
         return bet
 
     def _of(self, session: Writing) -> dict[str, _Trial]:

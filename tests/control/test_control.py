@@ -91,6 +91,13 @@ def test_a_drafter_that_always_loses_costs_three_percent_at_most(drafting: float
     assert machine.run(Goodput(["bad"], 32), 2000) < 1.03 * plain(machine, 2000)
 
 
+def test_trying_again_costs_many_texts_little() -> None:
+    """A further position costs .8 of what one of 16 texts gets in the time, and each of them would try again."""
+    machine, control = Machine({"bad": steady(0.0)}, {"bad": 0.0}, 0.2), Goodput(["bad"], 15)
+    seconds = sum(machine.run(control, 60, sessions=16, room=15) for _ in range(4))
+    assert seconds < 1.03 * 4 * plain(machine, 60, 16)
+
+
 def test_what_taking_a_draft_costs_counts() -> None:
     machine = Machine({"some": steady(0.2)}, {"some": 0.0}, 0.02, taking=0.25)  # .2 tokens for .27 of a pass
     assert machine.run(Goodput(["some"], 32), 2000) < 1.03 * plain(machine, 2000)
