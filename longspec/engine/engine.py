@@ -106,7 +106,7 @@ class Engine(Writer):
     @declared(threads=whole(1, 1 << 16), texts=whole(1, 1 << 16))
     def load(
         cls,
-        model: str | torch.nn.Module = "smollm2",
+        model: str | Path | torch.nn.Module = "smollm2",
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "auto",
@@ -150,7 +150,7 @@ class Engine(Writer):
         drafting, probe = accepting(accept, drafter, options, num_speculative_tokens, strict=strict)
         check(**drafting, cache=cache, all_rows=all_rows)
         check_weights(weights, choose_device(device))
-        began = perf_counter()
+        began, model = perf_counter(), str(model) if isinstance(model, Path) else model
         opened, plan = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device, report=report), None
         opened.set_threads(threads)
         _check_drafter(drafting["drafter"], options, opened)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.commands import write_tiny
 from support.engines import RandomTrees, engine, prompts, tiny
 from support.letters import TEMPLATE, tokenizer_of
 from torch import Tensor
@@ -131,7 +133,7 @@ def test_a_template_may_name_further_roles(model: Model) -> None:
         (lambda made: LOAD(threads="two"), "threads is 'two'; it must be a whole number from 1"),
         (lambda made: LOAD(threads=0), "threads is 0; it must be a whole number from 1"),
         (lambda made: LOAD(tokens="x"), "tokens is 'x'; it must be a whole number or a function"),
-        (lambda made: LOAD(3), "model is 3; it must be a text or a Module"),
+        (lambda made: LOAD(3), "model is 3; it must be a text, a path or a Module"),
         (lambda made: LOAD(draft_from="x"), "draft_from is 'x'; it must be a list of texts or paths"),
         (lambda made: LOAD(""), "The model's name is empty; give a short name"),
     ],
@@ -206,3 +208,8 @@ def test_a_fault_that_plain_decoding_never_meets_is_none(model: Model, sampled: 
     answer = made.generate(TEXT, processors=[off_the_text], **plain)
     assert (answer.tokens, answer.text) == (wanted.tokens, wanted.text)
     assert answer.speculation["accepted"] > 5
+
+
+def test_a_model_may_be_a_path(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model")
+    assert Engine.load(Path(folder)).generate("A", max_new_tokens=2).tokens
