@@ -27,6 +27,8 @@ MOST_NBYTES = 256 << 10
 MOST_CALLS = 16
 """Calls of an answer that is held to calls: a model that knows no end would write them until its context is full."""
 
+_ANY = {"type": "object"}  # what arguments are held to by a schema that says nothing
+
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -103,7 +105,7 @@ class Toolbox:
         must = self.choice not in ("auto", "none")
         if answer is None and not self.is_held:
             return None
-        called = [replace(tool, parameters=prepare(dict(tool.parameters))) for tool in called]
+        called = [replace(tool, parameters=prepare(dict(tool.parameters) or _ANY)) for tool in called]
         answer = None if answer is None else prepare(dict(answer))
         names = [f"call{i}" for i in range(len(called))]
         rules = [rule for name, tool in zip(names, called, strict=True) for rule in self.form.body(tool, name)]

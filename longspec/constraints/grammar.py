@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from longspec.constraints.json_schema import prepared
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 
-__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of"]
+__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of", "too_large"]
 
 MOST_BYTES = 1 << 20
 """Of a schema or an expression: a stranger's file is not read further."""
@@ -27,6 +28,9 @@ LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=100_000)
 """The library's own bounds on grammar, lexer and parser, with a tenth of its work ahead: `(a{1000}){1000}` took nine
 seconds. The text that was written is kept out of its errors.
 """
+
+_TRIED = 64  # bytes of a text that are tried of each grammar: a millisecond, and 0.2 s of b{20000}
+_QUOTE = ord('"')
 
 # One spelling, that of json.dumps. With free white space a small model could write blanks for ever, and no token
 # between two values would be forced.
@@ -96,13 +100,32 @@ def checked(grammar: str, what: str = "What the tools take") -> str:
     matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()
-        if matcher.is_stopped() and matcher.is_error() and not matcher.get_error().startswith("NoExtension"):
-            raise UsageError(f"{what} can't be used: {_reason(matcher.get_error())}.")
-        if matcher.is_stopped() and not matcher.is_accepting():
+        gave_up = matcher.is_error() and not matcher.get_error().startswith("NoExtension")
+        if matcher.is_stopped() and not gave_up and not matcher.is_accepting():
             raise UsageError(f"{what} can't be used: nothing fits it.")
-    else:
-        raise UsageError(f"{what} can't be used: {_reason(matcher.get_error())}.")
+        _try(matcher)
+    if matcher.is_error() and not matcher.get_error().startswith("NoExtension"):
+        raise UsageError(f"{what} can't be used: it is {too_large(matcher.get_error())}.")
     return grammar
+
+
+def _try(matcher: LLMatcher) -> None:
+    """Write a text's first bytes: what a repetition needs is only built, and may only pass a limit, where it begins.
+    A quotation mark is preferred, since it leads into a string and out of it.
+    """
+    for _ in range(_TRIED):
+        allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")[:256]
+        if matcher.is_stopped() or not allowed.any():
+            return
+        if not matcher.try_consume_tokens([_QUOTE if allowed[_QUOTE] else int(allowed.argmax())]):
+            return
+
+
+def too_large(message: str) -> str:
+    """What is wrong with a grammar where llguidance's matcher gives up, by its message: the end of a sentence."""
+    return (
+        f"too large for its compiler's limits ({_reason(message)}); make it smaller, as by fewer or shorter repetitions"
+    )
 
 
 @cache

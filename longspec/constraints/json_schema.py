@@ -39,13 +39,18 @@ def prepared(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema to be compiled. OpenAI's `{"name", "strict", "schema"}` is unwrapped.
 
     Raises:
-        UsageError: it has an unknown keyword and no known one, or one that looks misspelt; or it requires itself.
+        UsageError: it has no keyword, or no known one, or one that looks misspelt; or it requires itself.
     """
     inner = schema.get("json_schema")
     if schema.get("type") == "json_schema" and isinstance(inner, dict):
         schema = inner
     if isinstance(schema.get("schema"), dict) and schema.keys() <= _WRAPPER:
         schema = schema["schema"]
+    if not schema:
+        raise UsageError(
+            "The JSON schema has no keyword, so it would hold an answer to nothing; give it a type or properties, or "
+            '{"type": "object"} for any JSON object.'
+        )
     found = list(_within(schema))
     for each in found:
         _check(each)

@@ -17,8 +17,8 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longspec.constraints.grammar import LIMITS
-from longspec.errors import LongspecError, UsageError
+from longspec.constraints.grammar import LIMITS, too_large
+from longspec.errors import UsageError
 from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft
 
@@ -38,15 +38,50 @@ class Constraint:
         self._fresh: Callable[[], LLMatcher] = partial(LLMatcher, tokenizer, grammar, log_level=0, limits=LIMITS)
         self._matcher = self._fresh()
         self._taken: list[int] = []
+        self._broken: dict[tuple[int, ...], UsageError] = {}  # tokens after which the matcher gives up, and why
+        self._failed = False  # whether a matcher of this text has had an error
         self._end_tokens = list(end_tokens)
         self._size = size
         if self._matcher.is_error():
             raise UsageError(f"The grammar can't be used with this model: {self._matcher.get_error().splitlines()[0]}")
 
     def take(self, token: int) -> bool:
-        """Append a token to the sequence; returns whether the grammar can't continue after it."""
+        """Append a token to the sequence; returns whether the grammar ends with it.
+
+        Raises:
+            UsageError: the matcher stops here, although the grammar doesn't accept what is written.
+        """
         self._taken.append(token)
-        return not self._matcher.try_consume_tokens([token]) or self._matcher.is_stopped()
+        took, matcher = bool(self._matcher.try_consume_tokens([token])), self._matcher
+        if (not took or matcher.is_error()) and not (took := self._renew([])) and matcher.is_error():
+            raise _stopped(matcher)
+        matcher = self._matcher
+        if not took:
+            raise self._stuck(len(self._taken) - 1)
+        if matcher.is_stopped() and not matcher.is_accepting():
+            raise UsageError(
+                f"The answer ends before its grammar accepts it: the matcher stopped ({matcher.stop_reason()}) at its "
+                f"token {len(self._taken):,}; make the grammar simpler."
+            )
+        return matcher.is_stopped()
+
+    def end(self) -> None:
+        """The model has chosen an end of text. Raises UsageError where the grammar doesn't accept what is written:
+        `mask` leaves an end alone where no token of the vocabulary leads on.
+        """
+        if not self._matcher.is_accepting():
+            raise self._stuck(len(self._taken))
+
+    def _stuck(self, count: int) -> UsageError:
+        return UsageError(
+            f"The answer can't be held to its grammar any longer: after {count:,} tokens this model's vocabulary has "
+            "none that leads on; take a grammar whose letters the model can write."
+        )
+
+    @property
+    def broken(self) -> UsageError | None:
+        """Why nothing can be said of what follows the sequence: its mask was none. To be asked before `take`."""
+        return self._broken.get(tuple(self._taken)) if self._broken else None
 
     def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
         """Logits [r, V] with -inf for the tokens not allowed after the sequence and each of r paths.
@@ -58,7 +93,7 @@ class Constraint:
         for row, path, good in zip(allowed, paths, self._along(paths), strict=True):
             if good:
                 row[:] = np.unpackbits(self._bits(path), count=len(row), bitorder="little")
-                if not row.any():  # the grammar continues, but no token does: better an end than any token
+                if not row.any():  # the grammar continues, but no token does: an end, which `end` calls an error
                     row[self._end_tokens] = 1
         if vocabulary is not None:
             allowed = allowed[:, vocabulary.cpu().numpy()]
@@ -108,12 +143,23 @@ class Constraint:
         for path in paths:
             same = next((i for i, (a, b) in enumerate(zip(at, path, strict=False)) if a != b), min(len(at), len(path)))
             if same < len(at):
-                self._matcher.rollback(len(at) - same)
+                self._back(len(at) - same, at[:same])
                 del at[same:]
             at += path[same : same + self._matcher.try_consume_tokens(list(path[same:]))]
+            if self._matcher.is_error():
+                at = list(path)
+                if not self._renew(path):  # the text's own error is told where it takes that token
+                    self._renew(at := [])
             yield len(at) == len(path)
         if at:
-            self._matcher.rollback(len(at))
+            self._back(len(at), [])
+
+    def _back(self, count: int, path: Sequence[int]) -> None:
+        """Take back the last tokens of a path. A matcher that was near its limits forgets where it was."""
+        if self._failed:
+            self._renew(path)
+        else:
+            self._matcher.rollback(count)
 
     def _bits(self, path: Sequence[int]) -> NDArray[np.uint8]:
         """The bit mask of allowed tokens after the path, at whose end the matcher is."""
@@ -121,13 +167,31 @@ class Constraint:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         if not matcher.is_error():
             return bits
-        # An error is permanent for a matcher, and may have come from a draft: continue with a fresh one.
+        self._renew(path)
+        if matcher.get_error().startswith("NoExtension"):
+            return np.zeros_like(bits)
+        again = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if not self._matcher.is_error():
+            return again
+        self._renew(path)
+        self._broken[(*self._taken, *path)] = _stopped(matcher)
+        return np.full_like(bits, 255)  # where the text gets there, `broken` has the error
+
+    def _renew(self, path: Sequence[int]) -> bool:
+        """A fresh matcher at the path's end; whether it gets there. An error is permanent for a matcher, and may have
+        come from drafts, whose paths count toward its limits.
+        """
+        self._failed = True
         self._matcher = self._fresh()
-        self._matcher.try_consume_tokens([*self._taken, *path])
-        reason = matcher.get_error().splitlines()[0].rstrip(".")
-        if not reason.startswith("NoExtension"):
-            raise LongspecError(f"The answer can't be held to its grammar any longer ({reason}); make it simpler.")
-        return np.zeros_like(bits)
+        tokens = [*self._taken, *path]
+        return self._matcher.try_consume_tokens(tokens) == len(tokens) and not self._matcher.is_error()
+
+
+def _stopped(matcher: LLMatcher) -> UsageError:
+    """What to raise where the matcher has an error, most often a limit of the library's."""
+    return UsageError(
+        f"The answer can't be held to its grammar any longer: the grammar is {too_large(matcher.get_error())}."
+    )
 
 
 def joined(

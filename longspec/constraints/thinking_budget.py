@@ -53,6 +53,16 @@ class Guide:
         self._place = self._reader.after(self._place, token)
         return held and self._grammar is not None and self._grammar.take(token)
 
+    @property
+    def broken(self) -> UsageError | None:
+        """As `Constraint.broken`."""
+        return None if self._grammar is None else self._grammar.broken
+
+    def end(self) -> None:
+        """The model has chosen an end of text. Raises UsageError where the grammar doesn't accept the answer."""
+        if self._grammar is not None and self._is_held(self._place):
+            self._grammar.end()
+
     def mask(self, logits: Tensor, paths: Sequence[Sequence[int]], vocabulary: Tensor | None = None) -> Tensor:
         """Logits [r, V] with -inf for the tokens not allowed after the sequence and each of r paths. vocabulary: the
         tokens [V] of the logits, if they aren't the whole vocabulary; a row whose one allowed token isn't among them

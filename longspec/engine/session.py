@@ -49,6 +49,8 @@ class Session:
     began: when the request arrived, on `perf_counter`'s clock.
     """
 
+    _gave_up: UsageError | None = None  # why the constraint can't go on
+
     def __init__(
         self,
         prompt: Sequence[int],
@@ -193,18 +195,21 @@ class Session:
 
         Raises:
             ModelError: the model chose no token, as its logits aren't numbers.
-            UsageError: a processor left none to choose.
+            UsageError: a processor left none to choose, or the grammar stops here and doesn't accept the answer.
         """
+        self._raise_given_up()
         tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
         before, shown = len(self.tokens), ""
         for token in tokens:
+            if self._has_given_up():
+                break
             if token < 0:  # the text doesn't end before it
                 raise self._fault(token)
             self.tokens.append(token)
             self.seen.add(token)
             self._written[token] += 1
             if token in self.end_tokens:
-                self.finish_reason = "stop"
+                self.finish_reason = "stop" if self._is_held_to_its_end(token) else None
                 break
             shown += self._transcript.push(token)
             if self.section is not None:
@@ -213,8 +218,10 @@ class Session:
                 self.finish_reason = "stop"
                 del self.tokens[self.prompt_length + self._transcript.kept :]
                 break
-            if self.constraint is not None and self.constraint.take(token):
+            if self._is_held_to_its_end(token):
                 self.finish_reason = "stop"
+                break
+            if self._has_given_up():
                 break
             if self._loops is not None and self._loops.take(token):
                 self.finish_reason = "loop"
@@ -245,6 +252,33 @@ class Session:
             f"{at} the model's logits aren't finite numbers (NaN "
             "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."
         )
+
+    def _is_held_to_its_end(self, token: int) -> bool:
+        """Whether the answer ends with this token as its constraint wants. An error waits for the next step, so that
+        the tokens before it are told; where there is no next step, it is raised.
+        """
+        if self.constraint is None:
+            return token in self.end_tokens
+        try:
+            if token not in self.end_tokens:
+                return self.constraint.take(token)
+            self.constraint.end()
+        except UsageError as error:
+            self._gave_up = error
+            if self.room == 0:
+                raise
+            return False
+        return True
+
+    def _raise_given_up(self) -> None:
+        if self._has_given_up() and self._gave_up is not None:
+            raise self._gave_up
+
+    def _has_given_up(self) -> bool:
+        """Whether the constraint can't go on from here."""
+        if self._gave_up is None and self.constraint is not None:
+            self._gave_up = self.constraint.broken
+        return self._gave_up is not None
 
     def interrupt(self, reason: FinishReason = "interrupted") -> Commit:
         """End the sequence here; its commit has the text that was held back."""

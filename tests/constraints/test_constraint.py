@@ -11,9 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from llguidance import LLMatcher
 from support.commands import inside, write_tiny
 from support.engines import engine, every_drafter, finish, prompts, tiny, vocabulary
 from support.real import exact
+from support.servers import serving
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
 from longspec.constraints.matcher import Constraint
@@ -23,6 +25,7 @@ from longspec.errors import UsageError
 from longspec.model.load import Model
 from longspec.types import Draft
 
+CHAT = "/v1/chat/completions"
 PATTERN = "([a-f]{2,6}=[0-9]{1,4};){2,9}(quod_erat_demonstrandum|qua_est)?"
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -112,13 +115,24 @@ def test_what_is_forced_is_drafted_and_kept(llama: Model) -> None:
     assert plain.generate("What?", raw=True, regex=pattern).speculation["drafted"] == 0
 
 
-def test_a_vocabulary_without_a_way_on_ends_the_answer(llama: Model) -> None:
+def given_up(made: Engine, **options: Any) -> tuple[str, UsageError]:
+    """What is written before the grammar gives up, and what is said then."""
+    written, stream = "", made.stream("What?", raw=True, **options)
+    try:
+        for part in stream:
+            written += part
+    except UsageError as error:
+        return written, error
+    raise AssertionError(written)
+
+
+def test_a_vocabulary_without_a_way_on_is_an_error_of_the_answer(llama: Model) -> None:
     for drafter in ("none", "ngram"):
-        made = engine(llama, drafter)
-        session = made.open("What?", raw=True, regex="ab é!")  # it has neither space nor é
-        finish(made, [session])
-        assert session.text == "ab"
-        assert session.finish_reason == "stop"
+        written, error = given_up(engine(llama, drafter), regex="ab é!")  # it has neither space nor é
+        assert written == "ab"
+        assert "after 2 tokens this model's vocabulary has none that leads on" in str(error)
+        with pytest.raises(UsageError, match="none that leads on"):
+            engine(llama, drafter).generate("What?", raw=True, regex="ab é!", max_new_tokens=3)
 
 
 def test_a_dead_end_in_a_draft_is_not_the_texts() -> None:
@@ -184,6 +198,24 @@ def test_rows_are_masked_by_their_own_paths() -> None:
         ({"json_schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "nothing fits it"),
         ({"json_schema": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}, "nothing fits it"),
         ({"regex": "[^\\s\\S]"}, "nothing fits it"),
+        *[
+            ({"regex": each}, "too large for its compiler's limits")
+            for each in ("(a{1000}){1000}", "b{50000}", "(ab){30000}")
+        ],
+        ({"json_schema": {"type": "string", "pattern": "^b{50000}$"}}, "too large for its compiler's limits"),
+        (
+            {
+                "json_schema": {
+                    "properties": {"a": {"type": "integer"}, "b": {"pattern": "^b{50000}$", "type": "string"}},
+                    "type": "object",
+                    "required": ["a", "b"],
+                }
+            },
+            "too large for its compiler's limits",
+        ),
+        ({"json_schema": {}}, "has no keyword"),
+        ({"json_schema": "{}"}, "has no keyword"),
+        ({"json_schema": {"name": "x", "schema": {}}}, "has no keyword"),
         ({"json_schema": {"nmae": "x", "skeema": {}}}, "nmae, skeema, and no keyword"),
         (
             {"json_schema": {"type": "object", "requird": ["a"]}},
@@ -247,7 +279,14 @@ def test_a_schema_may_not_switch_the_library(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_before_it_looks_for_a_model(tmp_path: Path) -> None:
-    for given in (["--regex", "x("], ["--json-schema", "{"], ["--json-schema", "{}", "--regex", "a"]):
+    large = (["--regex", "(a{1000}){1000}"], ["--json-schema", '{"type":"string","pattern":"^b{50000}$"}'])
+    for given in (
+        *large,
+        ["--json-schema", "{}"],
+        ["--regex", "x("],
+        ["--json-schema", "{"],
+        ["--json-schema", "{}", "--regex", "a"],
+    ):
         result = inside(["run", "--no-stdin", "-m", "no/such/model", *given, "Hello"], tmp_path)
         assert result.code == 2, result.err
         assert result.err.count("\n") == 1
@@ -260,6 +299,102 @@ def test_an_answer_that_is_cut_off_is_said_to_be(tmp_path: Path) -> None:
         assert done.code == 0, done.err
         assert json.loads(done.out)["finish_reason"] == ("length" if said else "stop")
         assert ("the answer was cut off by its limit" in done.err) == said
+
+
+class Limited:
+    """A matcher that gives up after 12 tokens, as llguidance's does at its limits, and for good."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self._own, self._count, self._gave_up = LLMatcher(*given, **options), 0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        taken = self._own.try_consume_tokens(tokens[: 12 - self._count])
+        self._count += taken
+        self._gave_up |= taken < len(tokens) and self._count == 12
+        return 0 if self._gave_up else taken
+
+    def rollback(self, count: int) -> bool:
+        self._count -= count
+        return not self._gave_up and self._own.rollback(count)
+
+    def is_error(self) -> bool:
+        return self._gave_up or self._own.is_error()
+
+    def is_stopped(self) -> bool:
+        return self._gave_up or self._own.is_stopped()
+
+    def is_accepting(self) -> bool:
+        return not self._gave_up and self._own.is_accepting()
+
+    def get_error(self) -> str:
+        return "lexer error: too many expressions constructed" if self._gave_up else self._own.get_error()
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longspec.constraints.matcher.LLMatcher", Limited)
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_matcher_that_gives_up_is_an_error_and_no_end(llama: Model) -> None:
+    plain, _ = given_up(engine(llama), regex="[ab]{30}", max_new_tokens=40)
+    assert re.fullmatch("[ab]{12,13}", plain)
+    for name, drafter in every_drafter({}, "llama").items():
+        made = engine(llama, drafter())
+        written, error = given_up(made, regex="[ab]{30}", max_new_tokens=40)
+        assert "any longer: the grammar is too large for its compiler's limits (lexer error: too many" in str(error), (
+            name
+        )
+        assert error.exit_code == 2, name
+        assert written == plain, name
+        assert made.generate("What?", raw=True, regex="[ab]{12}").finish_reason == "stop", name
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_server_says_that_a_matcher_gave_up(llama: Model) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "ABC"}], "max_tokens": 40}
+    schema = {"type": "integer", "minimum": 10**14, "maximum": 10**15 - 1}  # its vocabulary has no quotation mark
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with serving(engine(llama)) as served:
+        status, said = served.ask(body | {"response_format": format_}, CHAT)
+        assert status == 400
+        assert "too large for its compiler's limits" in said["error"]["message"]
+        large = {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "^b{50000}$"}},
+        }
+        status, said = served.ask(body | {"response_format": large}, CHAT)
+        assert status == 400
+        assert "too large for its compiler's limits" in said["error"]["message"]
+
+
+@pytest.mark.usefixtures("limited")
+def test_the_command_keeps_what_was_written_and_says_why_it_ends(tmp_path: Path) -> None:
+    tiny_ = ["--no-server", "-m", str(write_tiny(tmp_path / "tiny")), "--dtype", "fp32", "--raw"]
+    done = inside(["run", "--no-stdin", *tiny_, "--drafter", "none", "--regex", "[B-D]{30}", "B"], tmp_path)
+    assert (done.code, bool(re.fullmatch(b"[B-D]{12,13}\n?", done.out))) == (2, True), done.out
+    assert "too large for its compiler's limits" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_limit_that_only_drafts_pass_ends_no_text(llama: Model) -> None:
+    pattern = "x|b{50000}"  # near the limits: what it may say depends on all that a matcher was asked before
+    wanted = engine(llama).generate("What?", raw=True, regex=pattern, max_new_tokens=30)
+    assert wanted.finish_reason == "length"
+    for drafter in ("ngram", "recycle"):
+        assert (
+            engine(llama, drafter).generate("What?", raw=True, regex=pattern, max_new_tokens=30).tokens == wanted.tokens
+        )
+
+
+def test_the_pages_example_is_an_object() -> None:
+    """What `jq .name` reads: a schema without a type would allow a string or a number."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "constrained.md").read_text()
+    schemas = [json.loads(each) for each in re.findall(r"echo '(.*)' > schema.json", page)]
+    assert [schema["type"] for schema in schemas] == ["object"]
 
 
 def _object(**properties: Any) -> dict[str, Any]:
