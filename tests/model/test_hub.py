@@ -18,7 +18,7 @@ from support.checkpoints import oracle, write
 from support.ggufs import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from longspec.errors import ModelError
+from longspec.errors import ModelError, UsageError
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.hub import SHORT_NAMES, fetch_config, find, installed
 from longspec.model.files.store import models_folder
@@ -113,7 +113,6 @@ def test_home_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "said"),
     [
         ("smolm2", "There is no model 'smolm2' here: give smollm2, a Hugging Face id"),
-        ("", "has no config.json"),
         (".", "has no config.json"),
         ("./owner/name", "There is no model"),
         ("../name", "There is no model"),
@@ -132,6 +131,11 @@ def test_home_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_no_model_is_said(name: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         find(name)
+
+
+def test_an_empty_name_is_none() -> None:
+    with pytest.raises(UsageError, match="The model's name is empty"):
+        find("")
 
 
 def test_another_file_is_no_model() -> None:
