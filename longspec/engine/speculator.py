@@ -180,6 +180,8 @@ def _asked(drafter: str | None, limit: int) -> Bet:
 
 def _why(bet: Bet, draft: Draft) -> str:
     """The reason for a step without a draft: the control's, the drafter's, or that no node was worth its position."""
+    if bet.drafter == "none":
+        return "none asked for"
     if not bet.limit:
         return bet.why or "at the end"
     return "not worth it" if len(draft) else "nothing found"
