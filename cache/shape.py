@@ -1,6 +1,6 @@
 """What a cache must know of a model: what a token position leaves in its layers, and what those keep in place of rows.
 
-Takes sizes; gives bytes and room. Knows no cache.
+Takes sizes; gives bytes, room, and the buffers of all layers. Knows no cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAPPED_NBYTES = 256 << 10
 
 
 class Buffers(list[Tensor]):
-    """A tensor of each layer. Kernels take their addresses in every pass, and asking for all takes 15 us for a text."""
+    """A tensor of each layer. Kernels take their addresses in every pass of every text: they are asked for once."""
 
     _places: ctypes.Array[ctypes.c_int64] | None = None
 
