@@ -72,7 +72,7 @@ class Goodput(Control):
         self._host = [0.0, 0.0]  # moving averages: a session's `host_seconds` without and with a draft
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
-        self._probes = 0  # the next step that may have one
+        self._next_probe = 0  # the step from which on there may be one
 
     def price_by(self, growth: Callable[[float], float]) -> None:
         self._curve.growth = growth
@@ -105,7 +105,7 @@ class Goodput(Control):
         plain = self._curve.seconds(size)
         self._price = max(1.0, self._brought / self._took) * size / plain
         cheap = self._price * (self._curve.seconds(size + _PROBE) - plain) < _PROBE / 16  # in tokens that a step brings
-        self._probe = 0 if self._steps < self._probes else _PROBE if cheap else 1
+        self._probe = 0 if self._steps < self._next_probe else _PROBE if cheap else 1
         if self._steps >= self._plain:
             return [Bet("", 0, "measuring")] * size
         return [self._bet(self._of(session), limit, size) for session, limit in zip(sessions, most, strict=True)]
@@ -125,7 +125,7 @@ class Goodput(Control):
                 bet = Bet(name, min(self._probe, most), "probe")
         if bet.why == "probe":
             self._probe = 0  # one probe a step, and fewer with many texts: the others wait
-            self._probes = self._steps + 1 + size // 4
+            self._next_probe = self._steps + 1 + size // 4
         return bet
 
     def _of(self, session: Writing) -> dict[str, _Trial]:
@@ -196,10 +196,11 @@ class Goodput(Control):
             curve.observe(step.rows, step.pass_seconds, step.growth)
             if not any(outcome.bet.limit for outcome in step.outcomes):
                 self._plain = self._steps + _PLAIN[1]
-            drafts = any(len(outcome.draft) for outcome in step.outcomes)
-            self._host[drafts] += (1 if not self._host[drafts] else _RECENT) * (
-                min(step.host_seconds / size, 2 * self._host[drafts] or 1.0) - self._host[drafts]
-            )
+            drafts, host = any(len(outcome.draft) for outcome in step.outcomes), step.host_seconds / size
+            known = self._host[drafts] or host
+            self._host[drafts] = known + _RECENT * (
+                min(host, 2 * known) - known
+            )  # another process's time is an outlier
         drafting = self._observe_drafting(step, begun=begun)
         kept = sum(len(outcome.kept) for outcome in step.outcomes)
         plain = curve.seconds(size)

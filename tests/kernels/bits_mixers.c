@@ -35,9 +35,10 @@ static float decays[ALL * HEADS], strengths[ALL * HEADS], before[HEADS * KEY_DIM
 static double sums[ALL * HEADS];
 static const int64_t key_of[HEADS] = {0, 1, 0, 1};
 
-/* Rows `known` .. `known + count` of a history, of a chain or of a tree. */
-static void rows(int64_t known, int64_t count, int is_tree) {
-    int64_t window[ALL * INPUTS], places[ALL], parents[ALL], fresh[ALL];
+static int64_t window[ALL * INPUTS], places[ALL], parents[ALL], fresh[ALL];
+
+/* A history of `known` positions and `count` new ones, of a chain or of a tree, into the four above. */
+static void lay_out(int64_t known, int64_t count, int is_tree) {
     for (int64_t i = 0; i < known + count; i++) {
         places[i] = i;
         parents[i] = is_tree && i >= known ? (int64_t)(drawn() % (uint32_t)(i + 1)) - 1 : i - 1;
@@ -50,6 +51,11 @@ static void rows(int64_t known, int64_t count, int is_tree) {
             at = at >= 0 ? parents[at] : -1;
         }
     }
+}
+
+/* Rows `known` .. `known + count` of a history, of a chain or of a tree. */
+static void rows(int64_t known, int64_t count, int is_tree) {
+    lay_out(known, count, is_tree);
     const Convolution of = {tail, x, is_tree ? window : 0, weight, 0, count, known + count, INPUTS, CHANNELS};
     Ingredients brought = {of, alpha, alpha + HEADS, decay, bias, queries, k, values, decays, strengths,
                            50, 50, HEADS, KEY_HEADS, KEY_DIM, VALUE_DIM, 0.17677669f};
@@ -66,19 +72,7 @@ static void rows(int64_t known, int64_t count, int is_tree) {
 /* The same of grouped linear attention, whose heads of keys are a half of its heads. */
 static void group(int64_t known, int64_t count, int is_tree) {
     enum { DIM = 32, OWN = KEY_HEADS * DIM, ROW = (HEADS + 2 * KEY_HEADS) * DIM };
-    int64_t window[ALL * INPUTS], places[ALL], parents[ALL], fresh[ALL];
-    for (int64_t i = 0; i < known + count; i++) {
-        places[i] = i;
-        parents[i] = is_tree && i >= known ? (int64_t)(drawn() % (uint32_t)(i + 1)) - 1 : i - 1;
-    }
-    for (int64_t row = 0; row < count; row++) {
-        int64_t at = known + row;
-        fresh[row] = row;
-        for (int64_t i = INPUTS - 1, left = INPUTS - 1; i >= 0; i--) {
-            window[row * INPUTS + i] = at >= 0 ? INPUTS - 1 + at : --left;
-            at = at >= 0 ? parents[at] : -1;
-        }
-    }
+    lay_out(known, count, is_tree);
     const Convolution of = {tail, x + 64, is_tree ? window : 0, weight, 0, count, known + count, INPUTS, OWN};
     Grouped g = {of, x, queries, k, u, before, y, places, parents, fresh, ROW, known, count, HEADS, KEY_HEADS, DIM};
     grouped_units(&g, 0, 1);
