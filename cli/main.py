@@ -24,6 +24,8 @@ __all__ = ["guarded", "main"]
 CLOSED_PIPE = 128 + 13
 """What a shell reports of a program that SIGPIPE ended, as most programs are that lose their reader."""
 
+_MOST = 2000  # letters of an error: a name in a stranger's file may have megabytes
+
 
 def main() -> NoReturn:
     """The entry point of the program `longspec`."""
@@ -81,7 +83,8 @@ def _say(error: Exception) -> None:
     with suppress(OSError, AttributeError):
         if os.environ.get("LONGSPEC_DEBUG", "") not in ("", "0"):
             traceback.print_exception(error, file=sys.stderr)
-        print(f"longspec: {' '.join(printable(_sentence(error)).split())}", file=sys.stderr, flush=True)
+        said = " ".join(printable(_sentence(error)[: 2 * _MOST]).split())
+        print(f"longspec: {said if len(said) <= _MOST else said[:_MOST] + '...'}", file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:

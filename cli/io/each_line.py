@@ -1,7 +1,7 @@
 """`longspec run --each-line`: every line of standard input is a prompt, answered on one line, as the lines arrive.
 
-Output line n answers input line n, so that `paste` joins them: a blank line gives a blank line, and so does an
-invalid one (with --json an object with the error), whose error goes to stderr.
+Output line n answers input line n, so that `paste` joins them: a blank line gives a blank line, and so does one that
+can't be answered (with --json an object with the error), whose error goes to stderr.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from longspec.cli import BEGAN
 from longspec.cli.io.progress import printable
 from longspec.cli.io.prompt_input import joined, read_head, read_lines, text_of
 from longspec.cli.io.stream_answer import CUT, UNSAID, Local, is_cut, load, statistics, stream, unsaid
-from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
+from longspec.errors import ContextError, LongspecError, UsageError, reported
 
 if TYPE_CHECKING:
     from longspec.cli.io.progress import Progress
     from longspec.cli.io.run_request import Call
+    from longspec.cli.io.signals import Interrupted
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
@@ -48,13 +49,14 @@ def answer_lines(call: Call) -> LongspecError | None:
             continue
         if engine is None:  # waiting for the line isn't its time
             engine = load(call.model, call.loading, BEGAN + perf_counter() - started, progress)
-        session = _session(engine, head, line, call)
-        if isinstance(session, LongspecError):
+        try:
+            session = _session(engine, head, line, call)
+            interrupted = _written(engine, session, call)
+        except _LineError as error:
             failed += 1
-            _tell(f"line {number}: {session}", progress)
-            output.write((_object({"error": str(session)}) if call.as_json else "") + "\n")
+            _tell(f"line {number}: {error}", progress)
+            output.write((_object({"error": str(error)}) if call.as_json else "") + "\n")
             continue
-        interrupted = stream(Local(engine, session), output, progress, call.policy)
         answer = engine.answer(session)
         if interrupted is None or (session.answer and output.is_ready):
             text = session.said if call.policy.hide else session.text
@@ -74,16 +76,32 @@ def one_line(text: str) -> str:
     return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
 
-def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session | LongspecError:
-    """A session for this line, or its error. An error that all lines would have is raised."""
+class _LineError(Exception):
+    """What is wrong with one line, and with no other."""
+
+
+def _session(engine: Engine, head: str, line: bytes, call: Call) -> Session:
+    """A session for this line. Raises _LineError, or the UsageError that every line would have."""
     try:
         prompt = call.form.fill(joined([head, text_of(line, "it")]))
     except UsageError as error:
-        return error
+        raise _LineError(str(error)) from error
     try:
         return engine.open(prompt, **call.writing)
-    except (ContextError, BudgetError) as error:
-        return error
+    except Exception as error:  # as in a batch: no line may end the others
+        if isinstance(error, UsageError) and not isinstance(error, ContextError):
+            engine.prepare("A", **call.writing)  # raises where the options are wrong
+        raise _LineError(str(reported(error))) from error
+
+
+def _written(engine: Engine, session: Session, call: Call) -> Interrupted | None:
+    """Write the line's answer to its end, or to a signal. Raises _LineError; BrokenPipeError if nobody reads on."""
+    try:
+        return stream(Local(engine, session), call.output, call.progress, call.policy)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # of the engine: nothing is put out until the answer is whole
+        raise _LineError(str(reported(error))) from error
 
 
 def _object(report: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
@@ -121,15 +121,9 @@ class Template:
             values[INPUT] = text
         try:
             return limited(lambda: self._written(values), sum(map(len, values.values()))).strip()
-        except (
-            TemplateLimitError,
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # untrusted code may raise anything
+            if isinstance(error, UsageError) and not isinstance(error, TemplateLimitError):
+                raise
             raise UsageError(f"The template {self.name} failed: {_line(error)}; mend its body.") from error
 
     def _written(self, values: Mapping[str, str]) -> str:
@@ -221,7 +215,9 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
         raise UsageError(f"begins with {_FENCE} and has no second one; end its front matter with a line {_FENCE}.")
     try:
         return tomllib.loads("\n".join(lines[1:end])), "\n".join(lines[end + 1 :])
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UsageError("has front matter that is nested too deeply; make it flatter.") from None
+    except ValueError as error:  # not TOML, or a number of more digits than Python reads
         raise UsageError(f"has front matter that isn't TOML: {error}.") from error
 
 
@@ -267,9 +263,11 @@ def _text(table: Mapping[str, Any], key: str) -> str | None:
 
 def _variables(body: str) -> set[str]:
     try:
-        return meta.find_undeclared_variables(_environment().parse(body))
+        return limited(lambda: meta.find_undeclared_variables(_environment().parse(body)), 0)
     except TemplateSyntaxError as error:
         raise UsageError(f"has a body that isn't Jinja, at its line {error.lineno}: {_line(error)}.") from error
+    except Exception as error:  # nested too deeply, too slow
+        raise UsageError(f"has a body that can't be read ({_line(error)}); make it plainer.") from error
 
 
 def _environment() -> BoundedEnvironment:
@@ -280,7 +278,7 @@ def _environment() -> BoundedEnvironment:
 
 
 def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")[:300]
 
 
 def _offer(wrong: str, known: list[str], words: str, none: str = "there are none.") -> str:

@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import forked
@@ -18,7 +20,10 @@ from support.commands import ROOT, SECONDS, environment, inside, started, write_
 
 from longspec.cli.commands.prompts import folders
 from longspec.cli.main import guarded
+from longspec.engine.engine import Engine
+from longspec.engine.session import Session
 from longspec.errors import UsageError
+from longspec.text.detokenizer import decode
 from longspec.text.prompt_template import find, names, parse, read
 
 SHIPPED = ROOT / "prompts"
@@ -134,6 +139,9 @@ def test_a_body_alone_is_a_template() -> None:
         ("{{ tone }}", r"uses 'tone', which is no parameter; add \[parameters.tone\]"),
         ("{{ range(3) }}", r"uses 'range'"),
         ("one\n{% if %}", r"isn't Jinja, at its line 2"),
+        ("{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", r"has a body that can't be read \(maximum recursion"),
+        ("+++\na = " + "[" * 9000 + "]" * 9000 + "\n+++\n", r"nested too deeply"),
+        (f"+++\ntop_k = {'9' * 5000}\n+++\n", r"isn't TOML: Exceeds the limit"),
     ],
 )
 def test_what_is_no_template(text: str, said: str) -> None:
@@ -151,6 +159,8 @@ def test_what_is_no_template(text: str, said: str) -> None:
         "{{ 1 // 0 }}",
         "{{ input + 1 }}",
         "{% for a in input %}{% for b in input %}{% for c in input %}{{ input }}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for a in input %}" * 60 + "{% endfor %}" * 60,
     ],
 )
 def test_a_template_can_do_nothing_but_write(body: str) -> None:
@@ -306,6 +316,43 @@ def test_each_line(tiny: str, home: Path, capfd: Capture) -> None:
     assert wrong[1].startswith("longspec: line 5: The prompt has 30")
     assert wrong[2].startswith("longspec: 2 of 7 lines couldn't be answered")
     assert len(wrong) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UsageError("its grammar gave up"), "its grammar gave up"),
+        (RuntimeError("shapes don't match"), "The text could not be written: RuntimeError: shapes don't match."),
+        (MemoryError(), "The machine has no memory left for this text"),
+    ],
+    ids=["grammar", "bug", "memory"],
+)
+def test_what_fails_in_an_answer_costs_its_line_alone(
+    tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    step = Engine.step
+
+    def failing(self: Engine, sessions: Sequence[Session], *rest: Any) -> Any:
+        if "longer" in decode(self.model.vocabulary, sessions[0].tokens) and len(sessions[0].answer) > 2:
+            raise error
+        return step(self, sessions, *rest)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    options = ["-m", tiny, *TINY, "--max-new-tokens", "5", "--json"]
+    result = inside(["run", "--each-line", *options], home, b"one\na longer line\ntwo\n")
+    first, wrong, last = map(json.loads, result.out.decode().splitlines())
+    assert result.code == 1
+    assert [each["usage"]["completion_tokens"] for each in (first, last)] == [5, 5]
+    assert wrong["error"].startswith(said)
+    assert result.err.splitlines() == [
+        f"longspec: line 2: {wrong['error']}",
+        "longspec: 1 of 3 lines couldn't be answered; why is said above.",
+    ]
+
+
+def test_what_every_line_would_say_is_said_once(tiny: str, home: Path) -> None:
+    result = inside(["run", "--each-line", "-m", tiny, *TINY, "--effort", "high"], home, b"one\ntwo\n")
+    assert (result.code, result.out, result.err.count("\n")) == (2, b"", 1)
 
 
 def test_each_line_as_objects(tiny: str, home: Path) -> None:
