@@ -30,6 +30,13 @@ _OTHER = set(
     """.split()  # noqa: SIM905 - a list would be as many lines as words
 )
 _KEYWORDS = {*_NAMED, *_LISTED, *_SINGLE, *_OTHER}
+_SILENT = set(
+    """
+    $schema $id id $anchor $dynamicAnchor $vocabulary $comment $defs definitions title description default examples
+    deprecated readOnly writeOnly contentEncoding contentMediaType contentSchema
+    """.split()  # noqa: SIM905 - as above
+)
+"""Keywords that hold no value to anything: notes, and schemas that others refer to."""
 _WRAPPER = {"name", "strict", "schema", "description"}
 _LEAST = ("minimum", "exclusiveMinimum")
 _MOST = ("maximum", "exclusiveMaximum")
@@ -39,21 +46,21 @@ def prepared(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema to be compiled. OpenAI's `{"name", "strict", "schema"}` is unwrapped.
 
     Raises:
-        UsageError: it has no keyword, or no known one, or one that looks misspelt; or it requires itself.
+        UsageError: it has no keyword but notes, or no known one, or one that looks misspelt; or it requires itself.
     """
     inner = schema.get("json_schema")
     if schema.get("type") == "json_schema" and isinstance(inner, dict):
         schema = inner
     if isinstance(schema.get("schema"), dict) and schema.keys() <= _WRAPPER:
         schema = schema["schema"]
-    if not schema:
-        raise UsageError(
-            "The JSON schema has no keyword, so it would hold an answer to nothing; give it a type or properties, or "
-            '{"type": "object"} for any JSON object.'
-        )
     found = list(_within(schema))
     for each in found:
         _check(each)
+    if not schema.keys() & _KEYWORDS - _SILENT:
+        raise UsageError(
+            "The JSON schema has no keyword that a value is held to, so it would hold an answer to nothing; give it a "
+            'type or properties, or {"type": "object"} for any JSON object.'
+        )
     if _requires_itself(schema):
         raise UsageError("The JSON schema can't be used: nothing fits it, as it requires itself without an end.")
     return _bounded(schema) if all(map(_is_small, found)) else schema

@@ -9,6 +9,7 @@ head, or a kind of head that ships with longspec for the model. Errors in a spec
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -26,6 +27,8 @@ __all__ = ["Part", "Spec", "parse", "published"]
 
 GROUP = "longspec.drafters"
 """Entry point group in which other packages register drafters."""
+
+_MOST = 1 << 20  # of an option that is a number: more tokens than a draft, and more than a vocabulary, has
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def published(raw: Mapping[str, Any]) -> type[Drafter] | None:
 def _split(text: str) -> list[str]:
     """Split at +, but not within the name of a head's folder."""
     parts = []
-    while "+" in text and not (Path(text) / CONFIG).is_file():
+    while "+" in text and not os.path.isfile(os.path.join(text, CONFIG)):
         first, text = text.split("+", 1)
         parts.append(first)
     return [*parts, text]
@@ -181,15 +184,20 @@ def _said(part: Part, text: str) -> dict[str, Any]:
 
 
 def _value(name: str, key: str, value: str, parameter: inspect.Parameter) -> Any:
-    """Convert a value to the type of the parameter's default: bool (yes or no), int, float, tuple of one, or str."""
+    """Convert a value to the type of the parameter's default: bool (yes or no), int, float, tuple of one, or str. No
+    drafter counts or measures below 0.
+    """
     default = parameter.default
     try:
         if isinstance(default, bool):
             return {"yes": True, "no": False}[value]
         if isinstance(default, int | float):
-            return type(default)(value)
+            number = type(default)(value)
+            if not 0 <= number <= _MOST:
+                raise ValueError(number)
+            return number
     except (ValueError, KeyError):
-        wanted = "yes or no" if isinstance(default, bool) else "a number"
+        wanted = "yes or no" if isinstance(default, bool) else f"a number from 0 to {_MOST:,}"
         raise UsageError(f"{key}={value} of the drafter {name} should be {wanted}.") from None
     return (value,) if isinstance(default, tuple) else value
 

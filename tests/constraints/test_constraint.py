@@ -216,6 +216,16 @@ def test_rows_are_masked_by_their_own_paths() -> None:
         ({"json_schema": {}}, "has no keyword"),
         ({"json_schema": "{}"}, "has no keyword"),
         ({"json_schema": {"name": "x", "schema": {}}}, "has no keyword"),
+        *[
+            ({"json_schema": each}, "has no keyword that a value is held to")
+            for each in (
+                {"title": "Answer"},
+                {"title": "anything", "x-order": 1},
+                {"$schema": "https://json-schema.org/draft/2020-12/schema", "description": "An answer.", "default": 1},
+                {"$defs": {"a": {"type": "integer"}}},
+                {"name": "x", "schema": {"title": "Answer"}},
+            )
+        ],
         ({"json_schema": {"nmae": "x", "skeema": {}}}, "nmae, skeema, and no keyword"),
         (
             {"json_schema": {"type": "object", "requird": ["a"]}},
@@ -246,7 +256,7 @@ def test_a_schema_may_hold_itself_where_it_can_end() -> None:
     }
     assert grammar_of(tree)
     assert grammar_of({"type": "object", "properties": {"next": {"$ref": "#"}}})
-    assert grammar_of({"title": "anything", "x-order": 1})
+    assert grammar_of({"title": "anything", "x-order": 1, "enum": [1]})
 
 
 def test_integers_are_bounded(llama: Model) -> None:
@@ -378,6 +388,15 @@ def test_the_command_keeps_what_was_written_and_says_why_it_ends(tmp_path: Path)
     assert (done.code, bool(re.fullmatch(b"[B-D]{12,13}\n?", done.out))) == (2, True), done.out
     assert "too large for its compiler's limits" in done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("limited")
+def test_the_command_says_it_of_each_line(tmp_path: Path) -> None:
+    asked = ["run", "--each-line", "--no-server", "-m", str(write_tiny(tmp_path / "tiny")), "--dtype", "fp32", "--raw"]
+    done = inside([*asked, "--regex", "[B-D]{30}"], tmp_path, b"B\nC\n")
+    assert (done.code, done.out) == (1, b"\n\n")
+    assert [f"line {n}: The answer can't be held to its grammar" in done.err for n in (1, 2)] == [True, True]
+    assert done.err.count("\n") == 3
 
 
 def test_a_limit_that_only_drafts_pass_ends_no_text(llama: Model) -> None:

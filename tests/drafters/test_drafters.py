@@ -265,6 +265,9 @@ def test_options_stand_behind_a_name(model: Model) -> None:
         "exit:deep": r"exit has no option 'deep'; it takes layers",
         "none:deep=1": r"none has no option 'deep=1'; it takes none",
         "ngram:floor=low": r"floor=low of the drafter ngram should be a number",
+        "ngram:floor=-0.1": r"floor=-0.1 of the drafter ngram should be a number from 0",
+        "ngram:floor=nan": r"floor=nan of the drafter ngram should be a number from 0",
+        "lookahead:window=-7": r"window=-7 of the drafter lookahead should be a number from 0",
         "suffix:remember=maybe": r"should be yes or no",
     }.items():
         with pytest.raises(UsageError, match=why):

@@ -41,8 +41,9 @@ def test_a_package_adds_a_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         answer = engine(model, name).generate(prompts(1)[0], raw=True, max_new_tokens=30)
         assert answer.tokens == plain.tokens
         assert answer.speculation["drafted"] > 0
-    with pytest.raises(UsageError, match="length=long of the drafter echo should be a number"):
-        parse("echo:length=long")
+    for wrong in ("long", "-2", "-1", "1.5", str(1 << 62), "9" * 5000):
+        with pytest.raises(UsageError, match=r"length=.* of the drafter echo should be a number from 0 to 1,048,576"):
+            parse(f"echo:length={wrong}")
 
 
 def test_what_is_no_drafter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
