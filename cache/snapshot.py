@@ -21,6 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from io import BufferedReader
 from itertools import takewhile
 from math import prod
@@ -98,7 +99,8 @@ def check_place(path: Path) -> None:
 
 
 class Snapshot:
-    """An opened snapshot. Header, index and tokens are checked on construction, other sections as they are read.
+    """An opened snapshot. Header and index are checked on construction, sections as they are read: the caller knows
+    how many rows are of use to it.
 
     Raises:
         UsageError: the file isn't a snapshot, or is damaged.
@@ -111,7 +113,14 @@ class Snapshot:
             self.identity: dict[str, str] = index["identity"]
             self.length: int = index["length"]
             self._sections: dict[str, list[Any]] = {section[0]: section for section in index["sections"]}
-            self.tokens: list[int] = self._take(file, "tokens", (self.length,), torch.int32).tolist()
+        self._place("tokens", (self.length,), torch.int32)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Those of its rows. Raises UsageError where they are damaged."""
+        with opened(self.path, "The prompt cache") as file:
+            found: list[int] = self._take(file, "tokens", (self.length,), torch.int32).tolist()
+        return found
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Raise UsageError, with the reason, unless the snapshot has this identity."""
@@ -173,11 +182,16 @@ class Snapshot:
             self._bad("its sections don't fill it")
         return index
 
-    def _take(self, file: BufferedReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int]:
+        """Offset, size and checksum of a section."""
         wanted = [_name(dtype), list(shape), prod(shape) * dtype.itemsize]
         _, kind, size, offset, nbytes, crc = self._sections.get(name, [None] * 6)
         if [kind, size, nbytes] != wanted:
             self._bad(f"its section {name} is {kind} {size}, and {wanted[0]} {wanted[1]} was expected")
+        return offset, nbytes, crc
+
+    def _take(self, file: BufferedReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        offset, nbytes, crc = self._place(name, shape, dtype)
         tensor = torch.empty(shape, dtype=dtype)
         if nbytes:
             raw = _bytes(tensor)

@@ -37,10 +37,11 @@ def resume(cache: Cache, name: str, model: Model, path: Path, tokens: Sequence[i
         return
     snapshot = Snapshot(path)
     snapshot.check(identity(model, name))
-    common = snapshot.common(tokens[:-1])
     # A longrope model's rows of a short sequence are rotated by other factors than a long one's. More rows than
     # `limit` would take memory that isn't planned.
-    if not common or snapshot.identity.get("long") != str(long) or snapshot.length > limit:
+    if snapshot.identity.get("long") != str(long) or snapshot.length > limit:
+        return
+    if not (common := snapshot.common(tokens[:-1])):
         return
     snapshot.load(cache)
     if common < cache.length:

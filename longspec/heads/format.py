@@ -22,6 +22,7 @@ from longspec.errors import ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.head import Head
 from longspec.heads.layers import block_of
+from longspec.heads.recurrent import Recurrent
 from longspec.machine.files import read_json
 from longspec.machine.schema import TABLE, TEXT, check, listed, shown, whole
 from longspec.model.config import Config
@@ -113,16 +114,21 @@ def new_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reads = KINDS[kind].reads_of(model.decoder.config.layers) if reads is None else reads
-        block = KINDS[kind].block(block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1))
-        module = KINDS[kind](block, reads, depth)
+        module = _module(kind, model, window, reads, depth)
     with torch.no_grad():
         module.take(_final_norm(model))
     return Trained(kind, depth, window, tokens, module.to(model.decoder.device))
 
 
+def _module(kind: str, model: Model, window: int, reads: Sequence[int], depth: int) -> Head:
+    block = KINDS[kind].block(block_of(model.decoder.config, KINDS[kind].LAYERS, window, 1))
+    return KINDS[kind](block, reads, depth)
+
+
 def is_head(name: str) -> bool:
     """True if a drafter's name is a path (has a slash) or a folder with a head's config."""
-    return name not in KINDS and (os.sep in name or (Path(name) / CONFIG).is_file())
+    found = os.path.join(name, CONFIG)  # of any text that somebody asks for, which may be no path
+    return name not in KINDS and (os.sep in name or os.path.isfile(found))
 
 
 def shipped(model: Model) -> dict[str, Path]:
@@ -279,18 +285,24 @@ def load_head(folder: str | Path, model: Model) -> Trained:
             f"The head in {folder} was trained for {name!r}, whose weights or shape are not those of {model.name}; "
             "take the model that it was trained for, or train a head for this one."
         )
-    if any(layer > model.decoder.config.layers for layer in about["reads"]):
-        raise UsageError(f"{Path(folder) / CONFIG} is damaged: it reads the layers {shown(about['reads'])}, and "
-                         f"{model.name} has {model.decoder.config.layers}; fetch it again, or train anew.")  # fmt: skip
+    kind, reads, layers = KINDS[about["kind"]], about["reads"], model.decoder.config.layers
+    wanted = len(kind.reads_of(layers))
+    if any(layer > layers for layer in reads) or (
+        len(reads) != wanted and (reads or not issubclass(kind, Recurrent))  # files from before there were any
+    ):
+        raise UsageError(f"{Path(folder) / CONFIG} is damaged: it reads the layers {shown(reads)}, and a head of this "
+                         f"kind {wanted} of the {layers} of {model.name}; fetch it again, or train anew.")  # fmt: skip
     shard = Shard(Path(folder) / WEIGHTS)
     tensors = {name: shard.take(name) for name in shard.names}
     tensors.pop(_DRAFTED, None)
     tokens = _draft_tokens(Path(folder) / WEIGHTS, tensors.pop(_OFFSETS, None), about, model)
-    head = new_head(about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens,
-                    reads=about["reads"])  # fmt: skip
-    state, decoder = head.module.state_dict(), model.decoder
-    for name, held in state.items():
-        state[name] = _plain(Path(folder) / WEIGHTS, name, tensors, held).to(decoder.device, decoder.dtype)
+    with torch.device("meta"):  # shapes alone: a config of a few bytes may ask for matrices of gigabytes
+        shapes = _module(about["kind"], model, about["window"], reads, about["depth"]).state_dict()
+    path, decoder = Path(folder) / WEIGHTS, model.decoder
+    state = {name: _plain(path, name, tensors, each).to(decoder.device, decoder.dtype) for name, each in shapes.items()}
+    head = new_head(
+        about["kind"], model, depth=about["depth"], window=about["window"], tokens=tokens, reads=about["reads"]
+    )
     head.module.load_state_dict(state, assign=True)  # copying would convert to the module's fp32
     head.module.requires_grad_(False)
     return head

@@ -13,13 +13,28 @@ from typing import Any
 from longspec.errors import ModelError
 from longspec.machine.schema import FLAG, TABLE, TEXT, check, either, listed, number, shown, whole
 
-__all__ = ["MOST_CONTEXT", "MOST_LAYERS", "MOST_LOOPS", "TOKENS", "checked", "checked_rope", "turned"]
+__all__ = [
+    "MOST_CONTEXT",
+    "MOST_EXPERTS",
+    "MOST_LAYERS",
+    "MOST_LOOPS",
+    "MOST_STATE_DIM",
+    "TOKENS",
+    "checked",
+    "checked_rope",
+    "turned",
+]
 
 MOST_LAYERS = 10_000
 MOST_LOOPS = 1_000
 MOST_CONTEXT = 1 << 30
+MOST_EXPERTS = 1 << 14
+MOST_STATE_DIM = 512
+"""Of a head of linear attention, whose state is its square: published ones have 128. A file's bytes grow with the
+dimension alone, so that a few megabytes could ask for a state of 17 GB.
+"""
+
 _MOST_WIDTH = 1 << 24
-_MOST_EXPERTS = 1 << 14
 _MOST_HEADS = 1 << 16  # also a head's dimensions
 
 _TOKEN = whole(0, (1 << 31) - 1)
@@ -27,8 +42,8 @@ TOKENS = either(_TOKEN, listed(_TOKEN, 1024))
 """The kind of `eos_token_id`."""
 
 _SIZE, _HEADS = whole(1, _MOST_WIDTH), whole(1, _MOST_HEADS)
-_CONTEXT, _BASE, _FACTOR = whole(2, MOST_CONTEXT), number(1, 1e15, above=True), number(0, 1e6, above=True)
-_SOFTCAP = number(0, 1e9, above=True)
+_CONTEXT, _BASE, _FACTOR = whole(2, MOST_CONTEXT), number(1, 1e15, above=True), number(1e-6, 1e6)
+_SOFTCAP, _STATE_DIM = number(0, 1e9, above=True), whole(1, MOST_STATE_DIM)
 
 _KINDS = {
     "vocab_size": whole(1, (1 << 31) - 1),
@@ -71,8 +86,8 @@ _KINDS = {
     "final_logit_softcapping": _SOFTCAP,
     "linear_num_key_heads": _HEADS,
     "linear_num_value_heads": _HEADS,
-    "linear_key_head_dim": _HEADS,
-    "linear_value_head_dim": _HEADS,
+    "linear_key_head_dim": _STATE_DIM,
+    "linear_value_head_dim": _STATE_DIM,
     "linear_conv_kernel_dim": whole(2, 127),
     "linear_group_size": whole(1, MOST_CONTEXT),
     "conv_L_cache": whole(2, 64),
@@ -80,10 +95,10 @@ _KINDS = {
     "full_attn_idxs": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
     "decoder_sparse_step": whole(1, MOST_LAYERS),
     "mlp_only_layers": listed(whole(0, MOST_LAYERS), MOST_LAYERS),
-    "num_experts": whole(0, _MOST_EXPERTS),
-    "num_local_experts": whole(0, _MOST_EXPERTS),
-    "num_experts_per_tok": whole(1, _MOST_EXPERTS),
-    "top_k_experts": whole(1, _MOST_EXPERTS),
+    "num_experts": whole(0, MOST_EXPERTS),
+    "num_local_experts": whole(0, MOST_EXPERTS),
+    "num_experts_per_tok": whole(1, MOST_EXPERTS),
+    "top_k_experts": whole(1, MOST_EXPERTS),
     "moe_intermediate_size": _SIZE,
     "shared_expert_intermediate_size": whole(0, _MOST_WIDTH),
     "num_dense_layers": whole(0, MOST_LAYERS),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspec.errors import ModelError
+from longspec.model.config_values import MOST_STATE_DIM
 
 __all__ = ["HYBRIDS", "ZERO_CENTRED", "Delta", "fields_of", "plain_config"]
 
@@ -140,6 +141,10 @@ def _adjusted(raw: Mapping[str, Any]) -> int:
 def _inputs(raw: Mapping[str, Any]) -> int:
     """Linearised Llama: the positions that a convolution reads. The file's kernel is as wide ahead as back."""
     kernel, group = raw.get("linear_conv_kernel_dim") or 63, raw.get("linear_group_size") or 64
+    if (dim := raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]) > MOST_STATE_DIM:
+        raise ModelError(
+            f"config.json says heads of {dim:,} in linear attention; at most {MOST_STATE_DIM} were expected."
+        )
     if kernel % 2 == 0 or group != 64:
         raise ModelError(
             f"config.json says a convolution of {kernel} and groups of {group}; "

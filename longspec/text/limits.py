@@ -24,7 +24,9 @@ __all__ = [
     "MOST_SECONDS",
     "MOST_SOURCE",
     "MOST_STEPS",
+    "LateError",
     "TemplateLimitError",
+    "awaited",
     "charge",
     "check_operands",
     "limited",
@@ -68,6 +70,10 @@ class TemplateLimitError(UsageError):
     """A template that wants more than it may have."""
 
 
+class LateError(Exception):
+    """Work that didn't come back in time."""
+
+
 class _Budget:
     """What is left to one rendering."""
 
@@ -96,20 +102,38 @@ def limited(work: Callable[[], _T], given: int) -> _T:
         TemplateLimitError: a limit is reached; the message says which.
         Exception: what `work` raises.
     """
+
+    def run() -> _T:
+        _RUNNING.budget = _Budget(given)
+        return work()
+
+    try:
+        return awaited(run, MOST_SECONDS + 1)
+    except LateError:
+        raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} seconds") from None
+
+
+def awaited(work: Callable[[], _T], seconds: float) -> _T:
+    """What `work` gives, in a thread of its own, which is left behind where it doesn't come back: only if it lets go of
+    the interpreter meanwhile. Signals are heard.
+
+    Raises:
+        LateError: it takes more than so many seconds.
+        BaseException: what `work` raises.
+    """
     done: list[tuple[_T | None, BaseException | None]] = []
 
     def run() -> None:
-        _RUNNING.budget = _Budget(given)
         try:
             done.append((work(), None))
         except BaseException as error:  # noqa: BLE001  raised again by the caller
             done.append((None, error))
 
-    thread = Thread(target=run, name="template", daemon=True)
+    thread = Thread(target=run, name="awaited", daemon=True)
     thread.start()
-    thread.join(MOST_SECONDS + 1)
+    thread.join(seconds)
     if not done:
-        raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} seconds")
+        raise LateError
     value, error = done[0]
     if error is not None:
         raise error

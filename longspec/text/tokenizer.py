@@ -8,21 +8,23 @@ from __future__ import annotations
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NoReturn
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from longspec.calls import find as find_calls
 from longspec.errors import ContextError, ModelError, UsageError
 from longspec.text.chat_template import ChatTemplate
+from longspec.text.limits import MOST_SECONDS, LateError, awaited
 from longspec.text.think_tags import find
 from longspec.text.turn_ends import TURN_ENDS
 
-__all__ = ["Vocabulary"]
+__all__ = ["LETTERS_PER_SECOND", "Vocabulary", "unusable"]
 
+LETTERS_PER_SECOND = 100_000
+"""That a tokenizer reads at least, beside the seconds that a template may take: a tenth of what they do here."""
 
 # GPT-2's byte alphabet: a printable byte stands for itself, the others are mapped to 256, 257, ... in order.
 _PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -108,7 +110,8 @@ class Vocabulary:
         for start, end, _ in own:
             pieces += [text[done:start], name]
             done = end
-        ids: list[int] = plain.encode_batch_fast(["".join([*pieces, text[done:]])], add_special_tokens=False)[0].ids
+        rest = "".join([*pieces, text[done:]])
+        ids: list[int] = _encoded(partial(plain.encode_batch_fast, [rest], add_special_tokens=False), rest).ids
         written = iter([token for _, _, token in own])
         whole = [next(written) if token == stand_in else token for token in ids]
         unknown = self.tokenizer.token_to_id(self.special.get("unk_token", ""))
@@ -165,9 +168,9 @@ class Vocabulary:
         is drawn, so that no text can hold it.
         """
         plain, added = Tokenizer(self.tokenizer.model), sorted(self.tokenizer.get_added_tokens_decoder().items())
-        for silent, group in groupby(added, lambda each: each[0] in self._silent):
-            tokens = [token for _, token in group]
-            plain.add_special_tokens(tokens) if silent else plain.add_tokens(tokens)
+        for i, token in added:
+            token.special = i in self._silent
+        plain.add_tokens([token for _, token in added])  # at once: each call reads all of them again
         if any(plain.token_to_id(token.content) != i for i, token in added):  # ids that leave some out
             plain = Tokenizer.from_str(self.tokenizer.to_str())
             plain.add_special_tokens([token for i, token in added if i in self._silent])
@@ -190,7 +193,7 @@ class Vocabulary:
                 f"Character {error.start} of the text is a lone surrogate, which no tokenizer reads; give valid UTF-8."
             ) from None
         # Unlike `encode`, this one lets other threads run meanwhile: 4 MB take seconds.
-        return self.tokenizer.encode_batch([text], add_special_tokens=add_special)[0]
+        return _encoded(partial(self.tokenizer.encode_batch, [text], add_special_tokens=add_special), text)
 
     def check_length(self, text: str, room: int | None) -> None:
         """Raise ContextError where a text must have more than `room` tokens, as the longest token is short."""
@@ -241,9 +244,15 @@ class Vocabulary:
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(name)) and match[1] >= "8":
             return bytes.fromhex(match[1])
         if first:
-            return self.tokenizer.decode([token]).encode()
+            return self._decoded([token]).encode()
         anchor, width = self._anchor
-        return self.tokenizer.decode([*anchor, token])[width:].encode()
+        return self._decoded([*anchor, token])[width:].encode()
+
+    def _decoded(self, tokens: list[int]) -> str:
+        try:
+            return self.tokenizer.decode(tokens)
+        except BaseException as error:  # noqa: BLE001  passed on unless it is the library's
+            unusable(error)
 
     @cached_property
     def _longest(self) -> int:
@@ -257,10 +266,38 @@ class Vocabulary:
     def _anchor(self) -> tuple[list[int], int]:
         """A token and its text's length: a token decoded after it keeps its leading space, as inside a text."""
         for token in range(self.tokenizer.get_vocab_size()):
-            text = "" if token in self._silent else self.tokenizer.decode([token])
+            text = "" if token in self._silent else self._decoded([token])
             if text and "\ufffd" not in text:
                 return [token], len(text)
         return [], 0
+
+
+def _encoded(encode: Callable[[], list[Encoding]], text: str) -> Encoding:
+    """The encoding of one text, which a stranger's regular expression may keep from ever coming.
+
+    Raises:
+        ModelError: the tokenizer takes too long, or fails at this text.
+    """
+    seconds = MOST_SECONDS + len(text) / LETTERS_PER_SECOND
+    try:
+        return awaited(encode, seconds)[0]
+    except LateError:
+        raise ModelError(
+            f"The model's tokenizer takes more than {seconds:.0f} seconds for {len(text):,} letters; its "
+            "tokenizer.json isn't that of a published model: fetch it again."
+        ) from None
+    except BaseException as error:  # noqa: BLE001  as above
+        unusable(error)
+
+
+def unusable(error: BaseException) -> NoReturn:
+    """Raise ModelError for what a call of the library has raised: nothing narrower than Exception, and its panics are
+    none. A signal is raised itself.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    said = " ".join(str(error).split())[:200]
+    raise ModelError(f"The model's tokenizer can't be used: it fails ({said}); fetch it again.") from error
 
 
 def _lies_over(cuts: Sequence[int], start: int, end: int) -> bool:

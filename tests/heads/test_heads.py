@@ -19,7 +19,7 @@ from longspec.cache import CACHES
 from longspec.drafters import drafter_of
 from longspec.drafters.heads.clover import Head
 from longspec.drafters.heads.one_pass import Layered
-from longspec.errors import ModelError, UsageError
+from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import CONFIG, SHIPPED, WEIGHTS, load_head, new_head, save_head
 from longspec.heads.head import Batch
@@ -210,6 +210,39 @@ def test_it_bets_nothing_on_a_text_that_it_did_not_read(model: Model) -> None:
     session = engine(model).open(prompts(1)[0], raw=True)
     drafter.begin(session)
     assert len(drafter.propose([session], [5])[0]) == 0
+
+
+DEEPER = ("medusa", "cerberus", "parallelspec", "specformer", "transfer")
+"""Kinds with a matrix, or a row, for each depth."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_made_before_the_file_has_its_shapes(
+    model: Model, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config of a few bytes may ask for matrices of gigabytes."""
+    save_head(tmp_path, new_head(kind, model, depth=3), model)
+    about = json.loads((tmp_path / CONFIG).read_text())
+    (asked,) = about["speculators_config"]["proposal_methods"]
+    asked["speculative_tokens"] = 64
+    (tmp_path / CONFIG).write_text(json.dumps(about))
+    monkeypatch.setattr("longspec.heads.format.new_head", lambda *_, **__: 1 / 0)
+    with pytest.raises(ModelError if kind in DEEPER else ZeroDivisionError):
+        load_head(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads", [[], [1], [0, 1, 2, 3, 4]], ids=str)
+def test_a_head_reads_as_many_layers_as_its_kind(model: Model, tmp_path: Path, kind: str, reads: list[int]) -> None:
+    save_head(tmp_path, new_head(kind, model, depth=3), model)
+    about = json.loads((tmp_path / CONFIG).read_text())
+    if len(about["longspec"]["reads"]) == len(reads) or (not reads and issubclass(KINDS[kind], Recurrent)):
+        return
+    about["longspec"]["reads"] = reads
+    (tmp_path / CONFIG).write_text(json.dumps(about))
+    with pytest.raises(LongspecError) as refused:
+        load_head(tmp_path, model)
+    assert refused.value.exit_code in (2, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

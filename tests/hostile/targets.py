@@ -16,13 +16,14 @@ from typing import Any
 
 import gguf
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import oracle, write
 from support.engines import engine, tiny
 from support.ggufs import write_gguf
 from support.hostile import Attempt
 from support.mutants import of_bytes, of_json
 from support.native import SIZES
+from support.packed import write_packed
 from support.published import LAYOUTS
 from support.published import write as write_head
 
@@ -30,6 +31,24 @@ from longspec.cache import snapshot
 from longspec.engine.engine import Engine
 from longspec.model.load import CODED, DTYPES, open_model
 from longspec.model.weights.footprint import footprint
+
+WIDE = SIZES | {"head_dim": 64}
+STATES = WIDE | {"linear_num_key_heads": 4, "linear_num_value_heads": 16}
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_5": STATES,
+    "qwen3_5_moe": STATES | EXPERTS,
+    "qwen3_moe": WIDE | EXPERTS | {"num_hidden_layers": 2, "mlp_only_layers": []},
+    "gpt_oss": SIZES | {"head_dim": 32, "intermediate_size": 96, "num_hidden_layers": 2},
+    "gemma4": WIDE | {"global_head_dim": 128, "hidden_size_per_layer_input": 32},
+}
+"""Hybrids, mixtures, and layers that differ, as files of both kinds."""
+ONLY_FOLDERS: dict[str, dict[str, Any]] = {
+    "lfm2_moe": WIDE | EXPERTS,
+    "ouro": SIZES | {"num_hidden_layers": 2, "total_ut_steps": 2},
+    "linear_llama-some": WIDE,
+}
+PACKED = ("gptq of 32", "awq of 128", "compressed by rows", "fp8 of blocks")
 
 ENDS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}
 
@@ -39,11 +58,11 @@ def run(path: Path, dtype: str) -> None:
     opened = open_model(str(path), dtype=dtype, device="cpu")
     footprint(opened.checkpoint, opened.config, DTYPES[opened.dtype], CODED.get(opened.dtype))
     made = Engine(opened.load(), drafter="none", control="fixed")
-    made.generate("the cat", raw=True, max_new_tokens=3)
+    made.generate("the cat " * 14, raw=True, max_new_tokens=3)  # beyond a block, so that states are folded
 
 
 def ggufs(folder: Path) -> Attempt:
-    """Three architectures, in fp32 and in codes."""
+    """Architectures of every kind, in fp32 and in codes."""
     seeds = []
     for name, kind in (("llama-llama3", "Q8_0"), ("gemma3", None), ("phi3-longrope", None), ("llama", "Q4_0")):
         sizes: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, **({"head_dim": 32} if name == "gemma3" else {})}
@@ -53,6 +72,10 @@ def ggufs(folder: Path) -> Attempt:
             sizes = {"num_hidden_layers": 2}
         form = None if kind is None else gguf.GGMLQuantizationType[kind]
         seeds.append(write_gguf(oracle(name, **sizes), folder / f"{name}-{kind}.gguf", matrices=form).read_bytes())
+    coded = gguf.GGMLQuantizationType.Q8_0
+    for name, sizes in OTHERS.items():
+        others = {} if name.startswith("gemma") else {"attn_": coded, "ffn_": coded}
+        seeds.append(write_gguf(oracle(name, **sizes), folder / f"{name}.gguf", others=others).read_bytes())
     path = folder / "mutant.gguf"
     path.write_bytes(seeds[0])
     run(path, "int8")  # now, lest the first mutant pay for compiling the kernels
@@ -68,6 +91,11 @@ def ggufs(folder: Path) -> Attempt:
 def folder_of(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:
     """The files of a tiny model, tokenizer and texts too."""
     place = write(oracle(name, **{**SIZES, "num_hidden_layers": 2, **changes}), folder / name)
+    return with_texts(place, folder, parts=2 if name == "qwen2" else 1)
+
+
+def with_texts(place: Path, folder: Path, parts: int = 1) -> dict[str, bytes]:
+    """The files of a model's folder with those of a tokenizer, its weights in so many shards."""
     source = write_gguf(oracle("llama", **SIZES, num_hidden_layers=1), folder / "source.gguf")
     from longspec.model.gguf.file import read_gguf
 
@@ -83,14 +111,12 @@ def folder_of(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:
     for file, text in texts.items():
         (place / file).write_text(json.dumps(text))
     tensors = place / "model.safetensors"
-    if name == "qwen2":  # in two shards
-        from safetensors.torch import load_file
-
+    if parts > 1:
         held = load_file(tensors)
-        parts = {f"model-{i}.safetensors": dict(list(held.items())[i::2]) for i in range(2)}
-        for file, part in parts.items():
+        shards = {f"model-{i}.safetensors": dict(list(held.items())[i::parts]) for i in range(parts)}
+        for file, part in shards.items():
             save_file(part, place / file)
-        index = {"weight_map": {tensor: file for file, part in parts.items() for tensor in part}}
+        index = {"weight_map": {tensor: file for file, part in shards.items() for tensor in part}}
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
         tensors.unlink()
     return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
@@ -99,6 +125,11 @@ def folder_of(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:
 def folders(folder: Path) -> Attempt:
     """Every file of a folder: JSON by its values, others by their bytes, and each by what stands in its place."""
     seeds = [folder_of(folder, "llama-yarn"), folder_of(folder, "qwen2"), folder_of(folder, "gemma2", head_dim=32)]
+    for name, sizes in (OTHERS | ONLY_FOLDERS).items():
+        seeds.append(folder_of(folder, name, **{"num_hidden_layers": 4, **sizes}))
+    for kind in PACKED:
+        made, _ = write_packed(kind, folder / kind.replace(" ", "-"), num_hidden_layers=2)
+        seeds.append(with_texts(made, folder))
     place = folder / "mutant"
     run(folder / "llama-yarn", "int8")
 
@@ -157,14 +188,15 @@ def with_header(data: bytes, random: Random) -> bytes:
 
 
 def heads(folder: Path) -> Attempt:
-    """Draft heads as others publish them, and longspec's own."""
+    """Draft heads as others publish them, and longspec's own of every kind."""
     from support.heads import shaken
 
+    from longspec.heads import KINDS
     from longspec.heads.format import save_head
 
     model = tiny(folder / "model", hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
     places = [write_head(folder / layout.replace(" ", "-"), layout, model) for layout in LAYOUTS]
-    for kind in ("clover", "clover2"):
+    for kind in KINDS:
         save_head(folder / kind, shaken(kind, model), model, int8=kind == "clover2")
         places.append(folder / kind)
     seeds = [{path.name: path.read_bytes() for path in place.iterdir()} for place in places]

@@ -28,7 +28,7 @@ def test_thousands_of_mutants_are_read_or_refused(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["ggufs", "folders"])
+@pytest.mark.parametrize("name", TARGETS)
 def test_kernels_under_the_sanitizers_find_nothing_in_mutants(
     name: str, home: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

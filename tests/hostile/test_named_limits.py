@@ -9,8 +9,10 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -20,17 +22,20 @@ from safetensors.torch import load_file, save_file
 
 from longspec.cache import snapshot
 from longspec.cli.io import batch_forecast
+from longspec.engine import conversation
 from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.heads import draft_vocabulary
 from longspec.heads import format as heads
 from longspec.heads.published.eagle3 import load_eagle3
 from longspec.machine import files
 from longspec.machine.files import parse_json, read_bytes, read_text
 from longspec.model import config_values
-from longspec.model.files import checkpoint
+from longspec.model.files import checkpoint, tokenizer_files
 from longspec.model.files.checkpoint import Checkpoint
 from longspec.model.files.hub import find
 from longspec.model.gguf import header
 from longspec.model.gguf import tokenizer as gguf_tokenizer
+from longspec.model.gguf.file import GgufFile
 from longspec.model.gguf.tokenizer import build_tokenizer
 from longspec.model.weights import read, safetensors
 from longspec.model.weights.read import Weights
@@ -184,6 +189,39 @@ def test_a_weight_of_another_shape_is_refused(
         act(dtype=torch.bfloat16, coded=coded)
 
 
+def test_what_a_state_decays_by_is_of_floats(tmp_path: Path) -> None:
+    from support.checkpoints import load, oracle, write
+
+    tensors = load_file(write(oracle("qwen3_5"), tmp_path) / "model.safetensors")
+    for name in ("A_log", "dt_bias", "norm.weight", "conv1d.weight"):
+        full = next(each for each in tensors if each.endswith(f"linear_attn.{name}"))
+        save_file(tensors | {full: tensors[full].to(torch.int8)}, tmp_path / "model.safetensors")
+        with pytest.raises(ModelError, match=rf"{re.escape(full)} as int8, where fp32"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0, 4), (1 << 18, 1, 1)], ids=str)
+def test_experts_are_counted_before_each_has_a_name(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """One tensor may stack as many as its shape says, and where one size is 0, that takes no bytes."""
+    nbytes = 2 * shape[0] * shape[1] * shape[2]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    text = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, nbytes]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(nbytes))
+    with pytest.raises(ModelError, match=rf"stacks {shape[0]:,} experts; at most {config_values.MOST_EXPERTS:,} were"):
+        Weights.of_folder(tmp_path, torch.bfloat16)
+
+
+def test_experts_of_a_gguf_file_are_counted(tmp_path: Path) -> None:
+    from support.checkpoints import oracle
+    from support.ggufs import write_gguf
+
+    made = header.read_header(write_gguf(oracle("qwen3_moe", mlp_only_layers=[]), tmp_path / "a.gguf"))
+    name = "blk.0.ffn_down_exps.weight"
+    made.tensors[name] = replace(made.tensors[name], shape=(1 << 30, 1, 1))
+    with pytest.raises(ModelError, match=r"ffn_down_exps.weight stacks 1,073,741,824 experts"):
+        GgufFile(made)
+
+
 def test_a_safetensors_header_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for length in (safetensors._MOST_HEADER_NBYTES + 1, 1 << 63):
@@ -286,6 +324,21 @@ def test_an_added_token_that_tokenizer_json_lacks_is_added(folder: Path) -> None
     assert again.get_added_tokens_decoder()[5].content == made.id_to_token(5)
 
 
+def test_added_tokens_cost_what_they_are(folder: Path) -> None:
+    """Each call of the library reads all of them again: one by one 20,000 took minutes."""
+    made = Checkpoint("here", folder=folder)
+    config, size = made.tokenizer_config(), made.tokenizer().get_vocab_size()
+    config["added_tokens_decoder"] |= {str(size + i): {"content": f"<x{i}>"} for i in range(20_000)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    began = monotonic()
+    assert made.tokenizer().token_to_id("<x19999>") == size + 19_999
+    assert monotonic() - began < 10
+    config["added_tokens_decoder"][str(size + 20_000)] = {"content": "<x7>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="has no place for"):
+        made.tokenizer()
+
+
 def test_limits_md_names_every_limit() -> None:
     text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+?) +\| ([\d,]+)(?: (MiB|KiB))? +\|", text, re.MULTILINE)
@@ -293,7 +346,9 @@ def test_limits_md_names_every_limit() -> None:
     known = {
         "a config file of a model": checkpoint._MOST_NBYTES,
         "a chat template's file": checkpoint._MOST_TEMPLATE_NBYTES,
-        "a file of a tokenizer": checkpoint._MOST_TOKENIZER_NBYTES,
+        "a file of a tokenizer": tokenizer_files._MOST_TOKENIZER_NBYTES,
+        "letters that a tokenizer makes of one": tokenizer_files.MOST_GROWTH,
+        "tokens that a tokenizer puts around a text": tokenizer_files.MOST_ADDED,
         "an index of safetensors files": read._MOST_INDEX_NBYTES,
         "the header of a safetensors file": safetensors._MOST_HEADER_NBYTES,
         "the header of a GGUF file": header._MOST_HEADER_NBYTES,
@@ -308,7 +363,16 @@ def test_limits_md_names_every_limit() -> None:
         "a probe's training group of texts": semantic._MOST_NBYTES,
         "the index of a prompt cache": snapshot._INDEX_LIMIT,
         "arrays and objects within each other in JSON": files.MOST_DEPTH,
+        "a saved conversation": conversation._MOST_NBYTES,
+        "a text of hot tokens": draft_vocabulary._MOST_NBYTES,
+        "channels of a model, or of its MLP": config_values._MOST_WIDTH,
+        "heads of a layer, and channels of a head": config_values._MOST_HEADS,
         "layers of a model": config_values.MOST_LAYERS,
+        "loops of a looped model": config_values.MOST_LOOPS,
+        "tokens that a draft head drafts": heads.MOST_DEPTH,
+        "positions that a draft head reads": heads.MOST_WINDOW,
+        "experts of a layer": config_values.MOST_EXPERTS,
+        "dimensions of a head of linear attention": config_values.MOST_STATE_DIM,
         "positions of a model's context": config_values.MOST_CONTEXT,
     }
     assert said == known

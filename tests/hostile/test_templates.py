@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import resource
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from support.commands import ROOT
 
 from longspec.errors import UsageError
-from longspec.text import limits
+from longspec.text import chat_template, limits, prompt_template
 from longspec.text.chat_template import ChatTemplate
 from longspec.text.detokenizer import LONGEST_STOP, MOST_STOPS
+from longspec.text.prompt_template import parse
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
@@ -116,6 +118,8 @@ def test_the_page_says_the_numbers_of_the_code() -> None:
         f"{limits.MOST_STEPS:,} steps",
         f"{limits.MOST_LETTERS >> 20} Mi letters and {limits.LETTERS_PER_LETTER} times what it was given",
         f"{limits.MOST_ELEMENTS:,} elements",
+        f"nested {chat_template._MOST_DEPTH} deep",
+        f"(a prompt template {prompt_template._MOST_TEMPLATE_NBYTES >> 10} KiB)",
         f"{MOST_STOPS} stop strings, each of at most {LONGEST_STOP:,} letters",
     ):
         assert words in page
@@ -192,18 +196,18 @@ def statement(draw: random.Random, depth: int = 0) -> str:
     )
 
 
-def grown(draw: random.Random) -> str:
+def grown(draw: random.Random, seeds: Sequence[str] = SEEDS) -> str:
     """A seed with whole statements put in between its own."""
-    seed = draw.choice(SEEDS)
+    seed = draw.choice(seeds)
     for _ in range(draw.randint(1, 3)):
         at = draw.choice([0, *(found.end() for found in re.finditer("[%}]}", seed))])
         seed = seed[:at] + statement(draw) + seed[at:]
     return "{% set ns = namespace(x='a') %}{% set x = 'a' %}" + seed
 
 
-def mutant(draw: random.Random) -> str:
+def mutant(draw: random.Random, seeds: Sequence[str] = SEEDS) -> str:
     """A seed with some places changed: pieces put in, spans taken out, repeated, moved, nested."""
-    source = draw.choice(SEEDS)
+    source = draw.choice(seeds)
     for _ in range(draw.randint(1, 3)):
         start, end = sorted(draw.randint(0, len(source)) for _ in range(2))
         end = min(end, start + draw.choice((1, 5, 30, 200)))
@@ -217,7 +221,7 @@ def mutant(draw: random.Random) -> str:
             case "again":
                 span *= draw.choice((2, 3, 50))
             case "other":
-                span = draw.choice(SEEDS)[start:end]
+                span = draw.choice(seeds)[start:end]
             case "letter":
                 span = span[:-1] + chr(draw.randrange(32, 0x500))
             case "nested":
@@ -228,10 +232,12 @@ def mutant(draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20))])
-def test_mutants_are_rendered_or_refused(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_are_rendered_or_refused(
+    seed: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
     monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
     monkeypatch.setattr(limits, "MOST_STEPS", 20_000)
-    draw = random.Random(seed)
+    draw = random.Random(f"{pytestconfig.option.seed}:{seed}")
     sentences = set[str]()
     for _ in range(100):
         source, began = draw.choice((mutant, grown))(draw), perf_counter()
@@ -243,3 +249,26 @@ def test_mutants_are_rendered_or_refused(seed: int, monkeypatch: pytest.MonkeyPa
     assert not [sentence for sentence in sentences if "\n" in sentence]
     assert len(sentences) > 20  # they differ in what is wrong with them
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20
+
+
+OWN = tuple(path.read_text(encoding="utf-8") for path in sorted((ROOT / "prompts").glob("*.md")))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20))])
+def test_mutants_of_prompt_templates_are_rendered_or_refused(
+    seed: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "MOST_STEPS", 20_000)
+    draw = random.Random(f"{pytestconfig.option.seed}:own {seed}")
+    sentences = set[str]()
+    for _ in range(100):
+        source, began = draw.choice((mutant, grown))(draw, OWN), perf_counter()
+        try:
+            made = parse("own", source)
+            made.options(named := dict.fromkeys(made.parameters, "a, b"))
+            made.render("x" * 100 if made.takes_input else None, named)
+        except UsageError as error:
+            sentences.add(str(error))
+        assert perf_counter() - began < 10, source
+    assert len(sentences) > 10

@@ -112,6 +112,7 @@ def test_the_config_names_its_tokens() -> None:
         ({"tokenizer.ggml.merges": ["a b c"]}, "two tokens each"),
         ({"tokenizer.ggml.merges": None}, "no list of merges"),
         ({"tokenizer.ggml.merges": ["é x"]}, "can't|No tokenizer"),
+        ({"tokenizer.ggml.token_type": [{}] * 300}, "not as many|No tokenizer"),
         ({"tokenizer.ggml.bos_token_id": 10_000, "tokenizer.ggml.add_bos_token": True}, "number 10000"),
         ({"tokenizer.ggml.model": "llama"}, "no score"),
     ],

@@ -125,6 +125,15 @@ def test_reordered_columns_are_refused_by_name(tmp_path: Path) -> None:
             r"scale_inv has the shape \[6, 2\], which",
         ),
         ("fp8 of rows", "weight_scale", lambda scale: None, r"up_proj\.weight_scale is missing"),
+        ("fp8 of rows", "weight_scale", lambda scale: scale.bool(), r"up_proj\.weight_scale is in bool; scales in"),
+        ("gptq of 32", "scales", lambda scales: scales.int(), r"up_proj\.scales is in int32; scales in"),
+        (
+            "compressed by rows",
+            "weight_packed",
+            lambda codes: codes[:, :0],
+            r"and values, and has the shape \[256, 0\]",
+        ),
+        ("fp8 of blocks", "weight", lambda codes: codes[:0], r"and values, and has the shape \[0, 128\]"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(kind: str, part: str, change: Any, said: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from longspec.model.weights.read import Weights
 from longspec.model.weights.safetensors import write_shard
 from longspec.model.weights.scheme import scheme_of
 
-E5M2 = {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+E5M2 = FP8 | {"fmt": "e5m2"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
@@ -41,6 +43,11 @@ REFUSED: list[tuple[Any, str]] = [
     (GPTQ | {"checkpoint_format": "marlin"}, r"gptq \(checkpoint_format marlin, bits 4, group_size 128\)"),
     (GPTQ | {"dynamic": {"+:lm_head": {"bits": 8}}}, "gptq"),
     ({"quant_method": "gptq"}, "gptq,"),
+    (GPTQ | {"bits": math.inf}, r"gptq \(bits inf, group_size 128\)"),
+    (GPTQ | {"group_size": 1e30}, r"gptq \(bits 4, group_size 1e\+30\)"),
+    (GPTQ | {"bits": "a" * 9999}, r"gptq \(bits a{40}, group_size 128\)"),
+    (FP8 | {"weight_block_size": [1 << 40, 128]}, r"fp8 \(fmt e4m3\),"),
+    (FP8 | {"weight_block_size": [math.inf, 128]}, r"fp8 \(fmt e4m3\),"),
     (AWQ | {"version": "gemv"}, r"awq \(version gemv, bits 4, group_size 128\)"),
     (AWQ | {"bits": 3}, r"awq \(version gemm, bits 3, group_size 128\)"),
     (compressed(num_bits=8), r"compressed-tensors \(format pack-quantized, num_bits 8, group_size 128, strategy"),

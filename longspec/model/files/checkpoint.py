@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspec.errors import ModelError
-from longspec.machine.files import read_bytes, read_json, read_text
-from longspec.machine.schema import FLAG, TABLE, Kind, check, mapped, number, whole
+from longspec.machine.files import read_json, read_text
+from longspec.machine.schema import FLAG, Kind, check, number, whole
 from longspec.model.config_values import TOKENS
 from longspec.model.files.store import Report, quiet
 
@@ -32,8 +32,6 @@ __all__ = ["Checkpoint"]
 
 _MOST_NBYTES = 16 << 20  # of a config file; tokenizer_config.json lists added tokens, a few thousand at most
 _MOST_TEMPLATE_NBYTES = 1 << 20  # the longest of known models has 20 KB
-_MOST_TOKENIZER_NBYTES = 64 << 20  # Gemma 3's, of 262,000 tokens, has 33 MB
-_OLDER = ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 _NUMBER = number(-1e9, 1e9)  # what is in range, the request says
 _WRITING: dict[str, Kind] = {
@@ -45,7 +43,6 @@ _WRITING: dict[str, Kind] = {
     "min_p": _NUMBER,
     "repetition_penalty": _NUMBER,
 }
-_ADDED = {"added_tokens_decoder": mapped(TABLE)}
 _QUANTIZED = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where older tools say how weights are quantized, and what tool it then was."""
 
@@ -107,12 +104,9 @@ class Checkpoint:
         """The tokenizer of its file, with truncation and padding switched off."""
         if self.folder is None:
             return self._file.tokenizer()
-        path = self.folder / "tokenizer.json"
-        tokenizer = _tokenizer(path) if path.is_file() else _through_transformers(self.folder)
-        _add_tokens(tokenizer, self.tokenizer_config())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        from longspec.model.files.tokenizer_files import read_tokenizer
+
+        return read_tokenizer(self.folder, self.tokenizer_config())
 
     @property
     def coded(self) -> bool:
@@ -181,56 +175,3 @@ class Checkpoint:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path, _MOST_NBYTES, "The model's file", error=ModelError)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    data = read_bytes(path, _MOST_TOKENIZER_NBYTES, "The model's file", error=ModelError)
-    try:
-        return Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"{path} isn't a usable tokenizer: {error}.") from error
-
-
-def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Add the tokens of tokenizer_config.json that tokenizer.json lacks, as transformers does.
-
-    Raises:
-        ModelError: one isn't a token with its content, or its number is another's.
-    """
-    from tokenizers import AddedToken
-
-    check("The model's tokenizer_config.json", config, _ADDED, ModelError)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder") or {}
-    numbered = {int(name): token for name, token in listed.items() if name.isdecimal() and len(name) < 10}
-    for at, said in sorted(numbered.items()):
-        text = said.get("content")
-        if not isinstance(text, str) or not text:
-            raise ModelError(f"The model's tokenizer_config.json names no content for its token {at}.")
-        if text in known:
-            continue
-        found = tokenizer.token_to_id(text)
-        if (tokenizer.get_vocab_size() if found is None else found) != at:
-            raise ModelError(
-                f"The model's tokenizer_config.json has {text!r} as token {at}, which tokenizer.json lacks and has "
-                "no place for: fetch both again."
-            )
-        how = {name: bool(said.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        tokenizer.add_tokens([AddedToken(text, **how)])
-
-
-def _through_transformers(folder: Path) -> Tokenizer:
-    """The tokenizer converted by transformers from the older formats (vocab.json and merges.txt, tokenizer.model)."""
-    from transformers import AutoTokenizer
-
-    for name in _OLDER:
-        if (path := folder / name).exists():  # transformers reads them whole
-            read_bytes(path, _MOST_TOKENIZER_NBYTES, "The model's file", error=ModelError)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        backend: Tokenizer = tokenizer.backend_tokenizer
-    except Exception as error:  # foreign files can raise anything
-        raise ModelError(f"{folder} holds no usable tokenizer: add its tokenizer.json ({error}).") from error
-    return backend

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.model.config_values import MOST_EXPERTS
 from longspec.model.gguf.config import architecture_of, config_of, generation_config_of
 from longspec.model.gguf.header import GgufHeader, GgufTensor, read_header
 from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
@@ -274,9 +275,15 @@ class GgufFile:
 
 
 def _matrices(where: tuple[int, ...], order: int, name: str, stored: str, tensor: GgufTensor) -> list[_Placed]:
-    """A tensor by its place, or where it stacks the experts' matrices each of them, an expert's beside each other."""
+    """A tensor by its place, or where it stacks the experts' matrices each of them, an expert's beside each other.
+
+    Raises:
+        ModelError: there are more than a model has.
+    """
     if "*" not in name or len(tensor.shape) != (2 if name.endswith(".bias") else 3):
         return [((*where, order), name, stored, tensor)]
+    if tensor.shape[0] > MOST_EXPERTS:
+        raise ModelError(f"{stored} stacks {tensor.shape[0]:,} experts; at most {MOST_EXPERTS:,} were expected.")
     parts = enumerate(tensor.parts())
     return [((*where, _STACKED, i, order), name.replace("*", str(i)), stored, part) for i, part in parts]
 

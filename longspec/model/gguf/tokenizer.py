@@ -81,16 +81,17 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         raise ModelError(
             f"The GGUF file's tokenizer kind {shown(kind)} is not supported; known are {', '.join(builders)}."
         )
+    pairs = list(zip(tokens, kinds, strict=True))
     try:
         tokenizer = builders[kind](fields, tokens, kinds)
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == _CONTROL])
+        named = [token for token, k in pairs if k == _USER_DEFINED and token]
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in named])
+        _add_ends(tokenizer, fields)
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"No tokenizer can be built from the GGUF file's fields: {error}.") from error
-    pairs = list(zip(tokens, kinds, strict=True))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == _CONTROL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, k in pairs if k == _USER_DEFINED and token])
-    _add_ends(tokenizer, fields)
     return tokenizer
 
 

@@ -35,6 +35,7 @@ _OTHERS = {
     "packed": ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
 }
 _AWQ = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where each of eight columns stands
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STRIP = 1024  # rows whose values stand in fp32 at once
 
 
@@ -110,9 +111,18 @@ class Packed:
         if full not in self._sources:
             raise ModelError(f"The tensor {full} is missing from {self.path}: the files are incomplete.")
         tensor = self._sources[full].take(full)
-        if dimensions is not None and tensor.ndim != dimensions:
-            raise ModelError(f"{full} should have {dimensions} dimensions, and has the shape {list(tensor.shape)}.")
+        if 0 in tensor.shape or tensor.ndim != (tensor.ndim if dimensions is None else dimensions):
+            wanted = "" if dimensions is None else f"{dimensions} dimensions and "
+            raise ModelError(f"{full} should have {wanted}values, and has the shape {list(tensor.shape)}.")
         return tensor
+
+    def _scales(self, name: str, part: str, dimensions: int | None = None) -> Tensor:
+        """Scales in fp32."""
+        scales = self._part(name, part, dimensions)
+        if scales.dtype not in _FLOATS:
+            said = str(scales.dtype).removeprefix("torch.")
+            raise ModelError(f"{_part_of(name, part)} is in {said}; scales in fp32, bf16 or fp16 were expected.")
+        return scales.float()
 
     def _fp8(self, name: str) -> Iterator[Tensor]:
         """Strips of rows, in fp32."""
@@ -133,7 +143,7 @@ class Packed:
         """Values without their scales [out, in], scales in fp32, and for how many rows and columns one is."""
         weight = self._part(name, "weight", 2)
         named = "weight_scale_inv" if _part_of(name, "weight_scale_inv") in self._sources else "weight_scale"
-        scale = self._part(name, named).float()
+        scale = self._scales(name, named)
         size, width = weight.shape
         rows, columns = self._scheme.block or (1, width)
         if scale.numel() == 1:
@@ -171,7 +181,7 @@ class Packed:
             case _:
                 pairs = words.flatten(1)
                 self._check_order(name, "weight_g_idx", width)
-        steps = self._part(name, "weight_scale" if scheme.layout == "packed" else "scales", 2).float()
+        steps = self._scales(name, "weight_scale" if scheme.layout == "packed" else "scales", 2)
         steps = steps if scheme.layout == "packed" else steps.T.contiguous()
         if steps.shape != (size, -(-width // (scheme.group or width))) or width % steps.shape[1]:
             shape, of = list(steps.shape), f"[{size}, {width}]"

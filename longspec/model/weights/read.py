@@ -131,8 +131,12 @@ class Weights(Mapping[str, Tensor]):
         return self._source(name).shape(name)
 
     def exact(self, name: str) -> Tensor:
-        """A tensor's values in fp32, whatever the dtype: not rounded on the way."""
-        return self._source(name).take(name).float()
+        """A tensor's values in fp32, whatever the dtype: not rounded on the way. Raises ModelError where they aren't
+        floats.
+        """
+        tensor = self._source(name).take(name)
+        check_values([name], [tensor.dtype], [])
+        return tensor.float()
 
     def coded(self, names: Sequence[str], kind: str, bias: Tensor | None = None) -> CodedLinear:
         """The matrices concatenated along dimension 0 as a coded layer: the file's codes as they are, values quantized

@@ -17,6 +17,8 @@ __all__ = ["QUANTIZED", "Scheme", "scheme_of"]
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Where config.json says that weights are quantized; the last is MLX's."""
 
+_MOST = 1 << 24  # rows or columns that share a scale: a matrix has no more
+
 _SAID = ("format", "fmt", "checkpoint_format", "version", "bits", "num_bits", "group_size", "strategy", "desc_act")
 """What a refusal repeats of it."""
 
@@ -62,15 +64,15 @@ def _read(said: Any) -> Scheme:
     method = str(said.get("quant_method")) if isinstance(said, Mapping) else ""
     try:
         found = _METHODS[method](said) if method in _METHODS else None
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         found = None
     if found is not None:
         return found
     what = f"{said!s:.100}"
     if isinstance(said, Mapping):
         parts = {**said, **_weights_of(said)}
-        details = ", ".join(f"{part} {parts[part]}" for part in _SAID if parts.get(part) not in (None, False))
-        what = str(said.get("quant_method", "an unnamed method")) + (f" ({details})" if details else "")
+        details = ", ".join(f"{part} {parts[part]!s:.40}" for part in _SAID if parts.get(part) not in (None, False))
+        what = f"{said.get('quant_method', 'an unnamed method')!s:.40}" + (f" ({details})" if details else "")
     raise ModelError(
         f"The checkpoint's weights are quantized as {what}, which isn't supported; longspec reads fp32, fp16 and bf16 "
         "weights, FP8 (e4m3), gpt-oss's MXFP4, and GPTQ, AWQ and compressed-tensors in 4 bits without reordered columns"
@@ -129,14 +131,14 @@ def _weights_of(said: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _grouped(layout: Literal["gptq", "awq", "packed"], group: int, **more: Any) -> Scheme | None:
     """Groups are of 32 or 64 columns, of multiples of 128, or of all (-1)."""
-    if group != -1 and group not in (32, 64) and (group < 1 or group % 128):
+    if group != -1 and group not in (32, 64) and (not 1 <= group <= _MOST or group % 128):
         return None
     return Scheme(layout, group=None if group == -1 else group, **more)
 
 
 def _pair(block: Any) -> tuple[int, int]:
     rows, columns = (int(size) for size in block)
-    if min(rows, columns) < 1:
+    if not 1 <= min(rows, columns) <= max(rows, columns) <= _MOST:
         raise ValueError(block)
     return rows, columns
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longspec.errors import ModelError
+from longspec.model.config_values import MOST_EXPERTS
 from longspec.model.weights.quantized import Blocks
 from longspec.model.weights.safetensors import Shard
 
@@ -30,7 +31,11 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 
 def by_expert(sources: Mapping[str, Shard]) -> dict[str, Shard | Experts]:
-    """The tensors with those that stack all experts' matrices taken apart."""
+    """The tensors with those that stack all experts' matrices taken apart.
+
+    Raises:
+        ModelError: one stacks more than a model has: each gets a name, whatever its size.
+    """
     made: dict[str, Shard | Experts] = {}
     beside_a_bias: dict[tuple[str, str], Experts] = {}
     for name, shard in sources.items():
@@ -38,6 +43,10 @@ def by_expert(sources: Mapping[str, Shard]) -> dict[str, Shard | Experts]:
         if match is None or len(shape := shard.shape(name)) < 2:
             made[name] = shard
             continue
+        if shape[0] > MOST_EXPERTS:
+            raise ModelError(
+                f"{shard.path}: {name} stacks {shape[0]:,} experts; at most {MOST_EXPERTS:,} were expected."
+            )
         stem, matrix, kind = match.groups()
         if kind is None and f"{name}_bias" not in sources:
             if len(shape) != 3:
