@@ -9,12 +9,15 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from longspec.requests.fields import RequestError, shown, typed
+from longspec.requests.shapes import MOST_MESSAGES
 
 __all__ = ["kinds", "objects", "refuse_others", "renamed"]
 
 
 def objects(value: object, name: str) -> list[dict[str, Any]]:
-    """A list of objects."""
+    """A list of objects, of at most MOST_MESSAGES."""
+    if isinstance(value, list) and len(value) > MOST_MESSAGES:
+        raise RequestError(f"{name} has {len(value):,}; it may have {MOST_MESSAGES:,}.", param=name)
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise RequestError(f"{name} is {shown(value)}; it must be a list of objects.", param=name)
     return value

@@ -15,7 +15,17 @@ from starlette.requests import Request
 from longspec.requests.fields import parse_object
 from longspec.server.refusals import BUSY, RefusedError
 
-__all__ = ["ALL_NBYTES", "BODY_SECONDS", "MOST_NBYTES", "MOST_VALUES", "RATE", "SMALL_NBYTES", "Bodies"]
+__all__ = [
+    "ALL_NBYTES",
+    "BODY_SECONDS",
+    "MOST_NAMES",
+    "MOST_NBYTES",
+    "MOST_VALUES",
+    "RATE",
+    "SMALL_NBYTES",
+    "VALUE_RATE",
+    "Bodies",
+]
 
 MOST_NBYTES = 8 << 20
 """Of a body: ten times what a context of 128k tokens holds."""
@@ -26,6 +36,11 @@ BODY_SECONDS = 30.0
 MOST_VALUES = 1 << 19
 """Commas and opening brackets of a body, more than any context holds: 8 MiB of `[],` would keep the event loop for
 2.5 s, and take a gigabyte.
+"""
+
+MOST_NAMES = 1 << 17
+"""Colons of a body, those behind quotation marks within its texts not counted: each may be a name, and names cost most.
+Half a million of them keep the interpreter for .5 s, as long as nothing else of the process runs.
 """
 
 ALL_NBYTES = 64 << 20
@@ -39,6 +54,9 @@ RATE = 16 << 20
 """Bytes a second of all bodies that aren't small, in turns: a body that comes as fast as the loop can take it keeps the
 interpreter from the thread that writes texts.
 """
+
+VALUE_RATE = 1 << 19
+"""Commas, brackets and names a second of all bodies that aren't small: what they cost is a fifth of that time."""
 
 
 class Bodies:
@@ -67,13 +85,15 @@ class Bodies:
             self._held -= len(data)
 
     async def _read(self, request: Request, data: bytearray) -> None:
-        values = 0
+        values = names = 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for piece in request.stream():
                     data += piece
                     self._held += len(piece)
-                    values += sum(map(piece.count, (b",", b"[", b"{")))
+                    some = sum(map(piece.count, (b",", b"[", b"{")))
+                    named = piece.count(b":") - piece.count(b'\\":') + piece.count(b'\\\\":')
+                    values, names = values + some, names + named
                     if len(data) > MOST_NBYTES:
                         raise RefusedError(
                             413, f"The body has more than {MOST_NBYTES >> 20} MiB; send a shorter prompt."
@@ -83,8 +103,11 @@ class Bodies:
                     if values > MOST_VALUES:
                         sentence = f"The body has more than {MOST_VALUES:,} commas and brackets; send a shorter prompt."
                         raise RefusedError(413, sentence)
+                    if names > MOST_NAMES:
+                        sentence = f"The body has more than {MOST_NAMES:,} names of fields; send a shorter prompt."
+                        raise RefusedError(413, sentence)
                     if len(data) > SMALL_NBYTES:
                         async with self._turn:
-                            await asyncio.sleep(len(piece) / RATE)
+                            await asyncio.sleep(len(piece) / RATE + (some + named) / VALUE_RATE)
         except TimeoutError:
             raise RefusedError(408, f"The body didn't arrive within {BODY_SECONDS:g} seconds.") from None

@@ -8,6 +8,7 @@ import pytest
 from support.commands import ROOT
 
 from longspec.batch.job import AHEAD
+from longspec.batch.lines import LINE_NBYTES
 from longspec.calls import toolbox
 from longspec.cli.commands import serve
 from longspec.cli.io import prompt_input
@@ -17,10 +18,11 @@ from longspec.engine.memory_guard import STEPS
 from longspec.engine.scheduler import WIDTH
 from longspec.requests import shapes
 from longspec.requests.openai import MOST_STOPS
-from longspec.server import asks, bodies, connection, listen
+from longspec.server import asks, bodies, connection, listen, worker
 from longspec.text import prompt_template, repetition
 
 KIB, MIB = 1 << 10, 1 << 20
+NUMBERS = {2: "two", 10: "ten"}
 SAID = {
     "docs/reasoning.md": [
         f"at least {repetition.REPEATS} times ({repetition.FEWER} times if it has {repetition.LONG} tokens or more) "
@@ -33,6 +35,7 @@ SAID = {
     "docs/drafters.md": [f"(1 to 64) are drafted in a step, {DRAFT_TOKENS} if left out"],
     "docs/batch.md": [
         f"writes N texts side by side ({WIDTH})",
+        f"{LINE_NBYTES:,} bytes",
         f"at most {('one', 'two', 'three', 'four', 'five')[AHEAD - 1]} times the batch size of answers wait",
     ],
     "docs/constrained.md": [f"more than {MOST_BYTES / MIB:.0f} MiB of either"],
@@ -42,7 +45,8 @@ SAID = {
     ],
     "docs/serve.md": [
         f"may have {bodies.MOST_NBYTES / MIB:.0f} MiB and {bodies.BODY_SECONDS:.0f} seconds to arrive",
-        f"{bodies.MOST_VALUES:,} commas and opening brackets",
+        f"{bodies.MOST_VALUES:,} commas and opening brackets, {bodies.MOST_NAMES:,} names of fields",
+        f"and at {bodies.VALUE_RATE:,} commas, brackets and names a second",
         f"{bodies.ALL_NBYTES / MIB:.0f} MiB together; bodies of {bodies.SMALL_NBYTES / KIB:.0f} KiB are always taken",
         f"behind {bodies.SMALL_NBYTES / KIB:.0f} KiB of a body is taken at {bodies.RATE / MIB:.0f} MiB a second",
         f"{connection.HEAD_SECONDS:.0f} seconds for its head to arrive, {connection.HEAD_NBYTES / KIB:.0f} KiB",
@@ -56,6 +60,9 @@ SAID = {
         f"running answers get {serve._GRACE_SECONDS:.0f} seconds",
         f"over {serve._GRACE_SECONDS + listen.LAST_SECONDS + serve._PASS_SECONDS:.0f} seconds after the signal",
         f"{asks._COMPLETION_TOKENS} tokens unless `max_tokens` says more",
+        f"up to {NUMBERS[worker.SHELF_TIMES]} times as much",
+        f"as far as {NUMBERS[int(worker.SHELF_SECONDS)]} seconds allow",
+        f"unloaded when nobody has used it for `--idle` seconds ({serve._IDLE_SECONDS:.0f})",
     ],
     "docs/limits.md": ["(serve.md#limits)"],
     "docs/man/longspec-batch.1": [f"Write N texts side by side; {WIDTH} if left out."],

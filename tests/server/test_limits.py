@@ -122,7 +122,33 @@ def test_a_body_of_many_values_is_refused(served: Served) -> None:
     for data in (b"[],", b'{"":0},', b"0,"):
         status, answer = served.ask(b'{"prompt": [' + data * bodies.MOST_VALUES)
         assert status == 413
-        assert "commas and brackets" in answer["error"]["message"]
+        assert ("names of fields" if b":" in data else "commas and brackets") in answer["error"]["message"]
+
+
+def test_a_body_of_many_names_is_refused(served: Served) -> None:
+    for name in (b'"":0,', b'"" : 0,', b'"a\\\\":0,'):  # the last one ends with a backslash, which escapes nothing
+        status, answer = served.ask(b'{"prompt": {' + name * (bodies.MOST_NAMES + 1) + b'"a":0}}')
+        assert status == 413
+        assert "names of fields" in answer["error"]["message"]
+    quoted = json.dumps({"prompt": json.dumps(dict.fromkeys(range(1000), 1)) * 200, "max_tokens": 1})
+    assert served.ask(quoted.encode())[1]["error"]["code"] == "context_length_exceeded"  # names in a text are letters
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}] * 129}),
+        ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{}] * 100}] * 50}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 5000}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}] * 5000}),
+        ("responses", {"input": [{"role": "assistant", "content": "a"}] * 5000}),
+        ("messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "a"}] * 5000}),
+    ],
+)
+def test_what_is_checked_one_by_one_is_counted_first(served: Served, path: str, body: dict[str, Any]) -> None:
+    status, answer = served.ask(body, f"/v1/{path}")
+    assert status == 400
+    assert "may have" in answer["error"]["message"] or "more than 4,096; send fewer" in answer["error"]["message"]
 
 
 def test_large_bodies_together_keep_no_small_one_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

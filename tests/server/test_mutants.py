@@ -97,7 +97,7 @@ PATHS = {b'"prompt"': "/v1/completions", b'"input"': "/v1/responses", b'"system"
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.full)]
 
 
-def mutants(good: Sequence[Any], count: int, seed: int) -> Iterator[bytes]:
+def mutants(good: Sequence[Any], count: int, seed: str) -> Iterator[bytes]:
     """Good requests with values, names and shapes changed, fields added, and one of five torn as bytes."""
     random = Random(seed)
     for _ in range(count):
@@ -148,7 +148,7 @@ async def ask(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> None:
+def test_every_request_is_answered_or_refused(worker: Worker, count: int, pytestconfig: pytest.Config) -> None:
     complaints: list[str] = []
 
     async def run() -> list[int]:
@@ -156,7 +156,7 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
         models = Models(desk, {"tiny": lambda _: worker})
         app, statuses = open_to_clients(desk, models, None, None, complaints.append), list[int]()
         good = [CHAT, COMPLETION, RESPONSE, MESSAGE, AGENT]
-        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, seed=count)]
+        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, pytestconfig.option.seed)]
         for number, body in enumerate(asked):
             path = next((path for name, path in PATHS.items() if name in body and number % 9), "/v1/chat/completions")
             status, answer = await ask(app, path, body)
@@ -176,11 +176,11 @@ def test_every_request_is_answered_or_refused(worker: Worker, count: int) -> Non
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_every_record_has_its_line(made: Engine, count: int) -> None:
+def test_every_record_has_its_line(made: Engine, count: int, pytestconfig: pytest.Config) -> None:
     """A failed record is its own line, and those beside it are written."""
     for read, good in ((_objects, [LINE, TALK]), (_openai, [REQUEST])):
         records = [json.dumps(each).encode() for each in good]
-        records += [data.replace(b"\n", b" ") for data in mutants(good, count // 2, seed=count)]
+        records += [data.replace(b"\n", b" ") for data in mutants(good, count // 2, pytestconfig.option.seed)]
         whole = b"\n".join(records)
         wanted = sum(not each.is_blank for each in read_lines(BytesIO(whole)))
         job = Job(made, read(read_lines(BytesIO(whole)), None), {"max_new_tokens": 3})
