@@ -197,7 +197,8 @@ def _choices(inputs: Sequence[Input], logits: Tensor) -> list[list[int]]:
         rows, sampling = logits[start:end], session.sampling
         if session.processes:
             rows, faults = session.processed(rows, group[0].paths())
-            wrong |= {start + row: fault for row, fault in faults.items()}
+            session.faults = [*faults.values()]
+            wrong |= {start + row: -2 - i for i, row in enumerate(faults)}
         if session.constraint is not None:
             rows = session.constraint.mask(rows, group[0].paths())
         keys = [] if sampling.is_greedy else [key for one in group for key in one.session.noise_keys(one.depths)]

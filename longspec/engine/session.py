@@ -20,7 +20,7 @@ from longspec.calls.call import Call, CallPart
 from longspec.calls.reader import Reader
 from longspec.constraints.matcher import Constraint
 from longspec.constraints.thinking_budget import Guide
-from longspec.errors import LongspecError, ModelError, UsageError
+from longspec.errors import ModelError, UsageError
 from longspec.sampling.processors import Processor, changed, penalised
 from longspec.sampling.sampler import Sampling, noise_key, rank
 from longspec.text.detokenizer import Transcript
@@ -101,9 +101,9 @@ class Session:
         self.reasoning: str | None = None  # the reasoning part of `text`; None without one
         self.said = ""  # the answer part of `text`; all of it without a reasoning section and calls
         self.calls: list[Call] = []
-        self.drafter = drafter
-        self._reader = reader
-        self.processors, self._faults = tuple(processors), list[str]()
+        self.drafter, self._reader = drafter, reader
+        # faults: of rows of the pass that `take` is told of, as -2, -3 and so on
+        self.processors, self.faults = tuple(processors), list[Exception]()
         self.logprobs = logprobs
         self._parse = parse
         self.told: list[TokenLogprob] = []  # for each token of the answer, if asked for
@@ -161,11 +161,11 @@ class Session:
         """Whether logits are changed before a token is chosen."""
         return bool(self.processors) or self.sampling.counts
 
-    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, int]]:
+    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, Exception]]:
         """Logits [r, V] after the penalties and the processors, by each row's guessed tokens behind the answer; and
-        what `take` is told in place of a token that can't be chosen, by row.
+        the errors of rows in which no token can be chosen.
         """
-        faults: dict[int, str] = {}
+        faults: dict[int, Exception] = {}
         if self.sampling.counts:
             counts = [self._written + Counter(path) for path in paths]
             logits = penalised(logits, counts, self.sampling.frequency_penalty, self.sampling.presence_penalty)
@@ -175,8 +175,7 @@ class Session:
             for process in self.processors:
                 logits, wrong = changed(process, logits, answers)
                 faults = {**wrong, **faults}
-        self._faults += [fault for fault in dict.fromkeys(faults.values()) if fault not in self._faults]
-        return logits, {row: -2 - self._faults.index(fault) for row, fault in faults.items()}
+        return logits, faults
 
     def rank(
         self, logits: Tensor, paths: Sequence[Sequence[int]], count: int, vocabulary: Tensor | None = None
@@ -196,6 +195,7 @@ class Session:
         Raises:
             ModelError: the model chose no token, as its logits aren't numbers.
             UsageError: a processor left none to choose, or the grammar stops here and doesn't accept the answer.
+            Exception: a processor's own, with a note of where it was.
         """
         self._raise_given_up()
         tokens = [*(draft[i] for i in verdict.kept), verdict.bonus]
@@ -243,11 +243,16 @@ class Session:
         self.meant += verdict.meant
         return commit
 
-    def _fault(self, choice: int) -> LongspecError:
+    def _fault(self, choice: int) -> Exception:
         """Why there is no token, but a negative number."""
         at = f"After {len(self.tokens):,} tokens of prompt and answer"
         if choice < -1:
-            return UsageError(f"{at}: {self._faults[-2 - choice]}")
+            error = self.faults[-2 - choice]
+            if isinstance(error, UsageError):
+                return UsageError(f"{at}: {error}")
+            text = f"the text with the key {self.key!r}" if self.key else "the text"
+            error.add_note(f"{at} of {text}, in a logits processor.")
+            return error
         return ModelError(
             f"{at} the model's logits aren't finite numbers (NaN "
             "or infinity): its weights are damaged, or too large for the dtype; pull it again, or take fp32."

@@ -74,7 +74,7 @@ def check_names(given: Iterable[str], known: Collection[str], what: str) -> None
     """Raise TypeError, naming the nearest one, where a keyword isn't known, as for a function's own."""
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1)
+            near = get_close_matches(name.lower(), known, 1)
             raise TypeError(
                 f"{name!r} is not an option of {what}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}.")
@@ -82,22 +82,29 @@ def check_names(given: Iterable[str], known: Collection[str], what: str) -> None
 
 
 def declared(**kinds: Kind) -> Callable[[Callable[_Asked, _Given]], Callable[_Asked, _Given]]:
-    """Decorator: hold a call's arguments to the function's annotations, or to these kinds, which know bounds."""
+    """Decorator of a method: hold a call's arguments to its annotations, or to these kinds, which know bounds. Keywords
+    that it takes as a TypedDict are held to their names alone.
+    """
 
     def decorate(function: Callable[_Asked, _Given]) -> Callable[_Asked, _Given]:
         parameters = inspect.signature(function).parameters
-        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-        named = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+        further = next((name for name, one in parameters.items() if one.kind is one.VAR_KEYWORD), None)
+        named = [name for name in parameters if name != further]
 
         @cache
         def wanted() -> Mapping[str, Kind]:
             hints = get_type_hints(function)
             return {name: kinds.get(name) or kind_of(hints[name]) for name in named if name in hints}
 
+        @cache
+        def known() -> Collection[str]:
+            options = () if further is None else get_args(get_type_hints(function)[further])[0].__annotations__
+            return [*named[1:], *options]
+
         @wraps(function)
         def checked(*args: _Asked.args, **keywords: _Asked.kwargs) -> _Given:
-            if not takes_any:
-                check_names(keywords, named, function.__qualname__)
+            owner = args[0] if isinstance(args[0], type) else type(args[0])
+            check_names(keywords, known(), f"{owner.__name__}.{function.__name__}")
             given = {**dict(zip(named, args, strict=False)), **keywords}
             for name, kind in wanted().items():
                 if name in given and given[name] is not parameters[name].default:

@@ -31,14 +31,25 @@ _WANTED = (
 )
 
 
-def changed(process: Processor, logits: Tensor, answers: Sequence[Sequence[int]]) -> tuple[Tensor, Mapping[int, str]]:
-    """The processor's logits, and what is wrong with those rows in which there is nothing to choose. They are zeros
-    then: a row of a draft that is never reached must not end the text.
-
-    Raises:
-        UsageError: what it gives are no logits of these rows.
+def changed(
+    process: Processor, logits: Tensor, answers: Sequence[Sequence[int]]
+) -> tuple[Tensor, Mapping[int, Exception]]:
+    """The processor's logits, and by row the error of those that it gives nothing to choose from, its own exception
+    among them. They are zeros then: a row of a draft that is never reached must not end the text.
     """
-    found, name = process(logits, answers), getattr(process, "__name__", type(process).__name__)
+    try:
+        return _checked(process, process(logits, answers), logits)
+    except Exception as error:  # noqa: BLE001  a caller's code may raise anything
+        if len(logits) == 1:
+            return torch.zeros_like(logits), {0: error}
+    alone = [changed(process, logits[row : row + 1], answers[row : row + 1]) for row in range(len(logits))]
+    faults = {row: wrong[0] for row, (_, wrong) in enumerate(alone) if wrong}
+    return torch.cat([found for found, _ in alone]), faults
+
+
+def _checked(process: Processor, found: object, logits: Tensor) -> tuple[Tensor, Mapping[int, Exception]]:
+    """What a processor returned, as `changed` gives it. Raises UsageError where it is no logits of these rows."""
+    name = getattr(process, "__name__", type(process).__name__)
     if not isinstance(found, Tensor) or found.shape != logits.shape or not found.is_floating_point():
         what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else shown(found)
         raise UsageError(f"The processor {name} returned {what} for logits {list(logits.shape)}; it must be {_WANTED}.")
@@ -46,8 +57,9 @@ def changed(process: Processor, logits: Tensor, answers: Sequence[Sequence[int]]
     if not len(wrong := (~best.isfinite()).nonzero()[:, 0].tolist()):
         return found, {}
     words = {row: "-inf only" if value == -torch.inf else str(value) for row, value in enumerate(best.tolist())}
-    faults = {row: f"The processor {name} returned {words[row]} in a row; it must be {_WANTED}." for row in wrong}
-    return found.masked_fill(~best.isfinite()[:, None], 0), faults
+    return found.masked_fill(~best.isfinite()[:, None], 0), {
+        row: UsageError(f"The processor {name} returned {words[row]} in a row; it must be {_WANTED}.") for row in wrong
+    }
 
 
 def checked_bias(bias: Mapping[int, float], vocabulary: int) -> dict[int, float]:

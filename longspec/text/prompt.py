@@ -168,5 +168,7 @@ def encode(
         accepted = _accepted(vocabulary, messages, variables or {})
         tokens = _begun(vocabulary, _encode_chat(vocabulary, accepted, variables or {}, allow_special, room))
     if not tokens:
-        raise UsageError("The prompt is empty; give at least one token to go on from.")
+        raise UsageError(
+            "The prompt is empty, and this model begins no text with a token of its own; give a text to go on from."
+        )
     return tokens

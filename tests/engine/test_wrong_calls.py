@@ -148,6 +148,29 @@ def test_loading_names_the_nearest_keyword() -> None:
         LOAD(draftr="none")
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda made: made.generate_many(["A"], widht=2), r"of Engine.generate_many; did you mean 'width'\?"),
+        (lambda made: made.generate_many(["A"], max_tokens=2), r"generate_many; did you mean 'max_new_tokens'\?"),
+        (lambda made: made.sample("A", N=2), r"'N' is not an option of Engine.sample; did you mean 'n'\?"),
+        (lambda made: made.sample("A", number=2), r"of Engine.sample; there are: prompt, n, "),
+        (lambda made: made.sample("A", 2, temprature=1), r"of Engine.sample; did you mean 'temperature'\?"),
+        (lambda made: made.score(["AB"], promt="A"), r"of Engine.score; did you mean 'prompt'\?"),
+    ],
+)
+def test_a_call_names_the_nearest_keyword(model: Model, call: Callable[[Engine], Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        call(engine(model))
+
+
+def test_a_raw_prompt_without_a_token_is_refused(model: Model) -> None:
+    """Where the tokenizer begins no text by itself."""
+    bare = replace(model, vocabulary=Vocabulary(tokenizer_of([chr(i) for i in range(32, 127)]), {}, TEMPLATE))
+    with pytest.raises(UsageError, match="The prompt is empty, and this model begins no text with a token of its own"):
+        engine(bare).generate("", raw=True)
+
+
 def from_third(value: float) -> Callable[[Tensor, Sequence[Sequence[int]]], Tensor]:
     """A processor that gives this value only, in rows behind three tokens of the answer or more."""
 
@@ -190,8 +213,41 @@ def test_a_processors_fault_is_that_texts_error(
         assert answer.tokens == made.generate(TEXT, key=str(number), **plain).tokens
 
 
+class OwnError(Exception):
+    """What a caller's processor may raise."""
+
+
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 0.9, "seed": 4}], ids=["greedy", "sampled"])
-def test_a_fault_that_plain_decoding_never_meets_is_none(model: Model, sampled: dict[str, Any]) -> None:
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+def test_a_processors_own_exception_comes_through(model: Model, drafted: bool, sampled: dict[str, Any]) -> None:
+    """At its place in the text, with a note of it; the engine goes on, and so do the texts beside it."""
+
+    def raising(logits: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+        if any(len(answer) >= 3 for answer in answers):
+            raise OwnError("not this one")
+        return logits
+
+    plain: dict[str, Any] = {"raw": True, "max_new_tokens": 20, **sampled}
+    prompt, text = engine(model).open(TEXT, raw=True).tokens, engine(model).generate(TEXT, **plain)
+    made = engine(model, RandomTrees({"": [*prompt, *text.tokens]})) if drafted else engine(model)
+    for call in (made.generate, lambda *asked, **options: [*made.stream(*asked, **options)]):
+        with pytest.raises(OwnError, match="not this one") as caught:
+            call(TEXT, processors=[raising], **plain)
+        at = f"After {len(prompt) + 3:,} tokens of prompt and answer of the text, in a logits processor."
+        assert caught.value.__notes__ == [at]
+    asked: list[Any] = [TEXT, (TEXT, {"processors": [raising]}), TEXT]
+    found = dict(made.generate_many(asked, **plain))
+    assert isinstance(error := found[1], LongspecError)
+    assert isinstance(error.__cause__, OwnError)
+    assert "of the text with the key '1'" in error.__cause__.__notes__[0]
+    for number in (0, 2):
+        assert found[number].tokens == made.generate(TEXT, key=str(number), **plain).tokens  # type: ignore[union-attr]
+    assert made.generate(TEXT, **plain).tokens == text.tokens
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 0.9, "seed": 4}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_fault_that_plain_decoding_never_meets_is_none(model: Model, sampled: dict[str, Any], raises: bool) -> None:
     """Rows of drafts that aren't the text, and the row behind its end."""
     plain: dict[str, Any] = {"raw": True, "max_new_tokens": 30, "stop": None, **sampled}
     text = engine(model).generate(TEXT, **plain)
@@ -201,6 +257,8 @@ def test_a_fault_that_plain_decoding_never_meets_is_none(model: Model, sampled: 
     def off_the_text(logits: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
         """Faulty behind everything but what the text is before its end."""
         ways = [text.tokens[: len(wanted.tokens) + 1][: len(answer)] == tuple(answer) for answer in answers]
+        if raises and not all(ways):
+            raise OwnError
         return logits.masked_fill(~torch.tensor(ways)[:, None], float("nan"))
 
     prompt = engine(model).open(TEXT, raw=True).tokens
