@@ -135,6 +135,13 @@ class Files:
         written = {"the output": path, "the output's record": meta_path(path), "its copy": beside(path)}
         refuse_same_files({**({} if is_parts(self.name) else written), "the summary": self.summary}, read)
 
+    @property
+    def width(self) -> int:
+        """Texts side by side."""
+        from longspec.engine.scheduler import WIDTH
+
+        return self.batch_size or WIDTH
+
     def opened(self) -> Output | Parts:
         from longspec.batch.output import Output
         from longspec.batch.parts import Parts
@@ -150,7 +157,7 @@ def batch(
     sampling: SamplingOptions,
     reasoning: Annotated[Reasoning, Without("hide_reasoning")],
     cluster: Cluster,
-    reporting: Annotated[Reporting, Only("quiet")],
+    reporting: Annotated[Reporting, Only("quiet", "verbose")],
 ) -> None:
     """Answer many prompts, and write each answer as a line of JSON.
 
@@ -162,18 +169,16 @@ def batch(
 
     cluster.check(files.inputs or [], files.files_from, in_order=files.in_order)
     writing = text_options(ctx, framing, sampling, reasoning)
-    options = loading.engine_options(ctx)
+    options, reporting = loading.engine_options(ctx), reporting.settled(ctx)
     files.check(loading.model, loading.skip_set)
     width = files.batch_size
-    if loading.memory is not None:  # each sequence is planned at the model's whole context, as many as fit
-        from longspec.engine.scheduler import WIDTH
-
-        width = options["texts"] = files.batch_size or WIDTH
+    if loading.memory is not None:  # each text is planned at the model's whole context, as many as fit
+        width = options["texts"] = files.width
     with (
         open_input(
             files.inputs or [], form=files.form, template=files.template, files_from=files.files_from, null=files.null
         ) as source,
-        Progress(loading.model, quiet=reporting.quiet) as progress,
+        Progress(loading.model, quiet=reporting.quiet, verbose=reporting.verbose) as progress,
         files.opened() as out,
     ):
         about = About(out, anyway=files.continue_anyway)
@@ -185,8 +190,7 @@ def batch(
         first = next(records, None)
         if first is None:
             progress.say(f"nothing is left to do: {len(finished):,} lines are in {out.path}")
-            if files.summary is not None:
-                _summarise(files.summary, _tally(finished, failed), "none", complete=True)
+            _summarise(files.summary, _tally(finished, failed), "none", complete=True)
             raise typer.Exit(1 if failed else 0)
         from longspec.cli.io.batch_loop import Results
 
@@ -245,12 +249,11 @@ def _there(
     """Answer the records on a Ray cluster."""
     results.progress.report("looking for Ray")
     from longspec.cli.io.cluster_loop import ClusterLoop
-    from longspec.engine.scheduler import WIDTH
     from longspec.ray.actor import Order
     from longspec.ray.cluster import connected, nodes, places
     from longspec.ray.stream import Source, group_size, reports
 
-    folder, width = os.getcwd(), task.width or WIDTH
+    folder, width = os.getcwd(), files.width
     with connected(cluster.address):
         found = places(nodes(), device=task.loading["device"], threads=task.loading["threads"], actors=cluster.actors)
         results.progress.say(f"{found} for {task.model}")

@@ -150,27 +150,18 @@ class Engine(Writer):
         drafting, probe = accepting(accept, drafter, options, num_speculative_tokens, strict=strict)
         check(**drafting, cache=cache, all_rows=all_rows)
         check_weights(weights, choose_device(device))
-        began, model = perf_counter(), str(model) if isinstance(model, Path) else model
-        opened, plan = open_model(model, tokenizer=tokenizer, dtype=dtype, device=device, report=report), None
+        began, name = perf_counter(), str(model) if isinstance(model, Path) else model
+        opened = open_model(name, tokenizer=tokenizer, dtype=dtype, device=device, report=report)
         opened.set_threads(threads)
-        _check_drafter(drafting["drafter"], options, opened)
-        smaller = None if draft_model is None else _smaller(draft_model, opened, device, report)
-        if memory is not None:
-            run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights, **drafting}
-            plan = make_plan(opened, memory, tokens=tokens(opened.vocabulary) if callable(tokens) else tokens, **run)
+        smaller = _draft_model(draft_model, drafting, opened, device, report)
+        run = {"cache": kind(cache, all_rows), "strict": strict, "texts": texts, "weights": weights, **drafting}
+        plan = None if memory is None else make_plan(opened, memory, tokens=tokens, **run)
         loaded = opened.load(strict=strict, report=report, **on_disk(weights, plan))
         if smaller is not None and (plan is None or plan.limits.holds("model")):
             drafting["options"]["draft"] = smaller.load(strict=strict)
-        engine = cls(
-            loaded,
-            control=control,
-            cache=cache,
-            all_rows=all_rows,
-            costs_file=costs_path(loaded),
-            plan=plan,
-            judge=None if probe is None else load_probe(probe, loaded, drafting["options"]["draft"]),
-            **drafting,
-        )
+        judge = None if probe is None else load_probe(probe, loaded, drafting["options"]["draft"])
+        drafting |= {"control": control, "cache": cache, "all_rows": all_rows, "judge": judge}
+        engine = cls(loaded, costs_file=costs_path(loaded), plan=plan, **drafting)
         engine.load_seconds = {"load_s": perf_counter() - began, **loaded.seconds}
         return engine
 
@@ -280,14 +271,17 @@ class Engine(Writer):
         return f"<Engine {model.name}: {model.dtype} on {model.decoder.device}, drafter {self.drafter_name}>"
 
 
-def _check_drafter(drafter: str | Drafter, options: Mapping[str, Any], target: Opened) -> None:
-    """Refuse a head that the target's files lack, before weights are read."""
-    if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, options).kinds:
+def _draft_model(
+    name: str | None, drafting: Mapping[str, Any], target: Opened, device: str, report: Report | None
+) -> Opened | None:
+    """The draft model, opened, if there is one. What can't draft for the target is refused before weights are read: a
+    model that doesn't fit it, or a head that its files lack.
+    """
+    drafter = drafting["drafter"]
+    if isinstance(drafter, str) and drafter != "auto" and Multitoken in parse(drafter, drafting["options"]).kinds:
         check_head(target.checkpoint, target.config)
-
-
-def _smaller(name: str, target: Opened, device: str, report: Report | None) -> Opened:
-    """The draft model, opened; one that doesn't fit the target is refused before weights are read."""
+    if name is None:
+        return None
     opened = open_model(name, dtype=target.dtype, device=device, report=report)
     names = (target.checkpoint.name, target.vocabulary), (opened.checkpoint.name, opened.vocabulary)
     check_vocabulary(*names, opened.config.vocabulary)

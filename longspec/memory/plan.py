@@ -19,7 +19,7 @@ On a CPU the bytes are the process's peak resident size; on a GPU torch's reserv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ from longspec.memory.choices import (
 )
 from longspec.model.load import CODED, DTYPES, Opened
 from longspec.model.weights.footprint import footprint
+from longspec.text.tokenizer import Vocabulary
 from longspec.types import Drafter
 
 __all__ = [
@@ -140,7 +141,7 @@ def make_plan(
     opened: Opened,
     memory: str | int,
     *,
-    tokens: int | None = None,
+    tokens: int | Callable[[Vocabulary], int | None] | None = None,
     cache: str = "auto",
     draft_tokens: int | None = None,
     drafter: str | Drafter = "auto",
@@ -159,7 +160,7 @@ def make_plan(
     """
     request = request_of(
         opened,
-        tokens,
+        tokens(opened.vocabulary) if callable(tokens) else tokens,
         draft_tokens=draft_tokens,
         drafter=drafter,
         options=options,

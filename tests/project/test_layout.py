@@ -111,9 +111,7 @@ LOOSE = {"longspec": {"__init__.py", "types.py", "errors.py"}, "cli": {"__init__
 # What is larger as yet, with its lines or files. None may grow, and one that fits is to be taken out.
 LARGE_FILES: dict[str, int] = {}
 FULL_FOLDERS: dict[str, int] = {}
-LONG_FUNCTIONS: dict[str, int] = {
-    "longspec/engine/engine.py load": 75,  # it declares what a model is loaded with
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 
 
 def product() -> list[Path]:
