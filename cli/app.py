@@ -173,6 +173,8 @@ def _sentence(error: Exception) -> str:
     message = str(getattr(error, "message", "") or error)
     if parameter is None or context is None:
         sentence = error.format_message() if hasattr(error, "format_message") else message
+    elif type(error).__name__ == "MissingParameter":
+        sentence = f"{origin(context, parameter)} must be given: {parameter.help}"
     else:
         sentence = f"{origin(context, parameter)}: {message}"
     path = context.command_path if context is not None else "longspec"

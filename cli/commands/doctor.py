@@ -120,13 +120,12 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
 
-        from longspec.model.load import choose_device, native_dtype
+        from longspec.model.load import choose_device
     except (ImportError, OSError) as error:
         return {"problem": f"torch can't be imported: {error}"}
     device = choose_device("auto")
     return {
         "device": str(device),
-        "dtype": native_dtype(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -181,24 +180,32 @@ def _model() -> dict[str, Any]:
         "weights": model.format or "none",
         "disk_bytes": model.nbytes,
         "read_mb_per_second": _read_rate(),
-        **(_token(default) if model.here else {}),
+        **(_run(default) if model.here else {}),
     }
 
 
-def _token(model: str) -> dict[str, Any]:
-    """What a token of the model reads, and how many a second that makes without drafts."""
+def _run(model: str) -> dict[str, Any]:
+    """What a run of the model multiplies where --dtype is left open, what a token reads then, and how many tokens a
+    second that makes without drafts.
+    """
     try:
         from longspec.machine.bandwidth import kept_rate
         from longspec.memory.forecast import forecast
         from longspec.memory.plan import choice, request_of
-        from longspec.model.load import open_model
+        from longspec.model.load import auto_dtype, open_model
 
-        request = request_of(open_model(model, offline=True), None)
+        opened = open_model(model, offline=True)
+        dtype, why = auto_dtype(opened.device, opened.checkpoint, opened.config, opened.fit)
+        request = request_of(opened, None)
         told = forecast(request, choice(request, "dense", 512), kept_rate()).report()
     except (ImportError, OSError, LongspecError) as error:
-        return {"token": f"can't be told: {error}"}
+        return {"run": f"can't be told: {error}"}
     rate = told["tokens_per_second"]
-    return {"token_reads_mb": round(told["bytes_per_token"] / 1e6), "tokens_per_second": rate and round(rate)}
+    return {
+        "dtype": f"{dtype}, if --dtype is left open: {why}",
+        "token_reads_mb": round(told["bytes_per_token"] / 1e6),
+        "tokens_per_second": rate and round(rate),
+    }
 
 
 def _read_rate() -> int | None:

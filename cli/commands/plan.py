@@ -6,8 +6,10 @@ Reads a model's headers, or its config.json alone where it isn't on this machine
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate, pairwise
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +34,7 @@ Examples:
   longspec plan --texts 1e7 --nodes 8 --measured run.json --lengths answers.jsonl
 
 \b
-The table goes to stdout. The exit code is 0, also where nothing fits: it is an answer.
+The table goes to stdout. Where nothing fits, the exit code is 4.
 """
 
 _BITS = {"int8": 8.5, "int4": 4.5}
@@ -97,6 +99,10 @@ def plan(
         _print(report)
         if measured is not None:
             print_forecast(report["batch"])
+    if report["picked"] is None:
+        from longspec.memory.plan import plan as planned_for
+
+        planned_for(request, report["budget_bytes"])  # raises what a run would
 
 
 def _memory(request: Request, texts: int) -> int:
@@ -155,10 +161,10 @@ def _measured(request: Request) -> Callable[[float], float] | None:
 def _print(report: dict[str, Any]) -> None:
     from longspec.machine.system import shown
 
+    stored = f"; the file: {report['format']}" if report["format"] else ""
     typer.echo(
-        f"{report['model']} in {report['dtype']} on {report['device']}: {report['context']:,} tokens in "
-        f"{shown(report['budget_bytes'])}, of which weights {shown(report['weights_bytes'])} "
-        f"({report['weights_bits']:.1f} bits a weight{'; the file: ' + report['format'] if report['format'] else ''})"
+        f"{report['model']} in {report['dtype']} on {report['device']} ({report['weights_bits']:.1f} bits a weight"
+        f"{stored}): {report['context']:,} tokens in {shown(report['budget_bytes'])}"
     )
     rows = [("CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS")]
     for one in report["caches"]:
@@ -178,17 +184,24 @@ def _print(report: dict[str, Any]) -> None:
         cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:4], strict=True)]
         typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
     picked = report["picked"]
-    if picked:
-        sentence = f"takes {picked['cache']}"
-    elif report["least_bytes"] > report["budget_bytes"]:
-        sentence = f"finds nothing that fits: process and weights alone need {shown(report['least_bytes'])}"
-    else:
-        sentence = "finds nothing that fits"
-    typer.echo(f"* the text may differ from dense's. --cache auto {sentence}.")
+    typer.echo("* the text may differ from dense's")
+    sentence = f"takes {picked['cache']}" if picked else "finds nothing that fits; the least that there is"
+    typer.echo(f"\n--cache auto {sentence}: {_sum(report['parts'])}.")
     if picked:
         _print_reads(report["reads"], report["context"])
         _print_disk(report["from_disk"])
         _print_curve(report)
+
+
+def _sum(parts: Mapping[str, int]) -> str:
+    """The parts, rounded so that they make the total that is shown."""
+    total = sum(parts.values())
+    unit, word = (1 << 20, "MiB") if total < 10 << 30 else ((1 << 30) / 10, "GiB")
+    ends = [ceil(end / unit) for end in accumulate(parts.values(), initial=0)]
+    counts = [*(end - start for start, end in pairwise(ends)), ends[-1]]
+    *each, whole = [f"{count:,}" if word == "MiB" else f"{count / 10:,.1f}" for count in counts]
+    said = " + ".join(f"{name} {count}" for name, count, number in zip(parts, each, counts, strict=False) if number)
+    return f"{said} = {whole} {word}"
 
 
 def _print_reads(said: dict[str, Any], context: int) -> None:
@@ -230,12 +243,14 @@ def _print_disk(said: dict[str, Any] | None) -> None:
 def _print_curve(report: dict[str, Any]) -> None:
     from longspec.machine.system import shown
 
-    typer.echo("\nWhat --memory makes of a budget, at least, and the tokens/s that reading and drafts promise then:")
+    typer.echo("\nWhat is taken as the budget falls, with the least that it needs and the tokens/s to expect of it:")
+    taken = next((one for one in report["curve"] if one["budget_bytes"] <= report["budget_bytes"]), None)
     rows = [("BUDGET", "CACHE", "DRAFTED", "PREFILL", "WEIGHTS", "TOKENS/S", "DRAFTERS")]
     for one in report["curve"]:
         rate = f"{one['tokens_per_second']:.3g}" if one["tokens_per_second"] else "unknown"
         numbers = (str(one["draft_tokens"]), str(one["prefill_rows"]))
         drafters = ", ".join(one["drafters"] or ["auto"]) if one["draft_tokens"] else "none"
+        drafters += " (taken)" if one is taken else ""
         rows.append((shown(one["budget_bytes"]), one["cache"], *numbers, one["weights"], rate, drafters))
     for budget, cache, drafted, prefill, weights, rate, drafters in rows:
         typer.echo(f"{budget:>10}  {cache:7}  {drafted:>7}  {prefill:>7}  {weights:7}  {rate:>8}  {drafters}")
@@ -243,19 +258,18 @@ def _print_curve(report: dict[str, Any]) -> None:
 
 
 def _why(report: dict[str, Any]) -> str:
-    """Why one was taken, of those that were tried."""
+    """What more memory would bring."""
     from longspec.machine.system import shown
 
     picked, further = report["picked"], report["next"]
-    said = f"Of {report['candidates']:,} candidates "
     if further is None:
-        return f"{said}the first is taken: nothing that is larger promises more."
+        return "More memory would bring nothing more."
     said_of = {
-        "weights": "weights {}",
+        "weights": "weights in {}",
         "cache": "cache {}",
         "draft_tokens": "{} drafted tokens",
         "prefill_rows": "prefill chunks of {} rows",
     }
     changes = [word.format(further[key]) for key, word in said_of.items() if further[key] != picked[key]]
     more = shown(further["budget_bytes"] - report["budget_bytes"])
-    return f"{said}the first that fits is taken; with {more} more it would take {', '.join(changes) or 'another'}."
+    return f"With {more} more the row above would be taken: {', '.join(changes) or 'other drafters'}."

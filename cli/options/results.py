@@ -1,8 +1,9 @@
-"""Where a benchmark's results go, beside stdout: the options, and the writing."""
+"""Where a benchmark's results go: the options, and the writing."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,11 @@ __all__ = ["Results"]
 
 @group()
 class Results:
-    """Output files for results, beside stdout."""
+    """Where results go: a table on stdout, JSON, files."""
 
+    as_json: bool = option(
+        False, "Print one line of JSON and no table. In a pipe it follows the table anyway.", flag="--json/--no-json"
+    )
     output: Path | None = option(None, "Write the results as JSON.", metavar="FILE", once=True)
     plot: Path | None = option(None, "Draw them (.svg or .png).", metavar="FILE")
 
@@ -40,16 +44,20 @@ class Results:
             load_matplotlib()
 
     def take(self, workload: Workload, progress: Progress) -> None:
-        """Run a benchmark: each row is printed when it is measured, the complete report as the last line."""
+        """Run a benchmark: each row is printed when it is measured, and in a pipe the complete report behind them."""
         from longspec.bench.harness import report
 
         progress.stop()
-        typer.echo(workload.table.head)
+        if not self.as_json:
+            typer.echo(workload.table.head)
         rows = []
         for row in workload.rows(progress.report):
             progress.stop()
-            typer.echo(workload.table.line(row))
+            if not self.as_json:
+                typer.echo(workload.table.line(row))
             rows.append(row)
         if self.plot is not None:
             workload.draw(rows, self.plot)
-        typer.echo(json.dumps(report(workload, rows, self.output)))
+        complete = report(workload, rows, self.output)
+        if self.as_json or not os.isatty(1):
+            typer.echo(json.dumps(complete))

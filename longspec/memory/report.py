@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,13 @@ __all__ = ["report"]
 
 
 def report(request: Request, memory: str | int, measured: Callable[[float], float] | None = None) -> dict[str, Any]:
-    """The object that `longspec plan --json` prints. measured: seconds of a pass by its rows, by earlier runs."""
+    """The object that `longspec plan --json` prints. Its `parts` are bytes of what is picked, or of the least that
+    there is where nothing fits. measured: seconds of a pass by its rows, by earlier runs.
+    """
     budget = budget_of(request, memory)
     tried, how = list(choices(request)), whole(request, taken(request))
     picked = next((filled(request, one, budget) for one in tried if one.lacks(budget) is None), None)
+    least = min(tried, key=lambda one: one.need.total)
     rates = _rates(request)
     curve = [{"budget_bytes": one.need.total, **_picked(request, one, rates)} for one in _curve(tried)]
     return {
@@ -41,6 +44,7 @@ def report(request: Request, memory: str | int, measured: Callable[[float], floa
         "weights_bytes": request.footprint.weights,
         "weights_bits": round(8 * request.footprint.weights / parameters(request.config, tied=request.config.tied), 2),
         "least_bytes": alone(request),
+        "parts": asdict((picked or least).need),
         "picked": picked and _picked(request, picked, rates),
         "from_disk": picked and _from_disk(request, picked, rates),
         "reads": picked and _reads(request, picked, rates, measured),

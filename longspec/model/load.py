@@ -37,6 +37,7 @@ __all__ = [
     "DTYPES",
     "Model",
     "Opened",
+    "auto_dtype",
     "check_dtype",
     "choose_device",
     "choose_dtype",
@@ -209,23 +210,31 @@ def check_dtype(name: str) -> None:
 def choose_dtype(
     name: str, device: torch.device, checkpoint: Checkpoint, config: Config, fit: Fit | None = None
 ) -> str:
-    """The dtype of that name; `auto` is the tuned one, if there is one; else int8 where the checkpoint is quantized
-    and the kernel is available, bf16 where its kernel is available, and `native_dtype` elsewhere.
-    """
+    """The dtype of that name. Raises UsageError where there is none, or it can't be had here."""
     check_dtype(name)
-    if name == "auto" and fit is not None and fit.dtype not in CODED:
-        return fit.dtype
-    if name == "auto" or name in CODED:
-        why = missing(config, DTYPES["int8"], device)
-        if name in CODED and why is not None:
-            raise UsageError(f"The dtype {name} can't be had here: {why}. Use auto, bf16 or fp32.")
-        if name in CODED:
-            return name
-        if why is None and (checkpoint.coded or fit is not None):
-            return "int8" if fit is None else fit.dtype
-        if why is None:
-            return "bf16"
-    return native_dtype(device) if name == "auto" else name
+    if name == "auto":
+        return auto_dtype(device, checkpoint, config, fit)[0]
+    if name in CODED and (why := missing(config, DTYPES[name], device)) is not None:
+        raise UsageError(f"The dtype {name} can't be had here: {why}. Use auto, bf16 or fp32.")
+    return name
+
+
+def auto_dtype(device: torch.device, checkpoint: Checkpoint, config: Config, fit: Fit | None = None) -> tuple[str, str]:
+    """The dtype of `auto`, and why: the tuned one, if there is one; else int8 where the checkpoint is quantized and the
+    kernel is available, bf16 where its kernel is available, and `native_dtype` elsewhere.
+    """
+    tuned = "longspec tune found it the fastest here"
+    if fit is not None and fit.dtype not in CODED:
+        return fit.dtype, tuned
+    if (why := missing(config, DTYPES["int8"], device)) is not None:
+        native = native_dtype(device)
+        speed = "multiplies it fast" if native == "bf16" else "multiplies no bf16 fast"
+        return native, f"no C kernel runs it ({why}), and {device.type} {speed}"
+    if fit is not None:
+        return fit.dtype, tuned
+    if checkpoint.coded:
+        return "int8", "its file holds codes, which the C kernels multiply as they are"
+    return "bf16", "the C kernels multiply it"
 
 
 def native_dtype(device: torch.device) -> str:

@@ -71,6 +71,30 @@ def test_the_command(tiny: Path, suite: Path, tmp_path: Path) -> None:
     assert "answers of another setup" in other.err
 
 
+def test_a_terminal_gets_the_table_alone(
+    tiny: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["bench", "drafters", "-m", str(tiny), "--dtype", "fp32", "--suite", str(suite), "--drafter", "none"]
+    asked += ["--prompts", "1", "--max-new-tokens", "2"]
+    *table, last = inside(asked, tmp_path).out.decode().splitlines()
+    assert json.loads(last)["results"]
+    [alone] = inside([*asked, "--json"], tmp_path).out.decode().splitlines()
+    assert json.loads(alone).keys() == json.loads(last).keys()
+    monkeypatch.setattr("os.isatty", lambda number: number == 1)
+    seen = inside(asked, tmp_path).out.decode().splitlines()
+    assert len(seen) == len(table)
+    assert seen[0].split()[:2] == ["category", "drafter"]
+
+
+def test_a_suite_that_is_left_out_is_asked_for(tmp_path: Path) -> None:
+    result = inside(["bench", "drafters"], tmp_path)
+    assert (result.code, result.out) == (2, b"")
+    assert result.err == (
+        "longspec: --suite must be given: Prompts: objects with `category` and `turns`, one a line. "
+        "See longspec bench drafters --help.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

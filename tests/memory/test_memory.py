@@ -134,25 +134,28 @@ def planned(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_table(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert guarded(["plan", "-m", tiny, "--context", "2k", "--memory", "100MiB", *TINY]) == 0
+    assert guarded(["plan", "-m", tiny, "--context", "2k", "--memory", "100MiB", *TINY]) == 4
     said = capfd.readouterr()
-    lines = said.out.splitlines()
-    assert said.err == ""
-    assert "2,048 tokens in 100 MiB" in lines[0]
+    *lines, lossy, _, least = said.out.splitlines()
+    assert re.fullmatch(r"longspec: The memory budget is 100 MiB, and 2,048 tokens need at least [^\n]*\n", said.err)
+    assert lines[0].endswith("2,048 tokens in 100 MiB")
     assert lines[1].split() == ["CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS"]
-    assert [line.split("  ")[0].removesuffix(" *") for line in lines[2:-1]][:3] == ["dense", "int8", "int4"]
-    assert all("no: needs" in line for line in lines[2:-1])
-    assert "finds nothing that fits" in lines[-1]
+    assert [line.split("  ")[0].removesuffix(" *") for line in lines[2:]][:3] == ["dense", "int8", "int4"]
+    assert all("no: needs" in line for line in lines[2:])
+    assert lossy == "* the text may differ from dense's"
+    assert re.search(r"finds nothing that fits; the least that there is: process \d+ \+ .* = \d+ MiB\.$", least)
     assert guarded(["plan", "-m", tiny, *TINY]) == 0
     out = capfd.readouterr().out
-    assert "--cache auto takes dense" in out
+    [parts, total] = re.findall(r"^--cache auto takes dense: (.*) = ([\d,]+) MiB\.$", out, re.MULTILINE)[0]
+    assert sum(int(part.split()[1].replace(",", "")) for part in parts.split(" + ")) == int(total.replace(",", ""))
+    assert re.search(rf"^dense .* {total} MiB  yes$", out, re.MULTILINE)
+    assert len(re.findall(r" \(taken\)$", out, re.MULTILINE)) == 1
     head, first = r"^ +BUDGET  CACHE    DRAFTED  PREFILL  WEIGHTS  TOKENS/S  DRAFTERS\n", r"B  dense +15 +512  memory"
     assert re.search(
         rf"{head} +\d[^\n]*{first} +[\d.e+]+  recycle",
         out,
         re.MULTILINE,
     )
-    assert re.search(r"^dense .* yes$", out, re.MULTILINE)
 
 
 def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +178,8 @@ def test_the_plan_as_json(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert least["from_disk"]["bytes_per_token"] > 0
     assert least["from_disk"]["layers"] > least["from_disk"]["kept_layers"]
     caches = {one["cache"]: one for one in report["caches"]}
+    dense = next(one for one in report["caches"] if one["cache"] == "dense")
+    assert sum(report["parts"].values()) == dense["total_bytes"] == budgets[0]
     row = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
     assert row <= caches["dense"]["bytes_per_token"] < 1.3 * row
     assert caches["int4"]["bytes_per_token"] < 0.5 * row
