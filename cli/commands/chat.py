@@ -19,13 +19,15 @@ from longspec.cli.io.colour import can_colour
 from longspec.cli.io.line_editor import PipedLines, TypedLines
 from longspec.cli.io.page import page
 from longspec.cli.io.progress import Progress
+from longspec.cli.io.server_client import SERVED, Talk, talk
 from longspec.cli.io.stream_answer import load
 from longspec.cli.options.groups import Only, Without, group, option
 from longspec.cli.options.loading import Loading
-from longspec.cli.options.reporting import RAW_OUTPUT, Reporting
+from longspec.cli.options.reporting import NO_SERVER, RAW_OUTPUT, Reporting
 from longspec.cli.options.writing import Framing, Reasoning, SamplingOptions, text_options
 
 if TYPE_CHECKING:
+    from longspec.engine.conversation import Conversation
     from longspec.engine.engine import Engine
 
 __all__ = ["EPILOG", "chat"]
@@ -45,10 +47,11 @@ Every flag has its opposite (--no-stats) for what the environment or config.toml
 
 @group("Output")
 class Showing:
-    """The display of answers at a terminal."""
+    """The display of answers at a terminal, and who writes them."""
 
     show_drafts: bool = option(False, "Colour what came from a draft, where stdout is a terminal.")
     raw_output: bool = RAW_OUTPUT
+    no_server: bool = NO_SERVER
 
 
 def chat(
@@ -66,34 +69,42 @@ def chat(
     """
     writing = text_options(ctx, framing, sampling, reasoning)
     options = loading.engine_options(ctx)
-    quiet, stats = reporting.settled(ctx)
+    reporting = reporting.settled(ctx)
     system = writing["system"]
     settings = {name: value for name, value in writing.items() if name not in ("system", "raw")}
 
     typed = sys.stdin is not None and os.isatty(0)
-    with Progress(loading.model, quiet=quiet) as progress:
+    with Progress(loading.model, quiet=reporting.quiet, verbose=reporting.verbose) as progress:
 
         def engine(name: str, began: float | None = None) -> Engine:
             progress.model = name
             return load(name, options, perf_counter() if began is None else began, progress)
 
-        loaded = engine(loading.model, BEGAN)
-        progress.stop()
-        from longspec.engine.conversation import Conversation
+        colours = showing.show_drafts and can_colour()
+        conversation: Conversation | Talk | None = None
+        if not (showing.no_server or colours):  # a server doesn't say what was drafted
+            conversation = talk(loading.model, options, system, settings)
+        if conversation is None:
+            loaded = engine(loading.model, BEGAN)
+            progress.stop()
+            from longspec.engine.conversation import Conversation
 
-        conversation = Conversation(loaded, system=system, **settings)
+            conversation = Conversation(loaded, system=system, **settings)
+        elif reporting.verbose:
+            progress.say(SERVED)
         lines = TypedLines("> ", [usage.split()[0] for usage in COMMANDS]) if typed else PipedLines()
         if typed:
-            progress.say(f"talking with {short_name(loaded.model.name)}; ? says how, exit or Ctrl-D ends")
-        colours = showing.show_drafts and can_colour()
+            name = loading.model if isinstance(conversation, Talk) else conversation.engine.model.name
+            progress.say(f"talking with {short_name(name)}; ? says how, exit or Ctrl-D ends")
         output = page(raw=showing.raw_output or colours)
         Dialogue(
             conversation,
             lines,
             progress,
             engine,
+            loading.model,
             output=output,
             colours=colours,
-            stats=stats,
+            stats=reporting.stats,
             hide=reasoning.hide_reasoning,
         ).hold()

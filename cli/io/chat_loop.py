@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from longspec.cli.io import signals
@@ -18,6 +18,7 @@ from longspec.cli.io.colour import coloured
 from longspec.cli.io.line_editor import PipedLines, TypedLines
 from longspec.cli.io.page import Page
 from longspec.cli.io.progress import Progress, printable
+from longspec.cli.io.server_client import GoneError, Remote, Talk
 from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import UNSAID, Local, Policy, statistics, stream, unsaid
 from longspec.errors import LongspecError, UsageError
@@ -48,14 +49,17 @@ Ctrl-C stops an answer, whose beginning stays in the conversation; at the prompt
 
 
 class Dialogue:
-    """The loop over a user's messages. load: a function from a model's name to its engine."""
+    """The loop over a user's messages. load: a function from a model's name to its engine; a conversation with a server
+    goes on with that of `model` where it needs an engine, or the server is gone.
+    """
 
     def __init__(
         self,
-        conversation: Conversation,
+        conversation: Conversation | Talk,
         lines: TypedLines | PipedLines,
         progress: Progress,
         load: Callable[[str], Engine],
+        model: str,
         *,
         output: Output | Page,
         colours: bool,
@@ -67,6 +71,7 @@ class Dialogue:
         self.output = output
         self.progress = progress
         self.load = load
+        self.model = model
         self.colours = colours
         self.stats = stats
         self.hide = hide  # hide the reasoning
@@ -135,68 +140,76 @@ class Dialogue:
         self._tell(f"all that was said is forgotten{kept}")
 
     def _retry(self) -> None:
-        self._answer(self.conversation.again)
+        self._answer(lambda: self.conversation.again())
+
+    def _here(self) -> Conversation:
+        """The conversation, with an engine in this process."""
+        if isinstance(talk := self.conversation, Talk):
+            engine = self.load(self.model)
+            self.progress.stop()
+            self.conversation = conversation_with(engine, talk)
+            return self.conversation
+        return talk
 
     def _save(self, name: str) -> None:
-        path = os.path.expanduser(name)
+        path, conversation = os.path.expanduser(name), self._here()
         with signals.deferred():
-            self.conversation.save(path)
+            conversation.save(path)
         self._tell(f"saved {_count(self.conversation.turns, 'turn')} in {path}")
 
     def _load(self, name: str) -> None:
-        path = os.path.expanduser(name)
-        self.conversation = type(self.conversation).load(
-            self.conversation.engine,
-            path,
-            allow_special_tokens=self.conversation.settings.get("allow_special_tokens", False),
-        )
-        session = self.conversation.session
+        path, before = os.path.expanduser(name), self._here()
+        allowed = before.settings.get("allow_special_tokens", False)
+        self.conversation = loaded = type(before).load(before.engine, path, allow_special_tokens=allowed)
+        session = loaded.session
         rows = _count(session.cached if session is not None else 0, "token")
         self._tell(f"{_count(self.conversation.turns, 'turn')} from {path}, {rows} of it in the cache")
-        for note in self.conversation.notes:
+        for note in loaded.notes:
             self._tell(note)
 
     def _model(self, name: str) -> None:
         engine = self.load(name)
         self.progress.stop()
-        self.conversation.move(engine)
+        self.model = name
+        if isinstance(talk := self.conversation, Talk):
+            self.conversation = conversation_with(engine, talk)
+        else:
+            talk.move(engine)
         self._tell(f"going on with {short_name(engine.model.name)}, which reads the conversation with the next message")
 
     def _stats(self) -> None:
-        conversation, session = self.conversation, self.conversation.session
-        if session is None or session.first_token is None:
+        if (answer := self.conversation.answer()) is None:
             self._tell("no answer was written yet")
             return
-        answer = conversation.engine.answer(session)
-        usage, memory = answer.usage, answer.memory
+        usage, nbytes = answer.usage, answer.memory["cache_bytes"]
         self._tell(statistics(answer))
         self._tell(
-            f"{_count(conversation.turns, 'turn')}; of {_count(usage['prompt_tokens'], 'prompt token')} "
-            f"{usage['cached_tokens']:,} were in the cache; it is {answer.cache}, with "
-            f"{_count(session.cache.length, 'token position')} in {memory['cache_bytes'] / 1e6:,.1f} MB"
+            f"{_count(self.conversation.turns, 'turn')}; of {_count(usage['prompt_tokens'], 'prompt token')} "
+            f"{usage['cached_tokens']:,} were in the cache; it is {answer.cache}, of {nbytes / 1e6:,.1f} MB"
         )
 
-    def _answer(self, opening: Callable[[], Session]) -> None:
+    def _answer(self, opening: Callable[[], Session | Remote]) -> None:
         """Write an answer to its end, or to a signal, and keep what was written."""
-        session = opening()
         try:
-            interrupted = self._write(session)
-        except BaseException:
-            self.conversation.session = None  # its cache may hold half a step
-            raise
+            session, interrupted = self._written(opening)
+        except GoneError:
+            self.progress.say("the server takes no more questions; the model is loaded here")
+            self._here()
+            session, interrupted = self._written(opening)
         kept = self.conversation.keep()
         for note in session.notes:
             self.progress.say(note)
-        if self.hide and unsaid(self.conversation.engine.answer(session)):
+        answer = self.conversation.answer()
+        if self.hide and answer is not None and unsaid(answer):
             self.progress.say(UNSAID)
-        if session.finish_reason == "length" and not isinstance(self.lines, PipedLines):
-            count = f"{_count(len(session.answer), 'token')}"
+        if answer is not None and answer.finish_reason == "length" and not isinstance(self.lines, PipedLines):
+            count = f"{_count(answer.usage['completion_tokens'], 'token')}"
             self.progress.say(
                 f"the answer was cut after {count}; --max-new-tokens allows more, and asking to go on continues it"
             )
         if interrupted is None:
-            if self.stats:
-                self.progress.say(statistics(self.conversation.engine.answer(session)))
+            if self.stats and answer is not None:
+                self.progress.say(statistics(answer))
             return
         if interrupted.signum != signal.SIGINT or isinstance(self.lines, PipedLines):
             raise interrupted
@@ -206,12 +219,23 @@ class Dialogue:
             else "stopped before anything was written; the conversation is as it was"
         )
 
-    def _write(self, session: Session) -> signals.Interrupted | None:
+    def _written(self, opening: Callable[[], Session | Remote]) -> tuple[Session | Remote, signals.Interrupted | None]:
+        session = opening()
+        try:
+            return session, self._write(session)
+        except BaseException:
+            self.conversation.session = None  # its cache may hold half a step
+            raise
+
+    def _write(self, session: Session | Remote) -> signals.Interrupted | None:
         """Write the session to its end, or to a signal, which is returned. Its text so far is on stdout then.
 
         A signal is raised between steps; a second one within a step propagates.
         """
-        source = Local(self.conversation.engine, session, resumable=True)
+        if isinstance(session, Remote):
+            with closing(session):
+                return stream(session, self.output, self.progress, Policy(stream=True, text=True, hide=self.hide))
+        source = Local(self._here().engine, session, resumable=True)
 
         def paint(text: str) -> str:
             begin = len(session.text) - len(text)  # the newest part of the session's text
@@ -225,6 +249,15 @@ class Dialogue:
         if sys.stderr is not None:
             with suppress(OSError):
                 print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def conversation_with(engine: Engine, talk: Talk) -> Conversation:
+    """A server's conversation, to be gone on with by an engine."""
+    from longspec.engine.conversation import Conversation
+
+    made = Conversation(engine, **talk.settings)
+    made.messages = talk.messages
+    return made
 
 
 def short_name(model: str) -> str:

@@ -1,4 +1,4 @@
-"""`longspec run` through a running server: the same answer, without loading a model.
+"""`longspec run`, `chat` and `command` through a running server: the same answers, without loading a model.
 
 Takes the options of loading and of the answer. Looks for the Unix socket of a server with the same model and
 settings, and relays its answer. Imports only light parts of the standard library, as this path is about start-up
@@ -33,8 +33,12 @@ from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import Policy, stream
 from longspec.errors import LongspecError
 from longspec.machine.system import cache_folder
+from longspec.text.turns import Message, Turns
 
-__all__ = ["Remote", "Reported", "address", "folder", "write"]
+__all__ = ["SERVED", "GoneError", "Remote", "Reported", "Talk", "address", "folder", "found", "talk", "told", "write"]
+
+SERVED = "a longspec serve with these settings answers; --no-server loads the model here"
+"""What --verbose says."""
 
 _MOST_NBYTES = 8 << 20  # the server's limit; a longer prompt is answered in this process
 _PATH_NBYTES = 100  # a socket's path has at most 108 bytes on Linux, 104 on macOS
@@ -47,29 +51,15 @@ _FILES = ("draft_model", "skip_set", "draft_from")
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """An answer reported by a server; the names are those of `longspec.engine.answer.Answer`."""
+    """An answer reported by a server; what it has is named as in `longspec.engine.answer.Answer`."""
 
     fields: dict[str, Any]
 
-    @property
-    def finish_reason(self) -> str:
-        return str(self.fields["finish_reason"])
-
-    @property
-    def text(self) -> str:
-        return str(self.fields["text"])
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return dict(self.fields["usage"])
-
-    @property
-    def speculation(self) -> dict[str, Any]:
-        return dict(self.fields["speculation"])
-
-    @property
-    def timing(self) -> dict[str, Any]:
-        return dict(self.fields["timing"])
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.fields[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
     def report(self) -> dict[str, Any]:
         return self.fields
@@ -116,7 +106,7 @@ def address(folder: Path, model: str, loading: Mapping[str, Any]) -> Path:
 def write(
     model: str,
     loading: Mapping[str, Any],
-    prompt: str,
+    prompt: str | list[Message],
     writing: Mapping[str, Any],
     output: Output | OutputFile | Page,
     progress: Progress,
@@ -128,15 +118,9 @@ def write(
 
     A signal ends the answer and is returned.
     """
-    if loading.get("memory") is not None or writing.get("prompt_cache") is not None:
-        return None  # these options concern this process
-    if writing.get("allow_special_tokens"):
-        return None  # which a server refuses
-    place = folder()
-    if place is None:
+    if writing.get("prompt_cache") is not None or (path := _usual(model, loading, writing)) is None:
         return None
-    remote = Remote.reached(address(place, model, loading), prompt, writing, began)
-    if remote is None:
+    if (remote := Remote.reached(path, prompt, writing, began)) is None:
         return None
     seconds = perf_counter() - began
     with closing(remote):
@@ -150,6 +134,82 @@ def write(
     return Reported(remote.report), interrupted
 
 
+def talk(model: str, loading: Mapping[str, Any], system: str | None, settings: dict[str, Any]) -> Talk | None:
+    """A conversation with a running server; None where none is there for this model and these options."""
+    path = found(model, loading, settings)
+    return None if path is None else Talk(path, system, settings)
+
+
+def found(model: str, loading: Mapping[str, Any], writing: Mapping[str, Any]) -> Path | None:
+    """The socket of a server that is up for this model and these options; None where there is none."""
+    path = _usual(model, loading, writing)
+    return None if path is None or told(path, "/end", {"id": ""}) is None else path
+
+
+def told(path: Path, route: str, body: Mapping[str, Any], seconds: float | None = 2.0) -> dict[str, Any] | None:
+    """The object that the server there answers with; None where it gives none, or not in time."""
+    if (connection := _posted(path, route, json.dumps(body).encode())) is None:
+        return None
+    with closing(connection), suppress(OSError, ValueError):
+        connection.settimeout(seconds)
+        with connection.makefile("rb") as answer:
+            head, _, content = answer.read().partition(b"\r\n\r\n")
+        if head.split(b" ", 2)[1:2] == [b"200"]:
+            return dict(json.loads(content))
+    return None
+
+
+def _usual(model: str, loading: Mapping[str, Any], writing: Mapping[str, Any]) -> Path | None:
+    """Where a server for this model and these options would be; None where an option concerns this process."""
+    place = folder()
+    # A server refuses to read special tokens where it wasn't started so.
+    if place is None or loading.get("memory") is not None or writing.get("allow_special_tokens"):
+        return None
+    return address(place, model, loading)
+
+
+class GoneError(LongspecError):
+    """No server takes the question any more, or it is gone before it wrote anything."""
+
+
+class Talk(Turns):
+    """A conversation whose answers a running server writes. settings: options of every answer."""
+
+    def __init__(self, path: Path, system: str | None, settings: dict[str, Any]) -> None:
+        super().__init__(system)
+        self.settings = settings
+        self.session: Remote | None = None  # the last answer
+        self._path = path
+        self._asked: list[Message] = []
+
+    def ask(self, text: str) -> Remote:
+        """Begin the answer to a question. Raises GoneError."""
+        return self._open(self.question(text))
+
+    def again(self) -> Remote:
+        """Begin another answer to the last question. Raises GoneError; UsageError where there is none."""
+        return self._open(self.last_question())
+
+    def keep(self) -> bool:
+        """Append question and answer to the messages; no answer, no change."""
+        if self.session is None or self.session.message is None:
+            return False
+        self.messages = [*self._asked, self.session.message]
+        return True
+
+    def answer(self) -> Reported | None:
+        """The last answer; None where nothing was written yet."""
+        session = self.session
+        return Reported(session.report) if session is not None and session.report is not None else None
+
+    def _open(self, messages: list[Message]) -> Remote:
+        self.session = Remote.reached(self._path, messages, {**self.settings, "key": self.key}, perf_counter())
+        if self.session is None:
+            raise GoneError("The server takes no more questions.")
+        self._asked = messages
+        return self.session
+
+
 class Remote:
     """An answer in progress on a server: its text so far, and at its end the report."""
 
@@ -161,6 +221,8 @@ class Remote:
         self.thinking = 0  # reasoning tokens so far, until the answer begins
         self.tokens = 0
         self.notes: list[str] = []
+        self.message: Message | None = None  # at its end: the answer as one of a conversation
+        self.reading: tuple[int, int] | None = None  # tokens of the prompt: done, in total
         self.report: dict[str, Any] | None = None
         self._connection = connection
         self._path = path
@@ -169,10 +231,12 @@ class Remote:
         self._data = b""
 
     @classmethod
-    def reached(cls, path: Path, prompt: str, writing: Mapping[str, Any], began: float) -> Remote | None:
+    def reached(
+        cls, path: Path, prompt: str | list[Message], writing: Mapping[str, Any], began: float
+    ) -> Remote | None:
         """Connect to the server at that path; None if it doesn't accept the request."""
-        name = os.urandom(8).hex()
-        body = json.dumps({"id": name, "prompt": prompt, "options": {**writing}, "began": began}).encode()
+        name, kind = os.urandom(8).hex(), "prompt" if isinstance(prompt, str) else "messages"
+        body = json.dumps({"id": name, kind: prompt, "options": {**writing}, "began": began}).encode()
         connection = _posted(path, "/run", body) if len(body) <= _MOST_NBYTES else None
         if connection is None:
             return None
@@ -204,7 +268,7 @@ class Remote:
     def advance(self, progress: Progress) -> None:
         """Take the data that has arrived or arrives within a second. A signal is raised only when there is none.
 
-        Raises LongspecError: the server's error, or a lost connection.
+        Raises LongspecError: the server's error, or a lost connection; GoneError where nothing had come of the answer.
         """
         ready = self._data or select.select([self._connection], [], [], self._seconds)[0]
         with signals.deferred():
@@ -217,21 +281,26 @@ class Remote:
             *lines, self._data = (self._data + data).split(b"\n")
             for line in lines:
                 self._take(json.loads(line))
+            if self.reading is not None and not self.tokens:
+                progress.report("reading the prompt", *self.reading)
             if not lines and not data:
-                raise LongspecError("The server broke off before the answer's end; ask again, or with --no-server.")
+                said = "The server broke off before the answer's end; ask again, or with --no-server."
+                raise LongspecError(said) if self.tokens else GoneError(said)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "error" in line:
             error = LongspecError(line["error"])
             error.exit_code = line["exit_code"]
             raise error
+        if "read" in line:
+            self.reading = line["read"], line["of"]
         text = line.get("text", "")
         self.text += text
         self.said += line.get("said", text)
         self.thinking = 0 if self.said else self.thinking + line.get("tokens", 0) * bool(text)
         self.tokens += line.get("tokens", 0)
         self.notes += line.get("notes", [])
-        self.report = line.get("answer")
+        self.report, self.message = line.get("answer"), line.get("message")
 
 
 def _posted(path: Path, route: str, body: bytes) -> socket.socket | None:

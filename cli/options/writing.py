@@ -117,13 +117,14 @@ class Constraints:
     regex: str | None = option(None, "Hold the whole answer to a regular expression.", metavar="PATTERN", once=True)
 
     def checked(self) -> dict[str, Any]:
-        """The options of the constraint, checked before a model is loaded."""
+        """The options of the constraint, read and checked before a model is loaded."""
         if self.json_schema is None and self.regex is None:
             return {}
-        from longspec.constraints.grammar import grammar_of
+        from longspec.constraints.grammar import grammar_of, schema_text
 
-        grammar_of(self.json_schema, self.regex)
-        return values(self)
+        schema = None if self.json_schema is None else schema_text(self.json_schema)
+        grammar_of(schema, self.regex)
+        return {"json_schema": schema, "regex": self.regex}
 
 
 def text_options(

@@ -5,21 +5,24 @@ The command goes to stdout, warnings about it to stderr. Reads the request befor
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from longspec.cli.io import signals
 from longspec.cli.io.progress import Progress
 from longspec.cli.io.prompt_input import read_prompt
+from longspec.cli.io.server_client import GoneError, found
 from longspec.cli.io.stdout import Output
 from longspec.cli.options.groups import Only, argument, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.parsers import whole
-from longspec.cli.options.reporting import Reporting
+from longspec.cli.options.reporting import NO_SERVER, Reporting
 from longspec.cli.options.writing import SamplingOptions
 from longspec.cli.shell.environment import SHELLS, Place, here
+from longspec.cli.shell.served import Served
 from longspec.errors import LongspecError, UsageError
 
 __all__ = ["DESTRUCTIVE", "EPILOG", "command"]
@@ -70,6 +73,7 @@ class Asking:
     no_stdin: bool = option(
         False, "Leave standard input alone. Without it, what is piped in is read to its end.", panel="Prompt"
     )
+    no_server: bool = NO_SERVER
 
 
 @group("Output")
@@ -80,6 +84,7 @@ class Explaining:
 
 
 def command(
+    ctx: typer.Context,
     asking: Asking,
     loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
     sampling: Annotated[SamplingOptions, Only("seed")],
@@ -93,7 +98,8 @@ def command(
     place, output = here(asking.shell), Output()
     with Progress(loading.model, quiet=reporting.quiet) as progress:
         text = _request(asking, progress)
-        lines = _suggest(text, place, asking.number, sampling.seed or 0, progress, loading)
+        options = loading.engine_options(ctx)
+        lines = _suggest(text, place, asking, sampling.seed or 0, progress, loading.model, options)
         progress.stop()
         if not lines:
             raise LongspecError(
@@ -127,20 +133,24 @@ def _request(asking: Asking, progress: Progress) -> str:
     return text
 
 
-def _suggest(request: str, place: Place, number: int, seed: int, progress: Progress, loading: Loading) -> list[str]:
-    progress.report(f"loading {loading.model}")
+def _suggest(
+    request: str, place: Place, asking: Asking, seed: int, progress: Progress, model: str, options: dict[str, Any]
+) -> list[str]:
+    """The suggestions of a server's model, or of one that is loaded here."""
     from longspec.cli.shell.suggest import suggest
-    from longspec.engine.engine import Engine
-
-    signals.check()
-    engine = Engine.load(
-        loading.model, device=loading.device, dtype=loading.dtype, threads=loading.threads, report=progress.report
-    )
 
     def step(asked: int) -> None:
         progress.report(f"thinking of a command, answer {asked + 1}")
 
-    return suggest(engine, request, place, count=number, seed=seed, step=step)
+    if not asking.no_server and (path := found(model, options, {})) is not None:
+        with suppress(GoneError):
+            return suggest(Served(path, progress), request, place, count=asking.number, seed=seed, step=step)
+    progress.report(f"loading {model}")
+    from longspec.engine.engine import Engine
+
+    signals.check()
+    engine = Engine.load(model, report=progress.report, **options)
+    return suggest(engine, request, place, count=asking.number, seed=seed, step=step)
 
 
 def _binding(shell: str) -> str:

@@ -22,6 +22,7 @@ from longspec.cli.shell.danger import judge, programs
 from longspec.cli.shell.environment import Place
 from longspec.cli.shell.examples import Pair, names, nearest, template
 from longspec.cli.shell.harms import HARMS
+from longspec.cli.shell.served import Served
 from longspec.cli.shell.usage import interpreters
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ TRIES = (Try(5), Try(3), Try(5, 0.6), Try(5, 0.8))
 
 
 def suggest(
-    engine: Engine,
+    engine: Engine | Served,
     request: str,
     place: Place,
     *,
@@ -68,8 +69,6 @@ def suggest(
 
     step: called with the number of answers so far.
     """
-    from longspec.engine.scoring import score
-
     known = [pair for pair in template()[1] if place.means(pair[1])]
     near = nearest(known, numbered(request, place.folder), _CANDIDATES)
     lines = [command for nearness, (_, command) in near if nearness > _NEAR and place.means(command)]
@@ -88,7 +87,7 @@ def suggest(
             lines += [line] if line is not None else []
     lines = [line for line in dict.fromkeys(lines) if place.reads(line)]
     step(len(asks))
-    said = score(engine, [(_description(line, known), request) for line in lines])
+    said = _scores(engine, [(_description(line, known), request) for line in lines])
     shown = [pair for _, pair in near]
     wrong = {line: faults(line, request, shown) for line in lines}
     worth = {
@@ -97,6 +96,15 @@ def suggest(
     }
     best = sorted(lines, key=lambda line: worth[line], reverse=True)
     return [line for line in best if wrong[line] <= wrong[best[0]]][:count]
+
+
+def _scores(engine: Engine | Served, pairs: Sequence[tuple[list[dict[str, str]], str]]) -> list[float]:
+    """The mean log-probability of each text's tokens behind its messages, in nats."""
+    if isinstance(engine, Served):
+        return engine.scores(pairs)
+    from longspec.engine.scoring import score
+
+    return score(engine, pairs)
 
 
 _LIKE = 8.0

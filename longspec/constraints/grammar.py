@@ -19,7 +19,7 @@ from longspec.constraints.json_schema import prepared
 from longspec.errors import UsageError
 from longspec.machine.files import read_bytes
 
-__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of", "too_large"]
+__all__ = ["LIMITS", "MOST_BYTES", "checked", "grammar_of", "schema_text", "too_large"]
 
 MOST_BYTES = 1 << 20
 """Of a schema or an expression: a stranger's file is not read further."""
@@ -40,10 +40,7 @@ _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 def grammar_of(
     json_schema: str | Path | Mapping[str, Any] | type | None = None, regex: str | None = None
 ) -> str | None:
-    """The grammar of a schema (a dict, JSON, the name of a file with JSON, or a pydantic class) or of an expression;
-    None for neither.
-
-    A string that begins with a brace is JSON, any other one a file name.
+    """The grammar of a schema (as `schema_text` takes it) or of an expression; None for neither.
 
     Raises:
         UsageError: both are given, one is too large, it can't be read or compiled, or nothing fits it.
@@ -57,14 +54,7 @@ def grammar_of(
             raise UsageError(f"The regular expression has {len(regex):,} characters; at most {MOST_BYTES:,} are read.")
         return checked(LLMatcher.grammar_from_regex(regex), "The regular expression")
     assert json_schema is not None
-    if isinstance(json_schema, type):
-        if not hasattr(json_schema, "model_json_schema"):
-            raise UsageError(f"{json_schema.__name__} is no pydantic class (a BaseModel); give one, or a JSON schema.")
-        text: str | Path = json.dumps(json_schema.model_json_schema())
-    else:
-        text = json_schema if isinstance(json_schema, str | Path) else json.dumps(dict(json_schema))
-    if isinstance(text, Path) or not text.lstrip().startswith("{"):
-        text = _read(Path(text))
+    text = schema_text(json_schema)
     if len(text.encode(errors="replace")) > MOST_BYTES:
         raise UsageError(f"The JSON schema is larger than the {MOST_BYTES:,} bytes that are read; make it smaller.")
     try:
@@ -82,6 +72,21 @@ def grammar_of(
     except ValueError as error:
         raise UsageError(f"The JSON schema can't be used: {_reason(str(error))}.") from None
     return checked(grammar, "The JSON schema")
+
+
+def schema_text(json_schema: str | Path | Mapping[str, Any] | type) -> str:
+    """The JSON of a schema: of a dict, JSON, the name of a file with JSON, or a pydantic class. A string that begins
+    with a brace is JSON, any other one a file name. Raises UsageError where it can't be read, or the class is none.
+    """
+    if isinstance(json_schema, type):
+        if not hasattr(json_schema, "model_json_schema"):
+            raise UsageError(f"{json_schema.__name__} is no pydantic class (a BaseModel); give one, or a JSON schema.")
+        return json.dumps(json_schema.model_json_schema())
+    if not isinstance(json_schema, str | Path):
+        return json.dumps(dict(json_schema))
+    if isinstance(json_schema, Path) or not json_schema.lstrip().startswith("{"):
+        return _read(Path(json_schema))
+    return json_schema
 
 
 def _read(path: Path) -> str:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from longspec.engine.answer import Answer
 from longspec.engine.engine import Engine
 from longspec.engine.options import Options, asked
 from longspec.engine.session import Session
@@ -24,16 +25,16 @@ from longspec.errors import LongspecError, UsageError
 from longspec.machine.files import read_json, replaced
 from longspec.sampling.parameters import PARAMETERS, Sampling
 from longspec.text.reasoning_effort import EFFORTS
+from longspec.text.tokenizer import Vocabulary
+from longspec.text.turns import Message, Turns
 
-__all__ = ["Conversation", "cache_path"]
-
-Message = dict[str, Any]
+__all__ = ["Conversation", "cache_path", "message_of"]
 
 _VERSION = 1
 _MOST_NBYTES = 64 << 20
 
 
-class Conversation:
+class Conversation(Turns):
     """The messages so far. `settings`: options of every answer, as `Engine.open` takes them.
 
     conversation = Conversation(engine, system="Be brief.", max_new_tokens=200)
@@ -42,30 +43,13 @@ class Conversation:
     """
 
     def __init__(self, engine: Engine, *, system: str | None = None, **settings: Any) -> None:
+        super().__init__(system)
         self.engine = engine
         self.settings: dict[str, Any] = settings  # fields of `Options`
-        self.messages: list[Message] = []
         self.session: Session | None = None  # the last one; the next takes its cache
         self.notes: list[str] = []  # messages for the user, such as why a cache wasn't used
         self._asked: list[Message] = []  # the messages that the session answers, the question last
-        self._attempt = 0
-        self.system = system
         _sampling(engine, self.settings)
-
-    @property
-    def system(self) -> str | None:
-        """The system message. Setting it (None removes it) leaves the other messages as they are."""
-        first = self.messages[0] if self.messages else {}
-        return first.get("content") if first.get("role") == "system" else None
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        others = [message for message in self.messages if message["role"] != "system"]
-        self.messages = [{"role": "system", "content": text}, *others] if text else others
-
-    @property
-    def turns(self) -> int:
-        return sum(message["role"] == "user" for message in self.messages)
 
     def ask(self, text: str) -> Session:
         """Open a session for the answer to a question; `keep` then appends question and answer to the messages.
@@ -73,8 +57,7 @@ class Conversation:
         Raises:
             UsageError: the question can't be asked, as `Engine.open` says.
         """
-        self._attempt = 0
-        return self._open([*self.messages, {"role": "user", "content": text}])
+        return self._open(self.question(text))
 
     def again(self) -> Session:
         """Open a session for another answer to the last question; with sampling, it differs from the first one.
@@ -82,10 +65,7 @@ class Conversation:
         Raises:
             UsageError: there is no question yet.
         """
-        if not self.turns:
-            raise UsageError("Nothing was asked yet, so there is no answer to write again; ask something first.")
-        self._attempt += 1
-        return self._open(self.messages[:-1])
+        return self._open(self.last_question())
 
     def keep(self) -> bool:
         """Append the session's question and answer to the messages, interrupting it if it isn't over; no answer, no
@@ -96,17 +76,15 @@ class Conversation:
             raise UsageError("Nothing was asked yet, so there is no answer to keep; ask something first.")
         if session.finish_reason is None:
             session.interrupt()
-        if session.finish_reason == "interrupted" and not session.text:
+        if (message := message_of(session, self.engine.model.vocabulary)) is None:
             return False
-        ended = session.answer and session.answer[-1] in session.end_tokens
-        tokens = session.answer[:-1] if ended else session.answer
-        message = {"role": "assistant", "content": session.text, "tokens": tokens}
-        markers = self.engine.model.vocabulary.markers
-        # gpt-oss's template writes the channels itself, and refuses texts that have them.
-        if markers is not None and markers.lead:
-            message = {"role": "assistant", "content": session.said}
         self.messages = [*self._asked, message]
         return True
+
+    def answer(self) -> Answer | None:
+        """The last answer with its figures; None where nothing was written yet."""
+        session = self.session
+        return None if session is None or session.first_token is None else self.engine.answer(session)
 
     def stream(self, text: str) -> Iterator[str]:
         """Ask a question and yield the answer's text; the written part is kept, even if the
@@ -119,10 +97,6 @@ class Conversation:
                     yield commit.text
         finally:
             self.keep()
-
-    def reset(self) -> None:
-        """Remove all messages but the system message."""
-        self.messages = self.messages[: int(self.system is not None)]
 
     def move(self, engine: Engine) -> None:
         """Continue with another model, which prefills the messages again.
@@ -187,13 +161,24 @@ class Conversation:
         return made
 
     def _open(self, messages: list[Message]) -> Session:
-        key = f"retry {self._attempt}" if self._attempt else ""
         after = self.session
         if after is not None and after.finish_reason is None:  # ended by an error: the cache's state is unknown
             after = None
-        session = self.engine.open(messages, after=after, key=key, **self.settings)
+        session = self.engine.open(messages, after=after, key=self.key, **self.settings)
         self.session, self._asked = session, messages
         return session
+
+
+def message_of(session: Session, vocabulary: Vocabulary) -> Message | None:
+    """An answer as a message, with the tokens that were written; None where it was ended before there was one."""
+    if session.finish_reason == "interrupted" and not session.text:
+        return None
+    # gpt-oss's template writes the channels itself, and refuses texts that have them.
+    if vocabulary.markers is not None and vocabulary.markers.lead:
+        return {"role": "assistant", "content": session.said}
+    ended = session.answer and session.answer[-1] in session.end_tokens
+    tokens = session.answer[:-1] if ended else session.answer
+    return {"role": "assistant", "content": session.text, "tokens": tokens}
 
 
 def cache_path(path: Path) -> Path:

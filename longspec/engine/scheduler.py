@@ -110,6 +110,11 @@ class Schedule:
         return len(self._waiting) + len(self._writing) + (self._reading is not None)
 
     @property
+    def reading(self) -> Session | None:
+        """The session whose prompt is being prefilled."""
+        return self._reading
+
+    @property
     def wants(self) -> int:
         """The number of sessions that could begin now, plus one to wait, so that common prefixes are noticed."""
         return max(0, self.width + 1 - len(self))

@@ -1,11 +1,12 @@
-"""The two HTTP applications: OpenAI's and Anthropic's APIs for the network, and JSON lines for `longspec run` on this
-machine.
+"""The two HTTP applications: OpenAI's and Anthropic's APIs for the network, and JSON lines for `longspec run`, `chat`
+and `command` on this machine.
 
 Takes untrusted HTTP requests; gives answers, streams and refusals. Every error is reported in OpenAI's format.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter, time
@@ -19,11 +20,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from longspec.engine.answer import Answer
+from longspec.engine.scoring import score
 from longspec.errors import BudgetError, ContextError, LongspecError, UsageError
 from longspec.requests.anthropic import MESSAGES
 from longspec.requests.fields import RequestError
 from longspec.requests.replies import Event, Format
-from longspec.server.asks import Ask, ask, local
+from longspec.server.asks import Ask, ask, local, scored
 from longspec.server.bodies import Bodies
 from longspec.server.desk import Desk, GoneError, Texts
 from longspec.server.dialects import DIALECTS
@@ -32,7 +34,7 @@ from longspec.server.log import Log
 from longspec.server.metrics import CONTENT_TYPE, Metrics
 from longspec.server.models import Models
 from longspec.server.refusals import RefusedError, encoded
-from longspec.server.worker import Ended, UnreadError
+from longspec.server.worker import Ended, Reading, UnreadError
 
 __all__ = ["at_home", "open_to_clients"]
 
@@ -114,7 +116,7 @@ def _models(models: Models) -> list[Route]:
 
 
 def at_home(desk: Desk, models: Models, say: Callable[[str], None]) -> ASGIApp:
-    """The API of `longspec run` with the first model, over a socket that only this user can open."""
+    """The API of `longspec run`, `chat` and `command` with the first model, over a socket that only this user opens."""
     running: dict[str, Texts] = {}
     bodies = Bodies()
 
@@ -132,7 +134,10 @@ def at_home(desk: Desk, models: Models, say: Callable[[str], None]) -> ASGIApp:
             yield _line({})  # accepted: the client needn't load a model itself
             async for _, event in texts.told():
                 if isinstance(event, Ended):
-                    yield _line({"answer": event.answer.report(), "notes": event.notes})
+                    report = event.answer.report()
+                    yield _line({"answer": report, "notes": event.notes, "message": event.message})
+                elif isinstance(event, Reading):
+                    yield _line({"read": event.done, "of": event.total})
                 else:
                     parted = {} if event.said == event.text else {"said": event.said}
                     yield _line({"text": event.text, "tokens": len(event.tokens), **parted})
@@ -153,7 +158,15 @@ def at_home(desk: Desk, models: Models, say: Callable[[str], None]) -> ASGIApp:
             texts.end()
         return _json({})
 
-    return _application([Route("/run", run, methods=["POST"]), Route("/end", end, methods=["POST"])], say)
+    async def weigh(request: Request) -> Response:
+        async with bodies.object(request) as body:
+            pairs = scored(body)
+        async with models.using(None) as worker:
+            scores = await asyncio.wrap_future(worker.ask(lambda engine: score(engine, pairs)))
+        return _json({"scores": scores})
+
+    routes = {"/run": run, "/end": end, "/score": weigh}
+    return _application([Route(path, answer, methods=["POST"]) for path, answer in routes.items()], say)
 
 
 async def _events(
@@ -168,6 +181,8 @@ async def _events(
             if isinstance(event, Ended):
                 answers[place] = event.answer
                 told = reply.ends(place, event.answer, wanted.seeds[place])
+            elif isinstance(event, Reading):  # no API has a word for it
+                continue
             else:
                 told = reply.piece(place, event)
             for each in told:

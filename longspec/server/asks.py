@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from longspec.engine.options import Options
-from longspec.requests.fields import OPTIONS, RequestError, named_options, stops, typed
+from longspec.requests.fields import OPTIONS, RequestError, messages, named_options, parse_object, stops, typed
 from longspec.requests.openai import MOST_STOPS, read_request
 from longspec.text.prompt import Prompt
 
-__all__ = ["Ask", "ask", "local"]
+__all__ = ["Ask", "ask", "local", "scored"]
 
+_MOST_SCORED = 64
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat has no limit
 
 
@@ -62,11 +63,28 @@ def ask(body: Mapping[str, Any], most: int, *, chat: bool, allow_special_tokens:
     return Ask(chat, tuple(texts), choices, request.stream, request.include_usage, request.model)
 
 
-def local(body: Mapping[str, Any]) -> tuple[str, Options, float | None]:
-    """Parse a request of `longspec run`: the prompt, its options, and when it began on `perf_counter`'s clock."""
+def local(body: Mapping[str, Any]) -> tuple[Prompt, Options, float | None]:
+    """Parse a request of `longspec run` or `chat`: the prompt or messages, the options, and when it began on
+    `perf_counter`'s clock.
+    """
     options = {name: value for name, value in typed(body, "options", dict, {}).items() if value is not None}
-    known = {"stop", *OPTIONS} - ({"allow_special_tokens"} if options.get("allow_special_tokens") else set())
+    known = {"stop", "key", "json_schema", "regex", *OPTIONS}
+    known -= {"allow_special_tokens"} if options.get("allow_special_tokens") else set()
     if unknown := sorted(options.keys() - known):
         raise RequestError(f"{unknown[0]} isn't known to this server.", param=unknown[0])
     stops(options, MOST_STOPS)
-    return typed(body, "prompt", str), named_options(options), typed(body, "began", float, None)
+    prompt: Prompt = messages(body) if "messages" in body else typed(body, "prompt", str)
+    own: dict[str, Any] = {**named_options(options), "key": typed(options, "key", str, "")}
+    if "json_schema" in options:  # its JSON, never a file's name
+        own["json_schema"] = parse_object(typed(options, "json_schema", str), "json_schema")
+    if "regex" in options:
+        own["regex"] = typed(options, "regex", str)
+    return prompt, cast(Options, own), typed(body, "began", float, None)
+
+
+def scored(body: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
+    """Parse a request for scores of `longspec command`: pairs of messages and the text behind them."""
+    pairs = typed(body, "pairs", list)
+    if len(pairs) > _MOST_SCORED or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RequestError(f"pairs must be {_MOST_SCORED} or fewer lists of messages and a text.", param="pairs")
+    return [(messages({"messages": given}), typed({"text": text}, "text", str)) for given, text in pairs]

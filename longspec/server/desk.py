@@ -6,6 +6,7 @@ Limits the number of open sequences and their time, and drops requests whose cli
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 from longspec.engine.answer import Answer
 from longspec.engine.options import Options
 from longspec.server.refusals import BUSY, RefusedError
-from longspec.server.worker import Ended, Event, Opened, Order, Worker
+from longspec.server.worker import Ended, Event, Opened, Order, Reading, Worker
 from longspec.text.prompt import Prompt
 from longspec.types import Commit
 
@@ -99,6 +100,7 @@ class Texts:
     ) -> None:
         self._desk, self.worker = desk, worker
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._early = deque[tuple[int, Event]]()  # taken from there, and not told yet
         loop = asyncio.get_running_loop()
         tell = [partial(_bring, loop, self._events, place) for place in range(len(texts))]
         self._orders = [Order(*text, told, began) for text, told in zip(texts, tell, strict=True)]
@@ -114,28 +116,25 @@ class Texts:
 
     async def opened(self) -> list[int]:
         """Wait until every prompt is opened; gives their tokens. Raises the error of one that is invalid."""
-        early: list[tuple[int, Event]] = []
         tokens: dict[int, int] = {}
         while len(tokens) < len(self._orders):
             place, event = await self._next()
             if isinstance(event, Opened):
                 tokens[place] = event.prompt_tokens
-            else:
-                early.append((place, event))
-        for each in early:  # one sequence may start while another's prompt is still being opened
-            self._events.put_nowait(each)
+            else:  # one sequence may start while another's prompt is still being opened
+                self._early.append((place, event))
         return [tokens[place] for place in range(len(tokens))]
 
-    async def told(self) -> AsyncIterator[tuple[int, Commit | Ended]]:
+    async def told(self) -> AsyncIterator[tuple[int, Reading | Commit | Ended]]:
         """Yield each sequence's index and events, until all have ended."""
         try:
             while self._going:
-                place, event = await self._next()
+                place, event = self._early.popleft() if self._early else await self._next()
                 if isinstance(event, Ended):
                     self._going -= 1
                     if self._ended is not None:
                         self._ended(event.answer)
-                if isinstance(event, Ended | Commit):
+                if isinstance(event, Ended | Commit | Reading):
                     yield place, event
         finally:
             self.close()

@@ -1,7 +1,8 @@
 """The thread that owns the engine and decodes the sequences of all requests side by side.
 
-Takes orders from any thread, through a queue; reports each order's events: Opened, Commits, and finally Ended or an
-exception. Callbacks run in its threads: the receiver forwards them to its own. Knows no HTTP and no event loop.
+Takes orders from any thread, through a queue; reports each order's events: Opened, Reading while its prompt is
+prefilled, Commits, and finally Ended or an exception. Callbacks run in its threads: the receiver forwards them to its
+own. Knows no HTTP and no event loop.
 
     order -> a reading thread: tokens, grammar -> the engine's thread: passes -> events
 
@@ -22,8 +23,10 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 from longspec.engine.answer import Answer
+from longspec.engine.conversation import message_of
 from longspec.engine.engine import Engine
 from longspec.engine.memory_guard import release
 from longspec.engine.opening import Prepared
@@ -35,9 +38,23 @@ from longspec.engine.session import Session
 from longspec.errors import LongspecError, reported
 from longspec.server.lane import Lane
 from longspec.text.prompt import Prompt
+from longspec.text.turns import Message
 from longspec.types import Commit
 
-__all__ = ["LONG_PROMPT", "SHELF_SECONDS", "SHELF_TIMES", "Ended", "Event", "Opened", "Order", "UnreadError", "Worker"]
+__all__ = [
+    "LONG_PROMPT",
+    "SHELF_SECONDS",
+    "SHELF_TIMES",
+    "Ended",
+    "Event",
+    "Opened",
+    "Order",
+    "Reading",
+    "UnreadError",
+    "Worker",
+]
+
+_Told = TypeVar("_Told")
 
 LONG_PROMPT = 1 << 16
 """Characters of a prompt that others aren't kept waiting for: reading so many takes .1 s."""
@@ -62,14 +79,23 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """So many of the prompt's tokens that no cache had are prefilled, and there is more of it."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The answer is complete, or was ended early."""
 
     answer: Answer
     notes: tuple[str, ...]
+    message: Message | None  # the answer as one of a conversation, if anything was written
 
 
-Event = Opened | Commit | Ended | Exception
+Event = Opened | Reading | Commit | Ended | Exception
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +159,19 @@ class Worker:
             self._lane(order).discard(order)
         else:
             self._inbox.put(partial(self._forget, order))
+
+    def ask(self, call: Callable[[Engine], _Told]) -> Future[_Told]:
+        """The result of a call in the engine's thread, between two passes: the texts that are written wait for it."""
+        future: Future[_Told] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call(self._engine))
+            except Exception as error:  # noqa: BLE001  it belongs to whoever asked
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
 
     def stop(self, seconds: float | None = None) -> None:
         """End the thread after the current pass; waits at most `seconds` for it."""
@@ -219,6 +258,10 @@ class Worker:
             order.tell(event)
             if event.finish_reason is not None:
                 self._close(order)
+        if (reading := self._schedule.reading) is not None:
+            cached = reading.cached
+            done = Reading(reading.cache.length - cached, reading.prompt_length - 1 - cached)
+            self._orders[reading].tell(done)
 
     def _open(self, order: Order, read: Prepared | LongspecError) -> None:
         if not self._was_unread(order):  # abandoned or ended meanwhile
@@ -245,7 +288,7 @@ class Worker:
         session = self._sessions[order]
         answer = self._engine.answer(session, order.began)
         self._forget(order)
-        order.tell(Ended(answer, tuple(session.notes)))
+        order.tell(Ended(answer, tuple(session.notes), message_of(session, self._engine.model.vocabulary)))
 
     def _forget(self, order: Order) -> None:
         session = self._sessions.pop(order, None)

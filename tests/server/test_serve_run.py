@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
 import openai
 import pytest
-from support.commands import SECONDS, call, inside, started, write_tiny
+from support.commands import SECONDS, call, environment, inside, started, write_tiny
 from support.real import default
 from support.servers import loads, server, until
 
 from longspec.cli.io import server_client as remote
+from longspec.cli.io.progress import Progress
+from longspec.cli.options.groups import values
+from longspec.cli.options.loading import Loading
+from longspec.cli.shell.served import Served
+from longspec.engine.answer import Answer
 from longspec.engine.engine import Engine
+from longspec.engine.scoring import score
 from longspec.machine.system import cache_folder
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
@@ -62,6 +72,86 @@ def test_run_gets_the_same_answer_without_loading(up: str, tiny: str, home: Path
     assert sorted(objects[0]["timing"]) == sorted(objects[1]["timing"])
     for name in ("text", "finish_reason", "usage", "cache", "dtype", "model"):
         assert objects[0][name] == objects[1][name]
+
+
+def test_run_shows_how_far_a_long_prompt_is_read() -> None:
+    near, far = socket.socketpair()
+    told: list[tuple[str, int, int]] = []
+    progress: Any = SimpleNamespace(report=lambda *stage: told.append(stage))
+    with near, far:
+        source = remote.Remote(near, Path(), "name")
+        for line in (b'{"read": 512, "of": 2000}\n', b'{"text": "A", "tokens": 1}\n'):
+            far.sendall(line)
+            source.advance(progress)
+    assert told == [("reading the prompt", 512, 2000)]
+    assert source.text == "A"
+
+
+def test_a_chat_is_held_without_loading(up: str, tiny: str, home: Path) -> None:
+    asked = ["chat", "-m", tiny, *TINY, "--temperature", "0.9", "--seed", "3", "--max-new-tokens", "12"]
+    lines = b"hello\nand then?\nwhy?\n"
+    alone = inside([*asked, "--no-server"], home, lines)
+    done = call(asked, home, lines, {"PYTHONPROFILEIMPORTTIME": "1"}, whole=True)
+    assert (done.code, done.out) == (alone.code, alone.out) == (0, alone.out)
+    assert re.search(r"\| +torch$", done.err, re.MULTILINE) is None
+    assert "longspec serve" in inside([*asked, "-v"], home, lines).err
+
+
+def test_a_chat_goes_on_where_its_server_is_gone(tiny: str, home: Path) -> None:
+    asked = ["chat", "-m", tiny, *TINY, "--strict", "--temperature", "0", "--max-new-tokens", "12"]
+    alone = inside([*asked, "--no-server"], home, b"hello\nand then?\n").out.splitlines()
+    up = server(["-m", tiny, *TINY, "--strict"], home)
+    with up as (process, _), started(asked, home, stdin=subprocess.PIPE) as talk:
+        assert talk.stdin is not None
+        assert talk.stdout is not None
+        talk.stdin.write(b"hello\n")
+        talk.stdin.flush()
+        assert talk.stdout.readline().rstrip(b"\n") == alone[0]
+        process.kill()
+        process.wait()
+        out, err = talk.communicate(b"and then?\n", timeout=SECONDS)
+    assert err.decode() == "longspec: the server takes no more questions; the model is loaded here\n"
+    assert (talk.returncode, out.rstrip(b"\n")) == (0, alone[1])
+
+
+def test_run_goes_on_with_a_conversation_there(up: str, tiny: str, home: Path) -> None:
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "12", "--temperature", "0"]
+    assert inside([*asked, "--log", "hi"], home).code == 0
+    code, out, err, imported = loads([*asked, "-c", "and?"], home)
+    assert (code, err, imported) == (0, "", False)
+    (home / "state" / "longspec" / "log.db").unlink()
+    assert inside([*asked, "--no-server", "--log", "hi"], home).code == 0
+    assert inside([*asked, "--no-server", "-c", "and?"], home).out == out
+
+
+def test_a_held_answer_is_written_there(up: str, tiny: str, home: Path) -> None:
+    (home / "schema.json").write_text('{"enum": ["yes", "no"]}')
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "12"]
+    for held in (["--regex", "[a-c]{4}"], ["--json-schema", str(home / "schema.json")]):
+        code, out, err, imported = loads([*asked, *held, "hi"], home)
+        assert (code, err, imported) == (0, "", False)
+        assert inside([*asked, *held, "--no-server", "hi"], home).out == out
+
+
+def test_scores_and_samples_of_a_server_are_the_engines(
+    up: str, tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(home).items():  # which a server's address is made of
+        monkeypatch.setenv(name, value)
+    made, progress = Engine.load(tiny, dtype="fp32", threads=1), Progress(tiny, quiet=True)
+    asks: Any = [([{"role": "user", "content": text}], {"max_new_tokens": 6, "temperature": 0.9}) for text in "ab"]
+    pairs = [([{"role": "user", "content": "a"}], "AbC"), ([{"role": "user", "content": "ab"}], "C")]
+    left_out: Any = Loading
+    loading = {**values(left_out()), "draft_from": (), "dtype": "fp32", "threads": 1}
+    path = remote.found(tiny, {name: loading[name] for name in loading if name != "model"}, {})
+    assert path is not None
+    served = Served(path, progress)
+    assert served.scores(pairs) == pytest.approx(score(made, [*pairs]), abs=1e-5)
+    told = {number: answer.text for number, answer in served.generate_many(asks, 2)}
+    alone = dict(made.generate_many(asks))
+    assert told == {number: answer.text for number, answer in alone.items() if isinstance(answer, Answer)}
+    with pytest.raises(remote.GoneError):
+        Served(path.with_name("none"), progress).scores(pairs)
 
 
 def test_run_reports_errors_in_the_same_way(up: str, tiny: str, home: Path) -> None:
@@ -194,3 +284,7 @@ def test_the_default_model(home: Path) -> None:
         run = ["run", "--no-stdin", "--max-new-tokens", "24", "Why is the sky blue?"]
         code, out, _, imported = loads(run, home, pulled)
         assert (code, out.decode(), imported) == (0, alone.text + "\n", False)
+        line = ["command", "--shell", "bash", "count the lines in notes.txt"]
+        code, out, _, imported = loads(line, home, pulled)
+        assert (code, imported) == (0, False)
+        assert inside([*line, "--no-server"], home, extra=pulled).out == out

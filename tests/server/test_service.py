@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from support.commands import SECONDS
 from support.servers import Served, serving, until
 
 from longspec.engine.engine import Engine
+from longspec.server.desk import Desk
+from longspec.server.worker import Ended, Event, Opened, Order, Reading, Worker
+from longspec.types import Commit
 
 _SCHEMA = {"type": "array", "items": TOWN, "minItems": 3, "maxItems": 9}
 TOWNS = {"type": "json_schema", "json_schema": {"name": "towns", "schema": _SCHEMA}}
@@ -64,6 +69,40 @@ def test_pages_of_a_named_origin_may_ask(served: Served) -> None:
     assert (status, headers["access-control-allow-origin"]) == (200, "http://page.example")
     assert got(served, "OPTIONS", "/v1/chat/completions", origin="http://evil.example", **asks)[0] == 400
     assert got(served, "GET", "/v1/models", origin="http://page.example")[1]["access-control-allow-origin"]
+
+
+def test_what_comes_before_all_prompts_are_read_is_told_in_order() -> None:
+    """A text may be written on while another's prompt is read, and the loop hears of both at once."""
+    orders: list[Order] = []
+    commits = [Commit((1,), letter, 0, 0) for letter in "abc"]
+
+    async def run() -> list[str]:
+        worker: Any = SimpleNamespace(write=orders.append, drop=lambda order: None)
+        texts = Desk(8, SECONDS).take(worker, [("A", {}), ("B", {})], asyncio.Event().wait)  # type: ignore[arg-type]
+        first, second = orders
+        told_first: list[Event] = [Opened(1), *commits[:2]]
+        for event in told_first:
+            first.tell(event)
+        second.tell(Opened(1))
+        first.tell(commits[2])
+        await texts.opened()
+        told = texts.told()
+        return [event.text for _, event in [await anext(told) for _ in commits] if isinstance(event, Commit)]
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
+def test_a_long_prompt_tells_how_far_it_is_read(made: Engine) -> None:
+    events: list[Event] = []
+    worker = Worker(lambda: made, 8)
+    worker.loaded.result(SECONDS)
+    worker.write(Order("abc" * 500, {"max_new_tokens": 2}, events.append))
+    until(lambda: any(isinstance(event, Ended) for event in events))
+    worker.stop(SECONDS)
+    [opened] = [event for event in events if isinstance(event, Opened)]
+    told = [event for event in events if isinstance(event, Reading)]
+    assert {one.total for one in told} == {opened.prompt_tokens - 1}
+    assert [one.done for one in told] == [*range(made.prefill_rows, opened.prompt_tokens - 1, made.prefill_rows)]
 
 
 # --- kept prefixes
