@@ -30,7 +30,7 @@ from longspec.cli.io.stdout import Output
 from longspec.cli.io.stream_answer import CUT, UNSAID, Local, Policy, is_cut, load, statistics, stream, unsaid
 from longspec.cli.options.groups import argument, group, option
 from longspec.cli.options.loading import Loading
-from longspec.cli.options.reporting import RAW_OUTPUT, Reporting
+from longspec.cli.options.reporting import NO_SERVER, RAW_OUTPUT, Reporting
 from longspec.cli.options.writing import Constraints, Framing, Reasoning, SamplingOptions, text_options
 from longspec.errors import UsageError
 
@@ -98,11 +98,7 @@ class Delivery:
         metavar="FILE",
         once=True,
     )
-    no_server: bool = option(
-        False,
-        "Load the model here, also where a `longspec serve` with these settings is up.",
-        panel="Model and method",
-    )
+    no_server: bool = NO_SERVER
     no_stream: bool = option(False, "Print the answer when it is whole.")
     raw_output: bool = RAW_OUTPUT
     log: bool = option(False, "Keep prompt and answer in a log, which longspec logs shows.")
@@ -140,12 +136,12 @@ def run(
     form = make_form(asking.template, asking.param or [])
     writing = text_options(ctx, framing, sampling, reasoning, more, form.defaults)
     options = loading.engine_options(ctx)
-    quiet, stats = reporting.settled(ctx)
+    reporting = reporting.settled(ctx)
     unanswered = None
     read = [*(asking.file or []), *(loading.draft_from or []), loading.model, loading.skip_set, constraints.json_schema]
     _check_places(asking, delivery, tracing, read)
     with (
-        Progress(loading.model, quiet=quiet) as progress,
+        Progress(loading.model, quiet=reporting.quiet, verbose=reporting.verbose) as progress,
         _opened(delivery.output, progress, raw=delivery.raw_output or reporting.as_json or asking.each_line) as out,
         _traced(tracing.profile, progress) as trace,
     ):
@@ -165,7 +161,7 @@ def run(
                 hide=reasoning.hide_reasoning,
             ),
             as_json=reporting.as_json,
-            stats=stats,
+            stats=reporting.stats,
             no_server=delivery.no_server,
             trace=trace,
             log=delivery.log or asking.go_on,
@@ -197,16 +193,18 @@ def _check_places(asking: Asking, delivery: Delivery, tracing: Tracing, read: Se
 def _answer(call: Call) -> None:
     started = perf_counter()
     prompt, system = _prompt(call), call.writing["system"]
-    text: Prompt = prompt
+    text: str | list[dict[str, Any]] = prompt
     if call.earlier:
         text, system = _going_on(call, prompt)
     began = BEGAN + perf_counter() - started  # waiting for a pipe isn't the answer's time
     answer: Answer | remote.Reported
     served = None
-    if not (call.no_server or call.trace) and isinstance(text, str):
+    if not (call.no_server or call.trace):
         served = remote.write(
             call.model, call.loading, text, call.writing, call.output, call.progress, call.policy, began=began
         )
+    if served is not None and call.progress.verbose:
+        call.progress.say(remote.SERVED)
     answer, interrupted = served or _written(call, text, began)
     if call.log:
         from longspec.cli.io import log
@@ -233,7 +231,7 @@ def _earlier() -> Sequence[Entry]:
     return found
 
 
-def _going_on(call: Call, prompt: str) -> tuple[list[dict[str, str]], str | None]:
+def _going_on(call: Call, prompt: str) -> tuple[list[dict[str, Any]], str | None]:
     """The conversation's messages with a new prompt, and its system message: the last one that was given."""
     if call.writing["raw"]:
         raise UsageError("--raw goes on from a text, and --continue from a conversation; leave one out.")

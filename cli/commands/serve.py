@@ -18,6 +18,7 @@ import typer
 
 from longspec.cli.io import server_client as remote
 from longspec.cli.io.progress import Progress
+from longspec.cli.io.stream_answer import say_choices
 from longspec.cli.options.groups import Only, Without, group, option
 from longspec.cli.options.loading import DRAFTERS, Loading, models
 from longspec.cli.options.parsers import number, one_of, whole
@@ -138,7 +139,7 @@ def serve(
     ctx: typer.Context,
     serving: Serving,
     loading: Annotated[Loading, Without("remember")],
-    reporting: Annotated[Reporting, Only("quiet")],
+    reporting: Annotated[Reporting, Only("quiet", "verbose")],
 ) -> None:
     """Keep a model loaded, and answer OpenAI's API with it on this machine."""
     try:
@@ -153,11 +154,11 @@ def serve(
         raise UsageError(
             f"Others reach {serving.host}, so clients need a key; set LONGSPEC_API_KEY, or leave --host out."
         )
-    options = loading.engine_options(ctx)
+    options, reporting = loading.engine_options(ctx), reporting.settled(ctx)
     parallel = serving.parallel
     if loading.memory is not None:  # as in `batch`: each sequence is planned at the model's whole context
         parallel = options["texts"] = parallel or 1
-    with Progress(loading.model, quiet=reporting.quiet) as progress:
+    with Progress(loading.model, quiet=reporting.quiet, verbose=reporting.verbose) as progress:
         _serve(loading.model, options, serving, parallel, progress)
 
 
@@ -236,6 +237,5 @@ def _load(model: str, options: dict[str, Any], progress: Progress) -> Engine:
     if not progress.drawn:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     engine = Engine.load(model, report=progress.report, **options)
-    if engine.plan is not None:
-        progress.say(str(engine.plan))
+    say_choices(engine, progress)
     return engine

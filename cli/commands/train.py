@@ -13,7 +13,7 @@ import typer
 from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options.groups import Only, Without, argument, group, option
+from longspec.cli.options.groups import Only, argument, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
 from longspec.cli.options.writing import SamplingOptions
@@ -128,7 +128,7 @@ def train(
     training: Training,
     loading: Annotated[Loading, Only("model", "draft_model", "device", "dtype", "threads")],
     sampling: Annotated[SamplingOptions, Only("temperature", "seed")],
-    reporting: Annotated[Reporting, Without("stats")],
+    reporting: Annotated[Reporting, Only("as_json", "quiet")],
 ) -> None:
     """Train a head that drafts for a model, on what the model answers."""
     _check(training, loading.draft_model)

@@ -17,7 +17,7 @@ import typer
 from longspec.cli.io.distinct import refuse_same_files
 from longspec.cli.io.progress import Progress
 from longspec.cli.options import parsers as readers
-from longspec.cli.options.groups import Only, Without, group, option
+from longspec.cli.options.groups import Only, group, option
 from longspec.cli.options.loading import Loading
 from longspec.cli.options.reporting import Reporting
 from longspec.errors import ContextError
@@ -82,7 +82,7 @@ class Search:
 def tune(
     loading: Annotated[Loading, Only("model", "device", "dtype", "threads")],
     search: Search,
-    reporting: Annotated[Reporting, Without("stats")],
+    reporting: Annotated[Reporting, Only("as_json", "quiet")],
 ) -> None:
     """Find how a model is best run on this machine: dtype, threads, drafting, and what --drafter skip leaves out."""
     model = loading.model

@@ -29,9 +29,10 @@ _QUANTIZING = "quantizing "
 class Progress:
     """At most one line that is drawn, and removed by `stop`."""
 
-    def __init__(self, model: str, *, quiet: bool = False) -> None:
+    def __init__(self, model: str, *, quiet: bool = False, verbose: bool = False) -> None:
         self.model = model
         self.quiet = quiet
+        self.verbose = verbose  # for those who say more then
         self.drawn = not quiet and _can_draw()
         self._bar: Bar | None = None
         self._task: TaskID | None = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longspec.engine.engine import Engine
     from longspec.engine.session import Session
 
-__all__ = ["CUT", "UNSAID", "Local", "Policy", "is_cut", "load", "statistics", "stream", "unsaid"]
+__all__ = ["CUT", "UNSAID", "Local", "Policy", "is_cut", "load", "say_choices", "statistics", "stream", "unsaid"]
 
 CUT = "the answer was cut off by its limit, so it isn't whole; allow more with --max-new-tokens"
 UNSAID = (
@@ -175,9 +175,31 @@ def load(model: str, options: dict[str, Any], began: float, progress: Progress) 
     signals.check()
     seconds = {"load_s": perf_counter() - began, "import_s": imported - began}
     engine.load_seconds = {**engine.load_seconds, **seconds}
+    say_choices(engine, progress)
+    return engine
+
+
+def say_choices(engine: Engine, progress: Progress) -> None:
+    """What was planned, and with --verbose what was chosen."""
     if engine.plan is not None:
         progress.say(str(engine.plan))
-    return engine
+    if not progress.verbose:
+        return
+    import torch
+
+    from longspec.model.files.catalogue import catalogue
+
+    model, speculator, drafter = engine.model, engine.speculator, None
+    decoder, files = model.decoder, model.checkpoint
+    place = "in memory" if files is None else files.gguf or files.folder
+    progress.say(f"{model.name}: {place}")
+    kernels = "the C kernels" if decoder.kernel is not None else f"torch's operators ({decoder.slow})"
+    progress.say(f"{model.dtype} on {decoder.device} by {kernels}, {torch.get_num_threads()} threads")
+    progress.say(f"cache {engine.cache_name}, drafter {engine.drafter_name}, {speculator.most} tokens at most")
+    if model.name in catalogue():
+        drafter = catalogue()[model.name].drafter
+    if drafter is not None and not any("model" in name.split("+") for name in speculator.drafters):
+        progress.say(f"{drafter} can draft for it: --draft-model {drafter}")
 
 
 def unsaid(answer: Answer | Reported) -> bool:

@@ -74,15 +74,16 @@ def settle_loading(ctx: typer.Context, options: dict[str, Any]) -> None:
         del options["num_speculative_tokens"]
 
 
-def settle_reporting(ctx: typer.Context, quiet: bool, stats: bool) -> tuple[bool, bool]:
-    """Resolve --quiet and --stats."""
-    if quiet and stats:
-        if _yields(ctx, "stats", to="quiet"):
-            return True, False
-        if _yields(ctx, "quiet", to="stats"):
-            return False, True
-        raise UsageError("--quiet keeps stderr empty and --stats writes there; leave one out.")
-    return quiet, stats
+def settle_reporting(ctx: typer.Context, quiet: bool, **said: bool) -> dict[str, bool]:
+    """Resolve --quiet and flags that have more said on stderr."""
+    for name in [name for name, wanted in said.items() if wanted and quiet]:
+        if _yields(ctx, name, to="quiet"):
+            said[name] = False
+        elif _yields(ctx, "quiet", to=name):
+            quiet = False
+        else:
+            raise UsageError(f"--quiet keeps stderr empty and --{name} writes there; leave one out.")
+    return {"quiet": quiet, **said}
 
 
 def _yields(ctx: typer.Context, name: str, *, to: str) -> bool:

@@ -26,8 +26,8 @@ _ALL = "--help-all"
 _OFTEN = {
     "run": "prompt file model system template max_new_tokens temperature seed hide_reasoning json_schema output stats",
     "chat": "model system max_new_tokens temperature seed hide_reasoning raw_output stats",
-    "batch": "inputs output model system template max_new_tokens temperature seed width stats",
-    "serve": "model host port api_key width memory",
+    "batch": "inputs output model system template max_new_tokens temperature seed batch_size quiet",
+    "serve": "model host port api_key parallel memory",
 }
 """Of commands with many options, those that --help shows: what most people use. --help-all shows every one."""
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import forked
@@ -18,6 +19,10 @@ from support.commands import COMMAND, ROOT, SECONDS, Terminal, call, environment
 
 from longspec.cli.main import guarded
 from longspec.engine.engine import Engine
+from longspec.machine.tuned import Fit
+from longspec.model import load
+from longspec.model.files import catalogue as catalogue_module
+from longspec.model.load import auto_dtype, open_model
 
 TINY = ["--threads", "1", "--dtype", "fp32"]
 KEYS = {
@@ -84,6 +89,7 @@ def one_sentence(err: str) -> str:
         (["hi", "--num-speculative-tokens", "0"], b"", "--num-speculative-tokens: 0 is out of range"),
         (["hi", "--raw", "-s", "Be brief."], b"", "--raw"),
         (["hi", "--quiet", "--stats"], b"", "--quiet"),
+        (["hi", "--quiet", "--verbose"], b"", "--quiet"),
         (["hi", "--drafter", "none", "--num-speculative-tokens", "4"], b"", "no effect with --drafter none"),
         (["-", "--no-stdin"], b"hi", "--no-stdin forbids it"),
         (["hi", "--memory", "6 gigs"], b"", "--memory: '6 gigs' is no size of memory"),
@@ -170,6 +176,17 @@ def test_what_only_the_engine_knows(
     out, err = capfd.readouterr()
     assert out == ""
     assert said in one_sentence(err)
+
+
+def test_what_was_chosen_is_said(tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["run", "--no-stdin", "-m", tiny, *TINY, "--max-new-tokens", "2", "hi"]
+    plain, told = inside([*asked, "--no-server"], home), inside([*asked, "--no-server", "-v"], home)
+    assert (told.code, told.out, plain.err) == (0, plain.out, "")
+    assert told.err.splitlines()[0] == f"longspec: {tiny}: {tiny}"
+    assert "longspec: fp32 on cpu by torch's operators (it is for bf16 on the CPU" in told.err
+    assert "longspec: cache dense, drafter recycle+ngram, 15 tokens at most\n" in told.err
+    monkeypatch.setattr(catalogue_module, "catalogue", lambda: {tiny: SimpleNamespace(drafter="qwen3-0.6b")})
+    assert inside([*asked, "-v"], home).err.endswith("qwen3-0.6b can draft for it: --draft-model qwen3-0.6b\n")
 
 
 def test_a_bug_is_a_sentence_too(
@@ -566,10 +583,29 @@ def test_doctor(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert set(report) == {"versions", "machine", "torch", "kernels", "attention", "model", "methods", "settings"}
     assert "Token Recycling (2408.08696)" in report["methods"]["--drafter recycle"]
     assert set(report["attention"]) == {"reference", "cpu", "flash", "triton"}
+    assert "dtype" not in report["torch"]
     assert report["kernels"].keys() == {"processor_runs", "instructions", "layer", "attention", "sampler"}
 
 
 # --- the default model
+
+
+@pytest.mark.real
+def test_doctor_says_the_dtype_of_a_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    opened = open_model("smollm2", offline=True)
+    assert guarded(["doctor", "--json"]) == 0
+    name, why = auto_dtype(opened.device, opened.checkpoint, opened.config, opened.fit)
+    said = json.loads(capfd.readouterr().out)["model"]["dtype"]
+    assert said == f"{opened.dtype}, if --dtype is left open: {why}"
+    assert name == opened.dtype
+    monkeypatch.setattr(load, "missing", lambda *given: "there is no C compiler")
+    name, why = auto_dtype(opened.device, opened.checkpoint, opened.config)
+    assert name == load.native_dtype(opened.device)
+    assert why.startswith("no C kernel runs it (there is no C compiler), and cpu ")
+    assert auto_dtype(opened.device, opened.checkpoint, opened.config, Fit("fp32", 1)) == (
+        "fp32",
+        "longspec tune found it the fastest here",
+    )
 
 
 @pytest.mark.real

@@ -12,7 +12,7 @@ from support.commands import inside, write_tiny
 from longspec.cache import CACHES
 from longspec.cli.app import SUMMARIES, program
 from longspec.cli.io import log
-from longspec.cli.options import loading
+from longspec.cli.options import loading, typer_classes
 from longspec.control import CONTROLS
 from longspec.drafters import DRAFTERS
 from longspec.errors import LongspecError
@@ -75,6 +75,11 @@ def test_what_a_hand_types(tiny: str, tmp_path: Path) -> None:
     assert "--min-p" not in few
     assert "--min-p" in all_of_them
     assert few.count("\n  -") <= 15
+
+
+def test_what_the_short_help_shows_is_there() -> None:
+    for command, names in typer_classes._OFTEN.items():
+        assert {*names.split()} <= {parameter.name for parameter in program().commands[command].params}, command
 
 
 def test_the_help_says_what_the_commands_say() -> None:
