@@ -27,26 +27,38 @@ __all__ = ["Curve", "DraftCost", "costs_file", "read", "write"]
 _KNOTS = 11
 """At 1 to 1,024 positions, by powers of two; beyond, the curve goes on as between the last two."""
 
-_PRIOR = [log(1 + 0.02 * (2**knot - 1)) for knot in range(_KNOTS)]
-"""Log of a pass's cost before anything was measured: 0.02 passes a further position. An optimistic prior is corrected
-by measurement, a pessimistic one is never tested."""
+_ROW = 0.02
+"""Cost of a further position before two numbers of positions were measured, in passes of one. An optimistic prior is
+corrected by measurement, a pessimistic one is never tested."""
 
+_SAMPLES = 4.0  # of a knot, from which on it no longer moves along with those below it
 _LARGEST = 50.0  # bound of a stored logarithm of seconds
 _MOST_BYTES = 1 << 20  # a stored file has some kilobytes
 
 
 class Curve:
-    """Seconds of a forward pass by its number of token positions, linear between knots.
+    """Seconds of a forward pass by its number of token positions, linear between knots, which are there up to the most
+    positions that were measured.
 
     A measurement shifts the whole curve (the machine is slower now, the context longer) and its nearest two knots
-    (the cost of so many positions), the latter more the fewer samples they have. Unmeasured knots above move along,
-    and never rise more steeply than the prior.
+    (the cost of so many positions), the latter more the fewer samples they have; knots above, as far as they lack
+    samples, move along with these.
+
+    Beyond the last knot, at R positions, a pass of r goes on by what its seconds are made of. It reads growth g(r), in
+    passes of one position, and computes for each of its positions:
+
+        T(r) = b g(r) + a r,  so that a knot e(r) = T(r) / g(r) is b + a r / g(r)
+        a = (e(R) - e(1)) / (R / g(R) - 1),  as g(1) = 1
+
+    A dense model's g is 1, and the curve goes on along the line from one position to R. A mixture's flattens as its
+    experts come to be read, and rows go on. Where each row reads weights of its own R / g(R) is about 1, and the knots
+    say little of a: the difference is then taken to be 1, which makes it less.
     """
 
     def __init__(self, logs: list[float] | None = None) -> None:
         self.growth: Callable[[float], float] = lambda rows: 1.0  # of a dense model
-        self._logs = list(logs or _PRIOR)
-        self._counts = [4.0 if logs else 0.0] * _KNOTS  # samples of each knot, exponentially weighted
+        self._logs = list(logs or [0.0])
+        self._counts = [_SAMPLES if logs else 0.0] * len(self._logs)  # of each knot, exponentially weighted
         self._measured = 4 if logs else 0
 
     def seconds(self, rows: float) -> float:
@@ -57,9 +69,23 @@ class Curve:
 
     def _each(self, rows: float) -> float:
         """Seconds for what a pass of one position reads."""
-        knot, share = _place(rows)
-        low, high = exp(self._logs[knot]), exp(self._logs[knot + 1])
+        last = len(self._logs) - 1
+        if rows > 1 << last and last < _KNOTS - 1:
+            return self._beyond(rows)
+        knot, share = self._place(rows)
+        low, high = (exp(self._logs[min(i, last)]) for i in (knot, knot + 1))
         return low + share * (high - low)
+
+    def _beyond(self, rows: float) -> float:
+        first, last, most = exp(self._logs[0]), exp(self._logs[-1]), 1 << len(self._logs) - 1
+        each = most / self.growth(most)
+        row = _ROW * first if most == 1 else min((last - first) / max(1.0, each - 1), last / each)
+        return last + row * (rows / self.growth(rows) - each)
+
+    def _place(self, rows: float) -> tuple[int, float]:
+        """The index of the knot below, and the fraction of the way to the next one; the last two go on."""
+        knot = min(int(rows).bit_length() - 1, max(0, len(self._logs) - 2))
+        return knot, rows / (1 << knot) - 1
 
     def observe(self, rows: int, seconds: float, growth: float | None = None) -> None:
         """Update the curve by a pass of `rows` positions that took `seconds`. growth: what it has read; what it was
@@ -67,28 +93,40 @@ class Curve:
         """
         if not 0 < seconds < float("inf"):
             return
-        knot, share = _place(rows)
-        share = min(share, 1.0)
+        while len(self._logs) <= min((rows - 1).bit_length(), _KNOTS - 1):
+            self._logs.append(log(self._each(1 << len(self._logs))))
+            self._counts.append(0.0)
         wrong = log(seconds / (self._each(rows) * (growth or self.growth(rows))))
-        known = (1 - share) * self._counts[knot] + share * self._counts[knot + 1]
+        knot, share = self._place(rows)
+        above, share = min(knot + 1, len(self._logs) - 1), min(share, 1.0)
+        known = (1 - share) * self._counts[knot] + share * self._counts[above]
         common, own = wrong, 0.0
         if self._measured:
             wrong = min(wrong, 0.2)
             common = wrong * max(1 / (self._measured + 1), 1 / 16) * known / (known + 1)
             own = wrong * max(1 / (known + 1), 1 / 32)
         logs = [value + common for value in self._logs]
-        logs[knot + 1] += own * share
-        logs[knot] = min(logs[knot] + own * (1 - share), logs[knot + 1])
-        for i in range(knot):
-            logs[i] = min(logs[i], logs[knot])
-        for i in range(knot + (2 if share else 1), _KNOTS):
-            free = max(0.0, 1 - self._counts[i] / 4)  # 1 for a knot without samples, 0 for one with 4 or more
-            excess = logs[i] - logs[i - 1] - (_PRIOR[i] - _PRIOR[i - 1])
-            logs[i] = max(logs[i - 1], logs[i] + free * own - max(0.0, 0.2 * free * excess))
+        below, beyond = self._shares(knot, above, share)
+        logs[knot] += own * below
+        for i in range(knot + 1, len(logs)):
+            free = max(0.0, 1 - self._counts[i] / _SAMPLES)
+            logs[i] += own * (beyond if i == above and share else free)
+        for i in reversed(range(above)):  # a further position is never cheaper
+            logs[i] = min(logs[i], logs[i + 1])
+        for i in range(above, len(logs) - 1):
+            logs[i + 1] = max(logs[i + 1], logs[i])
         self._logs, self._measured = logs, self._measured + 1
         self._counts = [0.99 * count for count in self._counts]
         self._counts[knot] += 1 - share
-        self._counts[knot + 1] += share
+        self._counts[above] += share
+
+    def _shares(self, knot: int, above: int, share: float) -> tuple[float, float]:
+        """How much of a correction the two knots take: more the nearer they are and the fewer samples they have, and so
+        that the curve between them moves by all of it (normalised least mean squares).
+        """
+        low, high = (1 / (self._counts[i] + _SAMPLES) for i in (knot, above))
+        both = (1 - share) ** 2 * low + share**2 * high
+        return min(2.0, (1 - share) * low / both), min(2.0, share * high / both)
 
     def report(self) -> list[float]:
         """The knots, for a later run; empty without measurements."""
@@ -97,7 +135,7 @@ class Curve:
     @classmethod
     def of(cls, stored: object) -> Curve:
         """A curve from an earlier run's report; a fresh one where the report isn't valid."""
-        fits = isinstance(stored, list) and len(stored) == _KNOTS
+        fits = isinstance(stored, list) and 0 < len(stored) <= _KNOTS
         if not fits or not all(isinstance(value, int | float) and abs(value) < _LARGEST for value in stored):  # type: ignore[attr-defined]
             return cls()
         return cls([float(value) for value in stored])  # type: ignore[attr-defined]
@@ -157,9 +195,3 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replaced(path, lambda place: place.write_text(json.dumps(report), encoding="utf-8"))
-
-
-def _place(rows: float) -> tuple[int, float]:
-    """The index of the knot below, and the fraction of the way to the next one."""
-    knot = min(int(rows).bit_length(), _KNOTS - 1) - 1
-    return knot, rows / (1 << knot) - 1

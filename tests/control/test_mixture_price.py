@@ -123,6 +123,29 @@ def test_what_a_curve_has_learned_holds_where_rows_choose_otherwise() -> None:
     assert curve.seconds(4) == pytest.approx(0.1, rel=0.02)
 
 
+@pytest.mark.parametrize("arithmetic", [0.002, 0.02, 0.1])
+@pytest.mark.parametrize("mixture", [None, Mixture(128, 8, 32, (True,) * 2), Mixture(32, 4, 32, (True,) * 2)])
+def test_beyond_what_was_measured_bytes_flatten_and_rows_go_on(mixture: Mixture | None, arithmetic: float) -> None:
+    """Seconds are bytes and arithmetic: measured up to 32 rows, passes of more are foretold."""
+    reads = Reads(100, 0.0 if mixture is None else 40.0, mixture)
+
+    def growth(rows: float) -> float:
+        return reads.by_rows(rows) / reads.by_rows(1)
+
+    def seconds(rows: int) -> float:
+        return 0.05 * (growth(rows) + arithmetic * rows)
+
+    curve = Curve()
+    curve.growth = growth
+    for _ in range(30):
+        for rows in (1, 2, 4, 8, 16, 32):
+            curve.observe(rows, seconds(rows), growth(rows))
+    for _ in range(100):  # steps without drafts take nothing of that back
+        curve.observe(1, seconds(1), 1.0)
+    for rows in (48, 64, 100, 128, 256):
+        assert curve.seconds(rows) == pytest.approx(seconds(rows), rel=0.1), rows
+
+
 # --- what control makes of it
 
 
