@@ -262,12 +262,13 @@ def _written(call: Call, text: Prompt, began: float) -> tuple[Answer, signals.In
 @contextmanager
 def _profiled(trace: OutputFile, engine: Engine, session: Session, progress: Progress) -> Iterator[None]:
     """Profile the block, then print the table and write the trace."""
-    from longspec.bench.profile import profiled, read_rate, table
+    from longspec.bench.profile import profiled, table
+    from longspec.machine.bandwidth import memory_rate
 
     with profiled(engine) as times:
         yield
     progress.report("measuring how fast memory is read")
-    if said := table(times, engine, session, read_rate(engine.model.decoder.device)):
+    if said := table(times, engine, session, memory_rate(engine.model.decoder.device)):
         progress.say(said)
     trace.write(times.trace)
 

@@ -33,10 +33,10 @@ def best_here() -> Fitting:
     """The best model for this machine's device; takes half a second, and torch."""
     import torch
 
-    from longspec.bench.profile import read_rate
+    from longspec.machine.bandwidth import memory_rate
     from longspec.model.load import choose_device
 
     device = choose_device("auto")
     free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    memory, rate = int(free * _FREE), read_rate(device)
+    memory, rate = int(free * _FREE), memory_rate(device) or 0.0  # no model fits where its rate can't be measured
     return Fitting(best(memory, rate), memory, rate)

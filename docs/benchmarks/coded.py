@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from longspec.bench.profile import read_rate
 from longspec.cache import Dense
 from longspec.kernels.isa import candidates
+from longspec.machine.bandwidth import memory_rate
 from longspec.model.decoder import Chunk, Decoder, Rows
 from longspec.model.load import open_model
 
@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    found = candidates()
+    found, rate = candidates(), memory_rate()
     report = {
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "instructions": found if isinstance(found, str) else found[0][0],
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "read_gigabytes_per_second": round(read_rate(torch.device("cpu")) / 1e9, 2),
+        "read_gigabytes_per_second": rate and round(rate / 1e9, 2),
         "files": [measured(path, given.llama_bench, given.tokens, given.rounds) for path in given.files],
     }
     text = json.dumps(report, indent=1)

@@ -27,12 +27,8 @@ from longspec.cache import BLOCK, CACHES
 from longspec.cache import native as cpu
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
-from longspec.machine.system import available_bytes
 
-__all__ = ["Times", "profiled", "read_rate", "table"]
-
-_READ_NBYTES = 512 << 20
-"""More than the caches of most processors, so that what is read comes from memory."""
+__all__ = ["Times", "profiled", "table"]
 
 
 @dataclass(slots=True)
@@ -150,20 +146,10 @@ class _Kernel:
         self.texts_attend = ctypes.CFUNCTYPE(None, *kernel.texts_attend.argtypes)(attend)
 
 
-def read_rate(device: torch.device) -> float:
-    """Memory bandwidth in bytes per second, by all threads together: the best of some sums over a large tensor."""
-    nbytes = _READ_NBYTES if device.type == "cuda" else min(_READ_NBYTES, available_bytes() // 4)
-    held = torch.ones(max(1, nbytes // 4), device=device)
-    best = 0.0
-    for _ in range(5):
-        began = perf_counter()
-        held.sum().item()
-        best = max(best, held.nbytes / (perf_counter() - began))
-    return best
-
-
-def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
-    """The table for the user: a line per component of a step, and the lower bound. Empty without a step."""
+def table(times: Times, engine: Engine, session: Session, rate: float | None) -> str:
+    """The table for the user: a line per component of a step, and the lower bound, where the memory's rate is known, in
+    bytes per second. Empty without a step.
+    """
     if not times.steps:
         return ""
     mean = {name: seconds / times.steps for name, seconds in times.seconds.items()}
@@ -176,6 +162,8 @@ def table(times: Times, engine: Engine, session: Session, rate: float) -> str:
     rows += [("  rest", whole - sum(mean.get(name, 0.0) for name in ("draft", "layers", "head")))]
     lines = [f"a step's time, means of {times.steps:,} steps behind {first:,} to {last:,} tokens"]
     lines += [f"{name:16} {1e3 * seconds:9.3f} ms {100 * seconds / whole:4.0f} %" for name, seconds in rows]
+    if rate is None:
+        return "\n".join(lines)
     decoder = engine.model.decoder
     empty = CACHES[session.cache_name](replace(decoder.shape, device=torch.device("meta")))
     middle = (first + last) / 2

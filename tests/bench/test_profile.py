@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from support.commands import inside
 from support.engines import engine, prompts
 from support.engines import tiny as tiny_model
 from support.real import default
 
-from longspec.bench.profile import profiled, read_rate, table
+from longspec.bench.profile import profiled, table
 from longspec.engine.engine import Engine
 
 
@@ -74,6 +73,7 @@ def test_parts_add_up_and_nothing_stays(drafter: str, tmp_path: Path) -> None:
     lines = table(times, made, session, 1e9).splitlines()
     assert lines[0].endswith(f"{len(prompt):,} to {len(session.tokens):,} tokens")
     assert f"{made.model.decoder.pass_nbytes / 1e6:,.1f} MB of weights" in lines[-1]
+    assert table(times, made, session, None).splitlines() == lines[:-1]
 
 
 def test_what_a_pass_reads(tmp_path: Path) -> None:
@@ -82,7 +82,6 @@ def test_what_a_pass_reads(tmp_path: Path) -> None:
         decoder = tiny_model(tmp_path / str(tied), tie_word_embeddings=tied).decoder
         table_nbytes = 96 * 48 * 4
         assert decoder.nbytes - decoder.pass_nbytes == (0 if tied else table_nbytes)
-    assert read_rate(torch.device("cpu")) > 1e7
 
 
 @pytest.mark.real

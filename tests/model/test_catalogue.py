@@ -117,7 +117,7 @@ def test_a_wrong_name_gets_the_nearest() -> None:
 
 
 def test_the_command(hub: Hub, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longspec.bench.profile.read_rate", lambda device: 1e12)
+    monkeypatch.setattr("longspec.machine.bandwidth.memory_rate", lambda device: 1e12)
     assert guarded(["models", "--all"]) == 0
     rows = [line.split("\t")[:2] for line in capfd.readouterr().out.splitlines()]
     assert rows == [["smollm2", "pull"], ["tiny", "pull"], ["future", "unsupported"]]
