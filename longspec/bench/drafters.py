@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from longspec.bench.harness import Column, Progress, Row, Suite, Table, Took, Turns
+from longspec.bench.harness import Column, Progress, Row, Suite, Table, Took, Turns, setup_of
 from longspec.bench.plot import draw_drafters
-from longspec.bench.process import Case, Worker
+from longspec.bench.process import Worker, single
 from longspec.engine.engine import Engine
-from longspec.text.prompt import encode
 
 __all__ = ["DrafterWorkload"]
 
@@ -46,7 +46,7 @@ class DrafterWorkload:
         self._texts: dict[str, list[int]] = {}  # each drafter's last answer
         self._writers: dict[str, Callable[[str], Took]] = {
             **{name: self._writer(name, engine) for name, engine in engines.items()},
-            **{name: self._peer(worker) for name, worker in peers.items()},
+            **{name: partial(self._ask, worker) for name, worker in peers.items()},
         }
 
     def rows(self, progress: Progress) -> Iterator[Row]:
@@ -69,13 +69,7 @@ class DrafterWorkload:
         yield from _rows("all", totals)
 
     def about(self) -> Row:
-        model = self._plain.model
-        return {
-            "model": model.name,
-            "dtype": model.dtype,
-            "max_new_tokens": self._new,
-            "cache": self._plain.cache_name,
-        }
+        return setup_of(self._plain, self._new)
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         draw_drafters(rows, path)
@@ -103,14 +97,8 @@ class DrafterWorkload:
 
         return write
 
-    def _peer(self, worker: Worker) -> Callable[[str], Took]:
-        model = self._plain.model
-
-        def write(prompt: str) -> Took:
-            request = {"text": prompt, "raw": False, "tokens": encode(model.vocabulary, prompt)}
-            return worker.write(Case("", [request], self._new, ends=model.end_tokens), [request])
-
-        return write
+    def _ask(self, worker: Worker, prompt: str) -> Took:
+        return worker.write(*single(self._plain.model, prompt, self._new))
 
 
 def _rows(category: str, sums: Mapping[str, Took]) -> Iterator[Row]:

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from longspec import __version__
 from longspec.errors import UsageError
 from longspec.machine.system import cores, processor, total_bytes
+
+if TYPE_CHECKING:
+    from longspec.engine.engine import Engine
 
 __all__ = [
     "Column",
@@ -29,7 +32,9 @@ __all__ = [
     "entries",
     "read_suite",
     "report",
+    "rotated",
     "sample",
+    "setup_of",
     "spread",
 ]
 
@@ -99,14 +104,24 @@ class Turns:
         self, contenders: Mapping[str, Callable[[_Prompt], Took]], prompt: _Prompt, tell: Callable[[str], None]
     ) -> dict[str, Took]:
         """Each contender's timing on the prompt; `tell` is called with the name of the next one."""
-        names = list(contenders)
-        start = self._turn % len(names)
-        self._turn += 1
         took = {}
-        for name in names[start:] + names[:start]:
+        for name in rotated(list(contenders), self._turn):
             tell(name)
             took[name] = contenders[name](prompt)
-        return {name: took[name] for name in names}
+        self._turn += 1
+        return {name: took[name] for name in contenders}
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """The names in the order of a turn: each turn begins with another one."""
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def setup_of(engine: Engine, new_tokens: int) -> Row:
+    """What a report says of greedy answers by one model, of so many tokens at most."""
+    model = engine.model
+    return {"model": model.name, "dtype": model.dtype, "max_new_tokens": new_tokens, "cache": engine.cache_name}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,13 +9,14 @@ drafters go in turns, record by record, and each one's chat has its own answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from longspec.bench.harness import Column, Progress, Row, Table
+from longspec.bench.harness import Column, Progress, Row, Table, rotated, setup_of
 from longspec.bench.plot import draw_drafters
-from longspec.bench.process import Case, Worker
+from longspec.bench.process import Worker, single
 from longspec.bench.spec_bench import Answers, Record, Turn, rows_of
 from longspec.engine.engine import Engine
 from longspec.errors import UsageError
@@ -66,7 +67,7 @@ class OfficialWorkload:
         self._asked = dict(asked or {})
         self._writers: dict[str, Write] = {
             **{name: _by_engine(engine) for name, engine in engines.items()},
-            **{name: self._by_peer(worker) for name, worker in peers.items()},
+            **{name: partial(self._by_peer, worker) for name, worker in peers.items()},
         }
         self._answers = Answers(path, self._setup())
 
@@ -89,20 +90,11 @@ class OfficialWorkload:
 
     def _setup(self) -> Row:
         """What answers of several runs must have in common."""
-        model = self._plain.model
-        return {
-            "model": model.name,
-            "dtype": model.dtype,
-            "max_new_tokens": self._new,
-            "cache": self._plain.cache_name,
-            **self._asked,
-        }
+        return {**setup_of(self._plain, self._new), **self._asked}
 
     def _write(self, record: Record, turn: int, progress: Progress, done: int, total: int) -> None:
         """The record by each drafter that has no answer to it yet, the first one rotating."""
-        names = list(self._writers)
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+        for name in rotated(list(self._writers), turn):
             if self._answers.get(name, record) is None:
                 progress(name, done, total)
                 self._answers.add(name, record, self._conversation(self._writers[name], record))
@@ -132,16 +124,10 @@ class OfficialWorkload:
             lambda text: len(vocabulary.encode(text, add_special=False)),
         )
 
-    def _by_peer(self, worker: Worker) -> Write:
-        model = self._plain.model
-
-        def write(messages: list[dict[str, Any]], new: int) -> Turn:
-            request = {"text": "", "raw": False, "tokens": encode(model.vocabulary, messages)}
-            told = worker.ask(Case("", [request], new, ends=model.end_tokens), [request])
-            text = decode(model.vocabulary, told["answer"]).strip()
-            return Turn(text, len(told["answer"]), told["first"] + told["seconds"], told["lengths"])
-
-        return write
+    def _by_peer(self, worker: Worker, messages: list[dict[str, Any]], new: int) -> Turn:
+        told = worker.ask(*single(self._plain.model, messages, new))
+        text = decode(self._plain.model.vocabulary, told["answer"]).strip()
+        return Turn(text, len(told["answer"]), told["first"] + told["seconds"], told["lengths"])
 
 
 def _by_engine(engine: Engine) -> Write:

@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longspec.bench.contenders import Contender
 from longspec.bench.harness import Progress, Took
 from longspec.errors import LongspecError, UsageError
+from longspec.text.prompt import encode
 
-__all__ = ["Case", "Worker", "opened", "workers"]
+if TYPE_CHECKING:
+    from longspec.model.load import Model
+
+__all__ = ["Case", "Worker", "opened", "single", "workers"]
 
 _PLACES = ("assistant", "file", "folder")
 
@@ -39,6 +43,13 @@ class Case:
     def turns(self) -> list[list[Mapping[str, Any]]]:
         """The prompts grouped by call."""
         return [[prompt] for prompt in self.prompts] if self.width == 1 else [list(self.prompts)]
+
+
+def single(model: Model, prompt: str | list[dict[str, Any]], new: int) -> tuple[Case, list[dict[str, Any]]]:
+    """What a worker takes for one prompt, or a chat, in the model's template."""
+    text = prompt if isinstance(prompt, str) else ""
+    request = {"text": text, "raw": False, "tokens": encode(model.vocabulary, prompt)}
+    return Case("", [request], new, ends=model.end_tokens), [request]
 
 
 class Worker:
