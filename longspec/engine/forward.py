@@ -222,6 +222,5 @@ def _sampled_alike(one: Input) -> tuple[object, ...]:
 
 def _entropies(logits: Tensor) -> list[float]:
     """The entropy of each position's distribution, in nats."""
-    falling = torch.log_softmax(logits.float(), -1)
-    entropies: list[float] = (-(falling.exp() * falling).sum(-1)).tolist()
-    return entropies
+    rows = (torch.log_softmax(row.float(), -1) for row in logits)  # copies of one row at a time
+    return [-float((falling.exp() * falling).sum()) for falling in rows]

@@ -11,6 +11,7 @@ from longspec.cache.stage import BLOCK, PIECE_BLOCKS, Cache
 from longspec.model.layers import MIXERS
 from longspec.model.layers.moe import Moe
 from longspec.model.load import DTYPES
+from longspec.sampling.sampler import looks_in_place
 
 if TYPE_CHECKING:
     from longspec.memory.choices import Request
@@ -19,6 +20,11 @@ __all__ = ["workspace"]
 
 _PER_THREAD = 2 << 20
 """Buffers of the attention kernel."""
+
+_LOGIT, _SORTED = 12, 32
+"""Bytes of a logit: the head's sum, and copies for penalties and a grammar; and of one that torch sorts, with its
+noise. Where the kernel looks through logits, torch sorts those of one row at a time.
+"""
 
 
 def workspace(r: Request, cache: Cache, rows: int) -> int:
@@ -38,7 +44,9 @@ def workspace(r: Request, cache: Cache, rows: int) -> int:
     # Without a kernel that returns the log-sum-exp: scores, their exponentials and two copies, in fp32.
     scores = 16 * c.heads * rows * piece if c.attention_softcap or r.device.type != "cpu" else 0
     strict = 3 * r.tokens * layer if r.strict else 0
-    logits = r.texts * (r.draft_tokens + 1) * c.vocabulary * (item + 32)  # sorted, and with their sampling noise
+    looked = r.texts * (r.draft_tokens + 1) * c.vocabulary
+    in_place = r.device.type == "cpu" and looks_in_place()
+    logits = looked * _LOGIT + c.vocabulary * _SORTED if in_place else looked * (item + _SORTED)
     mixing: int = max(MIXERS[spec.mixer].workspace(c, rows) for spec in c.specs)
     mixing += 0 if c.mixture is None else Moe.workspace(c.mixture, c.width, rows)
     return activations + mixing + partial + read + masks + scores + strict + logits + r.threads * _PER_THREAD

@@ -28,7 +28,7 @@ from longspec.kernels.build import library
 from longspec.kernels.team import team
 from longspec.sampling.parameters import Sampling
 
-__all__ = ["Sampling", "choose", "gumbel", "likeliest", "noise_key", "rank", "sound"]
+__all__ = ["Sampling", "choose", "gumbel", "likeliest", "looks_in_place", "noise_key", "rank", "sound"]
 
 _SOURCE = "sampler.c"
 _KERNELS, _MOST = {torch.bfloat16: "16", torch.float32: "32"}, 128
@@ -62,10 +62,15 @@ def choose(
     own, kept = torch.tensor(keys, dtype=torch.int64), (sampling.top_k, sampling.top_p, sampling.min_p)
     at, to = logits.data_ptr(), chosen.data_ptr()
     kernel.choose(at, *logits.shape, sampling.temperature, *kept, own.data_ptr(), to, *team())
-    far = (chosen < 0).nonzero()[:, 0]
-    if len(far):  # rows for which the kernel's candidates may not suffice
-        chosen[far] = _choose(logits[far], sampling, own[far])
+    for row in (chosen < 0).nonzero()[:, 0].tolist():  # the kernel's candidates may not suffice
+        one = slice(row, row + 1)  # torch sorts copies: of one row at a time, which is what a memory plan counts
+        chosen[one] = _choose(logits[one], sampling, own[one])
     return chosen
+
+
+def looks_in_place() -> bool:
+    """Whether a CPU's logits are looked through by the kernel, which copies none."""
+    return not isinstance(library(_SOURCE), str)
 
 
 def _choose(logits: Tensor, sampling: Sampling, keys: Sequence[int] | Tensor) -> Tensor:

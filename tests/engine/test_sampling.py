@@ -157,6 +157,22 @@ def test_the_kernel_chooses_what_torch_chooses(
         assert choose(rows[9:10], sampling, keys[9:10]) == chosen[9]
 
 
+def test_torch_sorts_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for which the kernel's candidates don't suffice: a memory plan counts copies of one row."""
+    logits, keys = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2)), [11, 12, 13, 14, 15]
+    sampling, rows, torchs = Sampling(temperature=2.0, top_p=0.99), list[int](), sampler._choose
+    want = torchs(logits, sampling, keys)
+
+    def counted(some: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(some))
+        return torchs(some, *rest)
+
+    if sampler.looks_in_place():
+        monkeypatch.setattr(sampler, "_choose", counted)
+        assert choose(logits, sampling, keys).tolist() == want.tolist()
+        assert rows == [1] * 5
+
+
 def test_noise_is_standard_gumbel_and_its_own_for_each_key() -> None:
     tokens = torch.arange(50_000)[None]
     noise = gumbel([noise_key(0, "", 0), noise_key(0, "", 1), noise_key(1, "", 0), noise_key(0, "b", 0)], tokens)

@@ -24,6 +24,7 @@ from longspec.model.load import open_model
 from longspec.model.mixtures import Mixture
 from longspec.model.reads import Reads
 from longspec.model.weights.footprint import Footprint
+from longspec.sampling.sampler import looks_in_place
 
 MIB = 1 << 20
 CONFIG = Config.read(
@@ -62,6 +63,15 @@ def test_trees_shrink_to_none_before_the_cache_is_made_lossy() -> None:
     assert plan(asked, dense[-1].need.total - 1).choice.cache == "int8"
     named = replace(asked, may_drop=False)
     assert {one.draft_tokens for one in choices(named)} == {15, *DRAFTS}
+
+
+def test_a_tree_takes_little_more_than_its_logits() -> None:
+    """The kernel looks through them where they lie; torch would sort copies."""
+    if not looks_in_place():
+        pytest.skip("there is no C compiler")
+    whole, *_, least = (one for one in choices(request()) if (one.cache, one.prefill_rows) == ("dense", 64))
+    assert (whole.draft_tokens, least.draft_tokens) == (15, 0)
+    assert 4 < (whole.need.workspace - least.need.workspace) / 15 / CONFIG.vocabulary <= 12
 
 
 def test_a_draft_model_that_nobody_named_is_left_out_first(folder: Path) -> None:
