@@ -20,7 +20,9 @@ from longspec.model.reads import Reads, rows_read
 __all__ = ["REACHED", "Forecast", "forecast"]
 
 REACHED = 0.75
-"""Of the memory's rate, by products: 27 to 33 of 40 GB/s on one core of an EPYC, for codes and bf16 of 135M to 1.5B."""
+"""Of the memory's rate, by products: beside `_LAYER` .65 to .75 by the process's own time, of codes and bf16 of 135M to
+1.5B (docs/benchmarks/forecast.json).
+"""
 
 _LAYER = 50e-6  # seconds beside reading
 ROWS = (1, 2, 4, 8, 16)

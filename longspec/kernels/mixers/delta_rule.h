@@ -58,8 +58,7 @@ INLINE void by_rows(const float *state, const float *const k[ROWS], const float 
     }
 }
 
-/* Four rows share a reading of the state. One alone has four sums under way by its columns: in 18 layers of Qwen3.5-0.8B .4 ms
- * on one core, and not 1.2. */
+/* Four rows share a reading of the state. One alone has four sums under way by its columns, as one would wait for itself. */
 static void by_state(const float *state, const float *const k[ROWS], const float *const q[ROWS], int64_t key_dim,
                      int64_t value_dim, int64_t rows, float written[ROWS][MOST_DIM], float asked[ROWS][MOST_DIM]) {
     if (rows == 1 && value_dim % (ROWS * LANES) == 0)
@@ -137,8 +136,7 @@ typedef struct {
 enum { SOME = 64 }; /* columns of a state that are folded at once: what 64 rows wrote there stays in the first cache */
 
 /* Some columns of a head: what the rows add, in their order and eight at a time, so that fewer roundings add up; and what was
- * there, faded. Rows are copied first, since they stand a power of two apart and share cache sets: the fold of 18 layers of
- * Qwen3.5-0.8B takes 7 ms on one core, and not 24. */
+ * there, faded. Rows are copied first, since they stand a power of two apart and share cache sets. */
 static void fold_some(const Fold *f, int64_t head, int64_t first) {
     const int64_t dim = f->key_dim, wide = f->value_dim, key_head = f->key_of[head];
     const int64_t count = wide - first < SOME ? wide - first : SOME;
