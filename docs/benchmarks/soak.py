@@ -29,8 +29,10 @@ from typing import Any
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "rivers", "run", "down", "sea", "stones", "light"]
 MIB = 1 << 20
-TURN, SETTLED = 6.0, 1.0
-"""Seconds of a turn, and those at its beginning that aren't counted: what came before may still be read."""
+TURN = 6.0
+"""Seconds of a turn, of which the first sixth isn't counted: what came before may still be read. Where clients wait for
+each other it is six times as long.
+"""
 
 
 @dataclass
@@ -177,21 +179,25 @@ async def case(
             await one(port, asked(random.Random(0), 8, 4), Seen())
         always = [lambda port: client(port, -1, probe, 8, 4, leaving=False)]
         always += [lambda port, i=i: client(port, i, staying, 16, 48, leaving=False) for i in range(honest)]
-        times: dict[bool, list[float]] = {False: [], True: []}
+        turn, turns = TURN * (6 if honest else 1), list[tuple[bool, float, float]]()
         async with going(port, always):
-            for turn in range(max(2, round(seconds / TURN))):
-                there, since = bool(turn % 2), perf_counter() + SETTLED
+            for number in range(max(4, round(seconds / turn))):
+                there, began = bool(number % 2), perf_counter()
                 async with going(port, others if there else []):
-                    while (now := perf_counter()) < since + TURN - SETTLED:
+                    while perf_counter() < began + turn:
                         await asyncio.sleep(0.5)
                         sizes.append(resident(process.pid))
-                times[there] += [took for at, took in probe.first if since <= at and at + took <= now]
+                turns.append((there, began + turn / 6, began + turn))
             lost = [*probe.lost, *staying.lost]
             async with going(port, others):
                 await asyncio.sleep(2)
                 ending = await ended(process)
             await asyncio.sleep(1)  # what was sent before the end is read
-    without, beside = (sorted(times[there]) for there in (False, True))
+    first = sorted([*probe.first, *staying.first], key=lambda each: each[1])
+    without, beside = (
+        [took for at, took in first if any(is_in == there and since <= at < end for is_in, since, end in turns)]
+        for there in (False, True)
+    )
     return {
         "first_token_s": {"without": spread(without), "beside": spread(beside)},
         "first_token_ratio": median(beside) / median(without),
@@ -202,8 +208,8 @@ async def case(
 async def soak(
     model: str, more: list[str], seconds: float, honest: int, others: Sequence[Callable[[int], Awaitable[None]]]
 ) -> dict[str, Any]:
-    """All clients at once, for so long."""
-    async with served(model, more) as (process, port):
+    """All clients at once, for so long. Rows of finished texts fill what they may have before memory is looked at."""
+    async with served(model, [*more, "--prefix-cache", "64"]) as (process, port):
         staying, sizes, end = Seen(), list[int](), perf_counter() + seconds
         always = [lambda port, i=i: client(port, i, staying, 16, 48, leaving=False) for i in range(honest)]
         async with going(port, [*always, *others]):
