@@ -22,9 +22,11 @@ _ROWS = 256
 def rows(file: BinaryIO, name: str) -> tuple[Iterator[dict[str, Any]], int]:
     """Each row's fields that aren't null, and the number of rows. UsageError: it isn't Parquet."""
     parquet = _pyarrow(name)
+    from pyarrow import ArrowException
+
     try:
         opened = parquet.ParquetFile(file)
-    except (ValueError, OSError) as error:  # pyarrow's errors are these
+    except (ValueError, OSError, ArrowException) as error:  # pyarrow's errors are these
         raise UsageError(f"{name} isn't a Parquet file: {str(error).splitlines()[0][:200]}.") from error
 
     def read() -> Iterator[dict[str, Any]]:
@@ -32,7 +34,7 @@ def rows(file: BinaryIO, name: str) -> tuple[Iterator[dict[str, Any]], int]:
             for batch in opened.iter_batches(_ROWS):
                 for row in batch.to_pylist():
                     yield {field: value for field, value in row.items() if value is not None}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ArrowException) as error:
             raise UsageError(f"{name} is damaged: {str(error).splitlines()[0][:200]}.") from error
 
     return read(), int(opened.metadata.num_rows)

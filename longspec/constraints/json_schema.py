@@ -46,8 +46,16 @@ def prepared(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema to be compiled. OpenAI's `{"name", "strict", "schema"}` is unwrapped.
 
     Raises:
-        UsageError: it has no keyword but notes, or no known one, or one that looks misspelt; or it requires itself.
+        UsageError: it has no keyword but notes, or no known one, or one that looks misspelt; or it requires itself, or
+        is nested too deeply.
     """
+    try:
+        return _prepared(schema)
+    except RecursionError:
+        raise UsageError("The JSON schema is nested too deeply; make it flatter.") from None
+
+
+def _prepared(schema: dict[str, Any]) -> dict[str, Any]:
     inner = schema.get("json_schema")
     if schema.get("type") == "json_schema" and isinstance(inner, dict):
         schema = inner

@@ -18,6 +18,7 @@ from support.real import exact
 from support.servers import serving
 
 from longspec.constraints.grammar import MOST_BYTES, grammar_of
+from longspec.constraints.json_schema import prepared
 from longspec.constraints.matcher import Constraint
 from longspec.engine.engine import Engine
 from longspec.engine.session import Session
@@ -257,6 +258,14 @@ def test_a_schema_may_hold_itself_where_it_can_end() -> None:
     assert grammar_of(tree)
     assert grammar_of({"type": "object", "properties": {"next": {"$ref": "#"}}})
     assert grammar_of({"title": "anything", "x-order": 1, "enum": [1]})
+
+
+def test_a_schema_may_not_be_nested_too_deeply() -> None:
+    nested: dict[str, Any] = {"type": "string"}
+    for _ in range(2000):
+        nested = {"type": "array", "items": nested}
+    with pytest.raises(UsageError, match="nested too deeply"):
+        prepared(nested)
 
 
 def test_integers_are_bounded(llama: Model) -> None:

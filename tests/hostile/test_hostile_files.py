@@ -27,14 +27,17 @@ def test_thousands_of_mutants_are_read_or_refused(
     assert made.failures == {}
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return sanitized(tmp_path_factory.mktemp("sanitized"))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_under_the_sanitizers_find_nothing_in_mutants(
-    name: str, home: Path, tmp_path: Path, pytestconfig: pytest.Config
+    name: str, built: dict[str, str], home: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    environment = sanitized(tmp_path)
-    (folder := tmp_path / "mutants").mkdir()
     count = pytestconfig.option.mutants
-    made = survey(f"hostile.targets:{name}", folder, count, pytestconfig.option.seed, environment)
+    made = survey(f"hostile.targets:{name}", tmp_path, count, pytestconfig.option.seed, built)
     print(f"\n{name} under the sanitizers: {made}")
     assert made.failures == {}

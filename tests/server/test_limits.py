@@ -151,6 +151,29 @@ def test_what_is_checked_one_by_one_is_counted_first(served: Served, path: str, 
     assert "may have" in answer["error"]["message"] or "more than 4,096; send fewer" in answer["error"]["message"]
 
 
+def test_what_is_nested_deeply_is_refused(served: Served) -> None:
+    """Whatever is as deep as JSON is read, and by whatever it is looked at."""
+
+    def nested(depth: int) -> str:
+        return '{"type":"array","items":' * depth + '{"type":"string"}' + "}" * depth
+
+    message = '"messages":[{"role":"user","content":"a"}]'
+    function = '{"type":"function","function":{"name":"f","strict":true,"parameters":%s}}'
+    for depth in (300, 450, 600, 800, *range(900, 1000, 6)):
+        for path, body in (
+            ("chat/completions", f'{{{message},"response_format":{{"type":"json_object","schema":{nested(depth)}}}}}'),
+            ("chat/completions", f'{{{message},"tools":[{function % nested(depth)}],"tool_choice":"required"}}'),
+            (
+                "messages",
+                '{"max_tokens":1,"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"f",'
+                f'"input":{{"a":{"[" * depth + "]" * depth}}}}}]}}]}}',
+            ),
+        ):
+            status, answer = served.ask(body.encode(), f"/v1/{path}")
+            assert status == 400, (depth, path, answer)
+    assert served.said == []
+
+
 def test_large_bodies_together_keep_no_small_one_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "ALL_NBYTES", 3 * bodies.SMALL_NBYTES)
     slow = [post(served, b" " * (2 * bodies.SMALL_NBYTES), length=bodies.MOST_NBYTES) for _ in range(2)]
