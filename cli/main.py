@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from longspec.cli.io import signals
-from longspec.cli.io.progress import printable
+from longspec.cli.io.progress import folded, printable
 from longspec.errors import LongspecError
 
 __all__ = ["guarded", "main"]
@@ -84,7 +84,8 @@ def _say(error: Exception) -> None:
         if os.environ.get("LONGSPEC_DEBUG", "") not in ("", "0"):
             traceback.print_exception(error, file=sys.stderr)
         said = " ".join(printable(_sentence(error)[: 2 * _MOST]).split())
-        print(f"longspec: {said if len(said) <= _MOST else said[:_MOST] + '...'}", file=sys.stderr, flush=True)
+        line = f"longspec: {said if len(said) <= _MOST else said[:_MOST] + '...'}"
+        print(folded(line), file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:

@@ -28,6 +28,8 @@ from time import monotonic
 from typing import Any
 from xml.sax.saxutils import escape
 
+from longspec.text.prompt_template import read
+
 HERE = Path(__file__).resolve().parent
 COLUMNS, ROWS = 92, 26
 FRAME = 1 / 15  # seconds; states that last less are left out
@@ -35,10 +37,13 @@ REST = 4.0  # seconds that the last state stands before it begins again
 WIDTH, HEIGHT, MARGIN = 7.83, 18, 14  # of a character, a line, the frame, in pixels; the font size is 13
 COLOURS = {"default": "#d8dee9", "cyan": "#4dd0e1", "green": "#a5d6a7", "red": "#ef9a9a", "yellow": "#ffe082"}
 
+QUESTION = read(HERE.parent / "prompts" / "demo.md").render("").strip().replace("\n", " ")
+"""That of `make demo`, on one line: the default model can do it."""
+
 SCRIPT = [  # how what is waited for ends, and what is typed then
-    (rb"\$ ", "longspec chat --show-drafts --stats\n"),
-    (rb"> ", "Write Python functions add, subtract, multiply and divide, each with two arguments.\n"),
-    (rb"ended by [^>]*> ", "Now write a test for each.\n"),
+    (rb"\$ ", "longspec chat --show-drafts --stats --stop Example\n"),
+    (rb"> ", f"{QUESTION}\n"),
+    (rb"ended by [^>]*> ", "Write the whole class again, with all methods, but call it Vector.\n"),
     (rb"ended by [^>]*> ", "/quit\n"),
     (rb"\$ ", ""),
 ]
@@ -147,12 +152,13 @@ def line(display: Any, row: int) -> tuple[tuple[str, str], ...]:
 
 
 def draw(states: list[State], seconds: float) -> str:
-    """The states as SVG. Lines that stand from the first to the last moment need no animation."""
+    """The states as SVG. It begins with the last state, which is also what stands where nothing is animated."""
     width, height = round(COLUMNS * WIDTH + 2 * MARGIN), ROWS * HEIGHT + 2 * MARGIN
     rules, texts = [], []
     for number, state in enumerate(states):
         begins, ends = 100 * state.begins / seconds, 100 * state.ends / seconds
-        rest = "" if ends > 99.99 else f"{ends:.2f}%{{opacity:0}}"
+        last = ends > 99.99
+        rest = "" if last else f"{ends:.2f}%{{opacity:0}}"
         rules.append(f"@keyframes k{number}{{0%{{opacity:0}}{begins:.2f}%{{opacity:1}}{rest}}}")
         spans, column = [], 0
         for colour, text in state.runs:
@@ -160,10 +166,13 @@ def draw(states: list[State], seconds: float) -> str:
             spans.append(f'<tspan x="{MARGIN + column * WIDTH:.1f}"{kind}>{escape(text)}</tspan>')
             column += len(text)
         y = MARGIN + (state.row + 1) * HEIGHT - 5
-        texts.append(f'<text y="{y}" style="animation-name:k{number}">{"".join(spans)}</text>')
+        kind = ' class="last"' if last else ""
+        texts.append(f'<text y="{y}"{kind} style="animation-name:k{number}">{"".join(spans)}</text>')
     style = [
         f"text{{white-space:pre;opacity:0;fill:{COLOURS['default']};"
-        f"animation-duration:{seconds:.2f}s;animation-iteration-count:infinite;animation-timing-function:step-end}}",
+        f"animation-duration:{seconds:.2f}s;animation-iteration-count:infinite;animation-timing-function:step-end;"
+        f"animation-delay:{REST - seconds:.2f}s}}.last{{opacity:1}}",
+        "@media(prefers-reduced-motion:reduce){text{animation:none}}",
         *(f".{name}{{fill:{colour}}}" for name, colour in COLOURS.items() if name != "default"),
         *rules,
     ]

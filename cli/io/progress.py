@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress", "printable", "thinking"]
+__all__ = ["Progress", "folded", "printable", "thinking"]
 
 _DOWNLOADING = "downloading"
 _WAITING = "waiting"
@@ -52,7 +52,7 @@ class Progress:
             return
         self.stop()
         with suppress(OSError):
-            print(f"longspec: {sentence}", file=sys.stderr, flush=True)
+            print(folded(f"longspec: {sentence}"), file=sys.stderr, flush=True)
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Draw a stage's progress; without a total, an indeterminate bar. A download is also noted as a line, drawn
@@ -104,6 +104,19 @@ def _first_run(model: str) -> str:
 def thinking(tokens: int) -> str:
     """The line drawn in place of hidden reasoning."""
     return f"thinking… {tokens:,} tokens"
+
+
+def folded(line: str) -> str:
+    """A line for stderr: at a terminal its words are wrapped at the edge, elsewhere it is one line."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return line
+    from textwrap import fill
+
+    try:
+        columns = os.get_terminal_size(2).columns or 80
+    except OSError:
+        columns = 80
+    return "\n".join(fill(part, columns, break_long_words=False, break_on_hyphens=False) for part in line.splitlines())
 
 
 def printable(text: str, keep: str = "") -> str:

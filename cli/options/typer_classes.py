@@ -106,7 +106,9 @@ def origin(ctx: Any, parameter: Any) -> str:
     setting: Setting | None = ctx.meta.get(_ORIGINS, {}).get(parameter.name)
     if setting is not None and not given(ctx, parameter.name):
         return setting.origin
-    return str(parameter.opts[0]) if parameter.param_type_name == "option" else str(parameter.name).upper()
+    if parameter.param_type_name == "option":
+        return str(parameter.opts[0])
+    return str(parameter.metavar or parameter.name.upper()).removesuffix("...")
 
 
 def setting_name(parameter: Any) -> str:

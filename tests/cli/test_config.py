@@ -161,7 +161,7 @@ REFUSED = [
     (["max_new_token", "5"], "'max_new_token' is no option that can be set; the nearest is max_new_tokens."),
     (["abacus", "5"], "longspec config show"),
     (["output", "x"], "--output belongs to one call and can't be set"),
-    (["seed"], "VALUES must be given: As behind the flag"),
+    (["seed"], "VALUE must be given: As behind the flag"),
 ]
 
 

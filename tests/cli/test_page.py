@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 from time import sleep
+from types import SimpleNamespace
 
 import pyte
 import pytest
 
 from longspec.cli.io.page import Page, rendered
+from longspec.cli.io.progress import folded
 from longspec.cli.io.stdout import Output
 
 ANSWER = """# Rivers
@@ -140,6 +142,19 @@ def test_a_resized_terminal_keeps_what_it_has() -> None:
     assert any(row == "def length(river):" for row in seen)
     for word in words(ANSWER)[:-1]:
         assert any(word in row for row in seen), word
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_messages_are_wrapped_at_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "longspec: 7,938 tokens in 15.9 s (499.6 tokens/s), acceptance 1.00, first token after 0.0 s, ended by length"
+    )
+    assert folded(said) == said
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((columns, 24)))
+    lines = folded(said).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert " ".join(lines) == said
 
 
 def test_code_is_as_it_was_written() -> None:

@@ -103,7 +103,7 @@ def test_a_history_with_calls_is_read(served: Served, client: openai.OpenAI) -> 
         ({"tools": TOOLS, "tool_choice": {"type": "x"}}, "tool_choice is"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "snow"}}}, "tool_choice is 'snow'"),
         ({"tool_choice": "required"}, "there are no tools"),
-        ({"tools": TOOLS * 65}, "130 tools are given; there may be 128"),
+        ({"tools": TOOLS * 65}, "tools has 130; it may have 128"),
         ({"messages": [*USER, {"role": "tool", "content": "A"}]}, "messages[1].tool_call_id is missing"),
         (
             {

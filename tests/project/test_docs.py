@@ -303,8 +303,12 @@ def check_recording(path: Path) -> None:
     assert path.stat().st_size < 300_000
     drawn = ElementTree.parse(path).getroot()
     texts = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert "$ longspec chat --show-drafts --stats" in texts
+    assert any(text.startswith("$ longspec chat --show-drafts --stats") for text in texts)
     assert any(re.search(r"tokens per step", text) for text in texts)
+    first = [
+        "".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text") if "class" in text.attrib
+    ]
+    assert any(re.search(r"tokens per step", text) for text in first), "it begins with an empty screen"
     assert any("cyan" in span.get("class", "") for span in drawn.iter("{http://www.w3.org/2000/svg}tspan"))
 
 
