@@ -3,8 +3,8 @@
     eagle3     as its type eagle3, with the output matrix of the draft vocabulary; embeddings are the target's
     fastmtp    as its type mtp, over a layer of Qwen3's form; embeddings and output matrix are the target's
 
-Takes a head and its target; writes config.json and model.safetensors, as `speculators` itself loads them; neither vLLM
-nor llama.cpp's converter has been tried on them here. Features enter an EAGLE-3 head as they are there, so that its
+Takes a head and its target; writes config.json and model.safetensors, as `speculators` itself loads them; vLLM has not
+been tried on them here. Features enter an EAGLE-3 head as they are there, so that its
 powers of two are taken into the matrix.
 """
 
