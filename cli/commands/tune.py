@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -40,9 +40,9 @@ Examples:
 First, passes are timed in each dtype and with several numbers of threads; the
 fastest setting whose perplexity is within 1 % of the best is what auto means
 from then on, for every command (--dtype and --threads still go before it).
-Then --drafter auto writes some texts and learns what steps cost, and the bound
-of --control entropy is fitted to what is kept. Last, the sub-layers that are
-left out best are searched on texts that the model writes, and measured against
+Then --drafter auto writes some texts and learns what steps cost, and limits of
+--control entropy are fitted to what is kept. Last, the sub-layers that are left
+out best are searched on texts that the model writes, and measured against
 plain decoding, for --drafter skip. All is kept in the user's config and cache
 directories; the tables go to stdout.
 """
@@ -115,7 +115,7 @@ def tune(
         tuning = work.tune(loaded, context=tokens, seconds=(1 - _SETTINGS) * search.budget, report=progress.report)
     report, path = _report(loaded, tuning, tokens), saved_path(loaded) if search.output is None else search.output
     report |= {"auto": round(faster, 4), "settings": [_setting(one) for one in settings]}
-    report["gate"] = {name: round(getattr(gate, name), 4) for name in ("entropy", "saved", "lost")}
+    report["gate"] = {"limits": gate.limits, "saved": round(gate.saved, 4), "lost": round(gate.lost, 4)}
     if reporting.as_json:
         typer.echo(json.dumps({**report, "file": str(path)}, ensure_ascii=False))
     else:
@@ -124,7 +124,7 @@ def tune(
     save_skip(path, tuning.sets[0].skip, loaded, {name: report[name] for name in _KEPT})
     if search.output is None:
         kept.append(fit_path(opened.config, str(opened.device), coded=opened.checkpoint.coded))
-        fit = replace(fits.best(settings).fit, entropy=gate.entropy)
+        fit = replace(fits.best(settings).fit, entropy=gate.limits)
         keep_fit(kept[1], fit, {name: report[name] for name in ("model", "settings", "versions")})
     if not reporting.as_json:
         typer.echo(f"Kept in {' and '.join(map(str, kept))}")
@@ -201,8 +201,8 @@ def _print(report: dict[str, Any]) -> None:
     )
     gate = report["gate"]
     typer.echo(
-        f"--control entropy drafts nothing behind more than {gate['entropy']:.2f} nats: {100 * gate['saved']:.0f} % "
-        f"fewer drafted tokens, {100 * gate['lost']:.0f} % fewer tokens a step.\n"
+        f"--control entropy drafts {_limits(gate['limits'])}: {100 * gate['saved']:.0f} % fewer drafted tokens, "
+        f"{100 * gate['lost']:.0f} % fewer tokens a step.\n"
     )
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
@@ -223,6 +223,11 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo(f"The first writes {report['measured']:.2f} times the tokens/s of plain decoding.")
     else:
         typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
+
+
+def _limits(pairs: Sequence[tuple[float, int]]) -> str:
+    return ", ".join([*(f"{tokens} tokens behind {nats:.2f} nats" for nats, tokens in pairs[:-1]),
+                      f"{pairs[-1][1]} behind more"])  # fmt: skip
 
 
 def _echo(table: Table, rows: list[dict[str, Any]]) -> None:

@@ -82,7 +82,7 @@ class Loading:
     control: str = option(
         "goodput",
         "How many tokens are drafted: goodput (as many as bring the most tokens per second, none where drafting would "
-        "lose), fixed (always the most), or entropy (none after a token that was hard to foresee).",
+        "lose), fixed (always the most), or entropy (fewer after a token that was hard to foresee).",
         metavar="NAME",
         autocompletion=among(*CONTROLS),
     )

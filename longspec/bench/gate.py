@@ -1,28 +1,39 @@
-"""The bound of `--control entropy`, fitted to a model: behind which distributions drafting isn't worth its positions.
+"""The limits of `--control entropy`, fitted to a model: how many tokens are worth drafting behind how sure a target.
 
-Takes a loaded model; gives a bound in nats. The model writes texts with always as many drafted tokens as may be; the
-lowest bound is taken at which these steps would have kept all but a twentieth of their tokens (Cerberus, 2410.13344,
-sets its gate by hand). Other texts, written with and without it, say what that does. No time is measured, so that a
-model has the same bound on every machine.
+Takes a loaded model; gives limits. The model writes texts with always as many drafted tokens as may be. Their steps say
+what shorter drafts would have kept, in bands of the entropy before them. All or nothing, as in Cerberus (2410.13344,
+whose gate is set by hand), loses nearly as large a share of tokens as it saves of rows: behind unsure tokens too the
+first nodes are kept (docs/benchmarks/gate.json). Other texts, written with and without the limits, say what they do. No
+time is measured, so that a model has the same limits on every machine.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
 from longspec.bench.tune import CHECKS, PROMPTS, rate
-from longspec.control.policy import Entropy, Step
+from longspec.control.policy import Entropy, Limits, Step
 from longspec.drafters.auto import auto, heads_for
 from longspec.engine.engine import Engine
 from longspec.model.load import Model
 
-__all__ = ["Gate", "Seen", "Watched", "bound", "calibrate"]
+__all__ = ["EVERYTHING", "Gate", "Seen", "Watched", "calibrate", "fitted"]
 
-_LOST = 0.05  # of the tokens per step
+EVERYTHING: Limits = ((Entropy.MOST, 64),)
+
+_LOST = 0.02
+"""Of the tokens per step, on the texts that limits are fitted to. On texts of other kinds more is lost: .07 on
+Spec-Bench (docs/benchmarks/gate.json).
+"""
+
+_BANDS = 4
+_PRICES = [0.0005 * 1.15**i for i in range(50)]
+"""Of a drafted token, in kept ones."""
 
 
 class Seen(NamedTuple):
@@ -30,14 +41,14 @@ class Seen(NamedTuple):
 
     entropy: float  # of the distribution before it, in nats
     drafted: int
-    kept: int
+    kept: Sequence[int]  # nodes of the draft
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A bound with what it does to texts that it wasn't fitted to, as shares of what is without it."""
+    """Limits with what they do to texts that they weren't fitted to, as shares of what is without them."""
 
-    entropy: float
+    limits: Limits
     saved: float  # of the drafted tokens
     lost: float  # of the tokens per step
 
@@ -45,64 +56,72 @@ class Gate:
 class Watched(Entropy):
     """The control, with a record of its steps; a text's first one, before which no entropy is known, isn't in it."""
 
-    def __init__(self, drafter: str, most: float = math.inf) -> None:
-        super().__init__(drafter, most)
+    def __init__(self, drafter: str, limits: Limits = EVERYTHING) -> None:
+        super().__init__(drafter, limits)
         self.seen: list[Seen] = []
 
     def observe(self, step: Step) -> None:
         for outcome in step.outcomes:
             if (entropy := self.entropy_of(outcome.session)) is not None:
-                self.seen.append(Seen(entropy, len(outcome.draft), len(outcome.kept)))
+                self.seen.append(Seen(entropy, len(outcome.draft), outcome.kept))
         super().observe(step)
 
 
 def calibrate(model: Model, until: float, report: Callable[[str, int, int], None]) -> Gate:
-    """Fit the bound to the first drafter of `auto`. until: when no further text is begun, on perf_counter's clock; one
+    """Fit the limits to the first drafter of `auto`. until: when no further text is begun, on perf_counter's clock; one
     is written at least.
     """
     (name, *_) = (spec.name for spec in auto({}, nbytes=model.decoder.nbytes, heads=heads_for(model)))
 
-    def steps(prompts: Sequence[str], most: float = math.inf) -> list[Seen]:
-        control = Watched(name, most)
+    def steps(prompts: Sequence[str], limits: Limits = EVERYTHING) -> list[Seen]:
+        control = Watched(name, limits)
         engine = Engine(model, drafter=name, cache="dense", control=control)
         for done, prompt in enumerate(prompts):
-            report("fitting the entropy bound", done, len(prompts))
+            report("fitting the limits of entropy", done, len(prompts))
             if done and perf_counter() >= until:
                 break
             rate(engine, prompt, None)  # behind a long text an unsure model still copies
         return control.seen
 
-    found = bound(steps(PROMPTS))
+    found = fitted(steps(PROMPTS))
     free = steps(CHECKS)
     return Gate(found, *_effect(free, steps(CHECKS, found)))
 
 
-def bound(seen: Sequence[Seen], lost: float = _LOST) -> float:
-    """The lowest bound that loses at most this share of the tokens per step.
+def fitted(seen: Sequence[Seen], lost: float = _LOST) -> Limits:
+    """Limits that lose at most this share of the tokens per step, for bands of as many steps each.
 
-    A step that isn't drafted for brings one token, and those that it would have kept are written by later steps: of n
-    steps and their t tokens, with k of them kept behind bounded entropies, (t - k) / n a step remain.
+    At a price for a drafted token each band has the length that brings the most beyond it, and none a longer one than
+    the band of less entropy. The dearest price that loses no more is taken.
     """
     if not any(step.kept for step in seen):
-        return Entropy.MOST
-    tokens = len(seen) + sum(step.kept for step in seen)
-    kept, least = 0, 0.0
-    for step in sorted(seen, reverse=True):
-        kept += step.kept
-        if kept > lost * tokens:
-            least = step.entropy
-            break
-    return math.ceil(least * 1e4) / 1e4
+        return Entropy.LIMITS
+    ordered, longest = sorted(seen, key=lambda step: step.entropy), max(step.drafted for step in seen)
+    bands = [ordered[i * len(seen) // _BANDS : (i + 1) * len(seen) // _BANDS] for i in range(_BANDS)]
+    bands = [band for band in bands if band]
+    brought = [[sum(bisect_left(step.kept, n) for step in band) for n in range(longest + 1)] for band in bands]
+    drafted = [[sum(min(step.drafted, n) for step in band) for n in range(longest + 1)] for band in bands]
+    whole = len(seen) + sum(len(step.kept) for step in seen)
+    lengths = [longest] * len(bands)
+    for price in _PRICES:
+        found, most = list[int](), longest
+        for kept, rows in zip(brought, drafted, strict=True):
+            most = max(range(most + 1), key=lambda n: kept[n] - price * rows[n])
+            found.append(most)
+        if len(seen) + sum(kept[n] for kept, n in zip(brought, found, strict=True)) >= (1 - lost) * whole:
+            lengths = found
+    nats = [math.ceil(band[-1].entropy * 1e4) / 1e4 for band in bands[:-1]]
+    return tuple(zip([*nats, Entropy.MOST], lengths, strict=True))
 
 
 def _effect(free: Sequence[Seen], gated: Sequence[Seen]) -> tuple[float, float]:
     """Shares of the drafted tokens that are saved, and of the tokens per step that are lost."""
 
     def drafted(seen: Sequence[Seen]) -> float:
-        return sum(step.drafted for step in seen) / max(1, sum(1 + step.kept for step in seen))
+        return sum(step.drafted for step in seen) / max(1, sum(1 + len(step.kept) for step in seen))
 
     def brought(seen: Sequence[Seen]) -> float:
-        return sum(1 + step.kept for step in seen) / max(1, len(seen))
+        return sum(1 + len(step.kept) for step in seen) / max(1, len(seen))
 
     saved = 1 - drafted(gated) / drafted(free) if drafted(free) else 0.0
     return saved, 1 - brought(gated) / brought(free) if free else 0.0

@@ -18,7 +18,7 @@ __all__ = ["CONTROLS", "make"]
 CONTROLS: dict[str, Callable[[Sequence[str], int, Mapping[str, Any] | None], Control]] = {
     "goodput": Goodput,
     "fixed": lambda drafters, most, learned: Fixed(drafters[0]),
-    "entropy": lambda drafters, most, learned: Entropy(drafters[0], (learned or {}).get("entropy", Entropy.MOST)),
+    "entropy": lambda drafters, most, learned: Entropy(drafters[0], (learned or {}).get("entropy", Entropy.LIMITS)),
 }
 
 

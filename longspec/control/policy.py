@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from longspec.types import Draft, Needs, Verdict, Writing
 
-__all__ = ["Bet", "Control", "Entropy", "Fixed", "Outcome", "Step"]
+__all__ = ["Bet", "Control", "Entropy", "Fixed", "Limits", "Outcome", "Step"]
 
 
 class Bet(NamedTuple):
@@ -92,25 +92,36 @@ class Control:
 Fixed = Control
 
 
+Limits = Sequence[tuple[float, int]]
+"""Nats, rising, each with tokens, falling: behind a distribution of at most so many nats at most so many are drafted,
+and behind more than the last none.
+"""
+
+
 class Entropy(Control):
-    """Drafts only where the target's last distribution has at most `most` nats of entropy (Cerberus's gate,
-    2410.13344); `longspec tune` fits that bound to a model.
+    """Drafts the fewer tokens, the less sure the target was of its last one. Cerberus's gate (2410.13344) drafts all or
+    none; `longspec tune` fits limits to a model.
     """
 
     needs = Needs(entropy=True)
-    MOST = 2.0  # of a model that wasn't tuned
+    MOST = 100.0  # nats: more than any vocabulary has
+    LIMITS: Limits = ((1.0, 10), (MOST, 8))  # of a model that wasn't tuned
 
-    def __init__(self, drafter: str, most: float = MOST) -> None:
+    def __init__(self, drafter: str, limits: Limits = LIMITS) -> None:
         super().__init__(drafter)
-        self.most = most
+        self.limits = limits
         self._last: WeakKeyDictionary[Writing, float] = WeakKeyDictionary()
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
-        hard = [(self.entropy_of(session) or 0.0) > self.most for session in sessions]
+        allowed = [self._allowed(self.entropy_of(session)) for session in sessions]
         return [
-            Bet("", 0, "unsure") if is_hard else Bet(self.drafter, limit)
-            for is_hard, limit in zip(hard, most, strict=True)
+            Bet("", 0, "unsure") if own == 0 else Bet(self.drafter, limit if own is None else min(own, limit))
+            for own, limit in zip(allowed, most, strict=True)
         ]
+
+    def _allowed(self, entropy: float | None) -> int | None:
+        """Tokens; None where nothing is known yet."""
+        return None if entropy is None else next((tokens for nats, tokens in self.limits if entropy <= nats), 0)
 
     def entropy_of(self, session: Writing) -> float | None:
         """Nats of the distribution of the session's last token; None before its first step."""

@@ -289,7 +289,7 @@ def _draft_model(
 
 
 def _learned(control: str, model: Model, costs_file: Path | None) -> Mapping[str, Any] | None:
-    """What is known of the model before its first text: latencies of an earlier run, or the bound that was tuned."""
+    """What is known of the model before its first text: latencies of an earlier run, or the limits that were tuned."""
     if control == "goodput" and costs_file is not None:
         return latency.read(costs_file)
     if control == "entropy" and model.fit is not None and model.fit.entropy is not None:

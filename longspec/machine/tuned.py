@@ -1,5 +1,5 @@
 """Tuned settings of a model on this machine, as `longspec tune` found them: the fastest dtype and thread count, and the
-bound of `--control entropy`.
+limits of `--control entropy`.
 
 Takes a config and a device; gives the stored settings, which `auto` then resolves to. Stored as one small JSON file
 per model and device in the user's config directory. An invalid file is ignored: the settings affect speed alone, and
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ __all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
 
 _KIND, _VERSION = "longspec fit", 1
 _MOST_NBYTES = 1 << 16
-_MOST_ENTROPY = 100.0  # nats: more than any vocabulary has
+_MOST_NATS, _MOST_TOKENS, _MOST_BANDS = 100.0, 64, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Fit:
 
     dtype: str
     threads: int
-    entropy: float | None = None  # in nats; None where it wasn't fitted
+    entropy: Sequence[tuple[float, int]] | None = None  # nats with drafted tokens; None where they weren't fitted
 
 
 def fit_path(config: object, device: str, *, coded: bool) -> Path:
@@ -58,10 +58,19 @@ def read_fit(path: Path) -> Fit | None:
         or not 1 <= threads <= (os.cpu_count() or 1)
     ):
         return None
-    entropy = found.get("entropy")
-    if not isinstance(entropy, int | float) or not 0 <= entropy < _MOST_ENTROPY:
-        return Fit(dtype, threads)
-    return Fit(dtype, threads, float(entropy))
+    return Fit(dtype, threads, _limits(found.get("entropy")))
+
+
+def _limits(stored: object) -> tuple[tuple[float, int], ...] | None:
+    """Of `--control entropy`; None where they aren't valid."""
+    if not isinstance(stored, list) or not 0 < len(stored) <= _MOST_BANDS:
+        return None
+    pairs = [pair for pair in stored if isinstance(pair, list) and [type(value) for value in pair] == [float, int]]
+    nats, tokens = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    fits = len(pairs) == len(stored) and nats == sorted(nats) and tokens == sorted(tokens, reverse=True)
+    if not fits or not (nats[0] >= 0 and nats[-1] <= _MOST_NATS and tokens[-1] >= 0 and tokens[0] <= _MOST_TOKENS):
+        return None
+    return tuple(zip(nats, tokens, strict=True))
 
 
 def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ _LENGTHS = (
     _CHOICE("Su et al.", "2310.18813", _CONTROL, "by batch size, in each step; `longspec bench batch` shows it"),
     _CHOICE("Nightjar", "2512.22420", _CONTROL, "measured tokens per second, none among the choices; memory back"),
     _CHOICE(
-        "Cerberus' gate", "2410.13344", "--control entropy", "a bound on the last entropy, which `longspec tune` fits"
+        "Cerberus' gate", "2410.13344", "--control entropy", "limits by the last entropy, which `longspec tune` fits"
     ),
     _CHOICE("SpecDec++", "2405.19715", "", "calibrated probabilities say where to stop, without a trained predictor"),
 )
