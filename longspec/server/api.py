@@ -233,8 +233,6 @@ def _refusal(error: Exception) -> RefusedError:
             return RefusedError(400, str(error), code="memory_budget_exceeded")
         case UnreadError():
             return RefusedError(503, str(error), code="ended")
-        case RecursionError():
-            return RefusedError(400, "The body is nested too deeply; make it flatter.")
         case GoneError() | ClientDisconnect():
             return RefusedError(499, "The client went away.")
     # Starlette re-raises such an error and uvicorn then drops the connection: the client must not reuse it.

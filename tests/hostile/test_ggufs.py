@@ -15,7 +15,7 @@ from support.ggufs import write_gguf
 from longspec.errors import ModelError
 from longspec.model.config import Config
 from longspec.model.gguf.config import config_of
-from longspec.model.gguf.file import GgufFile
+from longspec.model.gguf.file import GgufFile, read_gguf
 from longspec.model.gguf.header import GgufHeader, read_header
 from longspec.model.gguf.tokenizer import build_tokenizer, tokenizer_config_of
 
@@ -118,6 +118,17 @@ def test_a_tensor_without_values_is_refused(llama: Path, tmp_path: Path) -> None
     (path := tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(ModelError, match=r"token_embd\.weight has the shape \[96, 0\]"):
         read_header(path)
+
+
+def test_a_step_that_is_no_number_is_no_warning(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 1}
+    path = write_gguf(oracle("llama", **sizes), tmp_path / "a.gguf", matrices=kind)  # of 8 rows, which no kernel takes
+    place = read_header(path).tensors["blk.0.attn_k.weight"]
+    data = bytearray(path.read_bytes())
+    data[place.begin : place.begin + 34] = struct.pack("<e", math.inf) + bytes(32)
+    path.write_bytes(data)
+    assert read_gguf(path).take("model.layers.0.self_attn.k_proj.weight").isnan().any()
 
 
 @pytest.mark.parametrize(("name", "what"), [("_MOST_TENSORS", "tensors"), ("_MOST_FIELDS", "fields")])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -182,7 +183,8 @@ class GgufFile:
             return Piece.of_blocks(blocks.format, [(blocks.read(), blocks.heads)], blocks.width).values()
         rows = self._rows(name).numpy()
         try:
-            tensor = torch.from_numpy(gguf.dequantize(rows, place.kind)).view(place.shape)
+            with np.errstate(all="ignore"):  # damaged steps make values that are no numbers, as logits then say
+                tensor = torch.from_numpy(gguf.dequantize(rows, place.kind)).view(place.shape)
         except NotImplementedError as error:
             raise ModelError(
                 f"{self.path} holds {self._stored[name]} as {place.kind.name}, which the gguf package can't dequantize."
