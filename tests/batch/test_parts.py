@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from longspec.batch import parts
 from longspec.batch.about import About
 from longspec.batch.inputs import open_input
+from longspec.batch.parquet import rows
 from longspec.batch.parts import Parts
 from longspec.batch.requests import Item
 from longspec.cli.main import guarded
@@ -109,6 +111,26 @@ def test_objects_are_read_and_written_by_url(tiny: str, home: Path) -> None:
     files.rm("/answers", recursive=True)
     with pytest.raises(UsageError, match="memory://none can't be read"), open_input(["memory://none"]):
         pass
+
+
+@needs_pyarrow
+def test_damaged_parquet_is_read_or_refused() -> None:
+    """Each byte of what describes its columns; pyarrow raises errors of its own for some."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None] * 9, "id": list(range(18))}), file := BytesIO())
+    whole = file.getvalue()
+    refused = 0
+    for at in range(1, len(whole)):
+        for change in (1, 0x55, 0xFF):
+            damaged = bytearray(whole)
+            damaged[-at] ^= change
+            try:
+                [*rows(BytesIO(damaged), "it")[0]]
+            except UsageError:
+                refused += 1
+    assert refused > 1000
 
 
 @needs_pyarrow
