@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspec.cli.io.batch_forecast import Many, Measured, forecast, print_forecast
-from longspec.cli.io.progress import Progress
+from longspec.cli.io.progress import Progress, folded
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, group, option
 from longspec.cli.options.loading import Loading
@@ -36,6 +36,8 @@ Examples:
 \b
 The table goes to stdout. Where nothing fits, the exit code is 4.
 """
+
+_STDOUT = 1
 
 _BITS = {"int8": 8.5, "int4": 4.5}
 """Bits of a coded weight."""
@@ -161,10 +163,11 @@ def _measured(request: Request) -> Callable[[float], float] | None:
 def _print(report: dict[str, Any]) -> None:
     from longspec.machine.system import shown
 
-    stored = f"; the file: {report['format']}" if report["format"] else ""
+    bits = f"{report['weights_bits']:.1f} bits a weight"
+    stored = f"; the file: {report['format'].removesuffix(f', {bits}')}" if report["format"] else ""
     typer.echo(
-        f"{report['model']} in {report['dtype']} on {report['device']} ({report['weights_bits']:.1f} bits a weight"
-        f"{stored}): {report['context']:,} tokens in {shown(report['budget_bytes'])}"
+        f"{report['model']} in {report['dtype']} on {report['device']} ({bits}{stored}): "
+        f"{report['context']:,} tokens in {shown(report['budget_bytes'])}"
     )
     rows = [("CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS")]
     for one in report["caches"]:
@@ -186,7 +189,7 @@ def _print(report: dict[str, Any]) -> None:
     picked = report["picked"]
     typer.echo("* the text may differ from dense's")
     sentence = f"takes {picked['cache']}" if picked else "finds nothing that fits; the least that there is"
-    typer.echo(f"\n--cache auto {sentence}: {_sum(report['parts'])}.")
+    typer.echo("\n" + folded(f"--cache auto {sentence}: {_sum(report['parts'])}.", _STDOUT))
     if picked:
         _print_reads(report["reads"], report["context"])
         _print_disk(report["from_disk"])
@@ -213,16 +216,18 @@ def _print_reads(said: dict[str, Any], context: int) -> None:
         rate = f", {said['tokens_per_second']:.3g} tokens/s without drafts by the {read} that memory is read at here"
     if said["measured_tokens_per_second"]:
         rate += f" ({said['measured_tokens_per_second']:.3g} in earlier runs)"
-    typer.echo(
+    reads = (
         f"A token behind {context:,} others reads {shown(said['bytes_per_token'])}, {shown(said['weights_bytes'])} of "
         f"weights and {shown(said['cache_bytes'])} of cache{rate}."
     )
+    typer.echo(folded(reads, _STDOUT))
     if said["union"]:
         each = [f"{one['rows']}: {one['experts']:.0f} ({shown(one['bytes'])})" for one in said["union"]]
-        typer.echo(
+        union = (
             f"Rows of a pass, and the experts of {said['experts']} that they read if they choose at random: "
             f"{', '.join(each)}. Rows of one text choose more alike."
         )
+        typer.echo(folded(union, _STDOUT))
 
 
 def _print_disk(said: dict[str, Any] | None) -> None:
@@ -234,10 +239,11 @@ def _print_disk(said: dict[str, Any] | None) -> None:
     if said["tokens_per_second"]:
         read = f"{said['disk_bytes_per_second'] / 1e6:,.0f} MB/s"
         speed = f": at {read}, as it was read now, {said['tokens_per_second']:.2g} tokens/s without drafts"
-    typer.echo(
+    stay = (
         f"The weights of {said['layers'] - said['kept_layers']} of {said['layers']} layers stay on disk, "
         f"{shown(said['bytes_per_token'])} for each pass{speed}."
     )
+    typer.echo(folded(stay, _STDOUT))
 
 
 def _print_curve(report: dict[str, Any]) -> None:
@@ -254,7 +260,7 @@ def _print_curve(report: dict[str, Any]) -> None:
         rows.append((shown(one["budget_bytes"]), one["cache"], *numbers, one["weights"], rate, drafters))
     for budget, cache, drafted, prefill, weights, rate, drafters in rows:
         typer.echo(f"{budget:>10}  {cache:7}  {drafted:>7}  {prefill:>7}  {weights:7}  {rate:>8}  {drafters}")
-    typer.echo(_why(report))
+    typer.echo(folded(_why(report), _STDOUT))
 
 
 def _why(report: dict[str, Any]) -> str:

@@ -106,14 +106,14 @@ def thinking(tokens: int) -> str:
     return f"thinking… {tokens:,} tokens"
 
 
-def folded(line: str) -> str:
-    """A line for stderr: at a terminal its words are wrapped at the edge, elsewhere it is one line."""
-    if sys.stderr is None or not sys.stderr.isatty():
+def folded(line: str, stream: int = 2) -> str:
+    """A line for stderr, or another stream: at a terminal its words are wrapped at the edge, else it is one line."""
+    if not os.isatty(stream):
         return line
     from textwrap import fill
 
     try:
-        columns = os.get_terminal_size(2).columns or 80
+        columns = os.get_terminal_size(stream).columns or 80
     except OSError:
         columns = 80
     return "\n".join(fill(part, columns, break_long_words=False, break_on_hyphens=False) for part in line.splitlines())

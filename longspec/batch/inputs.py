@@ -248,9 +248,8 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | str | None:
 def _holds(template: Template, fields: Sequence[str] | set[str], what: str) -> None:
     lacking = sorted(template.names - set(fields))
     if lacking:
-        raise UsageError(
-            f"The prompt is {template.text!r}, and {what} has no {lacking[0]!r}; it has: {', '.join(sorted(fields))}."
-        )
+        there = ", ".join(sorted(fields)) or "nothing"
+        raise UsageError(f"The prompt is {template.text!r}, and {what} has no {lacking[0]!r}; it has: {there}.")
 
 
 def _many(given: Sequence[str], template: Template | None) -> Input:

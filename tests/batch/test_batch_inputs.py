@@ -168,6 +168,8 @@ def test_tables(tmp_path: Path) -> None:
         read(tmp_path / "in.csv", "text,label\n", template="{body}")
     with pytest.raises(UsageError, match="has no 'prompt'"):
         read(tmp_path / "in.csv", "text,label\n")
+    with pytest.raises(UsageError, match="has no 'prompt'; it has: nothing"):
+        read(tmp_path / "in.csv", "")
 
 
 def test_an_open_quote_costs_no_more_than_its_table(tmp_path: Path) -> None:

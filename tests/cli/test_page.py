@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 from time import sleep
-from types import SimpleNamespace
 
 import pyte
 import pytest
@@ -150,7 +149,7 @@ def test_messages_are_wrapped_at_a_terminal(columns: int, monkeypatch: pytest.Mo
         "longspec: 7,938 tokens in 15.9 s (499.6 tokens/s), acceptance 1.00, first token after 0.0 s, ended by length"
     )
     assert folded(said) == said
-    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("os.isatty", lambda number: number == 2)
     monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((columns, 24)))
     lines = folded(said).splitlines()
     assert max(map(len, lines)) <= columns
