@@ -263,7 +263,7 @@ def test_killed_twenty_times(tiny: str, home: Path) -> None:
 def test_killed_twenty_times_while_it_speculates_over_codes(tiny: str, home: Path) -> None:
     """Prompts of three blocks, of which codes of four bits are read, and which repeat themselves for the drafter."""
     speculating = ["--drafter", "ngram", "--control", "fixed", "--cache", "int4"]
-    kill_and_resume(tiny, home, 300, 20, 3, *speculating, times=14)
+    kill_and_resume(tiny, home, 300, 20, 3, *speculating, times=15)
     for line in lines(home / "out"):
         assert line["cache"] == "int4"
         assert line["usage"]["prompt_tokens"] > 3 * 64 - 20
