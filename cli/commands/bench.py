@@ -117,13 +117,15 @@ class HeadOptions:
     )
     suite: Path = option(what=SUITE, metavar="FILE")
     prompts: int | None = option(None, "Of each category; else all.", metavar="N", parser=readers.whole(1))
-    rounds: int = option(3, "Of what is timed.", metavar="N", parser=readers.whole(1))
+    rounds: int = option(3, "Of what is timed; 0: nothing is.", metavar="N", parser=readers.whole(0))
     max_new_tokens: int = option(128, "Of each answer.", metavar="N", parser=readers.whole(1))
 
 
 @bench.command("heads", cls=Command)
 @expanded
-def heads(options: HeadOptions, loading: Annotated[Loading, Only("model", "threads")], results: Results) -> None:
+def heads(
+    options: HeadOptions, loading: Annotated[Loading, Only("model", "dtype", "threads")], results: Results
+) -> None:
     """Compare trained heads: size, accuracy by depth, tokens per step, and speed beside plain decoding."""
     results.check(options.suite, loading.model)
     from longspec.bench.harness import read_suite, sample
@@ -135,9 +137,11 @@ def heads(options: HeadOptions, loading: Annotated[Loading, Only("model", "threa
     if not prompts:
         raise UsageError(f"{options.suite} has no prompt; a suite has an object with `category` and `turns` a line.")
     with Progress(loading.model) as progress:
-        opened = open_model(loading.model, report=progress.report)
+        opened = open_model(loading.model, dtype=loading.dtype, report=progress.report)
         opened.set_threads(loading.threads)
-        dtypes = [native_dtype(opened.device), *([opened.dtype] if opened.dtype in CODED else [])]
+        dtypes = [opened.dtype]
+        if loading.dtype == "auto" and opened.dtype in CODED:
+            dtypes.insert(0, native_dtype(opened.device))
         models = {
             dtype: open_model(loading.model, dtype=dtype, report=progress.report).load(report=progress.report)
             for dtype in dtypes

@@ -161,12 +161,12 @@ def train(
             greedy=sampling.temperature is None,
             minutes=training.minutes,
         )
-        model, writer = _models(loading, progress)
-        options = _sampling(model.defaults, sampling.temperature, recipe.seed)
         if training.head == "features":
-            said = _features(training, model, writer or model, recipe, prompts, options, progress)
+            said = _features(training, loading, sampling, recipe, prompts, progress)
             typer.echo(json.dumps(said, ensure_ascii=False) if reporting.as_json else f"Kept in {training.output}")
             return
+        model, writer = _models(loading, progress)
+        options = _sampling(model.defaults, sampling.temperature, recipe.seed)
         report = _head(training, model, writer, recipe, prompts, options, progress)
     if report is None:  # a dry run; a worker other than the one that reports
         return
@@ -213,25 +213,33 @@ def _gather(training: Training, loading: Loading, reporting: Reporting) -> None:
 
 def _features(
     training: Training,
-    model: Model,
-    writer: Model,
+    loading: Loading,
+    sampling: SamplingOptions,
     recipe: Recipe,
     prompts: list[str],
-    options: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
     from longspec.heads import KINDS
+    from longspec.model.load import open_model
     from longspec.training.course import split
     from longspec.training.features import Content, layers_of, write_features
+    from longspec.training.plan import seconds_of_writing
 
+    opened = open_model(loading.model, dtype=loading.dtype, device=loading.device, report=progress.report)
+    opened.set_threads(loading.threads)
+    model = opened.load(report=progress.report)
+    options = _sampling(model.defaults, sampling.temperature, recipe.seed)
     layers, count = training.layers or layers_of(list(KINDS), model), model.decoder.config.layers
     if max(layers) > count:
         raise UsageError(f"There is no layer {max(layers)}; {model.name} has {count}, and 0 is the embedding.")
     used, held = split(prompts, recipe.seed)
     content = Content(used, held, layers, options, recipe.tokens, recipe.window, recipe.invented, greedy=recipe.greedy)
+    progress.report("measuring")
+    hours = recipe.tokens * seconds_of_writing(model, used, options) / 3600
+    progress.say(f"the plan: {recipe.tokens:,} tokens to write, about {hours:.2f} h by a short measurement")
     if not training.dry_run:
-        write_features(model, writer, training.output, content, progress.report)
-    return {"folder": str(training.output), "layers": sorted({*layers, count}), **content.about(model, writer)}
+        write_features(model, training.output, content, progress.report)
+    return {"folder": str(training.output), "layers": sorted({*layers, count}), **content.about(model)}
 
 
 def _semantic(
@@ -287,7 +295,7 @@ def _head(
     from longspec.training.plan import make_plan
 
     course = start(model, recipe, training.output, prompts, options, writer, training.first, training.features)
-    if training.join is None:
+    if training.join is None and (training.dry_run or training.features is None or not training.minutes):
         progress.report("measuring")
         progress.say(str(make_plan(model, recipe, course.prompts, course.held, course.options, course.writer)))
     return None if training.dry_run else course.run(progress.report, int8=training.int8, join=training.join)
@@ -302,8 +310,9 @@ def _models(loading: Loading, progress: Progress) -> tuple[Model, Model | None]:
 
     model, writer = opened(loading.dtype), None
     model.set_threads(loading.threads)
-    if loading.dtype == "auto" and model.dtype == "int8":  # int8 generates faster, but has no gradients
-        writer, model = model.load(report=progress.report), opened(native_dtype(model.device))
+    native = native_dtype(model.device)
+    if loading.dtype == "auto" and model.dtype != native:  # codes have no gradients, and torch may emulate bf16
+        writer, model = model.load(report=progress.report), opened(native)
     return model.load(report=progress.report), writer
 
 

@@ -2,7 +2,8 @@
 
 Takes heads in folders, one loaded target by dtype, and prompts; gives one row per head. Accuracy is by depth, behind
 the true tokens of plain decoding's greedy answers. Tokens per step are counted with so many tokens drafted in every
-step, of greedy and of sampled answers; seconds are compared with plain decoding's in turns, under the control.
+step, of greedy and of sampled answers, each with a 95 % interval: that of the prompts drawn anew. Seconds are compared
+with plain decoding's in turns, under the control.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from longspec.bench.harness import Column, Progress, Row, Table, Took, Turns
 from longspec.bench.plot import draw_heads
 from longspec.bench.side_by_side import write_all
 from longspec.drafters import drafter_of
 from longspec.engine.engine import Engine
-from longspec.heads.accuracy import accuracies
+from longspec.engine.session import Session
+from longspec.heads.accuracy import accuracies, judged
 from longspec.heads.format import Trained, load_head
+from longspec.heads.seen import Seen, see
 from longspec.model.load import Model
 
-__all__ = ["DRAFTED", "HeadWorkload"]
+__all__ = ["DRAFTED", "HeadWorkload", "interval"]
 
 DRAFTED = {"chain": 4, "tree": 15}
 """Tokens that are drafted in every step: what pays where rows are dear, and what fills a tile."""
@@ -29,10 +34,11 @@ DRAFTED = {"chain": 4, "tree": 15}
 TEMPERATURE = 0.8
 WIDTHS = (1, 8)
 SIDE_BY_SIDE = 8  # where only steps are counted
+DRAWN = 2000  # times that the prompts are drawn anew for an interval
 
 
 class HeadWorkload:
-    """models: the target by dtype, the first one in bf16 or fp32: what heads are trained on."""
+    """models: the target by dtype; accuracies and steps are those of the first one. rounds: 0 times nothing."""
 
     what = "trained heads: size, accuracy by depth, tokens per step, and speed beside plain decoding"
     table = Table(
@@ -42,6 +48,7 @@ class HeadWorkload:
         Column("right", -24, lambda row: " ".join(f"{share:.2f}" for share in row["accuracy"][:5])),
         Column("4", 5, "{tokens_per_step[chain]:.2f}"),
         Column("15", 5, "{tokens_per_step[tree]:.2f}"),
+        Column("95 %", -10, lambda row: "{:.2f}-{:.2f}".format(*row["tokens_per_step_95"]["tree"])),
         Column("15, .8", 6, "{sampled_tokens_per_step[tree]:.2f}"),
         Column("ratios", -30, lambda row: " ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())),
     )
@@ -54,12 +61,14 @@ class HeadWorkload:
         self._heads = {folder.name: (folder, load_head(folder, self._first)) for folder in folders}
 
     def rows(self, progress: Progress) -> Iterator[Row]:
-        plain = Engine(self._first, drafter="none")
-        texts = self._texts(plain)
+        progress("plain", 0, len(self._heads))
+        texts = self._texts()
         for done, (name, (folder, head)) in enumerate(self._heads.items()):
             progress(name, done, len(self._heads))
             weights, read = head.module.cost()
-            rows = head.rows(self._first)
+            rows, told = head.rows(self._first), judged(self._first, head, texts)
+            steps, intervals = self._steps(head, 0.0)
+            sampled, of_sampled = self._steps(head, TEMPERATURE)
             yield {
                 "head": name,
                 "kind": head.kind,
@@ -68,13 +77,16 @@ class HeadWorkload:
                 "draft_vocabulary": len(rows),
                 "parameters": sum(value.numel() for value in head.module.parameters()),
                 "bytes_read": 2 * (weights + read * rows.numel()),
-                "accuracy": accuracies(self._first, head, texts),
-                "accuracy_among_3": accuracies(self._first, head, texts, among=3),
-                "tokens_per_step": self._steps(head, 0.0),
-                "sampled_tokens_per_step": self._steps(head, TEMPERATURE),
+                "accuracy": accuracies(told),
+                "accuracy_among_3": accuracies(told, among=3),
+                "tokens_per_step": steps,
+                "tokens_per_step_95": intervals,
+                "sampled_tokens_per_step": sampled,
+                "sampled_tokens_per_step_95": of_sampled,
                 "ratio": {
                     f"{dtype}, {width}": ratio
                     for dtype, model in self._models.items()
+                    if self._rounds
                     for width, ratio in self._ratios(model, folder).items()
                 },
             }
@@ -93,21 +105,22 @@ class HeadWorkload:
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         draw_heads(rows, path)
 
-    def _texts(self, engine: Engine) -> list[tuple[list[int], int]]:
-        """Plain decoding's greedy answers behind their prompts, with the prompts' lengths."""
-        sessions = [engine.open(prompt, max_new_tokens=self._new, temperature=0) for prompt in self._prompts]
-        write_all(engine, sessions, SIDE_BY_SIDE)
-        return [(list(session.tokens), session.prompt_length) for session in sessions]
+    def _texts(self) -> list[Seen]:
+        """Plain decoding's greedy answers behind their prompts, with what any of the heads reads."""
+        layers = {layer for _, head in self._heads.values() for layer in head.reads(self._first)}
+        sessions, _ = self._written(Engine(self._first, drafter="none"), SIDE_BY_SIDE, self._prompts)
+        return [see(self._first, session.tokens, session.prompt_length, sorted(layers)) for session in sessions]
 
-    def _steps(self, head: Trained, temperature: float) -> dict[str, float]:
-        """Tokens per step by the tokens that are drafted in each."""
-        found = {}
+    def _steps(self, head: Trained, temperature: float) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Tokens per step by the tokens that are drafted in each, and their intervals."""
+        found, intervals = {}, {}
         for name, count in DRAFTED.items():
             drafter = drafter_of(self._first, head)
             engine = Engine(self._first, drafter=drafter, control="fixed", draft_tokens=count)
-            took = self._write(engine, SIDE_BY_SIDE, self._prompts, temperature=temperature)
-            found[name] = took.tokens / took.steps
-        return found
+            sessions, _ = self._written(engine, SIDE_BY_SIDE, self._prompts, temperature)
+            tokens, steps = [len(one.answer) for one in sessions], [one.stats.steps for one in sessions]
+            found[name], intervals[name] = sum(tokens) / sum(steps), interval(tokens, steps)
+        return found, intervals
 
     def _ratios(self, model: Model, folder: Path) -> dict[int, float]:
         """By texts side by side: tokens per second over plain decoding's, the median over the rounds."""
@@ -120,15 +133,31 @@ class HeadWorkload:
             found[width] = median(each["head"].rate / max(each["none"].rate, 1e-9) for each in took)
         return found
 
-    def _write(self, engine: Engine, width: int, prompts: Sequence[str], temperature: float = 0.0) -> Took:
-        sessions = [
-            engine.open(prompt, max_new_tokens=self._new, temperature=temperature, seed=0, key=str(i))
-            for i, prompt in enumerate(prompts)
-        ]
-        seconds = write_all(engine, sessions, width)
+    def _write(self, engine: Engine, width: int, prompts: Sequence[str]) -> Took:
+        sessions, seconds = self._written(engine, width, prompts)
         return Took(
             prompts=len(sessions),
             tokens=sum(len(session.answer) for session in sessions),
             seconds=seconds,
             steps=sum(session.stats.steps for session in sessions),
         )
+
+    def _written(
+        self, engine: Engine, width: int, prompts: Sequence[str], temperature: float = 0.0
+    ) -> tuple[list[Session], float]:
+        """The finished texts, and the seconds of their writing."""
+        sessions = [
+            engine.open(prompt, max_new_tokens=self._new, temperature=temperature, seed=0, key=str(i))
+            for i, prompt in enumerate(prompts)
+        ]
+        return sessions, write_all(engine, sessions, width)
+
+
+def interval(tokens: Sequence[int], steps: Sequence[int]) -> list[float]:
+    """The 95 % interval of all tokens over all steps, by prompt: of so many drawn with replacement, the same ones each
+    time (bootstrap).
+    """
+    drawn = torch.randint(len(tokens), (DRAWN, len(tokens)), generator=torch.Generator().manual_seed(0))
+    summed = (torch.tensor(values, dtype=torch.float64)[drawn].sum(1) for values in (tokens, steps))
+    ratios = next(summed) / next(summed)
+    return [round(float(edge), 4) for edge in ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))]

@@ -109,7 +109,9 @@ def draw_batches(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_heads(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot each head's accuracy over the depths, and its tokens per step with a chain and with a tree."""
+    """Plot each head's accuracy over the depths, and its tokens per step with a chain and with a tree, 95 % intervals
+    drawn in.
+    """
     figure = _figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     for row in rows:
@@ -118,7 +120,9 @@ def draw_heads(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     left.legend(fontsize=8)
     for i, name in enumerate(("chain", "tree")):
         values = [row["tokens_per_step"][name] for row in rows]
-        right.bar([place + i * 0.4 for place in range(len(rows))], values, 0.4, label=name)
+        edges = [[abs(row["tokens_per_step_95"][name][side] - value) for row, value in zip(rows, values, strict=True)]
+                 for side in (0, 1)]  # fmt: skip
+        right.bar([place + i * 0.4 for place in range(len(rows))], values, 0.4, label=name, yerr=edges, capsize=2)
     right.set_xticks(
         [place + 0.2 for place in range(len(rows))], [row["head"] for row in rows], rotation=35, ha="right"
     )

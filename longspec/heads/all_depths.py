@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from longspec.heads.head import DECAY, Batch, Head, Out
+from longspec.heads.head import Batch, Head, Out
 
 __all__ = ["AllDepths"]
 
@@ -23,7 +24,9 @@ class AllDepths(Head):
         raise NotImplementedError
 
     def outputs(self, batch: Batch) -> Iterator[Out]:
-        made = self.all_depths(batch.read(self.reads)[:, :-1], batch.embedded[:, 1:])
-        length = made.shape[1]
+        features, tokens = batch.read(self.reads)[:, :-1], batch.embedded[:, 1:]
+        first, length = batch.chains(0, features.shape[1])[0], features.shape[1]
+        made = self.all_depths(features[:, first], tokens[:, first])
         for i in range(min(self.depth, length)):
-            yield Out(made[:, : length - i, i], i + 1, DECAY**i)
+            places, weight = batch.chains(i, length)
+            yield Out(made[:, torch.searchsorted(first, places), i], i + 1, weight, places)

@@ -14,7 +14,7 @@ takes 0.85 for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,19 @@ class Exits(Head):
         for layer, turn in zip(self.reads, self.turns, strict=True):
             turn.weight.copy_(fit(lambda batch, layer=layer: unit(batch.states[layer]), 0))  # type: ignore[operator, misc]
 
-    def calibrate(self, judged: Callable[[], Sequence[Judged]]) -> None:
-        self.thresholds.copy_(torch.tensor([threshold_of(probs, right) for probs, right in judged()]))
+    def calibrate(self, told: Sequence[Judged]) -> None:
+        probs, right = (
+            torch.cat([each[:, text.counted.all(0)] for text, each in zip(told, values, strict=True)], 1)
+            for values in ([text.probs for text in told], [text.right for text in told])
+        )
+        self.thresholds.copy_(torch.tensor([threshold_of(*each) for each in zip(probs, right, strict=True)]))
+
+    def kept(self, told: Judged) -> Tensor:
+        """Of the chains that each exit drafts alone, in the mean: how sure one must be is told by `calibrate`."""
+        right = told.right[:, told.counted.all(0)]
+        places = torch.arange(right.shape[1], device=right.device)
+        stops = torch.where(right, len(places), places).flip(1).cummin(1).values.flip(1)  # the next one that isn't kept
+        return (stops - places).clamp_max(self.depth).double().mean(0)
 
     def cost(self) -> tuple[int, int]:
         """At most: of a chain whose every token is drafted at the last exit."""

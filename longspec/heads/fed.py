@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspec.heads.head import DECAY, Batch, Fit, Head, Out
+from longspec.heads.head import Batch, Fit, Head, Out
 from longspec.heads.layers import Layer, Norm, turn_of
 from longspec.model.config import Config
 from longspec.model.rope import rotate
 
 __all__ = ["FastMtp", "Fed"]
+
+_Rows = tuple[Tensor, Tensor]  # keys and values [B, heads, n, D]
 
 
 class Fed(Head):
@@ -58,45 +60,56 @@ class Fed(Head):
 
     def outputs(self, batch: Batch) -> Iterator[Out]:
         states, tokens = self.enter(batch.read(self.reads)[:, :-1]), batch.embedded[:, 1:]
-        length, past = tokens.shape[1], list[tuple[Tensor, Tensor]]()
-        for i in range(min(self.depth, length)):
-            residual, normed = self.inputs(states[:, : length - i], tokens[:, i:])
-            made = self.layer.fed(residual + self._attended(normed, past))
-            yield Out(made, i + 1, DECAY**i)
-            states = self.following(made)
+        length, chain = tokens.shape[1], list[_Rows]()
+        residual, normed = self.inputs(states, tokens)
+        queries, text = self._heads(normed, torch.arange(length, device=tokens.device))
+        places, weight = batch.chains(0, length)
+        made = self.layer.fed(residual[:, places] + self._attended(queries[:, :, places], text, chain, places))
+        yield Out(made, 1, weight, places)
+        for i in range(1, min(self.depth, length)):
+            before, (places, weight) = places, batch.chains(i, length)
+            stay = torch.searchsorted(before, places)
+            residual, normed = self.inputs(self.following(made[:, stay]), tokens[:, places + i])
+            queries, own = self._heads(normed, places + i)
+            chain = [*((keys[:, :, stay], values[:, :, stay]) for keys, values in chain), own]
+            made = self.layer.fed(residual + self._attended(queries, text, chain, places))
+            yield Out(made, i + 1, weight, places)
 
     def cost(self) -> tuple[int, int]:
         whole, _ = super().cost()
         once = sum(value.numel() for name in self.ONCE for value in self.get_submodule(name).parameters())
         return whole + (self.depth - 1) * (whole - once), self.depth
 
-    def _attended(self, normed: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attention [B, n, W] of the chains' rows of one depth, whose keys and values [B, heads, n, D] are appended."""
-        products, c, depth, n = self.layer.self_attn, self.config, len(past), normed.shape[1]
+    def _heads(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, _Rows]:
+        """Queries [B, heads, n, D] of rows normed [B, n, ...], and their keys and values, repeated for all heads."""
+        products, c = self.layer.self_attn, self.config
         queries, keys, values = (
             products[name](normed).unflatten(-1, (-1, c.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
         )
         if c.query_norm == "head":
             queries, keys = products["q_norm"](queries), products["k_norm"](keys)
-        turn = turn_of(c, torch.arange(depth, depth + n, device=normed.device), normed.dtype)
+        turn = turn_of(c, positions, normed.dtype)
         queries, keys = rotate(queries, *turn).transpose(1, 2), rotate(keys, *turn).transpose(1, 2)
-        past.append((keys.to(queries.dtype), values.transpose(1, 2)))
-        groups = c.heads // c.key_heads
-        text, *chain = ([x.repeat_interleave(groups, 1) for x in pair] for pair in past)
-        scores = [queries @ text[0].transpose(-1, -2) * c.scale + self._unread(n, text[0].shape[2], depth, normed)]
-        scores += [(queries * k[:, :, :n]).sum(-1, keepdim=True) * c.scale for k, _ in chain]
+        keys, values = (x.repeat_interleave(c.heads // c.key_heads, 1) for x in (keys, values.transpose(1, 2)))
+        return queries, (keys.to(queries.dtype), values)
+
+    def _attended(self, queries: Tensor, text: _Rows, chain: Sequence[_Rows], places: Tensor) -> Tensor:
+        """Attention [B, n, W] of the chains' rows of one depth, whose own keys and values are the chain's last ones."""
+        scale = self.config.scale
+        scores = [queries @ text[0].transpose(-1, -2) * scale + self._unread(places, text[0].shape[2], len(chain))]
+        scores += [(queries * keys).sum(-1, keepdim=True) * scale for keys, _ in chain]
         weights = torch.softmax(torch.cat(scores, -1).float(), -1).to(queries.dtype)
         read = weights[..., : text[1].shape[2]] @ text[1]
-        for i, (_, v) in enumerate(chain):
-            read = read + weights[..., text[1].shape[2] + i, None] * v[:, :, :n]
-        made: Tensor = products["o_proj"](read.transpose(1, 2).flatten(2))
+        for i, (_, values) in enumerate(chain):
+            read = read + weights[..., text[1].shape[2] + i, None] * values
+        made: Tensor = self.layer.self_attn["o_proj"](read.transpose(1, 2).flatten(2))
         return made
 
-    def _unread(self, n: int, length: int, depth: int, like: Tensor) -> Tensor:
+    def _unread(self, places: Tensor, length: int, depth: int) -> Tensor:
         """[n, length]: -inf where the chain of a row may not read a row of the text, 0 elsewhere."""
-        at, rows = torch.arange(n, device=like.device)[:, None], torch.arange(length, device=like.device)
+        at, rows = places[:, None], torch.arange(length, device=places.device)
         unread = (rows > at) | (at + depth - rows >= (self.config.windows[0] or 1 << 40))
-        return torch.zeros(n, length, device=like.device).masked_fill(unread, -torch.inf)
+        return torch.zeros(len(places), length, device=places.device).masked_fill(unread, -torch.inf)
 
 
 class FastMtp(Fed):

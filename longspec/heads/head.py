@@ -22,11 +22,11 @@ from longspec.model.config import Config
 
 __all__ = ["DECAY", "Batch", "Fit", "Head", "Judged", "Out", "unit"]
 
-Judged = tuple[Tensor, Tensor]
-"""Of one output over n positions: the probability of its likeliest token [n], and if that is the target's [n] bool."""
-
 DECAY = 0.7
 """Weight of a depth's loss relative to the depth before: a deeper token counts only if all before it are kept."""
+
+LEAST = 0.2
+"""Of the positions behind which a training step drafts, the share of the deepest depth's, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,26 @@ class Batch:
 
     states: Mapping[int, Tensor]  # by number of target layers: hidden states [B, n, W] after so many
     embedded: Tensor  # [B, n, W], the target's embeddings of the tokens themselves
-    step: int = 0  # of the training: the seed of what a head draws at random
-    beside: Callable[[Tensor, Mapping[int, Sequence[Tensor]]], Tensor] | None = None
+    drawn: Tensor | None = None  # [c] int64: positions before a token that counts, in random order; None: not drawn
+    beside: Callable[[Tensor, Mapping[int, Sequence[Tensor]], Tensor], Tensor] | None = None
     """`longspec.model.beside.beside` of the target: rows without a token, through its frozen layers."""
 
     def read(self, layers: Sequence[int]) -> Tensor:
         """[B, n, layers * W]: these layers' hidden states, joined."""
         return torch.cat([self.states[layer] for layer in layers], -1)
+
+    def chains(self, depth: int, length: int) -> tuple[Tensor, float]:
+        """The positions [c] of the first `length`, rising, behind which a draft is this deep, counted from 0; and the
+        weight of each in the loss. They are among those of the depth before.
+
+        A training step drafts behind a share of its positions that falls as the depths' weights do, and each counts for
+        the others too (P-EAGLE, 2602.01469). So a depth costs what it weighs, and the loss is the same on average.
+        """
+        if self.drawn is None:
+            return torch.arange(length - depth, device=self.embedded.device), DECAY**depth
+        count = max(1, round(len(self.drawn) * max(DECAY**depth, LEAST)))
+        places = self.drawn[:count].sort().values
+        return places[places < length - depth], DECAY**depth * len(self.drawn) / count
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,21 @@ class Out:
     behind: int  # stands for the target's last state so many positions on: 0 an early exit, 1 the first drafted token
     weight: float = 1.0
     places: Tensor | None = None  # [R] int64: the position of each row; None is 0 to R - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a head's k outputs do on a text of n tokens, the true tokens before each given; column t is of position t."""
+
+    probs: Tensor  # [k, n] fp32: how sure it is of its likeliest token
+    ranks: Tensor  # [k, n] int64: how many tokens it finds likelier than the target's likeliest one
+    counted: Tensor  # [k, n] bool: there is such an output, and what it foretells is the answer's
+    behind: tuple[int, ...]  # [k], as in `Out`
+
+    @property
+    def right(self) -> Tensor:
+        """[k, n] bool."""
+        return (self.ranks == 0) & self.counted
 
 
 class Fit(Protocol):
@@ -69,6 +97,9 @@ class Head(nn.Module):
 
     LAYERS: ClassVar[int] = 0
     """Number of layers over the sequence's positions, which have keys and values."""
+
+    SECONDS: ClassVar[int] = 1
+    """Of a path in the tree that validates it: 20 nodes at a depth of 5. 0 is a chain."""
 
     norm: Norm  # of the output, in place of the target's final norm
 
@@ -104,10 +135,14 @@ class Head(nn.Module):
     def start(self, fit: Fit) -> None:
         """Set the weights that least squares can find, so that training begins with a linear probe's guesses."""
 
-    def calibrate(self, judged: Callable[[], Sequence[Judged]]) -> None:
-        """Set what isn't trained, but told by held-out texts. judged: how each of its `outputs` does on them, in their
-        order; it costs passes over the texts, so a head that needs nothing doesn't call it.
+    def calibrate(self, told: Sequence[Judged]) -> None:
+        """Set what isn't trained, but told by held-out texts: how its outputs do on each."""
+
+    def kept(self, told: Judged) -> Tensor:
+        """[m]: how many tokens of a greedy draft are kept, behind each position whose outputs are of the answer. It has
+        the likeliest tokens, and all paths with `SECONDS` second-likeliest among these.
         """
+        return (told.ranks.clamp_max(2).cumsum(0) <= self.SECONDS).sum(0)[told.counted.all(0)]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -6,8 +6,7 @@
 
 H_t: the target's hidden states of the layers that it reads, u(H) of a root mean square of 1; e(x): the embedding of
 token x. In training many positions have masks (anchors), all in one pass, the groups behind the text: a mask reads its
-own group's only. Deep anchors are dropped as P-EAGLE does it (2602.01469): depth j keeps max(0.7^j, 0.2) of them, drawn
-anew in each step, which count for the others too.
+own group's only. Deep anchors are dropped as P-EAGLE does it (2602.01469; `Batch.chains`).
 Different from the papers: three layers are read, F begins as a linear probe of the next state and a mask as the best
 constant of its depth; the layer is initialised as the identity.
 """
@@ -19,15 +18,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from longspec.heads.head import DECAY, Batch, Fit, Out
+from longspec.heads.head import Batch, Fit, Out
 from longspec.heads.layers import Layer, Norm, turn_of
 from longspec.heads.one_pass import OnePass
 from longspec.model.config import Config
 
 __all__ = ["ParallelSpec"]
-
-KEPT, LEAST = 0.7, 0.2
-"""Anchors that a depth keeps, of those of the depth before; and of all positions, at least (P-EAGLE's values)."""
 
 
 class ParallelSpec(OnePass):
@@ -57,9 +53,8 @@ class ParallelSpec(OnePass):
     def outputs(self, batch: Batch) -> Iterator[Out]:
         x = self.enter(batch.read(self.reads)[:, :-1], batch.embedded[:, 1:])
         length, device = x.shape[1], x.device
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(batch.step)).to(device)
-        counts = [max(1, round(length * max(KEPT**j, LEAST))) for j in range(1, min(self.depth, length))]
-        groups = [torch.arange(length, device=device), *(order[:count].sort().values for count in counts)]
+        chains = [batch.chains(j, length) for j in range(1, min(self.depth, length))]
+        groups = [torch.arange(length, device=device), *(places for places, _ in chains)]
         anchors, sizes = torch.cat(groups), [len(group) for group in groups]
         depths = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor(sizes, device=device))
         if self.mask is not None:
@@ -67,8 +62,9 @@ class ParallelSpec(OnePass):
             x = torch.cat((x, masks.expand(len(x), -1, -1)), 1)
         turn = turn_of(self.config, anchors + depths, x.dtype)
         hidden = self.layers[0](x, turn, reading(anchors, depths, self.config.windows[0]))
+        weights = [1.0, *(weight for _, weight in chains)]
         for j, (own, group) in enumerate(zip(hidden.split(sizes, 1), groups, strict=True)):
-            yield Out(own, j + 1, DECAY**j * length / len(group), group)
+            yield Out(own, j + 1, weights[j], group)
 
     def start(self, fit: Fit) -> None:
         self.fuse.weight.copy_(fit(lambda b: self.told(b.read(self.reads)[:, :-1], b.embedded[:, 1:]), 1))

@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from longspec.heads.head import DECAY, Batch, Head, Out, unit
+from longspec.heads.head import Batch, Head, Out, unit
 from longspec.heads.layers import Norm, turn_of
 from longspec.model.config import Config
 
@@ -66,24 +66,16 @@ class Recurrent(Head):
             hidden = layer(hidden, turn)
         return cast(Tensor, self.between(hidden))
 
-    def unroll(self, features: Tensor, tokens: Tensor, depth: int | None = None) -> list[Tensor]:
-        """The outputs at every position and depth: `depth` tensors, the i-th one [B, T - i, W].
-
-        features: [B, T, reads * W]. tokens: [B, T, W], normed embeddings of the token after each position. Position t
-        of the i-th output predicts token t + i + 2 of the sequence.
-        """
-        state, out = self.begin(self.run(features, tokens), tokens)
-        outs = [out]
-        for i in range(1, min(self.depth if depth is None else depth, features.shape[1])):
-            state, out = self.step(state[:, :-1], tokens[:, i:])
-            outs.append(out)
-        return outs
-
     def outputs(self, batch: Batch) -> Iterator[Out]:
         features = batch.read(self.reads or (max(batch.states),))[:, :-1]
-        outs = self.unroll(features, self.token_norm(batch.embedded[:, 1:]))
-        for i, out in enumerate(outs):
-            yield Out(out, i + 1, DECAY**i)
+        tokens, length = self.token_norm(batch.embedded[:, 1:]), features.shape[1]
+        hidden, (places, weight) = self.run(features, tokens), batch.chains(0, length)
+        state, out = self.begin(hidden[:, places], tokens[:, places])
+        yield Out(out, 1, weight, places)
+        for i in range(1, min(self.depth, length)):
+            before, (places, weight) = places, batch.chains(i, length)
+            state, out = self.step(state[:, torch.searchsorted(before, places)], tokens[:, places + i])
+            yield Out(out, i + 1, weight, places)
 
     def cost(self) -> tuple[int, int]:
         whole, _ = super().cost()

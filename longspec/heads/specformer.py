@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from longspec.heads.head import DECAY, Batch, Fit, Out, unit
+from longspec.heads.head import Batch, Fit, Out, unit
 from longspec.heads.layers import Layer, Norm, attended, projections, turn_of
 from longspec.heads.one_pass import OnePass
 from longspec.model.config import Config
@@ -30,7 +30,7 @@ __all__ = ["SpecFormer"]
 
 
 class SpecFormer(OnePass):
-    TREE = False
+    TREE, SECONDS = False, 0
     ATTENTION_ONLY = True
 
     def __init__(self, config: Config, reads: Sequence[int], depth: int) -> None:
@@ -62,9 +62,11 @@ class SpecFormer(OnePass):
         texts, length = x.shape[:2]
         turn = turn_of(self.config, torch.arange(length, device=x.device), x.dtype)
         hidden = cast(Layer, self.layers[0]).mixed(x, turn)
-        made = self.drafted(hidden.flatten(0, 1)).view(texts, length, self.depth, -1)
+        first, _ = batch.chains(0, length)
+        made = self.drafted(hidden[:, first].flatten(0, 1)).view(texts, len(first), self.depth, -1)
         for i in range(min(self.depth, length)):
-            yield Out(made[:, : length - i, i], i + 1, DECAY**i)
+            places, weight = batch.chains(i, length)
+            yield Out(made[:, torch.searchsorted(first, places), i], i + 1, weight, places)
 
     def start(self, fit: Fit) -> None:
         self.fuse.weight.copy_(fit(lambda batch: self.units(batch.read(self.reads)), 1))

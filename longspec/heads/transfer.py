@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from longspec.errors import UsageError
-from longspec.heads.head import DECAY, Batch, Fit, Head, Out, unit
+from longspec.heads.head import Batch, Fit, Head, Out, unit
 from longspec.heads.layers import Norm
 from longspec.model.config import Config
 
@@ -54,10 +55,13 @@ class Transfer(Head):
 
     def outputs(self, batch: Batch) -> Iterator[Out]:
         assert batch.beside is not None
-        rows = {layer: self.joining(layer, batch.states[layer]) for layer in dict.fromkeys(self.joins)}
-        made = batch.beside(batch.states[self.reads[0]], rows)
+        text = batch.states[self.reads[0]]
+        first, _ = batch.chains(0, text.shape[1])
+        rows = {layer: self.joining(layer, batch.states[layer][:, first]) for layer in dict.fromkeys(self.joins)}
+        made = batch.beside(text, rows, first)
         for i in range(self.depth):
-            yield Out(made[:, :, i], i + 1, DECAY**i)
+            places, weight = batch.chains(i, text.shape[1] + i)
+            yield Out(made[:, torch.searchsorted(first, places), i], i + 1, weight, places)
 
     def start(self, fit: Fit) -> None:
         for i, (each, layer) in enumerate(zip(self.maps, self.joins, strict=True)):

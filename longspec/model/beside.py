@@ -4,7 +4,7 @@ Takes a decoder, the hidden states of whole texts, and rows that join them on th
 k of position t stands at position t + k: it reads the text up to t, and t's rows up to itself. The text's own rows go
 through the same layers, and read nothing of these. In decoding such rows are staged, and never committed.
 
-Shapes: B texts, n positions, k rows of each, H query heads, K key heads, D head dimension.
+Shapes: B texts, n positions, k rows of each of m of these, H query heads, K key heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from longspec.model.layers.norm import Norm
 __all__ = ["beside"]
 
 
-def beside(decoder: Decoder, states: Tensor, joining: Mapping[int, Sequence[Tensor]]) -> Tensor:
-    """Last states [B, n, k, W], before the final norm. joining: the rows, each [B, n, W], by the number of layers that
-    they leave out, rising. states: the text's own [B, n, W], after as many layers as the first rows leave out.
+def beside(decoder: Decoder, states: Tensor, joining: Mapping[int, Sequence[Tensor]], places: Tensor) -> Tensor:
+    """Last states [B, m, k, W], before the final norm. joining: the rows, each [B, m, W], by the number of layers that
+    they leave out, rising. states: the text's own [B, n, W], after as many layers as the first rows leave out. places:
+    [m], the positions that have rows.
 
     Raises:
         UsageError: the decoder has layers that aren't softmax attention with a dense MLP.
@@ -34,18 +35,18 @@ def beside(decoder: Decoder, states: Tensor, joining: Mapping[int, Sequence[Tens
     if config.mixers or config.mixture or config.output_gate or config.sinks or config.loops > 1:
         raise UsageError(f"Rows beside a text's own can't be run through the layers of {config.family}, which have a "
                          "state, experts, a gate, sinks or loops; train another kind of head.")  # fmt: skip
-    rows: Tensor = states.new_empty(*states.shape[:2], 0, states.shape[-1])
+    rows: Tensor = states.new_empty(len(states), len(places), 0, states.shape[-1])
     for i in range(min(joining), config.layers):
         if new := joining.get(i):
             rows = torch.cat((rows, torch.stack([*new], 2)), 2)
-        states, rows = _layer(decoder, i, states, rows)
+        states, rows = _layer(decoder, i, states, rows, places)
     return rows
 
 
-def _layer(decoder: Decoder, i: int, states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """States [B, n, W] and rows [B, n, k, W] after a layer."""
+def _layer(decoder: Decoder, i: int, states: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """States [B, n, W] and rows [B, m, k, W] after a layer."""
     layer, window = decoder.layers[i], decoder.config.windows[i]
-    length, count = rows.shape[1:3]
+    length, count = states.shape[1], rows.shape[2]
     at = torch.arange(length, device=states.device)
     ahead = torch.arange(1, count + 1, device=states.device)
     with torch.no_grad():
@@ -53,13 +54,13 @@ def _layer(decoder: Decoder, i: int, states: Tensor, rows: Tensor) -> tuple[Tens
         if i + 1 < decoder.config.layers:  # of the last layer nothing but keys and values is read
             shares = _scores(decoder.config, queries, keys, _reach(at, at, at, window)).softmax(-1).to(values.dtype)
             states = _rest(layer, states, (shares @ values).transpose(1, 2).flatten(-2))
-    queries, own_keys, own_values = _heads(decoder, i, rows, at[:, None] + ahead)
-    text = _reach(at[:, None] + ahead, at, at[:, None], window).flatten(0, 1)  # [n * k, n]
+    queries, own_keys, own_values = _heads(decoder, i, rows, places[:, None] + ahead)
+    text = _reach(places[:, None] + ahead, at, places[:, None], window).flatten(0, 1)  # [m * k, n]
     scores = (
         _scores(decoder.config, queries.flatten(2, 3), keys, text).view(*queries.shape[:-1], length),
         _scores(decoder.config, queries, own_keys, _reach(ahead, ahead, ahead, window)),
     )
-    shares = torch.cat(scores, -1).softmax(-1).to(values.dtype)  # [B, H, n, k, n + k]
+    shares = torch.cat(scores, -1).softmax(-1).to(values.dtype)  # [B, H, m, k, n + k]
     of_text, own = shares.tensor_split((length,), -1)
     read = (of_text.flatten(2, 3) @ values).view(queries.shape) + own @ own_values
     return states, _rest(layer, rows, read.permute(0, 2, 3, 1, 4).flatten(-2))

@@ -13,29 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspec.errors import UsageError
-from longspec.heads.accuracy import accuracies, judged
+from longspec.heads.accuracy import accuracies, judged, worth
 from longspec.heads.format import Trained, load_head, new_head, save_head
+from longspec.heads.seen import Seen
 from longspec.machine.files import read_json
 from longspec.machine.schema import check, whole
 from longspec.model.load import CODED, Model
 from longspec.training.claim import claim, put_json
-from longspec.training.distil import Text
 from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
 from longspec.training.lanes import Lanes
-from longspec.training.report import tokens_per_step, write_report
+from longspec.training.report import write_report
 from longspec.training.ridge import begin
 from longspec.training.together import Together, together
-from longspec.training.train import Progress, Recipe, frequent, ready, seconds_of_a_step, train
+from longspec.training.train import Progress, Recipe, frequent, seconds_of_a_step, train
 
 __all__ = ["Course", "split", "start"]
 
 Report = Callable[[str, int, int], None]
+
+VALIDATING, MEASURING = 0.1, 0.05
+"""Of a budget in minutes, what validations may take; beside it, what may be spent on measuring a step."""
 
 MOST_HELD = 64
 """Limit of the prompts held out for validation, which are a tenth of all."""
@@ -49,7 +53,7 @@ class Course:
     prompts: Sequence[str]  # that training texts are generated from
     held: Sequence[str]  # held out for validation
     options: dict[str, Any]  # of `Engine.open`, for generating texts
-    writer: Model  # generates the texts: the model itself, or the same in a faster dtype
+    writer: Model  # generates the texts, and is what a head sees: the model itself, or the same in a faster dtype
     first: Trained | None = None  # a trained head as the starting point
     features: Path | None = None  # a folder of features, instead of prompts
 
@@ -74,30 +78,23 @@ class Course:
         features = self._features()
         found: list[dict[str, Any]] = []
         with lanes:
-            company.lead("steps", lambda: self._measure(features, said, lanes))
+            head = self._begun(features, lanes)
+            company.lead("steps", lambda: self._measure(features, head, said, lanes))
             recipe = self._recipe()
-            head, progress = self._train(features, recipe, said, company, int8=int8)
-            company.lead("report", lambda: found.append(self._report(features, recipe, head, progress, said, lanes)))
+            progress = self._train(features, recipe, head, said, company, int8=int8)
+            company.lead("report", lambda: found.append(self._report(features, recipe, progress)))
         return found[0] if found else None
 
     def _prepare(self, report: Report) -> None:
         self._claim(self.folder / "work")
         if self.features is None:
-            write_features(self.model, self.writer, self._work, self.content(), report)
+            write_features(self.writer, self._work, self.content(), report)
 
-    def _report(
-        self, features: Features, recipe: Recipe, head: Trained, progress: Progress, report: Report, lanes: Lanes
-    ) -> dict[str, Any]:
-        model, best = self.model, load_head(self.folder, self.model)
-        report("validating", 0, 0)
-        worth: dict[str, float] = {}
-        written: list[Text] = []
-        for name, made in (
-            ("untrained", self._untrained(features)),
-            ("begun", self._begun(features, lanes)),
-            ("", best),
-        ):
-            worth[name], written = tokens_per_step(model, ready(model, made), features.held, self.options)
+    def _report(self, features: Features, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+        model, head = self.model, load_head(self.folder, self.model)
+        held = features.held(head.reads(model))
+        untrained, _ = self._worth(self._untrained(features), held)
+        trained, accuracy = self._worth(head, held)
         size = model.decoder.config.vocabulary
         said = {
             "head": recipe.kind,
@@ -110,10 +107,10 @@ class Course:
             "parameters": sum(value.numel() for value in head.module.parameters()),
             "draft_vocabulary": size if head.tokens is None else len(head.tokens),
             "steps": progress.step,
-            "tokens_per_step": round(worth[""], 4),
-            "begun_tokens_per_step": round(worth["begun"], 4),
-            "untrained_tokens_per_step": round(worth["untrained"], 4),
-            "accuracy": accuracies(model, best, [(text.tokens, text.prompt) for text in written]),
+            "tokens_per_step": round(trained, 4),
+            "begun_tokens_per_step": round(progress.begun, 4),
+            "untrained_tokens_per_step": round(untrained, 4),
+            "accuracy": accuracy,
             "history": [[step, round(loss, 5), round(worth, 4)] for step, loss, worth in progress.history],
         }
         write_report(self.folder, said)
@@ -140,23 +137,33 @@ class Course:
     def _features(self) -> Features:
         return Features.open(self.features or self._work, self.model, self.recipe.kind)
 
-    def _measure(self, features: Features, report: Report, lanes: Lanes) -> None:
-        """Of a budget in minutes find the number of steps, once for the folder."""
+    def _measure(self, features: Features, begun: Trained, report: Report, lanes: Lanes) -> None:
+        """Of a budget in minutes find the number of steps, once for the folder; and of validations, which may take a
+        tenth of it.
+        """
         path, recipe = self.folder / "work" / "steps.json", self.recipe
         if recipe.minutes and not path.exists():
             report("measuring", 0, 0)
-            seconds = seconds_of_a_step(self.model, self._begun(features, lanes), features, recipe, lanes)
-            steps = max(1, int(recipe.minutes * 60 / seconds))
-            put_json(path, {"steps": steps, "seconds_of_a_step": seconds})
+            budget = recipe.minutes * 60
+            seconds = seconds_of_a_step(self.model, begun, features, recipe, lanes, budget * MEASURING)
+            began = perf_counter()
+            self._worth(begun, features.held(begun.reads(self.model)))
+            validations = int(budget * VALIDATING / (perf_counter() - began))
+            put_json(path, {
+                "steps": max(1, int(budget * (1 - VALIDATING) / seconds)),
+                "validations": min(max(1, validations), recipe.validations),
+                "seconds_of_a_step": seconds,
+            })  # fmt: skip
 
     def _recipe(self) -> Recipe:
         """With the number of its steps."""
         if not self.recipe.minutes:
             return self.recipe
         path = self.folder / "work" / "steps.json"
+        kinds = {"steps": whole(1, 1 << 40), "validations": whole(1, 1 << 10)}
         found = read_json(path, 1 << 16, "The number of steps", hint="delete it to measure anew")
-        check(f"The file {path}", found, {"steps": whole(1, 1 << 40)}, UsageError, needed=frozenset({"steps"}))
-        return replace(self.recipe, steps=found["steps"])
+        check(f"The file {path}", found, kinds, UsageError, needed=frozenset(kinds))
+        return replace(self.recipe, steps=found["steps"], validations=found["validations"])
 
     def _tokens(self, features: Features) -> Tensor | None:
         model = self.model
@@ -184,28 +191,27 @@ class Course:
         return head
 
     def _train(
-        self, features: Features, recipe: Recipe, report: Report, company: Together, *, int8: bool
-    ) -> tuple[Trained, Progress]:
-        """The head after the last step, and the progress; the best head is written to the folder."""
-        model, head = self.model, self._begun(features, company.lanes)
-        progress = train(
+        self, features: Features, recipe: Recipe, head: Trained, report: Report, company: Together, *, int8: bool
+    ) -> Progress:
+        """Train the head in place; the best one is written to the folder."""
+        model, held = self.model, features.held(head.reads(self.model))
+        return train(
             model,
             head,
             features,
             recipe,
             self.folder / "work" / "checkpoint.safetensors",
-            validate=lambda made: self._validate(made, features),
+            validate=lambda made: self._worth(made, held)[0],
             keep=lambda made: save_head(self.folder, made, model, int8=int8),
             report=report,
             company=company,
         )
-        return head, progress
 
-    def _validate(self, made: Trained, features: Features) -> float:
-        """Tokens per step on held-out prompts, whose texts then calibrate the head."""
-        worth, texts = tokens_per_step(self.model, made, features.held, self.options)
-        made.module.calibrate(lambda: judged(self.model, made, [(text.tokens, text.prompt) for text in texts]))
-        return worth
+    def _worth(self, made: Trained, held: Sequence[Seen]) -> tuple[float, list[float]]:
+        """Tokens per step on the answers to held-out prompts, which calibrate the head, and its accuracy by depth."""
+        told = judged(self.model, made, held)
+        made.module.calibrate(told)
+        return worth(made.module, told), accuracies(told)
 
     def _claim(self, work: Path) -> None:
         """Write the recipe into a new folder; in a used one raise UsageError unless its recipe is the same."""
@@ -272,7 +278,7 @@ def start(
     if features is None:
         distilled, validating = split(prompts, recipe.seed)
     else:
-        options, distilled, validating = Features.sampling(features), [], Features.held_of(features)
+        options, distilled, validating = {}, [], Features.held_of(features)
     return Course(model, recipe, folder, distilled, validating, options, writer or model, held, features)
 
 

@@ -2,13 +2,18 @@
 
     features.json        model, layers, held-out prompts, and every shard with its checksum; written anew after each
     texts.jsonl          the texts, one by one as the target wrote them
+    held.safetensors     greedy answers to held-out prompts, as in a shard
     shard-00000.safetensors
-        tokens [r] int32, starts [m + 1], prompts [m] int64     m texts, one behind the other
+        tokens [r] int32, starts [m + 1], prompts [m] int64     m texts without their last tokens, one behind the other
         layer.N [r, W] bf16          hidden states after N of the target's layers, before any norm
         top [r, k] int32, probs [r, k] fp16, rest [r] fp32      the likeliest next tokens, and what all others have
 
 A folder is written once for a model and a file of prompts, and any kind of head is trained from it. Writing goes on
 where it was interrupted. A folder of another model, and a shard that isn't what was written, are refused.
+
+Where a row's bits don't depend on the pass that it is in (`Decoder.is_exact`), hidden states are those that the model
+had while it wrote, and no text is read a second time. A text's last token goes through no pass: it is the last thing to
+be foreseen, and has no row.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +37,18 @@ from longspec.machine.files import opened, read_json, replaced
 from longspec.machine.schema import FLAG, TABLE, TEXT, check, listed, whole
 from longspec.model.load import Model
 from longspec.model.weights.safetensors import Shard
-from longspec.training.distil import Text, distil
+from longspec.training.distil import Text, Watching, answered, distil
 
 __all__ = ["MANIFEST", "Content", "Features", "layers_of", "write_features"]
 
 Report = Callable[[str, int, int], None]
 
-MANIFEST = "features.json"
+MANIFEST, HELD = "features.json", "held.safetensors"
 
 TEXTS = 64
 """Texts of a shard: 25,000 rows, about 100 MB with three layers of the default model."""
 
-_VERSION = 1
+_VERSION = 2
 _MOST_NBYTES = 64 << 20  # of the manifest: held-out prompts, which have up to 1 MiB each
 _HINT = "`longspec train features` writes one"
 _FIELDS = {
@@ -53,6 +58,7 @@ _FIELDS = {
     "about": TABLE,
     "layers": listed(whole(0, 1 << 16), 1 << 10),
     "held": listed(TEXT, 1 << 16),
+    "answers": TABLE,
     "complete": FLAG,
     "shards": listed(TABLE, 1 << 20),
 }
@@ -72,11 +78,10 @@ class Content:
     invented: int = 0  # percentage of texts whose prompt the target generates
     greedy: bool = False  # every other text is written at temperature 0
 
-    def about(self, model: Model, writer: Model) -> dict[str, Any]:
+    def about(self, model: Model) -> dict[str, Any]:
         """What has to be the same for writing to go on."""
         said = {
             "dtype": model.dtype,
-            "writer": writer.dtype,
             "prompts": hashlib.sha256("\0".join(self.prompts).encode()).hexdigest(),
             "sampling": dict(self.options),
             "tokens": self.tokens,
@@ -92,9 +97,9 @@ class Content:
 class Features:
     """A folder's texts, by number. Hidden states are read where they lie, through memory maps."""
 
-    def __init__(self, shards: Sequence[Shard], held: Sequence[str], layers: Sequence[int], about: Mapping[str, Any]):
-        self.held, self.layers, self.about = held, tuple(layers), about
-        self._shards = shards
+    def __init__(self, shards: Sequence[Shard], answers: Shard, layers: Sequence[int], about: Mapping[str, Any]):
+        self.layers, self.about = tuple(layers), about
+        self._shards, self._answers = shards, answers
         self._starts = [shard.take("starts").tolist() for shard in shards]
         self._prompts = [shard.take("prompts").tolist() for shard in shards]
         self._firsts = [0, *accumulate(map(len, self._prompts))]
@@ -116,9 +121,17 @@ class Features:
     def seen(self, number: int, layers: Sequence[int]) -> Seen:
         """A text with the states of some layers."""
         which, at, rows = self._place(number)
-        shard = self._shards[which]
+        return self._seen(self._shards[which], self._prompts[which][at], rows, layers)
+
+    def held(self, layers: Sequence[int]) -> list[Seen]:
+        """The greedy answers to held-out prompts, with the states of some layers."""
+        starts, prompts = (self._answers.take(name).tolist() for name in ("starts", "prompts"))
+        spans = zip(prompts, starts, starts[1:], strict=False)
+        return [self._seen(self._answers, prompt, slice(start, end), layers) for prompt, start, end in spans]
+
+    def _seen(self, shard: Shard, prompt: int, rows: slice, layers: Sequence[int]) -> Seen:
         return Seen(
-            self._prompts[which][at],
+            prompt,
             shard.take("tokens")[rows],
             {layer: shard.take(f"layer.{layer}")[rows] for layer in {*layers, self.layers[-1]} - {0}},
             *(shard.take(name)[rows] for name in ("top", "probs", "rest")),
@@ -128,12 +141,6 @@ class Features:
         shard = bisect_right(self._firsts, number) - 1
         at = number - self._firsts[shard]
         return shard, at, slice(self._starts[shard][at], self._starts[shard][at + 1])
-
-    @classmethod
-    def sampling(cls, folder: Path) -> dict[str, Any]:
-        """The options of `Engine.open` that a folder's texts were written with. The errors are those of `open`."""
-        options = _manifest(folder)["about"].get("sampling")
-        return options if isinstance(options, dict) else {}
 
     @classmethod
     def held_of(cls, folder: Path) -> list[str]:
@@ -165,7 +172,8 @@ class Features:
         shards = [_shard(folder, entry, found["layers"], model) for entry in found["shards"]]
         if not shards:
             raise UsageError(f"The features in {folder} hold no text; write others.")
-        return cls(shards, found["held"], found["layers"], found["about"])
+        answers = _shard(folder, found["answers"], found["layers"], model)
+        return cls(shards, answers, found["layers"], found["about"])
 
 
 def layers_of(kinds: Sequence[str], model: Model) -> list[int]:
@@ -176,14 +184,14 @@ def layers_of(kinds: Sequence[str], model: Model) -> list[int]:
     return sorted({count, *(layer for kind in kinds for layer in KINDS[kind].reads_of(count))} - {0})
 
 
-def write_features(model: Model, writer: Model, folder: Path, content: Content, report: Report) -> None:
-    """Write a folder, or go on with one. writer: the same model in the dtype in which it generates the texts.
+def write_features(model: Model, folder: Path, content: Content, report: Report) -> None:
+    """Write a folder, or go on with one. model: in the dtype in which it writes the texts and is seen.
 
     Raises:
         UsageError: the folder holds other features, or no prompt can be used.
         LongspecError: a file can't be written.
     """
-    about, wanted = content.about(model, writer), sorted({*content.layers, model.decoder.config.layers})
+    about, wanted = content.about(model), sorted({*content.layers, model.decoder.config.layers})
     found: dict[str, Any] = {
         "version": _VERSION,
         "lineage": model.lineage,
@@ -191,6 +199,7 @@ def write_features(model: Model, writer: Model, folder: Path, content: Content, 
         "about": about,
         "layers": wanted,
         "held": list(content.held),
+        "answers": {},
         "complete": False,
         "shards": [],
     }
@@ -205,43 +214,68 @@ def write_features(model: Model, writer: Model, folder: Path, content: Content, 
                                  "or name another folder.")  # fmt: skip
             if before["complete"]:
                 return
-            found["shards"] = before["shards"]
+            found["shards"], found["answers"] = before["shards"], before["answers"]
         _keep(folder, found)
-        texts = distil(
-            Engine(writer, drafter="ngram", cache="dense"),
-            content.prompts,
-            folder / "texts.jsonl",
-            tokens=content.tokens,
-            length=min(content.window, model.decoder.config.context),
-            options=dict(content.options),
-            report=report,
-            invented=content.invented,
-            greedy=content.greedy,
-        )
-        for first in range(len(found["shards"]) * TEXTS, len(texts), TEXTS):
-            report("reading texts", first, len(texts))
-            found["shards"].append(_write(model, folder, first // TEXTS, texts[first : first + TEXTS], wanted))
-            _keep(folder, found)
+        _write_all(model, folder, content, found, report)
         _keep(folder, {**found, "complete": True})
     except OSError as error:
         raise LongspecError(f"{folder} can't be written: {error.strerror or error}; name another folder.") from error
 
 
-def _write(model: Model, folder: Path, number: int, texts: Sequence[Text], layers: Sequence[int]) -> dict[str, Any]:
+def _write_all(model: Model, folder: Path, content: Content, found: dict[str, Any], report: Report) -> None:
+    """Write the texts and shards that the folder lacks, and say so in `found`, its manifest."""
+    watching = Watching(found["layers"]) if model.decoder.is_exact else None
+    engine = Engine(model, drafter="ngram" if watching is None else watching, cache="dense")
+    length, options = min(content.window, model.decoder.config.context), dict(content.options)
+    if not found["answers"]:
+        report("answering held-out prompts", 0, 0)
+        texts = answered(engine, content.held, length=length, options=options, watching=watching)
+        if not texts:
+            raise UsageError(f"No prompt that is held out has an answer within {length} tokens; give shorter ones, or "
+                             "others.")  # fmt: skip
+        found["answers"] = _write(model, folder / HELD, texts, found["layers"], watching)
+        _keep(folder, found)
+    written = distil(
+        engine,
+        content.prompts,
+        folder / "texts.jsonl",
+        tokens=content.tokens,
+        length=length,
+        options=options,
+        report=report,
+        invented=content.invented,
+        greedy=content.greedy,
+        watching=watching,
+    )
+    rest = islice(written, len(found["shards"]) * TEXTS, None)
+    while texts := list(islice(rest, TEXTS)):
+        number = len(found["shards"])
+        report("reading texts", number * TEXTS, 0)
+        path = folder / f"shard-{number:05d}.safetensors"
+        found["shards"].append(_write(model, path, texts, found["layers"], watching))
+        _keep(folder, found)
+
+
+def _write(
+    model: Model, path: Path, texts: Sequence[Text], layers: Sequence[int], watching: Watching | None
+) -> dict[str, Any]:
     """Write a shard; returns its entry in the manifest."""
     from safetensors.torch import save_file
 
-    seen = [see(model, text.tokens, text.prompt, layers) for text in texts]
+    seen = []
+    for text in texts:
+        had = None if watching is None else watching.states(text)
+        states = None if had is None else dict(zip(layers, had, strict=True))
+        seen.append(see(model, text.tokens[:-1], text.prompt, layers, states))
     joined = {f"layer.{layer}": torch.cat([each.states[layer] for each in seen]) for layer in layers}
     joined |= {name: torch.cat([getattr(each, name) for each in seen]) for name in ("tokens", "top", "probs", "rest")}
-    joined["starts"] = torch.tensor([0, *accumulate(len(text.tokens) for text in texts)])
+    joined["starts"] = torch.tensor([0, *accumulate(len(each.tokens) for each in seen)])
     joined["prompts"] = torch.tensor([text.prompt for text in texts])
     held = {name: value.cpu().contiguous() for name, value in joined.items()}
-    name = f"shard-{number:05d}.safetensors"
-    replaced(folder / name, lambda path: save_file(held, path))
-    with opened(folder / name, "The shard") as file:
+    replaced(path, lambda place: save_file(held, place))
+    with opened(path, "The shard") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": name, "rows": len(joined["tokens"]), "texts": len(texts), "sha256": digest}
+    return {"name": path.name, "rows": len(joined["tokens"]), "texts": len(texts), "sha256": digest}
 
 
 def _shard(folder: Path, entry: Mapping[str, Any], layers: Sequence[int], model: Model) -> Shard:
@@ -272,7 +306,7 @@ def _shard(folder: Path, entry: Mapping[str, Any], layers: Sequence[int], model:
     starts, prompts, size = shard.take("starts"), shard.take("prompts"), model.decoder.config.vocabulary
     within = all(0 <= int(shard.take(name).min()) <= int(shard.take(name).max()) < size for name in ("tokens", "top"))
     lengths = starts.diff()
-    if starts[[0, -1]].tolist() != [0, rows] or not bool(((prompts > 0) & (prompts < lengths)).all()) or not within:
+    if starts[[0, -1]].tolist() != [0, rows] or not bool(((prompts > 0) & (prompts <= lengths)).all()) or not within:
         raise ModelError(f"{path} holds texts or tokens that can't be of {model.name}; write the features anew.")
     return shard
 
@@ -281,9 +315,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     found = read_json(path, _MOST_NBYTES, "The manifest of the features", hint=_HINT)
     check(f"The manifest {path}", found, _FIELDS, UsageError, needed=frozenset(_FIELDS))
-    for number, entry in enumerate(found["shards"]):
-        check(f"Shard {number} of {path}", entry, _SHARD, UsageError, needed=frozenset(_SHARD))
-        if entry["name"] != f"shard-{number:05d}.safetensors":
+    answers = [(HELD, found["answers"])] if found["answers"] or found["complete"] else []
+    for name, entry in [*answers, *((f"shard-{i:05d}.safetensors", each) for i, each in enumerate(found["shards"]))]:
+        check(f"The shard {name} of {path}", entry, _SHARD, UsageError, needed=frozenset(_SHARD))
+        if entry["name"] != name:
             raise UsageError(f"The manifest {path} names the shard {entry['name'][:40]!r}; {_HINT}.")
     return found
 

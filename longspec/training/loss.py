@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspec.heads.format import Trained
 from longspec.heads.head import Batch
-from longspec.heads.seen import Target
+from longspec.heads.seen import Target, halves
 from longspec.model.load import Model
 
 __all__ = ["CrossEntropy", "Drafted", "loss_of"]
@@ -28,10 +28,12 @@ class Drafted:
     """The rows of the target's LM head that a batch is trained over, and where each token's lies."""
 
     def __init__(self, model: Model, head: Trained) -> None:
-        self._all, vocabulary = model.decoder.head, model.decoder.config.vocabulary
-        self._rows, self._places = head.rows(model), torch.full((vocabulary,), -1, device=self._all.device)
+        rows, vocabulary = model.decoder.head, model.decoder.config.vocabulary
+        self._all = rows if halves(model) else rows.float()
+        self._rows = self._all if head.tokens is None else self._all[head.tokens.to(rows.device)]
+        self._places = torch.full((vocabulary,), -1, device=rows.device)
         own = torch.arange(vocabulary) if head.tokens is None else head.tokens
-        self._places[own.to(self._all.device)] = torch.arange(len(own), device=self._all.device)
+        self._places[own.to(rows.device)] = torch.arange(len(own), device=rows.device)
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [D, W] and places [V], -1 for what isn't drafted. tokens: of a batch's texts."""
@@ -51,7 +53,7 @@ def loss_of(model: Model, head: Trained, drafted: Drafted, batch: Batch, target:
     # makes the smooth L1 independent of the target's scale
     scale = target.final[target.counted].square().mean().sqrt().clamp_min(1e-6)
     loss = target.final.new_zeros(())
-    with torch.autocast(model.decoder.device.type, torch.bfloat16, enabled=model.dtype == "bf16"):
+    with torch.autocast(model.decoder.device.type, torch.bfloat16, enabled=halves(model)):
         for out in head.module.outputs(batch):
             places_of = torch.arange(out.hidden.shape[1], device=rows.device) if out.places is None else out.places
             at = places_of + out.behind  # the rows of the target that they stand for
@@ -81,12 +83,15 @@ class CrossEntropy(torch.autograd.Function):
         loss, gradient = normed.new_zeros(()), torch.empty_like(normed)
         for start in range(0, len(normed), _PIECE):
             piece = slice(start, start + _PIECE)
-            logits = (normed[piece].to(rows.dtype) @ rows.T).to(normed.dtype)
+            logits = normed.new_full((len(normed[piece]), len(rows) + 1), -torch.inf)  # the last column: no row
+            logits[:, :-1] = normed[piece].to(rows.dtype) @ rows.T
+            steep = None
             if cap is not None:
-                logits = torch.tanh(logits / cap) * cap
+                logits[:, :-1].div_(cap).tanh_()
+                steep = 1 - logits[:, :-1].square()
+                logits[:, :-1].mul_(cap)
             lost, slope = _apart(logits, places[piece], probs[piece].to(normed.dtype), rest[piece].to(normed.dtype))
-            if cap is not None:
-                slope *= 1 - (logits / cap).square()
+            slope = slope[:, :-1] if steep is None else slope[:, :-1] * steep
             loss += lost
             gradient[piece] = slope.to(rows.dtype) @ rows
         ctx.save_for_backward(gradient)
@@ -99,29 +104,22 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _apart(logits: Tensor, places: Tensor, probs: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of some rows, and its slope by the logits [t, D], which takes their place in memory.
+    """The loss of some rows, and its slope by the logits [t, D + 1], which takes their place in memory. The last column
+    is -inf.
 
     With mass 1, likeliest tokens K and others O: L = log Z - sum_K p z - r log(sum_O exp z). Its slope is q - p in K,
     and q - r exp(z) / sum_O exp z in O.
     """
     has = places >= 0
-    at, probs = places.clamp_min(0), probs * has
-    top = logits.amax(-1, keepdim=True)
-    own = torch.where(has, logits.gather(1, at) - top, 0.0)
-    powers = (logits - top).exp_()
-    whole = powers.sum(-1, keepdim=True)
-    others = _without(powers, at, has)
-    left = others.sum(-1, keepdim=True)
+    at, probs = torch.where(has, places, logits.shape[1] - 1), probs * has
+    own = logits.sub_(logits.amax(-1, keepdim=True)).gather(1, at).masked_fill_(~has, 0.0)
+    powers = logits.exp_()
+    likely = powers.gather(1, at)
+    left = powers.scatter_(1, at, 0.0).sum(-1, keepdim=True)  # the others
+    whole = left + likely.sum(-1, keepdim=True)
     rest = torch.where(left > 0, rest[:, None], 0.0)
     mass = (probs.sum(-1, keepdim=True) + rest).clamp_min(1e-12)
     probs, rest = probs / mass, rest / mass
     safe = left.clamp_min(torch.finfo(left.dtype).tiny)
     loss = (whole.log() - (probs * own).sum(-1, keepdim=True) - rest * safe.log()).sum()
-    slope = powers.div_(whole).sub_(others.mul_(rest / safe)).scatter_add_(1, at, -probs)
-    return loss, slope
-
-
-def _without(powers: Tensor, at: Tensor, has: Tensor) -> Tensor:
-    """A copy of powers [t, D] that is 0 at these places [t, k], but where they aren't one (`has`)."""
-    beside = torch.cat((powers, powers.new_zeros(len(powers), 1)), -1)  # a last column for those
-    return beside.scatter_(1, torch.where(has, at, powers.shape[1]), 0.0)[:, :-1].contiguous()
+    return loss, powers.mul_(1 / whole - rest / safe).scatter_(1, at, likely / whole - probs)

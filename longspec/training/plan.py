@@ -13,17 +13,18 @@ from typing import Any
 import torch
 
 from longspec.engine.engine import Engine
+from longspec.heads.accuracy import judged
 from longspec.heads.format import Trained, new_head
-from longspec.heads.seen import batch_of, see
+from longspec.heads.seen import Seen, batch_of, see
 from longspec.model.load import Model
 from longspec.training.distil import TOGETHER, Text
 from longspec.training.loss import Drafted, loss_of
-from longspec.training.report import ANSWER, tokens_per_step
-from longspec.training.train import Recipe, frequent, ready
+from longspec.training.train import Recipe, frequent
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "seconds_of_writing"]
 
 _STEPS = 12  # engine steps that generation is measured over
+_ANSWER = 128  # tokens of an answer, as it is assumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def make_plan(
     writer: Model | None = None,
 ) -> Plan:
     """Measure with an untrained head, which is then dropped; no files are written. Without prompts no text will be."""
-    seconds_per_token = _writing(writer or model, prompts, options) if prompts else 0.0
+    seconds_per_token = seconds_of_writing(writer or model, prompts, options) if prompts else 0.0
     distilled = recipe.tokens if prompts else 0
     length = min(recipe.window, model.decoder.config.context)
     size = model.decoder.config.vocabulary
@@ -68,10 +69,11 @@ def make_plan(
     head = new_head(
         recipe.kind, model, depth=recipe.depth, window=recipe.window, tokens=frequent([text], recipe.draft_vocab, size)
     )
-    step_seconds = _training(model, head, text) * recipe.texts
+    seen = see(model, text.tokens, text.prompt, head.reads(model))
+    step_seconds = _training(model, head, seen) * recipe.texts
     began = perf_counter()
-    tokens_per_step(model, ready(model, head), held[:2], options)
-    validation = (perf_counter() - began) / min(2, len(held)) * len(held) * (recipe.validations + 2)
+    judged(model, head, [seen])  # some three times as long as a held-out prompt and its answer
+    validation = (perf_counter() - began) / 3 * len(held) * (recipe.validations + 3)
     parameters = sum(parameter.numel() for parameter in head.module.parameters())
     target = sum(tensor.numel() for tensor in model.decoder.tensors() if tensor.dim() == 2)
     steps = round(recipe.minutes * 60 / step_seconds) if recipe.minutes else recipe.steps
@@ -91,8 +93,8 @@ def make_plan(
     )
 
 
-def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> float:
-    """Approximate seconds per generated token in a batch of `TOGETHER`, including prefill of the prompts."""
+def seconds_of_writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> float:
+    """Approximate seconds per generated token in a batch of `TOGETHER`, with the prompts' prefill and the features."""
     engine = Engine(model, drafter="ngram", cache="dense")
     sessions = []
     for number in range(TOGETHER):
@@ -102,20 +104,24 @@ def _writing(model: Model, prompts: Sequence[str], options: dict[str, Any]) -> f
     for session in sessions:
         for _ in engine.prefill(session):
             pass
-    reading = (perf_counter() - began) / TOGETHER / (2 * ANSWER)  # per token of an assumed answer of 128 tokens
+    reading = (perf_counter() - began) / TOGETHER / _ANSWER
     began = perf_counter()
     for _ in range(_STEPS):
         if active := [session for session in sessions if session.finish_reason is None]:
             engine.step(active)
     written = sum(len(session.answer) for session in sessions)
-    return reading + (perf_counter() - began) / max(1, written)
+    writing = (perf_counter() - began) / max(1, written)
+    longest, config = max((session.tokens for session in sessions), key=len), model.decoder.config
+    had = {config.layers: torch.zeros(len(longest), config.width)} if model.decoder.is_exact else None
+    began = perf_counter()
+    see(model, longest, 1, (), had)
+    return reading + writing + (perf_counter() - began) / len(longest)
 
 
-def _training(model: Model, head: Trained, text: Text) -> float:
+def _training(model: Model, head: Trained, seen: Seen) -> float:
     """Seconds of one text's forward and backward pass, after a warm-up."""
-    seen, layers = see(model, text.tokens, text.prompt, head.reads(model)), head.reads(model)
-    drafted = Drafted(model, head)
+    drafted, layers = Drafted(model, head), head.reads(model)
     for _ in range(2):
         began = perf_counter()
-        loss_of(model, head, drafted, *batch_of(model, [seen], layers)).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, head, drafted, *batch_of(model, [seen], layers, 0)).backward()  # type: ignore[no-untyped-call]
     return perf_counter() - began

@@ -84,14 +84,16 @@ class Progress:
     """Progress of a training."""
 
     step: int = 0
-    best: float = 0.0  # tokens per step of the best validation
-    since: int = 0  # validations since then
+    begun: float = 0.0  # tokens per step of the head at the start
+    best: float = 0.0  # of the best head since
+    since: int = 0  # validations since the best of them
     history: tuple[tuple[int, float, float], ...] = ()  # step, loss, tokens per step
 
     def validated(self, loss: float, worth: float) -> Progress:
         """After a validation. worth: in tokens per step."""
         since = 0 if worth > self.best else self.since + 1
-        return Progress(self.step, max(worth, self.best), since, (*self.history, (self.step, loss, worth)))
+        history = (*self.history, (self.step, loss, worth))
+        return replace(self, best=max(worth, self.best), since=since, history=history)
 
 
 def frequent(texts: Sequence[Text], size: int, vocabulary: int, always: Sequence[int] = ()) -> Tensor | None:
@@ -130,7 +132,7 @@ def train(
     report: Report,
     company: Together,
 ) -> Progress:
-    """Train the head in place, from the checkpoint if there is one. `keep` is called with every new best head.
+    """Train the head in place, from the checkpoint if there is one. `keep` takes each head that is the best so far.
 
     company: the workers of a data-parallel training, one of which validates, keeps and writes.
 
@@ -138,8 +140,7 @@ def train(
         LongspecError: the checkpoint can't be written, or the loss isn't finite.
         UsageError: the checkpoint is of another training.
     """
-    usable = _usable(features, recipe)
-    parameters = list(head.module.parameters())
+    usable, parameters = _usable(features, recipe), list(head.module.parameters())
     optimizer, average = _optimizer(parameters, recipe), Average(head)
     progress = _load(checkpoint, head, optimizer, average)
     drafted, saved = Drafted(model, head), perf_counter()
@@ -150,11 +151,13 @@ def train(
     def judged() -> float:
         made = ready(model, average.head(head))
         worth = validate(made)
-        if worth > progress.best:
+        if worth > max(progress.begun, progress.best):
             keep(made)
         return worth
 
     while progress.step < recipe.steps and progress.since < recipe.patience:
+        if not progress.begun:
+            progress = replace(progress, begun=company.lead("worth at the start", judged))
         step = progress.step
         report("training", step, recipe.steps)
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
@@ -170,8 +173,7 @@ def train(
         progress = replace(progress, step=step + 1)
         if progress.step % recipe.every == 0 or progress.step == recipe.steps:
             report("validating", step, recipe.steps)
-            worth = company.lead(f"worth after {progress.step}", judged)
-            progress = progress.validated(running, worth)
+            progress = progress.validated(running, company.lead(f"worth after {progress.step}", judged))
             company.lead(f"saved after {progress.step}", save)
             saved = perf_counter()
         elif company.first and perf_counter() - saved > SAVED:
@@ -181,13 +183,15 @@ def train(
 
 
 def seconds_of_a_step(
-    model: Model, head: Trained, features: Features, recipe: Recipe, lanes: Lanes, steps: int = 12
+    model: Model, head: Trained, features: Features, recipe: Recipe, lanes: Lanes, most: float, steps: int = 12
 ) -> float:
-    """The median, after three more that warm up, of a copy of the head that is then dropped."""
+    """The median, after one more that warms up, of a copy of the head that is then dropped. most: the seconds after
+    which no further one is measured.
+    """
     scratch = replace(head, module=deepcopy(head.module))
     parameters, usable = list(scratch.module.parameters()), _usable(features, recipe)
     optimizer, average, drafted, took = _optimizer(parameters, recipe), Average(scratch), Drafted(model, scratch), []
-    for step in range(steps + 3):
+    for step in range(steps + 1):
         began = perf_counter()
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
@@ -195,7 +199,9 @@ def seconds_of_a_step(
         _descend(optimizer, parameters, recipe.rate_at(step))
         average.follow(scratch, step)
         took.append(perf_counter() - began)
-    return median(took[3:])
+        if step and sum(took) > most:
+            break
+    return median(took[1:])
 
 
 def _usable(features: Features, recipe: Recipe) -> list[int]:
@@ -234,7 +240,7 @@ def _backward(
     """Set the gradients of a step, of whose texts each is a micro-batch; returns the loss per token."""
     parameters, layers = list(head.module.parameters()), head.reads(model)
     texts = [features.text(number) for number in chosen]
-    tokens = sum(len(text.tokens) - text.prompt for text in texts)
+    tokens = sum(len(text.tokens) + 1 - text.prompt for text in texts)  # the last one has no row
 
     def gradient(number: int) -> Tensor:
         """[1 + P] fp32: the loss, and its gradient by all parameters."""
@@ -276,7 +282,7 @@ def _save(path: Path, head: Trained, optimizer: torch.optim.Optimizer, average: 
         state = optimizer.state[parameter]
         tensors |= {f"{name}.value": parameter.detach(), f"{name}.average": average.values[name]}
         tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS}
-    said = {"progress": json.dumps([progress.step, progress.best, progress.since, progress.history])}
+    said = {"progress": json.dumps([progress.step, progress.begun, progress.best, progress.since, progress.history])}
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         replaced(path, lambda place: save_file(held, place, said))
@@ -291,10 +297,9 @@ def _load(path: Path, head: Trained, optimizer: torch.optim.Optimizer, average: 
         return Progress()
     try:
         with safe_open(path, framework="pt") as file:
-            step, best, since, history = json.loads((file.metadata() or {})["progress"])
-            progress = Progress(
-                int(step), float(best), int(since), tuple((int(a), float(b), float(c)) for a, b, c in history)
-            )
+            step, begun, best, since, history = json.loads((file.metadata() or {})["progress"])
+            told = tuple((int(a), float(b), float(c)) for a, b, c in history)
+            progress = Progress(int(step), float(begun), float(best), int(since), told)
             for name, parameter in head.module.named_parameters():
                 with torch.no_grad():
                     parameter.copy_(_same(file.get_tensor(f"{name}.value"), parameter))

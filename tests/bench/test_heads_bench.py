@@ -9,6 +9,7 @@ from pathlib import Path
 from support.commands import inside, write_tiny
 from support.heads import shaken
 
+from longspec.bench.heads import interval
 from longspec.heads import KINDS
 from longspec.heads.format import save_head
 from longspec.model.load import load_model
@@ -17,6 +18,13 @@ SUITE = [
     {"category": "sums", "turns": ["What is 7 and 8?"]},
     {"category": "tales", "turns": ["Tell me of the sea, the sea, the sea."]},
 ]
+
+
+def test_an_interval_is_of_the_prompts_drawn_anew() -> None:
+    assert interval([10, 20, 30], [5, 10, 15]) == [2.0, 2.0]
+    low, high = interval([10, 60] * 20, [10, 20] * 20)
+    assert 1.5 < low < 70 / 30 < high < 3
+    assert interval([10, 60] * 20, [10, 20] * 20) == [low, high]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -40,8 +48,17 @@ def test_the_command(tmp_path: Path) -> None:
         for steps in (row["tokens_per_step"], row["sampled_tokens_per_step"]):
             assert 1 <= steps["chain"] <= 4 + 1
             assert steps["tree"] >= 1
+        for name, steps in row["tokens_per_step"].items():
+            low, high = row["tokens_per_step_95"][name]
+            assert low <= steps <= high
         assert all(ratio > 0 for ratio in row["ratio"].values())
         assert row["bytes_read"] > 2 * row["parameters"]
+    counted = ["bench", "heads", str(tmp_path / "clover"), "-m", str(folder), "--suite", str(suite), "--dtype", "fp32"]
+    counted += ["--max-new-tokens", "8", "--rounds", "0", "--output", str(tmp_path / "out")]
+    assert inside(counted, tmp_path).code == 0
+    report = json.loads((tmp_path / "out").read_text())
+    assert report["dtypes"] == ["fp32"]
+    assert [row["ratio"] for row in report["results"]] == [{}]
     refused = inside(["bench", "heads", str(tmp_path), "-m", str(folder), "--suite", str(suite)], tmp_path)
     assert refused.code == 2
     assert "can't be read" in refused.err

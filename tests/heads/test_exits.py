@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import engine, finish, prompts, tiny
-from support.heads import shaken
+from support.heads import brought, shaken
 from support.planted import planted
 
 from longspec.drafters import drafter_of
@@ -19,7 +19,7 @@ from longspec.errors import UsageError
 from longspec.heads.accuracy import judged
 from longspec.heads.exits import Exits, threshold_of
 from longspec.heads.format import CONFIG, load_head, new_head, save_head
-from longspec.heads.head import Batch
+from longspec.heads.head import Batch, Judged
 from longspec.heads.seen import see
 from longspec.model.decoder import Skip
 from longspec.model.load import Model
@@ -45,8 +45,9 @@ def test_it_is_trained_and_calibrated(model: Model, tmp_path: Path) -> None:
     recipe = Recipe(kind="exits", steps=30, tokens=6000, depth=4, window=96, validations=3)
     said = start(model, recipe, tmp_path / "head", PROMPTS, SAMPLED).run(lambda *_: None)
     assert said is not None
-    assert said["begun_tokens_per_step"] > said["untrained_tokens_per_step"] + 0.1
-    assert said["tokens_per_step"] > said["untrained_tokens_per_step"] + 0.1
+    untrained, begun, trained = brought(model, tmp_path / "head", recipe, SAMPLED)
+    assert begun > untrained + 0.1
+    assert trained > untrained + 0.1
     head = load_head(tmp_path / "head", model)
     assert head.module.reads == (6, 8, 9)
     assert said["accuracy"] == sorted(said["accuracy"])  # a later exit knows more
@@ -103,10 +104,22 @@ def test_a_threshold_is_the_lowest_that_keeps_four_of_five() -> None:
 def test_thresholds_are_told_by_texts(model: Model) -> None:
     head = shaken("exits", model)
     texts = [([5, 9, 11, 40, 41, 42, 43, 50, 51, 52], 3), ([7, 8, 20, 21, 22, 23], 2)]
-    told = judged(model, head, texts)
-    assert [(len(probs), len(right)) for probs, right in told] == [(8 + 5, 8 + 5)] * 3
-    head.module.calibrate(lambda: told)
-    assert thresholds(head) == [threshold_of(*each) for each in told]
+    told = judged(model, head, [see(model, *text, head.reads(model)) for text in texts])
+    assert [text.counted.sum(1).tolist() for text in told] == [[8] * 3, [5] * 3]
+    head.module.calibrate(told)
+    for number, threshold in enumerate(thresholds(head)):
+        own = [text.counted[number] for text in told]
+        probs = torch.cat([text.probs[number][at] for text, at in zip(told, own, strict=True)])
+        right = torch.cat([text.right[number][at] for text, at in zip(told, own, strict=True)])
+        assert threshold == threshold_of(probs, right)
+
+
+def test_each_exit_drafts_a_chain_up_to_its_first_wrong_token(model: Model) -> None:
+    head = new_head("exits", model, depth=3)
+    ranks = torch.tensor([[0, 0, 3, 0, 0, 0, 0], [7, 0, 0, 0, 0, 0, 0], [5] * 7])
+    told = Judged(torch.ones(3, 7), ranks, torch.tensor([[True] * 6 + [False]] * 3), (0, 0, 0))
+    each = torch.tensor([[2.0, 1, 0, 3, 2, 1], [0, 3, 3, 3, 2, 1], [0] * 6])
+    torch.testing.assert_close(head.module.kept(told), each.mean(0).double())
 
 
 def test_its_options(model: Model, tmp_path: Path) -> None:

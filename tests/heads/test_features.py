@@ -15,13 +15,16 @@ import pytest
 import torch
 from support.commands import SECONDS, inside, write_tiny
 from support.engines import of_folder, tiny
+from support.native import SIZES, coded
 
+from longspec.engine.engine import Engine
 from longspec.errors import LongspecError, ModelError, UsageError
 from longspec.heads import KINDS
 from longspec.heads.format import load_head
-from longspec.heads.seen import see
+from longspec.heads.seen import _run, see
 from longspec.model.load import Model
-from longspec.training.course import start
+from longspec.text.detokenizer import decode
+from longspec.training.course import VALIDATING, start
 from longspec.training.features import MANIFEST, Content, Features, layers_of, write_features
 from longspec.training.train import Recipe
 
@@ -53,7 +56,7 @@ def content(model: Model, **changes: Any) -> Content:
 @pytest.fixture(scope="module")
 def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("features") / "whole"
-    write_features(model, model, place, content(model), silent)
+    write_features(model, place, content(model), silent)
     return place
 
 
@@ -75,11 +78,42 @@ def test_they_are_what_the_target_sees(model: Model, written: Path) -> None:
         torch.testing.assert_close(mass, torch.ones_like(mass), atol=2e-3, rtol=0)
 
 
+def test_held_out_prompts_are_answered_greedily(model: Model, written: Path) -> None:
+    held = Features.open(written, model, "clover2").held((1, 2))
+    assert 0 < len(held) <= 3
+    for seen in held:
+        made = Engine(model, drafter="none").generate(
+            decode(model.vocabulary, seen.tokens[: seen.prompt].tolist()), raw=True, temperature=0, max_new_tokens=64
+        )
+        assert seen.tokens[seen.prompt :].tolist() == list(made.tokens[:-1])
+        assert torch.equal(seen.top[seen.prompt - 1 :, 0], torch.tensor(made.tokens, dtype=torch.int32))
+        assert bool((seen.top[: seen.prompt - 1] == 0).all())
+
+
+def test_no_text_is_read_again_where_a_row_has_its_bits_in_any_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, Any] = SIZES
+    made = tiny(tmp_path / "model", end_tokens=(2, 5), **sizes)
+    model, last = replace(made, dtype="int8", decoder=coded(tmp_path / "model")), made.decoder.config.layers
+    assert model.decoder.is_exact
+    read: list[int] = []
+    monkeypatch.setattr("longspec.heads.seen._run", lambda *given: read.append(1) or _run(*given))  # type: ignore[func-returns-value]
+    write_features(model, tmp_path / "features", content(model, tokens=400), silent)
+    assert not read
+    features = Features.open(tmp_path / "features", model, "clover2")
+    for seen in (*features.held((1,)), *(features.seen(number, (1,)) for number in range(len(features)))):
+        wanted = see(model, seen.tokens.tolist(), seen.prompt, (1,))
+        assert all(torch.equal(seen.states[layer], wanted.states[layer]) for layer in (1, last))
+        assert torch.equal(seen.probs, wanted.probs)
+    assert read
+
+
 def test_every_other_text_is_greedy(model: Model, tmp_path: Path) -> None:
     """And of a prompt that is answered again, the other answer; never the same text twice."""
     asked = content(model, prompts=PROMPTS[:4], tokens=400, greedy=True)
-    write_features(model, model, tmp_path / "mixed", asked, silent)
-    write_features(model, model, tmp_path / "sampled", replace(asked, greedy=False), silent)
+    write_features(model, tmp_path / "mixed", asked, silent)
+    write_features(model, tmp_path / "sampled", replace(asked, greedy=False), silent)
     mixed, sampled = (Features.open(tmp_path / name, model, "clover").texts() for name in ("mixed", "sampled"))
     same = [one.tokens == other.tokens for one, other in zip(mixed, sampled, strict=False)]
     assert same[:8] == [False, True, False, True, True, False, True, False]
@@ -95,7 +129,7 @@ def test_a_kill_changes_no_byte(model: Model, folder: Path, written: Path, tmp_p
         assert process.wait(SECONDS) == -signal.SIGKILL
         with pytest.raises(UsageError, match="aren't complete"):
             Features.open(tmp_path / "killed", model, "clover2")
-    write_features(model, model, tmp_path / "killed", content(model), silent)
+    write_features(model, tmp_path / "killed", content(model), silent)
     for path in written.iterdir():
         if path.name != "texts.jsonl":  # whose order is that of finishing
             assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
@@ -104,7 +138,7 @@ def test_a_kill_changes_no_byte(model: Model, folder: Path, written: Path, tmp_p
 
 def test_others_and_damaged_ones_are_refused(model: Model, written: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds other features \(their tokens differ\)"):
-        write_features(model, model, written, content(model, tokens=100), silent)
+        write_features(model, written, content(model, tokens=100), silent)
     other = tiny(tmp_path / "other", family="llama-tied-biased")
     with pytest.raises(UsageError, match="are of 'tiny', whose weights or shape are not those of tiny"):
         Features.open(written, other, "clover2")
@@ -125,6 +159,8 @@ def test_others_and_damaged_ones_are_refused(model: Model, written: Path, tmp_pa
     refused(UsageError, "as version, where", version=9)
     refused(UsageError, "lacks shards", shards=None)
     refused(UsageError, "names the shard", shards=[{**manifest["shards"][0], "name": "../secret"}])
+    refused(UsageError, "names the shard", answers={**manifest["answers"], "name": "../secret"})
+    refused(UsageError, "held.safetensors of .* lacks name", answers={})
     refused(ModelError, "isn't what features.json says", shards=[{**manifest["shards"][0], "rows": 7}])
     shard = place / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
@@ -161,7 +197,8 @@ def test_a_budget_is_a_number_of_steps_once(model: Model, written: Path, tmp_pat
     said = start(model, recipe, tmp_path / "out", [], {}, features=written).run(silent)
     assert said is not None
     steps = json.loads((tmp_path / "out" / "work" / "steps.json").read_text())
-    assert said["steps"] == steps["steps"] == max(1, int(0.6 / steps["seconds_of_a_step"]))
+    assert said["steps"] == steps["steps"] == max(1, int(0.6 * (1 - VALIDATING) / steps["seconds_of_a_step"]))
+    assert len(said["history"]) >= steps["validations"] >= 1
     assert start(model, recipe, tmp_path / "out", [], {}, features=written).run(silent) == said
 
 
@@ -197,7 +234,7 @@ def die(folder: Path, out: Path, stage: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     made = of_folder(folder, (2, 5))
-    write_features(made, made, out, content(made), report)
+    write_features(made, out, content(made), report)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_drafting_equals_the_unrolled_training(
     made = engine(model, drafter, draft_tokens=6)
     session = made.open(prompts(1)[0], raw=True, max_new_tokens=40)
     read, forward = drafter.read, drafter.forward
-    drafter.read = lambda s, rows: (features.append(torch.cat(list(rows), -1)), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    drafter.read = lambda s, rows: (features.append(torch.stack(list(rows))), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for _ in made.prefill(session):
         pass
     for _ in range(4):
@@ -77,14 +77,13 @@ def test_drafting_equals_the_unrolled_training(
     got = torch.cat(outs)
     assert len(got) == 4 + (len(draft) > 4)
     text = [*session.tokens, *draft.tokens.tolist()]
-    rows = torch.cat(features)
-    assert len(rows) == len(session.tokens) - 1
-    padded = torch.cat((rows, torch.zeros(len(draft), rows.shape[1])))
-    assert isinstance(head.module, Recurrent)
-    tokens = head.module.token_norm(model.decoder.embed(torch.tensor([text[1:]])))
+    rows = torch.cat(features, 1)
+    assert rows.shape[1] == len(session.tokens) - 1
+    states = torch.nn.functional.pad(rows, (0, 0, 0, 1 + len(draft)))[:, None]
+    batch = Batch(dict(zip(head.reads(model), states, strict=True)), model.decoder.embed(torch.tensor([text])))
     with torch.no_grad():
-        unrolled = head.module.unroll(padded[None, : tokens.shape[1]], tokens)
-    want = torch.stack([out[0, len(session.tokens) - 2] for out in unrolled])
+        unrolled = list(head.module.outputs(batch))
+    want = torch.stack([out.hidden[0, len(session.tokens) - 2] for out in unrolled])
     torch.testing.assert_close(got[:4], want, atol=1e-4, rtol=1e-4)
 
 
@@ -94,7 +93,6 @@ def test_drafting_in_one_pass_equals_the_training_s(
     model: Model, kind: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind a text of several steps: the logits of every depth, from the head's cache and from a whole text."""
-    monkeypatch.setattr("longspec.heads.parallelspec.KEPT", 1.0)
     head = shaken(kind, model, depth=4, window=window, tokens=some(model))
     drafter, features = Layered(model, head), []
     made = engine(model, drafter, draft_tokens=6)

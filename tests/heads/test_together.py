@@ -206,6 +206,6 @@ def main() -> None:
         def report(stage: str, done: int, total: int) -> None:
             if stage == "training":
                 print(done, file=file)
-                sleep(0.02)  # so that others come in time
+                sleep(0.15)  # so that others come in time
 
         course(Path(folder), Path(out), replace(SHARED, steps=int(steps))).run(report, join=("127.0.0.1", int(port)))

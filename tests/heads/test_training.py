@@ -17,6 +17,7 @@ import torch
 from support import forked
 from support.commands import SECONDS, inside, write_tiny
 from support.engines import engine, of_folder, tiny
+from support.heads import UNSEEN, brought
 
 from longspec.drafters.heads.clover import Head
 from longspec.errors import UsageError
@@ -56,7 +57,7 @@ def model(folder: Path) -> Model:
 
 def written(model: Model, path: Path, tokens: int, **options: Any) -> list[Text]:
     made = engine(model, "ngram")
-    return distil(made, PROMPTS, path, tokens=tokens, length=48, options=SAMPLED, report=silent, **options)
+    return [*distil(made, PROMPTS, path, tokens=tokens, length=48, options=SAMPLED, report=silent, **options)]
 
 
 def test_texts_are_the_same_however_often_they_are_interrupted(model: Model, tmp_path: Path) -> None:
@@ -93,11 +94,11 @@ def test_prompts_that_leave_no_room_are_left_out(model: Model, tmp_path: Path) -
     long = "a" * 30
     made = engine(model, "ngram")
     for _ in range(2):  # the second time the file holds all of them, and nothing of the first prompt
-        texts = distil(made, [long, "abc"], tmp_path / "texts", tokens=60, length=48, options=SAMPLED, report=silent)
+        texts = [*distil(made, [long, "abc"], tmp_path / "texts", tokens=60, length=48, options=SAMPLED, report=silent)]
         assert texts[0].number == 1
         assert all(text.prompt == 3 for text in texts)
     with pytest.raises(UsageError, match="No prompt leaves room for an answer in 48 tokens"):
-        distil(made, [long], tmp_path / "none", tokens=60, length=48, options=SAMPLED, report=silent)
+        next(distil(made, [long], tmp_path / "none", tokens=60, length=48, options=SAMPLED, report=silent))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +255,10 @@ def test_a_trained_head_beats_an_untrained_one(tmp_path: Path, kind: str) -> Non
     recipe = Recipe(kind=kind, steps=200, tokens=6000, depth=3, window=96, texts=2, validations=2, rate=3e-3)
     said = start(model, recipe, tmp_path / "out", PROMPTS, {**SAMPLED, "temperature": 0.3}).run(silent)
     assert said is not None
-    assert said["begun_tokens_per_step"] > said["untrained_tokens_per_step"] + 0.1  # least squares
-    assert said["tokens_per_step"] > said["untrained_tokens_per_step"] + 0.2
+    untrained, begun, trained = brought(model, tmp_path / "out", recipe, {**SAMPLED, "temperature": 0.3}, UNSEEN)
+    assert begun > untrained + 0.1  # least squares
+    assert trained > untrained + 0.2
+    assert said["tokens_per_step"] > said["untrained_tokens_per_step"]
     assert said["accuracy"][0] > 0.1
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == said
 
