@@ -1,7 +1,7 @@
 """Acceptance statistics of a drafter, and the calibration of its probabilities; exponentially weighted.
 
 Takes verified drafts; knows no costs. A shrinkage estimator: one sequence's rates are shrunk toward those of all
-sequences, and these toward a prior. A draft's weight halves after 16 more.
+sequences, and these toward a prior. A draft's weight halves after 24 more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math import log2
 
 __all__ = ["Acceptance"]
 
-_FADE = 2 ** (-1 / 16)
+_FADE = 2 ** (-1 / 24)
 _BINS = 8
 """Of probabilities, two to a halving; what is less probable than an eleventh is in the last one."""
 

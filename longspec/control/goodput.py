@@ -30,10 +30,11 @@ __all__ = ["Goodput"]
 _LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _PRIOR = 0.05  # prior cost of a draft, and of each of its tokens, in plain passes
 _CHEAP = 0.2  # in plain passes: below it the full limit is asked for, and then cut
-_LOSS, _AGAIN = 2.0, 0.4  # tokens that drafts may lose in a row: half of `_LOSS` at first, `_AGAIN` after a pause
+_LOSS, _FIRST, _AGAIN = 3.0, 1.0, 0.6  # tokens that drafts may lose: half of it all, at first, after a pause
 _PAUSE, _FRESH = 128, 8  # steps: the longest, and the longest that a new text begins with
 _RESTING = 16  # steps of a pause: four in a row have ended with nothing won
 _PROBE = 4  # tokens of an exploratory draft
+_PROBES = 0.01  # of the time, for such drafts at most
 _PLAIN = (4, 128)  # steps without drafts, to measure the gain: the first one, and the interval
 _RECENT = 1 / 32
 
@@ -43,7 +44,7 @@ class _Trial:
     """One drafter's state on one sequence."""
 
     acceptance: Acceptance
-    account: float = -_LOSS / 2  # tokens gained over plain decoding, at most `_LOSS`
+    account: float = _FIRST - _LOSS  # tokens gained over plain decoding, at most `_LOSS`; it pauses below `-_LOSS`
     pause: int = 1  # steps of the next pause
     due: int = 0  # the step that ends the current pause
 
@@ -73,12 +74,13 @@ class Goodput(Control):
         self._price = 1.0  # tokens per second, the price of latency
         self._probe = 0  # tokens of this step's probe, until a session takes it
         self._next_probe = 0  # the step from which on there may be one
+        self._probing = 1  # steps from one to the next
 
     def price_by(self, growth: Callable[[float], float]) -> None:
         self._curve.growth = growth
 
     def calibrate(self, rows: int, seconds: float, growth: float | None = None) -> None:
-        self._curve.observe(rows, seconds, growth)
+        self._curve.measure(rows, seconds, growth)
 
     def report(self) -> dict[str, Any]:
         pauses = {name: trial.pause for name, trial in self._latest.items()}
@@ -104,8 +106,10 @@ class Goodput(Control):
         size = len(sessions)
         plain = self._curve.seconds(size)
         self._price = max(1.0, self._brought / self._took) * size / plain
-        cheap = self._price * (self._curve.seconds(size + _PROBE) - plain) < _PROBE / 16  # in tokens that a step brings
+        dear = [self._curve.seconds(size + tokens) - plain for tokens in (1, _PROBE)]
+        cheap = self._price * dear[1] < _PROBE / 16  # in tokens that a step brings
         self._probe = 0 if self._steps < self._next_probe else _PROBE if cheap else 1
+        self._probing = 1 + int(dear[cheap] / (_PROBES * plain))
         if self._steps >= self._plain:
             return [Bet("", 0, "measuring")] * size
         return [self._bet(self._of(session), limit, size) for session, limit in zip(sessions, most, strict=True)]
@@ -124,8 +128,8 @@ class Goodput(Control):
             elif self._probe and not bet.limit:
                 bet = Bet(name, min(self._probe, most), "probe")
         if bet.why == "probe":
-            self._probe = 0  # one probe a step, and fewer with many texts: the others wait
-            self._next_probe = self._steps + 1 + size // 4
+            self._probe = 0  # one probe a step: the others wait
+            self._next_probe = self._steps + self._probing
         return bet
 
     def _of(self, session: Writing) -> dict[str, _Trial]:

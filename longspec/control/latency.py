@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import exp, log
@@ -24,25 +25,26 @@ from longspec.machine.system import cache_folder
 
 __all__ = ["Curve", "DraftCost", "costs_file", "read", "write"]
 
-_KNOTS = 11
-"""At 1 to 1,024 positions, by powers of two; beyond, the curve goes on as between the last two."""
-
 _ROW = 0.02
 """Cost of a further position before two numbers of positions were measured, in passes of one. An optimistic prior is
 corrected by measurement, a pessimistic one is never tested."""
 
-_SAMPLES = 4.0  # of a knot, from which on it no longer moves along with those below it
-_LARGEST = 50.0  # bound of a stored logarithm of seconds
+_KNOTS = 256
+"""At most: each number up to 32 is its own, and of greater ones those that differ by a sixteenth."""
+
+_TRUSTED = 4  # measurements that a stored or undisturbed one counts for
+_SLOW = 0.2  # at most, of the logarithm by which a pass took too long: it may have been disturbed
+_LARGEST = 1e9  # bound of stored seconds
 _MOST_BYTES = 1 << 20  # a stored file has some kilobytes
 
 
 class Curve:
-    """Seconds of a forward pass by its number of token positions, linear between knots, which are there up to the most
-    positions that were measured.
+    """Seconds of a forward pass by its number of token positions: measured ones are knots, and it is linear between.
 
-    A measurement shifts the whole curve (the machine is slower now, the context longer) and its nearest two knots
-    (the cost of so many positions), the latter more the fewer samples they have; knots above, as far as they lack
-    samples, move along with these.
+    A pass's cost isn't smooth: kernels take rows by fours or sixteens. With AVX2 the ninth row of the default model
+    costs a fifth of the pass of eight, and the next three half of that together. So what a number of positions takes is
+    learned for itself, by a mean in which what lay between its neighbours counts as one measurement. And a measurement
+    shifts the whole curve: the machine is slower now, the context longer.
 
     Beyond the last knot, at R positions, a pass of r goes on by what its seconds are made of. It reads growth g(r), in
     passes of one position, and computes for each of its positions:
@@ -55,11 +57,12 @@ class Curve:
     say little of a: the difference is then taken to be 1, which makes it less.
     """
 
-    def __init__(self, logs: list[float] | None = None) -> None:
+    def __init__(self, knots: Mapping[int, float] | None = None) -> None:
         self.growth: Callable[[float], float] = lambda rows: 1.0  # of a dense model
-        self._logs = list(logs or [0.0])
-        self._counts = [_SAMPLES if logs else 0.0] * len(self._logs)  # of each knot, exponentially weighted
-        self._measured = 4 if logs else 0
+        self._cost = dict(knots or {1: 1.0})  # seconds for what a pass of one position reads
+        self._seen = dict.fromkeys(self._cost, _TRUSTED if knots else 0)  # measurements
+        self._rows = sorted(self._cost)
+        self._measured = _TRUSTED if knots else 0
 
     def seconds(self, rows: float) -> float:
         """Expected seconds of a pass of `rows` >= 1 positions; in units of a one-position pass before any
@@ -69,23 +72,24 @@ class Curve:
 
     def _each(self, rows: float) -> float:
         """Seconds for what a pass of one position reads."""
-        last = len(self._logs) - 1
-        if rows > 1 << last and last < _KNOTS - 1:
+        at = bisect_right(self._rows, rows)
+        if at == len(self._rows):
             return self._beyond(rows)
-        knot, share = self._place(rows)
-        low, high = (exp(self._logs[min(i, last)]) for i in (knot, knot + 1))
-        return low + share * (high - low)
+        low, high = self._rows[at - 1], self._rows[at]
+        below = self._cost[low]
+        return below + (rows - low) / (high - low) * (self._cost[high] - below)
 
     def _beyond(self, rows: float) -> float:
-        first, last, most = exp(self._logs[0]), exp(self._logs[-1]), 1 << len(self._logs) - 1
-        each = most / self.growth(most)
-        row = _ROW * first if most == 1 else min((last - first) / max(1.0, each - 1), last / each)
+        most = self._rows[-1]
+        first, last, each = self._cost[1], self._cost[most], most / self.growth(most)
+        row = _ROW * first if most == 1 else min(max(0.0, last - first) / max(1.0, each - 1), last / each)
         return last + row * (rows / self.growth(rows) - each)
 
-    def _place(self, rows: float) -> tuple[int, float]:
-        """The index of the knot below, and the fraction of the way to the next one; the last two go on."""
-        knot = min(int(rows).bit_length() - 1, max(0, len(self._logs) - 2))
-        return knot, rows / (1 << knot) - 1
+    def measure(self, rows: int, seconds: float, growth: float | None = None) -> None:
+        """Take what a pass of `rows` positions takes while nothing else goes on."""
+        if 0 < seconds < float("inf"):
+            self._add(rows, seconds / (growth or self.growth(rows)))
+            self._seen[rows] = self._measured = _TRUSTED
 
     def observe(self, rows: int, seconds: float, growth: float | None = None) -> None:
         """Update the curve by a pass of `rows` positions that took `seconds`. growth: what it has read; what it was
@@ -93,52 +97,49 @@ class Curve:
         """
         if not 0 < seconds < float("inf"):
             return
-        while len(self._logs) <= min((rows - 1).bit_length(), _KNOTS - 1):
-            self._logs.append(log(self._each(1 << len(self._logs))))
-            self._counts.append(0.0)
+        rows = _rounded(rows)
         wrong = log(seconds / (self._each(rows) * (growth or self.growth(rows))))
-        knot, share = self._place(rows)
-        above, share = min(knot + 1, len(self._logs) - 1), min(share, 1.0)
-        known = (1 - share) * self._counts[knot] + share * self._counts[above]
-        common, own = wrong, 0.0
+        if rows not in self._cost:
+            self._add(rows, self._each(rows))
+        seen, common, own = self._seen[rows], wrong, 0.0
         if self._measured:
-            wrong = min(wrong, 0.2)
-            common = wrong * max(1 / (self._measured + 1), 1 / 16) * known / (known + 1)
-            own = wrong * max(1 / (known + 1), 1 / 32)
-        logs = [value + common for value in self._logs]
-        below, beyond = self._shares(knot, above, share)
-        logs[knot] += own * below
-        for i in range(knot + 1, len(logs)):
-            free = max(0.0, 1 - self._counts[i] / _SAMPLES)
-            logs[i] += own * (beyond if i == above and share else free)
-        for i in reversed(range(above)):  # a further position is never cheaper
-            logs[i] = min(logs[i], logs[i + 1])
-        for i in range(above, len(logs) - 1):
-            logs[i + 1] = max(logs[i + 1], logs[i])
-        self._logs, self._measured = logs, self._measured + 1
-        self._counts = [0.99 * count for count in self._counts]
-        self._counts[knot] += 1 - share
-        self._counts[above] += share
+            wrong = min(wrong, _SLOW)
+            common = wrong * max(1 / (self._measured + 1), 1 / 16) * seen / (seen + 1)
+            own = wrong * max(1 / (seen + 2), 1 / 64)
+        factor = exp(common)
+        self._cost = {knot: factor * cost for knot, cost in self._cost.items()}
+        self._cost[rows] *= exp(own)
+        self._seen[rows], self._measured = seen + 1, self._measured + 1
 
-    def _shares(self, knot: int, above: int, share: float) -> tuple[float, float]:
-        """How much of a correction the two knots take: more the nearer they are and the fewer samples they have, and so
-        that the curve between them moves by all of it (normalised least mean squares).
-        """
-        low, high = (1 / (self._counts[i] + _SAMPLES) for i in (knot, above))
-        both = (1 - share) ** 2 * low + share**2 * high
-        return min(2.0, (1 - share) * low / both), min(2.0, share * high / both)
+    def _add(self, rows: int, each: float) -> None:
+        self._cost[rows], self._seen[rows] = each, 0
+        self._rows = sorted(self._cost)
 
-    def report(self) -> list[float]:
+    def report(self) -> list[tuple[int, float]]:
         """The knots, for a later run; empty without measurements."""
-        return [round(value, 4) for value in self._logs] if self._measured else []
+        return [(rows, float(f"{self._cost[rows]:.4g}")) for rows in self._rows if self._seen[rows]]
 
     @classmethod
     def of(cls, stored: object) -> Curve:
         """A curve from an earlier run's report; a fresh one where the report isn't valid."""
-        fits = isinstance(stored, list) and 0 < len(stored) <= _KNOTS
-        if not fits or not all(isinstance(value, int | float) and abs(value) < _LARGEST for value in stored):  # type: ignore[attr-defined]
+        if not isinstance(stored, list) or not 0 < len(stored) <= _KNOTS or not all(map(_is_knot, stored)):
             return cls()
-        return cls([float(value) for value in stored])  # type: ignore[attr-defined]
+        knots = {rows: float(cost) for rows, cost in stored}
+        return cls(knots if 1 in knots else None)
+
+
+def _rounded(rows: int) -> int:
+    """The knot of so many positions."""
+    step = 1 << max(0, rows.bit_length() - 6)
+    return rows // step * step
+
+
+def _is_knot(stored: object) -> bool:
+    """Whether it is a number of positions, and seconds."""
+    match stored:
+        case [int(rows), int() | float() as seconds]:
+            return type(rows) is int and 0 < rows == _rounded(rows) < 1 << 20 and 0 < seconds < _LARGEST
+    return False
 
 
 class DraftCost:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from longspec.control.acceptance import Acceptance
 from longspec.control.goodput import Goodput
+from longspec.control.latency import Curve
 from longspec.control.policy import Bet, Fixed, Outcome, Step
 from longspec.types import Draft, Verdict
 
@@ -29,7 +31,7 @@ class Text:
 
 @dataclass
 class Machine:
-    """Passes cost 1 + slope * (rows - 1), a draft `start`, a drafted token `drafting`; times are off by a tenth, and
+    """Passes cost 1 + slope * (rows - 1) or what `passes` says, a draft `start`, a drafted token `drafting`; times are off by a tenth, and
     seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing. taking: what a step
     with a draft takes beside its pass.
     """
@@ -41,11 +43,15 @@ class Machine:
     start: float = 0.0
     sure: float | None = None
     taking: float = 0.0
+    passes: Callable[[float], float] | None = None
     chaos: random.Random = field(default_factory=lambda: random.Random(5))
 
-    def run(self, control: Any, tokens: int, sessions: int = 1, room: int = 32) -> float:
+    def run(
+        self, control: Any, tokens: int, sessions: int = 1, room: int = 32, texts: Sequence[Text] | None = None
+    ) -> float:
         """Seconds for so many tokens of each session."""
-        texts = [Text() for _ in range(sessions)]
+        texts = texts or [Text() for _ in range(sessions)]
+        sessions = len(texts)
         starts = [len(text.tokens) for text in texts]
         total = 0.0
         while (done := min(len(t.tokens) - s for t, s in zip(texts, starts, strict=True))) < tokens:
@@ -61,7 +67,7 @@ class Machine:
                 if bet.limit:  # all sessions draft in one pass of the drafter
                     seconds = self.start + self.drafting[bet.drafter] * bet.limit
                     drafting[bet.drafter] = max(drafting.get(bet.drafter, 0.0), seconds)
-            true = 1 + self.slope * (rows - 1)
+            true = self.passes(rows) if self.passes else 1 + self.slope * (rows - 1)
             seen = true * self.chaos.uniform(1 - self.noise, 1 + self.noise) * (10 if self.chaos.random() < 0.01 else 1)
             host = self.taking * any(map(len, drafts))
             total += true + sum(drafting.values()) + host
@@ -235,3 +241,74 @@ def test_a_drafter_that_pays_again_is_found_by_the_next_run() -> None:
 def test_pauses_from_a_file_are_checked(stored: Any) -> None:
     control = Goodput(["some"], 32, {"pauses": stored})
     assert control.bets([Text()], [32])[0].limit > 0
+
+
+def by_fours(rows: float) -> float:
+    """Rows as the kernels with AVX2 take them: four together, and what is over at a price of its own."""
+    return max(1.0, 1.6 * (rows // 4) + (0, 0.6, 0.95, 1.6)[int(rows) % 4])
+
+
+@pytest.mark.parametrize("sessions", [2, 4, 8, 16])
+@pytest.mark.parametrize(("rate", "sure"), [(0.0, 0.5), (0.5, 0.8), (0.95, 0.95)])
+def test_where_rows_are_dear_many_texts_lose_two_percent_at_most(sessions: int, rate: float, sure: float) -> None:
+    control = Goodput(["some"], 15)
+    for rows in (1, 2, 4, 8, 16):
+        control.calibrate(rows, by_fours(rows))
+    machine = Machine({"some": steady(rate)}, {"some": 0.0}, passes=by_fours, sure=sure)
+    seconds, written = 0.0, 0
+    for _ in range(3):
+        texts = [Text() for _ in range(sessions)]
+        seconds += machine.run(control, 60, room=15, texts=texts)
+        written += sum(len(text.tokens) - 100 for text in texts)
+    assert seconds < 1.02 * written * by_fours(sessions) / sessions
+
+
+@pytest.mark.parametrize(("rate", "sure"), [(0.3, 0.6), (0.5, 0.8), (0.8, 0.8)])
+def test_a_text_alone_gets_nine_tenths_where_a_third_row_is_dear(rate: float, sure: float) -> None:
+    def seconds(control: Any, room: int) -> float:
+        return Machine({"some": steady(rate)}, {"some": 0.0}, passes=by_fours, sure=sure).run(control, 600, room=room)
+
+    control = Goodput(["some"], 15)
+    for rows in (1, 2, 4, 8, 16):
+        control.calibrate(rows, by_fours(rows))
+    assert seconds(control, 15) < min(seconds(Fixed("some"), limit) for limit in (1, 2, 3, 7, 15)) / 0.9
+
+
+def test_what_was_measured_undisturbed_stays() -> None:
+    """A pass of 16 rows that takes six times as long isn't forgotten while passes of one and two are seen."""
+    curve = Curve()
+    for rows in (1, 2, 4, 8, 16):
+        curve.measure(rows, by_fours(rows))
+    for _ in range(500):
+        for rows in (1, 2, 1):
+            curve.observe(rows, by_fours(rows))
+    assert [curve.seconds(rows) for rows in (1, 2, 4, 8, 12, 16)] == pytest.approx([1, 1, 1.6, 3.2, 4.8, 6.4])
+    assert curve.seconds(32) == pytest.approx(12.16)  # along the line from one row to 16
+
+
+def test_a_number_of_rows_has_a_cost_of_its_own() -> None:
+    """The ninth row begins another four; an outlier of ten times moves what is known by little."""
+    curve = Curve()
+    for rows in (1, 2, 4, 8, 16):
+        curve.measure(rows, by_fours(rows))
+    for turn in range(40):
+        for rows in (8, 9, 12):
+            curve.observe(rows, by_fours(rows) * (10 if turn == 20 and rows == 9 else 1))
+    assert [curve.seconds(rows) for rows in (8, 9, 12)] == pytest.approx([3.2, 3.8, 4.8], rel=0.03)
+    half = [0.5 * by_fours(rows) for rows in (8, 9, 12, 16)]
+    for _ in range(60):  # another process has ended
+        curve.observe(8, half[0])
+    assert [curve.seconds(rows) for rows in (8, 9, 12, 16)] == pytest.approx(half, rel=0.2)
+
+
+def test_a_curve_from_a_file_is_checked() -> None:
+    curve = Curve()
+    for rows, seconds in ((1, 0.01), (8, 0.02), (100, 0.3)):
+        curve.observe(rows, seconds)
+    stored = json.loads(json.dumps(curve.report()))
+    assert [Curve.of(stored).seconds(rows) for rows in (1, 8, 50, 200)] == pytest.approx(
+        [curve.seconds(rows) for rows in (1, 8, 50, 200)], rel=1e-3
+    )
+    for wrong in (None, [], "x", [1.0] * 11, [[1, "a"]], [[1, -1.0]], [[0, 1.0]], [[2, 1.0]], [[1, float("nan")]],
+                  [[1, 1e99]], [[True, 1.0]], [[1.5, 1.0]], [[1, 1.0]] * 1000):  # fmt: skip
+        assert Curve.of(wrong).report() == []
