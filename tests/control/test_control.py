@@ -31,9 +31,9 @@ class Text:
 
 @dataclass
 class Machine:
-    """Passes cost 1 + slope * (rows - 1), or what `passes` says, a draft `start`, a drafted token `drafting`; times are off
-    by a tenth, and seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing. taking: what a step
-    with a draft takes beside its pass.
+    """Passes cost 1 + slope * (rows - 1), or what `passes` says, a draft `start`, a drafted token `drafting`; times are
+    off by a tenth, and seldom tenfold. sure: what drafts say of each node behind the one before it; None: nothing.
+    taking: what a step with a draft takes beside its pass.
     """
 
     acceptance: dict[str, Callable[[int], float]]  # by drafter, of the tokens so far

@@ -116,7 +116,7 @@ def test_plan_says_what_a_token_reads(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert guarded(["plan", *given]) == 0
     out = capfd.readouterr().out
     assert "A token behind 500 others reads" in out
-    assert "GB/s that memory is read at here (20.0 in earlier runs)." in out
+    assert "GB/s that memory is read at here (20 in earlier runs)." in out
 
 
 def test_plan_says_the_union_of_a_mixture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
