@@ -66,9 +66,9 @@ INLINE void code_group(const bf16 *x, int8_t *codes, float *scale, int32_t sums[
         UNROLL for (int i = half * 16 / LANES; i < (half + 1) * 16 / LANES; i++) {
             const vi whole = (vi)(values[i] * factor + turn) - (vi)all(turn);
             save_int8(codes + i * LANES, whole);
-            total += whole;
+            total += whole & kept;
         }
-        sums[half] = whole_sum_of(total & kept);
+        sums[half] = whole_sum_of(total);
     }
     *scale = largest / 127.0f;
 }
