@@ -290,14 +290,14 @@ def _encoded(encode: Callable[[], list[Encoding]], text: str) -> Encoding:
         unusable(error)
 
 
-def unusable(error: BaseException) -> NoReturn:
-    """Raise ModelError for what a call of the library has raised: nothing narrower than Exception, and its panics are
-    none. A signal is raised itself.
+def unusable(error: BaseException, what: str = "The model's tokenizer can't be used: it fails") -> NoReturn:
+    """Raise ModelError, which begins with `what`, for what a call of the library has raised: nothing narrower than
+    Exception, and its panics are none. A signal is raised itself.
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     said = " ".join(str(error).split())[:200]
-    raise ModelError(f"The model's tokenizer can't be used: it fails ({said}); fetch it again.") from error
+    raise ModelError(f"{what} ({said}); fetch it again.") from error
 
 
 def _lies_over(cuts: Sequence[int], start: int, end: int) -> bool:

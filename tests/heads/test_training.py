@@ -259,7 +259,7 @@ def test_a_trained_head_beats_an_untrained_one(tmp_path: Path, kind: str) -> Non
     assert begun > untrained + 0.1  # least squares
     assert trained > untrained + 0.2
     assert said["tokens_per_step"] > said["untrained_tokens_per_step"]
-    assert said["accuracy"][0] > 0.1
+    assert said["accuracy"][0] > 0.05  # 192 rows tell .1 by .02; chance is a tenth of this
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == said
 
 

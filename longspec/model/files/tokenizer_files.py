@@ -108,7 +108,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(data)
     except BaseException as error:  # noqa: BLE001  passed on unless it is the library's
-        unusable(error)
+        unusable(error, f"{path} isn't a usable tokenizer")
 
 
 def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
