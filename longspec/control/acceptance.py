@@ -55,9 +55,10 @@ class Acceptance:
         expected = 0.5 if self.prior is None else self.prior.rate
         return (self._went + expected) / (self._tried + 1)
 
-    def probability(self, said: float) -> float:
-        """The calibrated probability that a node is kept: the drafter's times accepted over predicted."""
-        return min(1.0, said * self._factors()[_bin(said)])
+    def probabilities(self, said: Sequence[float]) -> list[float]:
+        """Of each node the calibrated probability that it is kept: the drafter's times accepted over predicted."""
+        factors = self._factors()
+        return [min(1.0, prob * factors[_bin(prob)]) for prob in said]
 
     def _factors(self) -> list[float]:
         """The calibration factor (accepted over predicted) of each bin, shrunk toward the next more probable bin's

@@ -178,8 +178,8 @@ class Goodput(Control):
                 rows += len(draft)
                 continue
             acceptance, lowest = self._of(session)[bet.drafter].acceptance, 1.0
-            for prob in draft.probs.tolist():
-                lowest = min(lowest, acceptance.probability(prob))
+            for prob in acceptance.probabilities(draft.probs.tolist()):
+                lowest = min(lowest, prob)
                 nodes.append((-lowest, i))
         nodes.sort()
         best, count, value, seconds = 0.0, 0, 0.0, self._curve.seconds

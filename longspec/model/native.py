@@ -140,7 +140,8 @@ class Fused:
 
     def run_from(self, first: int, last: int, run: Pass) -> int:
         """Where the run of layers ends that one call takes, from layer `first` on; `first` where it takes none."""
-        while run.by_kernel and first < last and self._whole[first]:
+        last = last if run.by_kernel else first
+        while first < last and self._whole[first]:
             first += 1
         return first
 

@@ -147,8 +147,8 @@ def test_probabilities_are_calibrated_by_what_was_kept() -> None:
     for turn in range(60):
         for acceptance in (pool, text):
             acceptance.observe([0] if turn % 2 else [], [-1], [0.8])
-    assert 0.4 < text.probability(0.8) < 0.6
-    assert 0.4 < Acceptance(pool).probability(0.8) < 0.7
+    assert 0.4 < text.probabilities([0.8])[0] < 0.6
+    assert 0.4 < Acceptance(pool).probabilities([0.8])[0] < 0.7
 
 
 @pytest.mark.parametrize("drafting", [0.0, 0.3])
