@@ -85,7 +85,7 @@ def test_what_fails_is_a_sentence(changes: dict[str, Any], tmp_path: Path) -> No
         for token in range(3):
             made.piece(token, first=True)
 
-    with pytest.raises(ModelError, match=r"tokenizer can't be used: it fails|tokenizer\.json isn't a usable tokenizer") as failed:
+    with pytest.raises(ModelError, match=r"tokenizer(\.json isn't a usable| can't be used: it fails)") as failed:
         use()
     assert "\n" not in str(failed.value)
 
