@@ -53,7 +53,8 @@ def loss_of(model: Model, head: Trained, drafted: Drafted, batch: Batch, target:
     # makes the smooth L1 independent of the target's scale
     scale = target.final[target.counted].square().mean().sqrt().clamp_min(1e-6)
     loss = target.final.new_zeros(())
-    with torch.autocast(model.decoder.device.type, torch.bfloat16, enabled=halves(model)):
+    # Without its cache, which all threads share and each of them empties: bits would depend on who came when.
+    with torch.autocast(model.decoder.device.type, torch.bfloat16, enabled=halves(model), cache_enabled=False):
         for out in head.module.outputs(batch):
             places_of = torch.arange(out.hidden.shape[1], device=rows.device) if out.places is None else out.places
             at = places_of + out.behind  # the rows of the target that they stand for

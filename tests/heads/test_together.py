@@ -20,6 +20,7 @@ from support.commands import SECONDS, call, inside, write_tiny
 from support.engines import of_folder, tiny
 
 from longspec.errors import UsageError
+from longspec.training import loss
 from longspec.training.course import Course, start
 from longspec.training.gathering import Gathering
 from longspec.training.lanes import Lanes
@@ -156,16 +157,25 @@ def test_five_kills_at_random_change_no_bit(folder: Path, tmp_path: Path, seed: 
     same(tmp_path / "alone", tmp_path / "out")
 
 
-def test_threads_change_no_bit(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Least squares over the same rows differ between torch's products by one thread and by three."""
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_threads_change_no_bit(
+    folder: Path, undisturbed: Path, tmp_path: Path, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Least squares over the same rows differ between torch's products by one thread and by three; and autocast's cache
+    is one for all threads, each of which empties it.
+    """
+    wanted, before = undisturbed, torch.get_num_threads()
+    if half:
+        wanted = tmp_path / "one"
+        monkeypatch.setattr(loss, "halves", lambda model: True)
+        assert course(folder, wanted, SHARED).run(silent) is not None
     torch.set_num_threads(3)
     try:
-        assert course(folder, tmp_path, SHARED).run(silent) is not None
+        assert course(folder, tmp_path / "three", SHARED).run(silent) is not None
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    same(undisturbed, tmp_path)
+    same(wanted, tmp_path / "three")
 
 
 @pytest.mark.full
