@@ -6,6 +6,7 @@ typer only once signals are caught.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -30,6 +31,7 @@ _MOST = 2000  # letters of an error: a name in a stranger's file may have megaby
 def main() -> NoReturn:
     """The entry point of the program `longspec`."""
     signals.catch()
+    gc.set_threshold(50_000)  # what imports make stays: to look for garbage in it every 700 objects holds them up
     try:
         _prepare_streams()
         if not sys.warnoptions:

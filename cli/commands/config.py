@@ -25,7 +25,7 @@ from longspec.cli.options.settings import (
     variable,
     yes_or_no,
 )
-from longspec.cli.options.typer_classes import Command, Group, kind_of, settable, settable_of, value_of
+from longspec.cli.options.typer_classes import Command, Group, kind_of, kinds, settable, settable_of, value_of
 from longspec.errors import UsageError
 
 __all__ = ["config"]
@@ -57,7 +57,7 @@ def show(ctx: typer.Context, reporting: Annotated[Reporting, Only("as_json")]) -
     In a pipe, one a line, with tabs between them.
     """
     options = settable(ctx.find_root().command)
-    settings = read_settings({name: kind_of(parameter) for name, (_, parameter) in options.items()})
+    settings = read_settings(kinds(options))
     rows: dict[str, dict[str, Any]] = {}
     for name in sorted(options):
         setting = settings.get(name)

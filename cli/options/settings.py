@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,13 +47,16 @@ def config_path() -> Path:
     return config_folder() / "config.toml"
 
 
-def read_settings(known: Mapping[str, Kind]) -> dict[str, Setting]:
-    """All settings.
+def read_settings(own: Mapping[str, Kind], every: Callable[[], Mapping[str, Kind]] | None = None) -> dict[str, Setting]:
+    """The settings of these options, and what else the file sets. every: the options of all subcommands, where these
+    are of one; asked for only where the file sets another one.
 
     Raises:
         UsageError: the file can't be read, has an unknown key, or a value is of the wrong type.
     """
-    return {**_from_file(known), **_from_environment(known)}
+    table = read_table()
+    known = own if every is None or table.keys() <= own.keys() else every()
+    return {**_from_file(table, known), **_from_environment(own)}
 
 
 def _from_environment(known: Mapping[str, Kind]) -> dict[str, Setting]:
@@ -87,9 +90,8 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
     return f"; the nearest is {near[0]}." if near else ""
 
 
-def _from_file(known: Mapping[str, Kind]) -> dict[str, Setting]:
-    path, table = config_path(), read_table()
-    settings = {}
+def _from_file(table: Mapping[str, Any], known: Mapping[str, Kind]) -> dict[str, Setting]:
+    path, settings = config_path(), {}
     for name, value in table.items():
         origin = f"{name} in {path}"
         if name not in known:

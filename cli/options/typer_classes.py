@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from longspec.cli.options.groups import COMMAND_LINE_ONLY
 from longspec.cli.options.settings import Kind, Setting, read_settings
 
-__all__ = ["Command", "Group", "given", "kind_of", "origin", "settable", "settable_of", "value_of"]
+__all__ = ["Command", "Group", "given", "kind_of", "kinds", "origin", "settable", "settable_of", "value_of"]
 
 _NAMES = ("FILE", "IN...", "LIST", "MODEL", "OUT")
 """The metavars of what is a file, or may be one."""
@@ -45,8 +46,8 @@ class Command(TyperCommand):
         asks_help = before_dashes & set(ctx.help_option_names)
         # Help, completion and the commands that repair config.toml must work whatever is in it.
         if _settable(self) and not (asks_help or ctx.resilient_parsing):
-            known = {name: kind_of(parameter) for name, (_, parameter) in settable(ctx.find_root().command).items()}
-            settings = read_settings(known)
+            own = {setting_name(parameter): kind_of(parameter) for parameter in _settable(self)}
+            settings = read_settings(own, lambda: kinds(settable(ctx.find_root().command)))
             own_settings = {parameter.name: settings.get(setting_name(parameter)) for parameter in _settable(self)}
             ctx.meta[_ORIGINS] = named = {
                 name: setting for name, setting in own_settings.items() if setting is not None
@@ -118,7 +119,9 @@ def setting_name(parameter: Any) -> str:
 
 
 def settable(group: Any) -> dict[str, tuple[Any, Any]]:
-    """Every option that can be set, by name: the first subcommand that has it, and its parameter there."""
+    """Every option that can be set, by name: the first subcommand that has it, and its parameter there. All subcommands
+    are imported for that, in some tenths of a second.
+    """
     options: dict[str, tuple[Any, Any]] = {}
     for command in group.commands.values():
         for parameter in _settable(command):
@@ -129,6 +132,10 @@ def settable(group: Any) -> dict[str, tuple[Any, Any]]:
 def settable_of(command: Any) -> set[str]:
     """The names of one subcommand's options that can be set; a group of commands has none."""
     return {setting_name(parameter) for parameter in _settable(command)}
+
+
+def kinds(options: Mapping[str, tuple[Any, Any]]) -> dict[str, Kind]:
+    return {name: kind_of(parameter) for name, (_, parameter) in options.items()}
 
 
 def kind_of(parameter: Any) -> Kind:
