@@ -10,7 +10,9 @@
     tokens      written greedily in fp32, against transformers on the same file: how many answers agree, and how far
     logits      in fp32 at some positions of one text, against transformers
 
-Results are added to those in the output file. Nothing here is a timing.
+Results are added to those in the output file. Nothing here is a timing. --layerwise has the values of one layer in
+memory at a time, ours and transformers' (`layerwise.py`), for models that don't fit in fp32: transformers then reads
+our answers and says what it would have written behind each token, which is the same where all are equal.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import layerwise
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ from longspec.cache import Dense
 from longspec.engine.engine import Engine
 from longspec.machine.files import replaced
 from longspec.model.decoder import Chunk, Decoder, Rows
-from longspec.model.load import Model, Opened, open_model
+from longspec.model.load import Model, Opened, end_tokens, open_model
 from longspec.model.weights.quantized import Piece
 from longspec.model.weights.read import Weights
 from longspec.text.prompt import encode
@@ -41,9 +44,12 @@ CHUNK = 500  # tokens of a pass
 Say = Callable[[dict[str, Any]], None]
 
 
-def loaded(name: str, dtype: str) -> Model:
+def loaded(name: str, dtype: str, *, by_layer: bool = False) -> Model:
     opened: Opened = open_model(name, dtype=dtype, device="cpu")
     opened.set_threads()
+    if by_layer and dtype == "fp32":
+        decoder, ends = layerwise.decoder(opened), end_tokens(opened.config, {}, opened.vocabulary)
+        return Model(name, "fp32", decoder, opened.vocabulary, ends, {}, {})
     return opened.load()
 
 
@@ -78,10 +84,10 @@ def perplexity_of(model: Model, count: int) -> float:
     return math.exp(total / (count - 1))
 
 
-def perplexity(name: str, dtypes: Sequence[str], count: int, say: Say) -> None:
+def perplexity(name: str, dtypes: Sequence[str], count: int, say: Say, *, by_layer: bool) -> None:
     whole = 0.0
     for dtype in ("fp32", *dtypes):
-        model = loaded(name, dtype)
+        model = loaded(name, dtype, by_layer=by_layer)
         seen = perplexity_of(model, count)
         whole = whole or seen
         row = {"perplexity": round(seen, 4), "over_fp32": round(seen / whole - 1, 5), "tokens": count}
@@ -117,27 +123,41 @@ def theirs(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
-def tokens(name: str, count: int, new: int, say: Say) -> None:
-    model = loaded(name, "fp32")
+def tokens(name: str, count: int, new: int, say: Say, *, by_layer: bool) -> None:
+    model = loaded(name, "fp32", by_layer=by_layer)
     turns = [json.loads(line)["turns"][0] for line in SUITE.read_text(encoding="utf-8").splitlines()][:count]
-    asked, written = [], []
+    asked = [encode(model.vocabulary, turn) for turn in turns]
     engine = Engine(model, drafter="none")
-    for turn in turns:
-        asked.append(encode(model.vocabulary, turn))
-        written.append([*engine.generate(turn, temperature=0, repetition_penalty=1.0, max_new_tokens=new).tokens])
+    options: Any = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": new}
+    answers: dict[int, Any] = dict(engine.generate_many(turns, width=count, **options))
+    written = [[*answers[i].tokens] for i in range(count)]
     ends = list(model.end_tokens)
     del engine, model
-    other, same = theirs(name), []
-    options = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": ends, "pad_token_id": ends[0]}
-    for prompt, ours in zip(asked, written, strict=True):
-        with torch.inference_mode():
-            made = other.generate(torch.tensor([prompt]), max_new_tokens=new, **options)
-        answer = made[0, len(prompt) :].tolist()
+    same = []
+    for ours, answer in zip(written, _answers(name, asked, written, new, ends, by_layer=by_layer), strict=True):
         agreed = next((i for i, pair in enumerate(zip(ours, answer, strict=False)) if pair[0] != pair[1]), len(ours))
         same.append({"tokens": len(ours), "agreed": agreed})
-        print(json.dumps(same[-1]), flush=True)
     equal = sum(each["agreed"] == each["tokens"] for each in same)
     say({"what": "greedy tokens in fp32, against transformers", "prompts": count, "equal": equal, "answers": same})
+
+
+def _answers(
+    name: str, asked: list[list[int]], written: list[list[int]], new: int, ends: list[int], *, by_layer: bool
+) -> Iterator[list[int]]:
+    """What transformers writes; of a model by layers, what it would write behind each of our tokens."""
+    if by_layer:
+        path = open_model(name).checkpoint.gguf
+        assert path is not None, f"{name} is no GGUF file"
+        texts = [[*prompt, *ours[:-1]] for prompt, ours in zip(asked, written, strict=True)]
+        chosen = layerwise.choices(path, texts)
+        yield from (each[len(prompt) - 1 :] for each, prompt in zip(chosen, asked, strict=True))
+        return
+    other = theirs(name)
+    options = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": ends, "pad_token_id": ends[0]}
+    for prompt in asked:
+        with torch.inference_mode():
+            made = other.generate(torch.tensor([prompt]), max_new_tokens=new, **options)
+        yield made[0, len(prompt) :].tolist()
 
 
 @torch.inference_mode()
@@ -174,6 +194,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--position", nargs="+", type=int, default=[8000, 16000, 30000])
+    parser.add_argument("--layerwise", action="store_true", help="one layer's values in memory at a time")
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args()
 
@@ -189,11 +210,11 @@ def main() -> None:
             replaced(given.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
 
         if given.what == "perplexity":
-            perplexity(name, given.dtype, given.count, say)
+            perplexity(name, given.dtype, given.count, say, by_layer=given.layerwise)
         elif given.what == "quantizers":
             quantizers(name, given.count, say)
         elif given.what == "tokens":
-            tokens(name, given.prompts, given.new_tokens, say)
+            tokens(name, given.prompts, given.new_tokens, say, by_layer=given.layerwise)
         else:
             logits(name, given.position, say)
 
