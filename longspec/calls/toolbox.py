@@ -77,11 +77,6 @@ class Toolbox:
         return [tool.told for tool in self.tools.values()]
 
     @property
-    def text(self) -> str:
-        """All that they say."""
-        return json.dumps(self.told, ensure_ascii=False)
-
-    @property
     def is_held(self) -> bool:
         """Whether a call must be written, or is held to its schema."""
         return self.choice not in ("auto", "none") or any(tool.strict for tool in self.tools.values())

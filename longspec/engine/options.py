@@ -171,8 +171,6 @@ def tokens_of(vocabulary: Vocabulary, prompt: Prompt, options: Options, room: in
     told, system = variables(vocabulary, options.get("effort")), options.get("system")
     if (tools := toolbox(vocabulary, options)) is not None:
         told["tools"] = tools.told
-        if not options.get("allow_special_tokens") and (found := vocabulary.special_in(tools.text)):
-            raise UsageError(f"A tool holds the name of a special token, {min(found)!r}; leave it out.")
     raw, allow = options.get("raw", False), options.get("allow_special_tokens", False)
     tokens = encode(vocabulary, prompt, system, raw=raw, variables=told, allow_special=allow, room=room)
     markers = vocabulary.markers

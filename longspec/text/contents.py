@@ -1,10 +1,10 @@
-"""Where the contents of messages stand in a rendered chat, so that no text in them can be a special token.
+"""Where the contents of messages and tools stand in a rendered chat, so that no text in them can be a special token.
 
-Takes a vocabulary with its template, and messages; gives the rendered text, and offsets over which no special token
-may lie. They are found by rendering the messages again with a mark in them, a letter that nothing else has: in front of
-and behind each content, and after every letter with which a special token could begin. Where the template then writes
-another text, as one does that looks for `</think>` in answers, only the special tokens themselves are marked; where
-that changes the text too, they are refused.
+Takes a vocabulary with its template, messages, and tools among the template's variables; gives the rendered text, and
+offsets over which no special token may lie. They are found by rendering the messages again with a mark in them, a
+letter that nothing else has: in front of and behind each content, and after every letter with which a special token
+could begin. Where the template then writes another text, as one does that looks for `</think>` in answers, only the
+special tokens themselves are marked; where that changes the text too, they are refused.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def rendered(
     """The chat of these messages, and the ascending offsets over which no special token may lie.
 
     Raises:
-        UsageError: the template fails, or the messages hold special tokens that can't be told from the template's.
+        UsageError: the template fails, or messages or tools hold special tokens that can't be told from the template's.
     """
     text = vocabulary.chat(messages, **variables)
-    mark = _unused(text, messages)
+    tools = {name: value for name, value in variables.items() if name == "tools"}  # the others are the engine's words
+    mark = _unused(text, [*messages, tools])
 
     def cuts(marking: Mark, edge: str) -> list[int] | None:
         """The offsets of the marks; None where they change the text."""
+        told = {**variables, **{name: _walked(value, marking) for name, value in tools.items()}}
         try:
-            marked = vocabulary.chat(_marked(messages, marking, edge), **variables)
+            marked = vocabulary.chat(_marked(messages, marking, edge), **told)
         except UsageError:
             return None
         pieces = marked.split(mark)
@@ -57,10 +59,11 @@ def rendered(
         found = cuts(inside, edge)
         if found is not None:
             return text, found
-    if _marked(messages, inside) != _marked(messages, lambda one, _: one):
+    held = [*messages, tools]
+    if _marked(held, inside) != _marked(held, lambda one, _: one):
         raise UsageError(
-            "A message holds the name of a special token, and the model's chat template changes messages so that it "
-            "can't be told from the template's own; leave it out, or allow it (--allow-special-tokens)."
+            "A message or a tool holds the name of a special token, and the model's chat template changes it so that "
+            "it can't be told from the template's own; leave it out, or allow it (--allow-special-tokens)."
         )
     return text, []
 
@@ -89,24 +92,27 @@ def _inside(names: Collection[str], vocabulary: Vocabulary, mark: str) -> Mark:
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], marking: Mark, edge: str = "") -> list[Any]:
-    """The messages with marks in their texts, and with `edge` at both ends of each; names of fields get none there, so
-    that the template finds them.
-    """
-
-    def walk(value: Any, own: bool) -> Any:
-        if isinstance(value, str):
-            return _edged(marking(value, own), edge)
-        if isinstance(value, Mapping):
-            return {marking(name, own): walk(each, own) for name, each in value.items()}
-        return [walk(each, own) for each in value] if isinstance(value, list | tuple) else value
+    """The messages with marks in their texts, and with `edge` at both ends of each."""
 
     def message(fields: Mapping[str, Any]) -> dict[str, Any]:
         role = fields.get("role")
         named = {"role"} if isinstance(role, str) and _ROLE.fullmatch(role) else set()
         own = role == "assistant"
-        return {marking(name, own): value if name in named else walk(value, own) for name, value in fields.items()}
+        return {
+            marking(name, own): value if name in named else _walked(value, marking, edge, own)
+            for name, value in fields.items()
+        }
 
     return [message(fields) for fields in messages]
+
+
+def _walked(value: Any, marking: Mark, edge: str = "", own: bool = False) -> Any:
+    """A value with marks in all its texts; names of fields get no `edge`, so that the template finds them."""
+    if isinstance(value, str):
+        return _edged(marking(value, own), edge)
+    if isinstance(value, Mapping):
+        return {marking(name, own): _walked(each, marking, edge, own) for name, each in value.items()}
+    return [_walked(each, marking, edge, own) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _edged(text: str, mark: str) -> str:
