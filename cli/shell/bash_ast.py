@@ -178,7 +178,7 @@ def calls(
             fed, before = True, (*before, *found)
         return
     if node.type in _SUBSTITUTES:
-        fed, feeder, around = False, (), ()
+        fed, feeder, around = _source(node).startswith(">("), (), ()
         if _source(node).startswith("`") and "\\" in _source(node):
             yield from _hidden(_source(node))
             return
@@ -226,7 +226,7 @@ def _within(node: Node) -> Iterator[Call]:
         yield from _hidden("" if _is_quoted(node) else _document(node)[0])
         for child in node.children:
             yield from _within(child) if not child.type.startswith("heredoc") else ()
-    elif node.type in ("word", "regex", "extglob_pattern") and "`" in _source(node):
+    elif node.type in ("word", "regex", "extglob_pattern") and re.search(r"`|\$\(", _source(node)):
         yield from _hidden(_source(node))
     else:
         for child in node.children:

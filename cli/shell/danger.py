@@ -114,7 +114,7 @@ def _assigned(name: str, value: Word, depth: int) -> Found:
     """The dangers of a variable that other programs take a program from."""
     if redirected(name, value):
         yield f"{name}={value.text} changes which programs run, {_UNSEEN}"
-        yield from _remote(_line(value.text, depth + 1))
+        yield from _remote(_line(value.text, depth + 1)) if name != "PATH" else ()
 
 
 def _remote(found: Found) -> Found:
@@ -194,7 +194,9 @@ def _unquoted(word: Word) -> str:
 
 
 def _is_stream(word: Word) -> bool:
-    return word.text.startswith(("<(", "/dev/fd", "/proc/self/fd")) or (not word.known and "<(" in word.text)
+    return word.text.startswith(("<(", "/dev/fd", "/dev/stdin", "/proc/self/fd")) or (
+        not word.known and "<(" in word.text
+    )
 
 
 def _filled(words: Sequence[Word], run: Sequence[Word]) -> tuple[Word, ...]:

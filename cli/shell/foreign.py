@@ -16,13 +16,14 @@ _LANGUAGES = {
     "any": r"",
     "code": r"system|popen|exec|spawn|subprocess|rmtree|unlink|remove|rmdir|rename|truncate|shutil|fork|kill|eval|import\s+os"
     r"|import\s+pty|socket|requests|urllib|base64|writeFile|appendFile|\.write|write_|delete|child_process|File\.|`"
-    r"|open\s*\([^)]*['\"][rb]*[wax+]|open\b[^;]*>|__import__|getattr|chmod|chown|mkfs|getline|\bdo\s+['\"]"
+    r"|open\s*\(?\s*['\"]\s*\||open\s*\([^)]*['\"][rb]*[wax+]|open\b[^;]*>|__import__|getattr|chmod|chown|mkfs|getline|\bdo\s+['\"]"
     r"|FileUtils|%x\W|IO\.(p|bin)|\b(rm|cp|mv|copyFile|symlink|createWriteStream)(Sync)?\s*\(|import\s*\(|Deno\.\w*(run|Command)|Bun\.\$",
     "apple": r"do\s*shell\s*script|\b(delete|move|duplicate|make|empty|erase|quit|shut|restart|log\s+out|sleep|save|close|run|load"
     r"|keystroke|click|eject)\b|ObjC",
     "sql": r"\b(drop|delete|truncate|update|alter|replace|insert|grant|revoke|dropdatabase|deletemany|flushall|flushdb)\b"
     r"|\\(!|[oweig.]\b|copy|setenv|\.)|(^|\n)\s*(system|tee|source|pager)\b|into\s+(out|dump)file|\bprogram\s+'"
     r"|(^|\n)\s*\.(she?l?l?\b|sy|o|sav|ba?c|cl|exc|im|lo|res|rea|w\b)|\b(edit|writefile|load_extension|lo_export)\s*\(",
+    "edit": r"(^|\n|\|)[\s%\d,$.+-]*(w|wq|x|xit|up\w*|sav\w*|r\s+!|!|e\s+!|norm\w*|so\w*|py\w*|lua)\b|!",
     "gdb": r"(^|\s)([!|]|(shell|make|python|py|pi|source|pipe|call|compile|dump|append|restore|kill|guile|save|script|platform)\b)"
     r"|\b(system|exec\w*)\s*\(",
 }
@@ -36,7 +37,7 @@ def changes(language: str, code: str) -> bool:
 
 _CHOOSES = re.compile(r"\w*(PAGER|EDITOR|VISUAL|BROWSER|SHELL|ASKPASS|_RSH|_SSH|SSH_COMMAND|_DIFF)")
 _LOADS = re.compile(
-    r"LD_(PRELOAD|AUDIT|LIBRARY_PATH)|DYLD_\w+|BASH_ENV|ENV|ZDOTDIR|PROMPT_COMMAND|PS4|IFS|SHELLOPTS|BASHOPTS"
+    r"LD_(PRELOAD|AUDIT|LIBRARY_PATH)|GCONV_PATH|DYLD_\w+|BASH_ENV|ENV|ZDOTDIR|PROMPT_COMMAND|PS4|IFS|SHELLOPTS|BASHOPTS"
     r"|PERL5(OPT|LIB|DB)|PYTHON(STARTUP|HOME)|RUBY(OPT|LIB)|NODE_OPTIONS|GIT_(CONFIG\w*|EXEC_PATH|TEMPLATE_DIR)"
     r"|TAR_OPTIONS|RIPGREP_CONFIG_PATH|FZF_DEFAULT_\w+|LESS(OPEN|CLOSE)|MAKEFLAGS|JAVA_TOOL_OPTIONS"
 )

@@ -23,11 +23,16 @@ def git(words: Sequence[Word]) -> str | None:
     """The harm of a git command."""
     rest, at = list(words), 0
     while at < len(rest) and rest[at].text.startswith("-"):
-        if rest[at].text == "-c" or rest[at].text.startswith(("--config-env", "--exec-path")):
-            key, _, value = (rest[at + 1].text if at + 1 < len(rest) else "").partition("=")
-            if _runs(key, Word(value, rest[min(at + 1, len(rest) - 1)].known)):
+        option, attached, setting = rest[at].text.partition("=")
+        following = next(iter(rest[at + 1 :]), Word(""))
+        if option in ("-c", "--config-env"):
+            key, _, value = (setting if attached else following.text).partition("=")
+            if _runs(key, Word(value, option == "-c" and following.known)):
                 return _FROM_SETTINGS
-        at += 2 if rest[at].text in ("-C", "-c", "--git-dir", "--work-tree", "--namespace") else 1
+        elif option == "--exec-path" and attached:
+            return _FROM_SETTINGS
+        takes_value = ("-C", "-c", "--config-env", "--git-dir", "--work-tree", "--namespace")
+        at += 2 if option in takes_value and not attached else 1
     if at >= len(rest):
         return None
     if not rest[at].known:

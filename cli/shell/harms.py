@@ -85,20 +85,18 @@ _DISK = "changes a disk or its file systems"
 _CODE = "runs code that can't be judged"
 _RIGHTS = "acts with another user's rights"
 _STATE = "changes what runs on this machine"
-_CLOUD = (
-    r"\b(delete|destroy|terminate|purge|remove|rm|rb|drain|uninstall|prune|wipe|reset)\b|\b(delete|terminate)-|--delete"
-)
+_CLOUD = r"\b(delete|destroy|terminate|purge|remove|rm|rb|del|drain|uninstall|prune|wipe|reset)\b|\b(delete|terminate)-|--delete"
 _SQL = r"\b(drop|delete|truncate|update|alter|replace|insert|grant|revoke|dropdatabase|deletemany|flushall|flushdb)\b"
 
 _NAMED: dict[str, Harm] = {
-    "rm unlink srm shred wipe": always(_DELETE),
+    "rm unlink srm shred wipe rimraf del-cli": always(_DELETE),
     "rmdir": given("deletes folders above too", "p", "--parents"),
     "truncate": always("cuts files off"),
     "fallocate": given("makes holes in files", "p", "c", "z", "--punch-hole", "--collapse-range", "--zero-range"),
     "mv": unless(_REPLACE, "n", "i", "b", "--no-clobber", "--interactive", "--backup"),
     "cp": unless(_REPLACE, "n", "i", "b", "--no-clobber", "--interactive", "--backup"),
     "install": unless("may replace a file that is there", "d", "b", "--directory", "--backup"),
-    "rename prename file-rename": unless("may replace files that are there", "n", "--nono", "--no-act", "--no-overwrite"),
+    "rename prename file-rename mmv": unless("may replace files that are there", "n", "--nono", "--no-act", "--no-overwrite"),
     "ln": given("replaces a file by a link", "f", "--force"),
     "tee sponge": _tee,
     "dd": _dd,
@@ -108,9 +106,12 @@ _NAMED: dict[str, Harm] = {
         lambda words: None if has(words, "l", "N", "--list", "--help", "--version") or _looks(words) else _DISK,
     ),
     "chmod": _chmod,
-    "chown chgrp setfacl chattr": given("changes the rights of everything below a folder", "R", "--recursive"),
+    "setfacl": unless("changes the rights of files", "--test"),
+    "chattr": always("changes the rights of files"),
+    "chown chgrp": given("changes the rights of everything below a folder", "R", "--recursive"),
     "kill killall skill": _kill,
-    "pkill xkill fuser": lambda words: None if has(words, "0", "l") and not has(words, "k") else (
+    "xkill": always("ends processes"),
+    "pkill fuser": lambda words: None if has(words, "0", "l") and not has(words, "k") else (
         "ends processes" if words else None),
     "shutdown reboot halt poweroff init telinit": always("stops the machine"),
     "systemctl launchctl rc-service service": saying(
@@ -133,20 +134,33 @@ _NAMED: dict[str, Harm] = {
     "sed gsed": _sed,
     "awk gawk mawk nawk": _awk,
     "perl ruby": lambda words: "rewrites files in place" if leading(words, r"-[0-9a-zA-Z]*i") else None,
-    "vi vim nvim ex ed view emacs": matching(_CODE, r"(^|\s)(\+|-c|-s\b|-es|--cmd|--eval|-batch|--batch|--script)"),
+    "vi vim nvim ex ed view emacs": matching(
+        _CODE, r"(^|\s)(\+(?!\d*(\s|$))|-\w*[cs]\b|-es|--cmd|--eval|-batch|--batch|--script)"),
+    "emacsclient": matching(_CODE, r"(^|\s)(-e|--eval)\b"),
+    "prettier gofmt goimports shfmt eslint stylelint clang-format yq": matching(
+        "rewrites files in place", r"(^|\s)(-w|-i|--write|--fix|--in-?place)\b"),
+    "black isort autopep8 rustfmt": unless("rewrites files in place", "--check", "--diff", "--version"),
+    "mogrify": always("rewrites files in place"),
+    "ffmpeg": matching("replaces files that are there", r"(^|\s)-y(\s|$)"),
+    "hg svn bzr": either(
+        acting("throws changes away", "revert|strip|purge|rollback|delete|remove|rm"),
+        matching("throws changes away", r"^(update|up|checkout|co)\s.*(-C|--clean)\b")),
+    "adb": saying("removes packages", "uninstall"),
     "less more": matching(_CODE, r"(^|\s)\+\+?[!|]"),
     "git": git,
     "tar bsdtar gtar": either(
-        given("deletes what it packed", "--remove-files", "--delete", "--recursive-unlink", "--unlink-first"),
+        given("deletes what it packed", "--remove-files", "--delete", "--recursive-unlink", "--unlink-first", "--overwrite"),
         writing("-f", "--file")),
     "zip": matching("deletes what it packed, or entries of an archive", r"(^|\s)(-[a-zA-Z0-9]*[md]\b|--move|--delete)"),
     "unzip": given("replaces files that are there", "o"),
     "7z 7za 7zr rar unrar": matching("replaces or deletes files", r"^d\b|(^|\s)-(sdel|aoa|df|o\+|y)\b"),
     "gzip bzip2 xz zstd gunzip unxz bunzip2": given("may replace a file that is there", "f", "--force", "--rm"),
-    "rsync": matching("deletes files at one of its ends", r"(^|\s)--(del|remove-source|inplace|force)"),
+    "rsync": lambda words: None if has(words, "n", "--dry-run") else matching(
+        "deletes files at one of its ends", r"(^|\s)--(del|remove-source|inplace|force)")(words),
     "sort uniq shuf": lambda words: None,
     "curl": either(writing("-o", "--output"), matching(
         "changes something at the other end", r"(-X\s*|--request[ =])['\"]?(delete|put|patch)")),
+    "http https xh xhs": matching("changes something at the other end", r"(^|\s)(delete|put|patch)\s"),
     "wget": writing("-O", "--output-document", "-P"),
     "nc ncat netcat socat": matching("hands a program to the network", r"(^|\s)-[a-z]*[ec]\b|exec:|system:|--exec|--sh-exec"),
     "patch": unless("changes files", "--dry-run"),
@@ -158,7 +172,7 @@ _NAMED: dict[str, Harm] = {
     "mysql mariadb psql sqlite3 mongo mongosh redis-cli clickhouse-client duckdb": matching("changes a database", _SQL),
     "dropdb dropuser": always("deletes from a database"),
     "mysqladmin": saying("changes a database", "drop", "shutdown", "flush-hosts"),
-    "apt apt-get aptitude dpkg dnf yum zypper pacman apk snap flatpak brew port": either(
+    "apt apt-get aptitude dpkg rpm dnf yum zypper pacman apk snap flatpak brew port": either(
         acting("removes packages", r"remove|(auto)?purge|autoremove|erase|uninstall|rm|del|(auto)?clean"),
         matching("removes packages", r"(^|\s)(-(R\w*|r|P|e)\b|--(remove|purge|erase))")),
     "pip pip3 npm pnpm yarn cargo gem conda uv pipx": acting(

@@ -12,6 +12,9 @@ __all__ = ["continued", "readable", "substitutions", "unescaped"]
 
 _CONTINUES = re.compile(r"\\(.)|'[^']*'|(?:^|(?<=[\s;]))#[^\n]*|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 _OPENS = re.compile(r"\\.|`|\$\(", re.DOTALL)
+_COPROC = re.compile(
+    r"(^|[;&|({\n]\s*|\b(?:then|do|else)\s+)coproc\s+(?:\w+\s+)?(?=[({]|\[\[|(?:while|until|for|if|case|select)\b)"
+)
 _CLOSES = re.compile(r"((?:\\.|[^`\\])*)`", re.DOTALL)
 
 
@@ -27,10 +30,10 @@ def _joined(match: re.Match[str]) -> str:
 
 
 def readable(text: str) -> str:
-    """The text with a line in front of each here-document that begins with a backslash, which the grammar would take
-    for arguments: `:`, which does nothing.
+    """The text without what the grammar takes for arguments: `coproc NAME` before a group or a loop, the 0 of `0<`, and
+    a backslash at the beginning of a here-document, before which a line is put that does nothing, `:`.
     """
-    return re.sub(r"(<<[^\n]*\n)(?=\s*\\)", r"\1:\n", text)
+    return re.sub(r"(<<[^\n]*\n)(?=\s*\\)", r"\1:\n", re.sub(r"(?<=\s)0(?=<)", "", _COPROC.sub(r"\1", text)))
 
 
 def unescaped(text: str) -> str:

@@ -37,8 +37,8 @@ class Part:
 class _Usage:
     """A line of the table: `@language`, an operand's sign, `NAME` with the sign of the option's value, `<COUNT`.
 
-    options: by name without dashes: `:` for a value that is text, a role for one that isn't; `+`: what follows is a
-    command; `$`: the first operand is a line of shell; `^`: the input is code whatever the operands are.
+    options: by name without dashes: `:` for a value that is text, a role for one that isn't; `+`, `?`: what follows is
+    a command; `$`: the first operand is a line of shell; `^`: the input is code whatever the operands are.
     role, first: `+1`: a command behind one operand; `*1`: as a line; `2%`: the operands from the second on; `=`: all.
     reads: the input is code if there are fewer operands than this, and no code among the arguments.
     """
@@ -132,8 +132,7 @@ def _reads(usage: _Usage, found: Sequence[Part], operands: Sequence[Word], rest:
     """Whether the program's input is code."""
     if any(part.role == "^" for part in found) or (usage.reads == 1 and operands and operands[0].text in _INPUTS):
         return True
-    given = len(operands) + len(rest) + sum(part.role == "." for part in found)
-    return given < usage.reads and not any(part.role in "%!" or part.role == "." for part in found)
+    return len(operands) + len(rest) < usage.reads and not any(part.role in "%!.+?" for part in found)
 
 
 def _split(usage: _Usage, words: Sequence[Word], *, plus: bool) -> tuple[list[Part], list[Word], Sequence[Word]]:
@@ -159,8 +158,8 @@ def _split(usage: _Usage, words: Sequence[Word], *, plus: bool) -> tuple[list[Pa
             is_open = False
         else:
             values = _values(usage.options, word, words[at : at + 1])
-            if any(role == "+" for role, _ in values):
-                return [*found, Part("+", tuple(words[at:]))], operands, ()
+            if runs := [role for role, _ in values if role in "+?"]:
+                return [*found, Part(runs[0], tuple(words[at:]))], operands, ()
             found += [Part(role, () if value is None else (value,)) for role, value in values if role != ":"]
             at += any(value is following for _, value in values for following in words[at : at + 1])
             if not values and usage.role == "+" and word.text.startswith("--") and "=" not in word.text:
@@ -177,13 +176,13 @@ def _values(options: dict[str, str], word: Word, following: Sequence[Word]) -> l
     if text.startswith("--") or (len(name) > 1 and name in options):
         longer = (options[each] for each in options if len(name) > 2 and each.startswith(name))
         role = options.get(name) or next(longer, "")
-        if not role or role in "+$^":
+        if not role or role in "+?$^":
             return [(role, None)] if role else []
         return [(role, Word(value, word.known) if equals else next(iter(following), Word("")))]
     found: list[tuple[str, Word | None]] = []
     for place, letter in enumerate(text[1:], 2):
         role = options.get(letter, "")
-        if role and role in "+$^":
+        if role and role in "+?$^":
             found.append((role, None))
         elif role:
             return [*found, (role, Word(text[place:], word.known) if text[place:] else next(iter(following), Word("")))]
