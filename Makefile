@@ -15,7 +15,7 @@ RESULTS ?= build/bench
 TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) --editable
 
-# What `make fuzz` tries: mutants of each kind of file, by this seed.
+# What `make fuzz` tries: mutants of each kind of file, of requests and templates, by this seed.
 SEED ?= $(shell date +%s)
 MUTANTS ?= 6000
 
@@ -52,8 +52,8 @@ wheel: $(VENV)/installed-wheel ## wheels for x86-64 and ARM with their kernels b
 fuzz: $(VENV)/installed-dev ## damaged and hostile files, for ten minutes (make fuzz SEED=0 tries those of the tests)
 	$(BIN)/python -m pytest tests/hostile -m full -s --seed $(SEED) --mutants $(MUTANTS)
 
-guided: $(VENV)/installed-fuzz ## coverage-guided fuzzing of what parses files, two minutes for each kind, into build/fuzz
-	for kind in gguf safetensors snapshot head config; do mkdir -p build/fuzz/$$kind && \
+guided: $(VENV)/installed-fuzz ## coverage-guided fuzzing of what reads files and requests, two minutes for each kind, into build/fuzz
+	for kind in gguf safetensors snapshot head config request template schema; do mkdir -p build/fuzz/$$kind && \
 	  $(BIN)/python tests/hostile/guided.py $$kind -max_total_time=120 -rss_limit_mb=2048 -timeout=10 build/fuzz/$$kind || exit 1; done
 
 lint: $(VENV)/installed-dev ## ruff: its rules, and the layout of the code

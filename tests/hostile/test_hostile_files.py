@@ -1,4 +1,4 @@
-"""Mutants of files from elsewhere are read or refused: nothing crashes, hangs, or grows."""
+"""Mutants of files, requests, records and templates are read or refused: nothing crashes, hangs, or grows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from hostile import targets
 from support.hostile import survey, survey_here
 from support.sanitized import sanitized
 
-TARGETS = ["ggufs", "folders", "heads", "snapshots"]
+FILES = ["ggufs", "folders", "heads", "snapshots"]
+TARGETS = {name: f"hostile.targets:{name}" for name in FILES} | {
+    "requests": "server.test_mutants:requests",
+    "records": "server.test_mutants:records",
+    "templates": "hostile.test_templates:templates",
+}
+"""All kinds; those that are no files have their hundred where they are tested."""
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", FILES)
 def test_a_hundred_mutants_are_read_or_refused(name: str, home: Path, tmp_path: Path) -> None:
     assert survey_here(getattr(targets, name), tmp_path, range(100)).failures == {}
 
@@ -22,7 +28,7 @@ def test_a_hundred_mutants_are_read_or_refused(name: str, home: Path, tmp_path: 
 def test_thousands_of_mutants_are_read_or_refused(
     name: str, home: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    made = survey(f"hostile.targets:{name}", tmp_path, pytestconfig.option.mutants, pytestconfig.option.seed)
+    made = survey(TARGETS[name], tmp_path, pytestconfig.option.mutants, pytestconfig.option.seed)
     print(f"\n{name}: {made}")
     assert made.failures == {}
 
@@ -38,6 +44,6 @@ def test_kernels_under_the_sanitizers_find_nothing_in_mutants(
     name: str, built: dict[str, str], home: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     count = pytestconfig.option.mutants
-    made = survey(f"hostile.targets:{name}", tmp_path, count, pytestconfig.option.seed, built)
+    made = survey(TARGETS[name], tmp_path, count, pytestconfig.option.seed, built)
     print(f"\n{name} under the sanitizers: {made}")
     assert made.failures == {}

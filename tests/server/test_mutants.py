@@ -1,17 +1,24 @@
-"""Mutants of requests and of a batch's records: each is answered, or refused with a sentence; nothing else happens."""
+"""Mutants of requests and of a batch's records: each is answered, or refused with a sentence; nothing else happens.
+
+`requests` and `records` are targets of tests/hostile, which tries thousands.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 from support.commands import SECONDS
-from support.engines import engine, tiny
+from support.engines import engine, tiny, vocabulary
+from support.hostile import Attempt
+from support.letters import TEMPLATE
 from support.mutants import VALUES, of_bytes, of_json
 
 from longspec.batch.inputs import _objects, _openai
@@ -20,6 +27,7 @@ from longspec.batch.lines import read_lines
 from longspec.batch.records import line
 from longspec.batch.requests import Fault
 from longspec.engine.engine import Engine
+from longspec.errors import UsageError
 from longspec.server.api import open_to_clients
 from longspec.server.desk import Desk
 from longspec.server.models import Models
@@ -79,7 +87,8 @@ MESSAGE: dict[str, Any] = {
     "thinking": {"type": "disabled"},
     "stream": True,
 }
-COMPLETION: dict[str, Any] = {"prompt": ["ABC", "D"], "n": 2, "max_tokens": 3, "stop": ["A"], "seed": 1, "top_p": 0.5}
+COMPLETION: dict[str, Any] = {"prompt": ["ABC", "D"], "n": 2, "max_tokens": 3, "stop": ["A"], "seed": 1}
+COMPLETION |= {"temperature": 1, "top_p": 0.5}
 LINE = {"id": "a", "prompt": "ABC", "max_new_tokens": 3, "system": "B"}
 TALK = {"id": 7, "messages": CHAT["messages"], "max_new_tokens": 3, "temperature": 1, "top_k": 3}
 REQUEST = {
@@ -93,30 +102,108 @@ NAMES = [
     *["max_tokens", "max_completion_tokens", "max_new_tokens", "stop_loops", "reasoning_effort", "reasoning_budget"],
     *["prompt", "messages", "model", "logprobs", "tools", "response_format", "system", "raw", "effort", "id", "tokens"],
 ]
-PATHS = {b'"prompt"': "/v1/completions", b'"input"': "/v1/responses", b'"system": [': "/v1/messages"}
-COUNTS = [100, pytest.param(2000, marks=pytest.mark.full)]
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", CHAT),
+    ("/v1/chat/completions", AGENT),
+    ("/v1/completions", COMPLETION),
+    ("/v1/responses", RESPONSE),
+    ("/v1/messages", MESSAGE),
+]
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "integer"},
+    {"enum": ["A", 1]},
+    {"enum": []},
+    {"not": {}},
+    {"$ref": "#"},
+    {"type": "array", "items": {"$ref": "#"}},
+    {"type": "string", "pattern": "(A|AA)*B{1000}"},
+    {"type": "string", "minLength": 10**9},
+]
+EDGES: list[dict[str, Any]] = [
+    *({"temperature": each} for each in (0, 5e-324, 1e-38, 1e-7, 2)),
+    *({"temperature": 1, "top_p": each} for each in (5e-324, 1e-38, 1e-7, 1 - 1e-16, 1)),
+    *({"temperature": 1e-38, "top_p": each, "min_p": 1} for each in (1e-30, 0.5)),
+    *({"temperature": 1, "top_k": each} for each in (1, 96, 2**31 - 1)),
+    *({"repetition_penalty": each} for each in (1e-6, 1e6)),
+    *({"temperature": 1, "seed": each} for each in (0, 2**63 - 1, 2**64 - 1)),
+    *({"max_tokens": each, "max_new_tokens": each} for each in (1, 255, 10**6)),
+    *({"stop": each} for each in ("A", "\0", "😀" * 1000, ["A"] * 100, ["<s>", "</s>"])),
+    *({"logit_bias": {token: each}} for token in ("0", "2", "95", "96") for each in (-100, 100)),
+    *({"messages": [{"role": "user", "content": each}]} for each in ("A" * 5000, "\0", "</s>A<s>", "é\u200b", " ")),
+    *({"prompt": each} for each in ("A" * 5000, "</s>", ["A"] * 16, "\0")),
+    *({"response_format": {"type": "json_schema", "json_schema": {"schema": each}}} for each in SCHEMAS),
+    {"n": 8}, {"stream": False}, {"logprobs": True, "top_logprobs": 20}, {"logprobs": 5}, {"stop_loops": False},
+    {"longspec": {"drafter": "ngram"}}, {"reasoning_budget": 0}, {"tool_choice": "required"}, {"tools": []},
+]  # fmt: skip
+"""Values at the edge of what is let pass, which go all the way to the engine."""
 
 
-def mutants(good: Sequence[Any], count: int, seed: str) -> Iterator[bytes]:
-    """Good requests with values, names and shapes changed, fields added, and one of five torn as bytes."""
-    random = Random(seed)
-    for _ in range(count):
-        value = of_json(random.choice(good), random)
-        if isinstance(value, dict) and random.random() < 0.5:
-            value[random.choice(NAMES)] = random.choice(VALUES)()
-        data = json.dumps(value).encode()
-        yield of_bytes(data, random) if random.random() < 0.2 else data
+def mutant(good: Sequence[Any], random: Random) -> bytes:
+    """A good request at its edges, or with values, names and shapes changed, fields added, some torn as bytes."""
+    value = random.choice(good)
+    if random.random() < 0.5:
+        edges = {name: each for edge in random.choices(EDGES, k=random.randint(1, 2)) for name, each in edge.items()}
+        return json.dumps(
+            {**value, "body": {**value["body"], **edges}} if "body" in value else {**value, **edges}
+        ).encode()
+    value = of_json(value, random)
+    if isinstance(value, dict) and random.random() < 0.5:
+        value[random.choice(NAMES)] = random.choice(VALUES)()
+    data = json.dumps(value).encode()
+    return of_bytes(data, random) if random.random() < 0.2 else data
+
+
+def engine_in(folder: Path) -> Engine:
+    """One whose template takes tools."""
+    model = tiny(folder, max_position_embeddings=256)
+    words = vocabulary(model.decoder.config.vocabulary, TEMPLATE + "{{ '<tool_call>' if tools }}")
+    return engine(replace(model, vocabulary=words), "ngram")
+
+
+def working(made: Engine) -> Worker:
+    up = Worker(lambda: made, 8)
+    up.loaded.result(SECONDS)
+    return up
+
+
+def requests(folder: Path) -> Attempt:
+    """A server's worker, which is asked one thing after the other; a refusal is raised."""
+    worker = working(engine_in(folder))
+
+    def attempt(random: Random) -> None:
+        path, good = random.choice(GOOD)
+        body = mutant([good], random)
+        status = asyncio.run(asked(worker, path if random.random() < 0.9 else random.choice(GOOD)[0], body))
+        if status != 200:
+            raise UsageError(f"status {status}")
+
+    return attempt
+
+
+def records(folder: Path) -> Attempt:
+    """A record between two others; its error is raised."""
+    made = engine_in(folder)
+
+    def attempt(random: Random) -> None:
+        read, good = random.choice([(_objects, [LINE, TALK]), (_openai, [REQUEST])])
+        beside, between = json.dumps(good[0]).encode(), mutant(good, random).replace(b"\n", b" ")
+        results = written(made, read, [beside, between, beside.replace(b'"a"', b'"b"')])
+        failed = [each for each in results if isinstance(each, Fault)]
+        assert all(each.index == 1 for each in failed)
+        if failed:
+            raise UsageError(failed[0].reason)
+
+    return attempt
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return engine(tiny(tmp_path_factory.mktemp("tiny"), max_position_embeddings=256), "ngram")
+    return engine_in(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def worker(made: Engine) -> Iterator[Worker]:
-    up = Worker(lambda: made, 8)
-    up.loaded.result(SECONDS)
+    up = working(made)
     yield up
     up.stop(SECONDS)
 
@@ -147,51 +234,57 @@ async def ask(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_every_request_is_answered_or_refused(worker: Worker, count: int, pytestconfig: pytest.Config) -> None:
+async def asked(worker: Worker, path: str, body: bytes) -> int:
+    """The status of an answer that is right or a sentence."""
     complaints: list[str] = []
-
-    async def run() -> list[int]:
-        desk = Desk(8, SECONDS)
-        models = Models(desk, {"tiny": lambda _: worker})
-        app, statuses = open_to_clients(desk, models, None, None, complaints.append), list[int]()
-        good = [CHAT, COMPLETION, RESPONSE, MESSAGE, AGENT]
-        asked = [*(json.dumps(each).encode() for each in good), *mutants(good, count, pytestconfig.option.seed)]
-        for number, body in enumerate(asked):
-            path = next((path for name, path in PATHS.items() if name in body and number % 9), "/v1/chat/completions")
-            status, answer = await ask(app, path, body)
-            statuses.append(status)
-            assert status == 200 or 400 <= status < 500, (body, answer)
-            if status != 200:
-                said = json.loads(answer)["error"]["message"]
-                assert said.endswith((".", "...")), said
-            assert b'"server_error"' not in answer
-            assert len(desk) == 0
-        return statuses
-
-    statuses = asyncio.run(run())
+    desk = Desk(8, SECONDS)
+    app = open_to_clients(desk, Models(desk, {"tiny": lambda _: worker}), None, None, complaints.append)
+    status, answer = await ask(app, path, body)
+    assert status == 200 or 400 <= status < 500, (body, answer)
+    if status != 200:
+        said = json.loads(answer)["error"]["message"]
+        assert said.endswith((".", "...")), said
+    assert b'"server_error"' not in answer
     assert complaints == []
-    assert {200, 400} <= set(statuses)
+    assert len(desk) == 0
+    return status
+
+
+def written(made: Engine, read: Any, records: Iterable[bytes]) -> list[Result]:
+    """What became of a batch's lines, of which each has one result."""
+    whole = b"\n".join(records)
+    wanted = sum(not each.is_blank for each in read_lines(BytesIO(whole)))
+    job = Job(made, read(read_lines(BytesIO(whole)), None), {"max_new_tokens": 3})
+    results: list[Result] = []
+    while job.admitting or job.running:
+        results += [*job.admit(), *job.step()]
+    results.sort(key=lambda each: each.index)
+    assert [each.index for each in results] == list(range(wanted))
+    assert all(json.loads(line(result, openai=read is _openai)) for result in results)
+    assert [each.reason for each in results if isinstance(each, Fault) and not each.reason.strip()] == []
+    return results
+
+
+def test_every_request_is_answered_or_refused(worker: Worker, pytestconfig: pytest.Config) -> None:
+    random = Random(pytestconfig.option.seed)
+    for path, good in GOOD:
+        assert asyncio.run(asked(worker, path, json.dumps(good).encode())) == 200
+    statuses = set[int]()
+    for _ in range(100):
+        path, good = random.choice(GOOD)
+        statuses.add(asyncio.run(asked(worker, path, mutant([good], random))))
+    assert {200, 400} <= statuses
     assert len(worker) == 0
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_every_record_has_its_line(made: Engine, count: int, pytestconfig: pytest.Config) -> None:
+def test_every_record_has_its_line(made: Engine, pytestconfig: pytest.Config) -> None:
     """A failed record is its own line, and those beside it are written."""
+    random = Random(pytestconfig.option.seed)
     for read, good in ((_objects, [LINE, TALK]), (_openai, [REQUEST])):
-        records = [json.dumps(each).encode() for each in good]
-        records += [data.replace(b"\n", b" ") for data in mutants(good, count // 2, pytestconfig.option.seed)]
-        whole = b"\n".join(records)
-        wanted = sum(not each.is_blank for each in read_lines(BytesIO(whole)))
-        job = Job(made, read(read_lines(BytesIO(whole)), None), {"max_new_tokens": 3})
-        results: list[Result] = []
-        while job.admitting or job.running:
-            results += [*job.admit(), *job.step()]
-        assert sorted(result.index for result in results) == list(range(wanted))
-        assert all(json.loads(line(result, openai=read is _openai)) for result in results)
-        failed = [result for result in results if isinstance(result, Fault)]
-        assert 0 < len(failed) < wanted
-        assert [each.reason for each in failed if not each.reason.strip()] == []
+        lines = [json.dumps(each).encode() for each in good]
+        lines += [mutant(good, random).replace(b"\n", b" ") for _ in range(50)]
+        results = written(made, read, lines)
+        assert 0 < sum(isinstance(result, Fault) for result in results) < len(results)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +301,5 @@ def test_every_record_has_its_line(made: Engine, count: int, pytestconfig: pytes
     ],
 )
 def test_a_record_of_wrong_types_concerns_no_other(made: Engine, wrong: dict[str, Any], fails: bool) -> None:
-    lines = b"\n".join(json.dumps(each).encode() for each in (LINE, wrong, {**LINE, "id": "b"}))
-    job = Job(made, _objects(read_lines(BytesIO(lines)), None), {"max_new_tokens": 3})
-    results: list[Result] = []
-    while job.admitting or job.running:
-        results += [*job.admit(), *job.step()]
-    results.sort(key=lambda each: each.index)
+    results = written(made, _objects, (json.dumps(each).encode() for each in (LINE, wrong, {**LINE, "id": "b"})))
     assert [isinstance(each, Fault) for each in results] == [False, fails, False]

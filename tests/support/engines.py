@@ -23,11 +23,11 @@ from longspec.text.tokenizer import Vocabulary
 from longspec.types import Draft, Drafter, Writing
 
 
-def vocabulary(size: int) -> Vocabulary:
+def vocabulary(size: int, template: str = TEMPLATE) -> Vocabulary:
     """Token i is one printable character; 0 to 2 are special, 2 ends a text."""
     names = ["<pad>", "<s>", "</s>", *(chr(48 + i) for i in range(size - 3))]
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return Vocabulary(tokenizer_of(names), special, TEMPLATE)
+    return Vocabulary(tokenizer_of(names), special, template)
 
 
 def tiny(
