@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Column",
+    "Described",
     "Progress",
     "Row",
     "Suite",
@@ -50,18 +51,23 @@ Suite = Mapping[str, Sequence[str]]
 """Prompts by category."""
 
 
-class Workload(Protocol):
-    """One kind of benchmark, ready to run."""
+class Described(Protocol):
+    """What a report says of itself."""
 
     what: str  # a description for the report
+
+    def about(self) -> Row:
+        """The setup, known after the measurement: model, dtype, settings."""
+        ...
+
+
+class Workload(Described, Protocol):
+    """One kind of benchmark, ready to run."""
+
     table: Table
 
     def rows(self, progress: Progress) -> Iterator[Row]:
         """Yield results as they are measured."""
-        ...
-
-    def about(self) -> Row:
-        """The setup, known after the measurement: model, dtype, settings."""
         ...
 
     def draw(self, rows: Sequence[Row], path: Path) -> None: ...
@@ -164,7 +170,7 @@ class Table:
         return "  ".join(column.aligned(column.show(row)) for column in self.columns)
 
 
-def report(workload: Workload, rows: Sequence[Row], path: Path | None) -> Row:
+def report(workload: Described, rows: Sequence[Row], path: Path | None) -> Row:
     """The complete report of a benchmark, also written as JSON where a path is given."""
     import torch
 

@@ -67,8 +67,8 @@ class HeadWorkload:
             progress(name, done, len(self._heads))
             weights, read = head.module.cost()
             rows, told = head.rows(self._first), judged(self._first, head, texts)
-            steps, intervals = self._steps(head, 0.0)
-            sampled, of_sampled = self._steps(head, TEMPERATURE)
+            steps, intervals = self.steps(head, 0.0)
+            sampled, of_sampled = self.steps(head, TEMPERATURE)
             yield {
                 "head": name,
                 "kind": head.kind,
@@ -83,12 +83,7 @@ class HeadWorkload:
                 "tokens_per_step_95": intervals,
                 "sampled_tokens_per_step": sampled,
                 "sampled_tokens_per_step_95": of_sampled,
-                "ratio": {
-                    f"{dtype}, {width}": ratio
-                    for dtype, model in self._models.items()
-                    if self._rounds
-                    for width, ratio in self._ratios(model, folder).items()
-                },
+                "ratio": self.ratios(folder),
             }
 
     def about(self) -> Row:
@@ -111,7 +106,7 @@ class HeadWorkload:
         sessions, _ = self._written(Engine(self._first, drafter="none"), SIDE_BY_SIDE, self._prompts)
         return [see(self._first, session.tokens, session.prompt_length, sorted(layers)) for session in sessions]
 
-    def _steps(self, head: Trained, temperature: float) -> tuple[dict[str, float], dict[str, list[float]]]:
+    def steps(self, head: Trained, temperature: float) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Tokens per step by the tokens that are drafted in each, and their intervals."""
         found, intervals = {}, {}
         for name, count in DRAFTED.items():
@@ -122,16 +117,26 @@ class HeadWorkload:
             found[name], intervals[name] = sum(tokens) / sum(steps), interval(tokens, steps)
         return found, intervals
 
-    def _ratios(self, model: Model, folder: Path) -> dict[int, float]:
-        """By texts side by side: tokens per second over plain decoding's, the median over the rounds."""
+    def ratios(self, folder: Path) -> dict[str, float]:
+        """By dtype and texts side by side: tokens per second over plain decoding's, the median over the rounds."""
+        return {
+            f"{dtype}, {width}": self._ratio(model, folder, width)
+            for dtype, model in self._models.items()
+            if self._rounds
+            for width in WIDTHS
+        }
+
+    def _ratio(self, model: Model, folder: Path, width: int) -> float:
         engines = {"none": Engine(model, drafter="none"), "head": Engine(model, drafter=str(folder.resolve()))}
-        turns, found = Turns(), {}
-        for width in WIDTHS:
-            writers = {name: partial(self._write, engine, width) for name, engine in engines.items()}
-            turns.write(writers, self._prompts[:width], lambda _: None)  # warm-up
-            took = [turns.write(writers, self._prompts, lambda _: None) for _ in range(self._rounds)]
-            found[width] = median(each["head"].rate / max(each["none"].rate, 1e-9) for each in took)
-        return found
+        writers = {name: partial(self._write, engine, width) for name, engine in engines.items()}
+        turns, some = Turns(), [self._prompts[at : at + width] for at in range(0, len(self._prompts), width)]
+        turns.write(writers, some[0], lambda _: None)  # warm-up
+        found = []
+        for _ in range(self._rounds):
+            took = [turns.write(writers, each, lambda _: None) for each in some]
+            head, none = (sum((each[name] for each in took), Took()).rate for name in ("head", "none"))
+            found.append(head / max(none, 1e-9))
+        return median(found)
 
     def _write(self, engine: Engine, width: int, prompts: Sequence[str]) -> Took:
         sessions, seconds = self._written(engine, width, prompts)

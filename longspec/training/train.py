@@ -183,22 +183,28 @@ def train(
 
 
 def seconds_of_a_step(
-    model: Model, head: Trained, features: Features, recipe: Recipe, lanes: Lanes, most: float, steps: int = 12
+    model: Model,
+    head: Trained,
+    features: Features,
+    recipe: Recipe,
+    lanes: Lanes,
+    most: float,
+    clock: Callable[[], float] = perf_counter,
 ) -> float:
-    """The median, after one more that warms up, of a copy of the head that is then dropped. most: the seconds after
-    which no further one is measured.
+    """The median of up to 12, after one more that warms up, of a copy of the head that is then dropped. most: the
+    seconds after which no further one is measured.
     """
     scratch = replace(head, module=deepcopy(head.module))
     parameters, usable = list(scratch.module.parameters()), _usable(features, recipe)
     optimizer, average, drafted, took = _optimizer(parameters, recipe), Average(scratch), Drafted(model, scratch), []
-    for step in range(steps + 1):
-        began = perf_counter()
+    for step in range(13):
+        began = clock()
         optimizer.zero_grad()
         chosen = [usable[i] for i in _order(recipe, len(usable), step)]
         _backward(model, scratch, drafted, features, chosen, step, Together(lanes))
         _descend(optimizer, parameters, recipe.rate_at(step))
         average.follow(scratch, step)
-        took.append(perf_counter() - began)
+        took.append(clock() - began)
         if step and sum(took) > most:
             break
     return median(took[1:])
