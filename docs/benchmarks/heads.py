@@ -24,7 +24,7 @@ from longspec.bench.harness import Row, read_suite, report, sample
 from longspec.bench.heads import HeadWorkload
 from longspec.bench.plot import draw_heads
 from longspec.heads import KINDS
-from longspec.heads.accuracy import judged
+from longspec.heads.accuracy import judged, worth
 from longspec.heads.format import Trained, load_head, new_head, save_head, shipped
 from longspec.heads.seen import halves
 from longspec.model.load import Model, load_model
@@ -115,6 +115,11 @@ class Bench:
             "history": found["history"],
         }
 
+    def validated(self, head: Trained) -> float:
+        """Tokens per step of a validation's tree, as of the heads that are trained."""
+        held = Features.open(self.given.features, self.model, head.kind).held(head.reads(self.model))
+        return round(worth(head.module, judged(self.model, head, held)), 4)
+
     def run(self) -> None:
         alone = {f"{path.name}, as it {ALONG}": path for path in shipped(self.model).values()}
         folders = {**alone, **{kind: self.given.work / kind for kind in self.given.kind or KINDS}}
@@ -122,6 +127,8 @@ class Bench:
             row = self.row(name)
             if name in KINDS and "training" not in row:
                 self.keep(row, training=self.train(name))
+            elif name not in KINDS and "validated" not in row:
+                self.keep(row, validated=self.validated(load_head(folder, self.model)))
             if "tokens_per_step" not in row:
                 (found,) = self.counting(folder).rows(lambda stage, done, total: None)
                 self.keep(row, **{key: value for key, value in found.items() if key not in ("head", "ratio")})
@@ -165,7 +172,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(given)
     bench.run()
-    draw_heads(bench.rows, given.output.with_suffix(".svg"))
+    draw_heads([row for row in bench.rows if "tokens_per_step" in row], given.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
