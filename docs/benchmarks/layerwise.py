@@ -34,6 +34,7 @@ class _Unpacked:
     def __init__(self, weights: Weights, shapes: Valueless) -> None:
         self.units = {unit: Unit(0, nbytes, 0) for unit, nbytes in shapes.sizes.items()}
         self._weights, self._held = weights, shapes.units
+        self.nbytes_read = 0  # of a file
 
     def read(self, unit: Any, room: Tensor) -> None:
         at = 0
