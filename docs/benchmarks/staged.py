@@ -97,8 +97,8 @@ def main() -> None:
     prompts = sample({"": every}, asked.prompts)[""]
     result: dict[str, Any] = {
         "what": "model+ngram against model, first turns, one at a time, greedy, in turns; one thread",
-        "target": target.name,
-        "draft": draft.name,
+        "target": Path(target.name).name,
+        "draft": Path(draft.name).name,
         "dtype": target.dtype,
         "prompts": len(prompts),
         "max_new_tokens": TOKENS,

@@ -111,8 +111,9 @@ def parse(text: str, given: Mapping[str, Any] | None = None) -> Spec:
         parts.append(Part(part.name, part.kind, {**part.options, **mine, **_said(part, said)}))
     for part in parts[:-1]:
         if not part.kind.takes_inner:
+            known = {**DRAFTERS, **{kind: way_of(kind) for kind in KINDS}}
             raise UsageError(f"The drafter {part.name} takes no other's drafts; in {text!r} one of these comes first: "
-                             f"{', '.join(name for name, kind in DRAFTERS.items() if kind.takes_inner)}.")  # fmt: skip
+                             f"{', '.join(name for name, kind in known.items() if kind.takes_inner)}.")  # fmt: skip
     if parts[1:] and not parts[-1].kind.serves:
         raise UsageError(
             f"The drafter {parts[-1].name} drafts for no other; name another one behind the + in {text!r}."

@@ -64,7 +64,12 @@ _SMALLER = (
     _BESIDE("speculative decoding", "2211.17192", "--drafter model", "any model with the same tokens"),
     _BESIDE("speculative sampling", "2302.01318", "--drafter model", "the same, by the target's own noise"),
     _BESIDE("SpecInfer", "2305.09781", "--drafter model", "one draft model, and a tree of its guesses"),
-    _BESIDE("Staged Speculative Decoding", "2308.04623", "--drafter model+ngram", "one over another, to any depth"),
+    _BESIDE(
+        "Staged Speculative Decoding",
+        "2308.04623",
+        "--drafter model+ngram",
+        "one over another, to any depth; heads too",
+    ),
     _BESIDE("cascade speculative drafting", "2312.11462", "--drafter model+ngram", "vertically; not by position"),
     _BESIDE("SpecDec", "2203.16487", "", _MODELS),
     _BESIDE("DistillSpec", "2310.08461", "", _MODELS),

@@ -213,7 +213,7 @@ def grow(
 
 def _pass(reader: Reader, plants: Sequence[_Plant], inner: Drafter | None, vocabulary: Tensor | None) -> None:
     if inner is not None:
-        rooms = [min(plant.limit - plant.depth(plant.at), BLOCK) - 1 for plant in plants]
+        rooms = [min(plant.deepest - plant.depth(plant.at), BLOCK) - 1 for plant in plants]
         guesses = [plant.path(plant.at) for plant in plants]
         bets = inner.propose([plant.session for plant in plants], rooms, guesses)
         for plant, bet in zip(plants, bets, strict=True):

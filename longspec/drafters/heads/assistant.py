@@ -63,8 +63,10 @@ class _Growth:
 class Assisting(Drafter):
     """Drafts with a Gemma 4's assistant."""
 
-    def __init__(self, model: Model, head: Assistant) -> None:
-        self.head, self._target = head, model.decoder
+    takes_inner = True
+
+    def __init__(self, model: Model, head: Assistant, inner: Drafter | None = None) -> None:
+        self.head, self.inner, self._target = head, inner, model.decoder
         self.needs = Needs(layers=(model.decoder.config.layers,))
         self._states: WeakKeyDictionary[Writing, tuple[int, Tensor]] = WeakKeyDictionary()
 
@@ -74,7 +76,7 @@ class Assisting(Drafter):
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
-        return cls(model, load_assistant(Path(folder), read_config(folder), model))
+        return cls(model, load_assistant(Path(folder), read_config(folder), model), inner)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
@@ -87,6 +89,7 @@ class Assisting(Drafter):
 
     def begin(self, session: Writing) -> None:
         self._states.pop(session, None)
+        super().begin(session)
 
     def read(self, session: Writing, features: Sequence[Tensor]) -> None:
         if len(features[0]):
@@ -98,7 +101,7 @@ class Assisting(Drafter):
     ) -> list[Draft]:
         known = [self._states.get(session, (0, None))[0] == len(session.tokens) - 1 for session in sessions]
         rooms = [limit if each else 0 for limit, each in zip(limits, known, strict=True)]
-        return grow(self, sessions, rooms, ahead, depth=_DEPTH)
+        return grow(self, sessions, rooms, ahead, inner=self.inner, depth=_DEPTH)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         length, state = self._states[session]

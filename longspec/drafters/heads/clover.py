@@ -53,8 +53,10 @@ class _Growth:
 class Head(Drafter):
     """Drafts with a head such as Clover's; an empty draft where the target's hidden states aren't available."""
 
-    def __init__(self, model: Model, head: Trained) -> None:
-        self.head, self._target = head, model.decoder
+    takes_inner = True
+
+    def __init__(self, model: Model, head: Trained, inner: Drafter | None = None) -> None:
+        self.head, self.inner, self._target = head, inner, model.decoder
         assert isinstance(head.module, Recurrent)
         self._module: Recurrent = head.module
         config = head.config(model)
@@ -83,7 +85,7 @@ class Head(Drafter):
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
-        return cls(model, load_head(folder, model))
+        return cls(model, load_head(folder, model), inner)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
@@ -92,6 +94,7 @@ class Head(Drafter):
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
+        super().begin(session)
 
     def read(self, session: Writing, features: Sequence[Tensor]) -> None:
         self._follow.read(session, features[0] if len(features) == 1 else torch.cat(list(features), -1))
@@ -101,9 +104,11 @@ class Head(Drafter):
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         rooms = self._follow.rooms(sessions, limits)
-        if self._cell is not None and ahead is None and all(session.is_plain for session in sessions):
+        alone = ahead is None and self.inner is None
+        if self._cell is not None and alone and all(session.is_plain for session in sessions):
             return [self._grown(self._cell, session, room) for session, room in zip(sessions, rooms, strict=True)]
-        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self._places, of_head=True)
+        depth, places = self.head.depth, self._places
+        return grow(self, sessions, rooms, ahead, inner=self.inner, depth=depth, vocabulary=places, of_head=True)
 
     def _grown(self, cell: Cell, session: Writing, room: int) -> Draft:
         last = self._follow.last(session)

@@ -28,8 +28,10 @@ __all__ = ["Eagle"]
 class Eagle(Drafter):
     """Drafts with an EAGLE-3 head."""
 
-    def __init__(self, model: Model, head: Eagle3) -> None:
-        self.head, self._target = head, model.decoder
+    takes_inner = True
+
+    def __init__(self, model: Model, head: Eagle3, inner: Drafter | None = None) -> None:
+        self.head, self.inner, self._target = head, inner, model.decoder
         self.needs = Needs(layers=tuple(sorted(set(head.layers))))
         self._follow = Follow(head.shape(model.decoder.device, model.decoder.dtype), self._run)
 
@@ -39,7 +41,7 @@ class Eagle(Drafter):
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
-        return cls(model, load_eagle3(Path(folder), read_config(folder), model))
+        return cls(model, load_eagle3(Path(folder), read_config(folder), model), inner)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
@@ -49,6 +51,7 @@ class Eagle(Drafter):
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
+        super().begin(session)
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +66,8 @@ class Eagle(Drafter):
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
         rooms = self._follow.rooms(sessions, limits)
-        return grow(self, sessions, rooms, ahead, depth=self.head.depth, vocabulary=self.head.tokens, of_head=True)
+        depth, tokens = self.head.depth, self.head.tokens
+        return grow(self, sessions, rooms, ahead, inner=self.inner, depth=depth, vocabulary=tokens, of_head=True)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)

@@ -22,12 +22,12 @@ __all__ = ["PublishedMtp", "TrainedEagle", "TrainedMtp"]
 class TrainedEagle(Eagle):
     """Drafts with a head of the kind `eagle3`."""
 
-    def __init__(self, model: Model, head: Trained) -> None:
-        super().__init__(model, eagle3_of(model, head))
+    def __init__(self, model: Model, head: Trained, inner: Drafter | None = None) -> None:
+        super().__init__(model, eagle3_of(model, head), inner)
 
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = "") -> Drafter:
-        return cls(model, load_head(folder, model))
+        return cls(model, load_head(folder, model), inner)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, folder: str | Path = "") -> tuple[int, int]:
@@ -40,14 +40,14 @@ class TrainedMtp(Multitoken):
 
     of_head = True
 
-    def __init__(self, model: Model, head: Trained) -> None:
-        super().__init__(model, mtp_of(model, head), depth=head.depth)
+    def __init__(self, model: Model, head: Trained, inner: Drafter | None = None) -> None:
+        super().__init__(model, mtp_of(model, head), inner, depth=head.depth)
 
     @classmethod
     def make(  # type: ignore[override]
         cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = ""
     ) -> Drafter:
-        return cls(model, load_head(folder, model))
+        return cls(model, load_head(folder, model), inner)
 
     @classmethod
     def planned_bytes(  # type: ignore[override]
@@ -64,7 +64,7 @@ class PublishedMtp(Multitoken):
     def make(  # type: ignore[override]
         cls, model: Model, inner: Drafter | None = None, *, folder: str | Path = ""
     ) -> Drafter:
-        return cls(model, mtp_folder(Path(folder), read_config(folder), model))
+        return cls(model, mtp_folder(Path(folder), read_config(folder), model), inner)
 
     @classmethod
     def planned_bytes(  # type: ignore[override]

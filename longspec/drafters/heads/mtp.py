@@ -33,11 +33,12 @@ stop most drafts earlier.
 class Multitoken(Drafter):
     """Drafts with the checkpoint's own head."""
 
+    takes_inner = True
     of_head = False
     """Whether its trees are as broad as those of heads that are trained here."""
 
-    def __init__(self, model: Model, head: Mtp, depth: int = _DEPTH) -> None:
-        self.head, self._target, self._depth = head, model.decoder, depth
+    def __init__(self, model: Model, head: Mtp, inner: Drafter | None = None, *, depth: int = _DEPTH) -> None:
+        self.head, self.inner, self._target, self._depth = head, inner, model.decoder, depth
         self.needs = Needs(layers=(model.decoder.config.layers,))
         self._follow = Follow(head.decoder.shape, self._run)
 
@@ -48,7 +49,7 @@ class Multitoken(Drafter):
     @classmethod
     def make(cls, model: Model, inner: Drafter | None = None, *, hot: int = 0, text: str = "") -> Drafter:
         """hot: size of the draft vocabulary; 0 is all tokens. text: a file of which it has the most frequent ones."""
-        return cls(model, load_mtp(model, hot_tokens(model, hot, text)))
+        return cls(model, load_mtp(model, hot_tokens(model, hot, text)), inner)
 
     @classmethod
     def planned_bytes(cls, target: Any, *, hot: int = 0) -> tuple[int, int]:
@@ -64,6 +65,7 @@ class Multitoken(Drafter):
 
     def begin(self, session: Writing) -> None:
         self._follow.begin(session)
+        super().begin(session)
 
     def read(self, session: Writing, features: Sequence[Tensor]) -> None:
         self._follow.read(session, features[0])
@@ -72,9 +74,9 @@ class Multitoken(Drafter):
     def propose(
         self, sessions: Sequence[Writing], limits: Sequence[int], ahead: Sequence[Sequence[int]] | None = None
     ) -> list[Draft]:
-        rooms = self._follow.rooms(sessions, limits)
-        tokens = self.head.tokens
-        return grow(self, sessions, rooms, ahead, depth=self._depth, vocabulary=tokens, of_head=self.of_head)
+        rooms, depth, tokens = self._follow.rooms(sessions, limits), self._depth, self.head.tokens
+        of_head = self.of_head
+        return grow(self, sessions, rooms, ahead, inner=self.inner, depth=depth, vocabulary=tokens, of_head=of_head)
 
     def open(self, session: Writing) -> tuple[Any, int, Sequence[int]]:
         last = self._follow.last(session)
