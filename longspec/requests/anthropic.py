@@ -50,7 +50,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
         chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(objects(body["tools"], "tools"))]
     if choice := typed(body, "tool_choice", dict, {}):
         kind = choice.get("type")
-        if kind != "tool" and kind not in _CHOICES:
+        if kind not in ("tool", *_CHOICES):  # it may be a list, which no dict takes
             raise RequestError(
                 f"tool_choice.type is {shown(kind)}; it must be auto, any, tool or none.", param="tool_choice"
             )

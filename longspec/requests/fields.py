@@ -109,6 +109,8 @@ def stops(fields: Mapping[str, Any], most: int | None = None) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"stop is {shown(value)}; it must be a text, or a list of texts.", param="stop")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise RequestError("stop has half a character (a lone surrogate), which no text has.", param="stop")
     if most is not None and len(texts) > most:
         raise RequestError(f"stop has {len(texts)} texts; it may have {most}.", param="stop")
     return texts
