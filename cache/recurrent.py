@@ -118,8 +118,8 @@ class States:
 
     @staticmethod
     def room(spec: StateSpec) -> int:
-        """Bytes of a text's states and rows, with one more state while it is made."""
-        return (KEPT_STATES + 1) * spec.state_bytes + BLOCK * spec.row_bytes
+        """Bytes of a text's states and rows."""
+        return KEPT_STATES * spec.state_bytes + BLOCK * spec.row_bytes
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """The newest block's state, tail and rows; `load_state` takes them."""

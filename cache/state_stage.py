@@ -66,9 +66,11 @@ class StateStage:
 
     @staticmethod
     def room(spec: StateSpec, rows: int) -> int:
-        """Bytes of a pass of so many rows: those of a long chain that stay, two states, and a layer's rows at work."""
+        """Bytes of a pass of so many rows: those of a long chain that stay, two states and the one that a commit makes,
+        and a layer's rows at work.
+        """
         kept = min(rows, 2 * BLOCK + spec.tail)
-        return kept * spec.row_bytes + 2 * spec.state_bytes + 2 * (rows + BLOCK) * spec.row_bytes // spec.layers
+        return kept * spec.row_bytes + 3 * spec.state_bytes + 2 * (rows + BLOCK) * spec.row_bytes // spec.layers
 
     def add(self, parents: Sequence[int]) -> slice:
         rows = self._tree.add(parents)

@@ -1,12 +1,15 @@
 """Draft lengths on a mixture of experts: always so many tokens against what `--control goodput` chooses, by acceptance.
 
     python docs/benchmarks/mixture.py --output docs/benchmarks/mixture.json
+    python docs/benchmarks/mixture.py --model build/mixture.gguf --output docs/benchmarks/mixture_coded.json
 
-The mixture has random weights in bf16: by default 4 layers of 64 experts, 4 to a row, 400 million parameters (800 MB).
-A drafter that knows the answer drafts chains whose next token is right with the probability that is asked for. All ways
-write the same text, in turns, in one process; a rate is the median of the rounds, by the process's own time, which
-leaves other processes out. `union` is how many experts passes of so many rows of that text go through, beside rows that
-choose at random; `bytes` is what they read, and `seconds_of_one_row` what they take, both over those of one row.
+The mixture has random weights in bf16: by default 4 layers of 64 experts, 4 to a row, 400 million parameters (800 MB);
+or it is a file's, such as `random_weights.py` writes. A drafter that knows the answer drafts chains whose next token is
+right with the probability that is asked for. All ways write the same text, in turns, in one process; a rate is the
+median of the rounds, by the process's own time, which leaves other processes out. `union` is how many experts passes of
+so many rows of that text go through, beside rows that choose at random; `bytes` is what they read, and
+`seconds_of_one_row` what they take, both over those of one row. `of_reading` is a pass's time over that of reading as
+many bytes from memory, in the same turn by the same thread.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import platform
 import random
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -32,7 +36,7 @@ from longspec.engine.engine import Engine
 from longspec.machine.system import processor
 from longspec.model.config import Config
 from longspec.model.decoder import Chunk, Decoder, Rows
-from longspec.model.load import Model
+from longspec.model.load import Model, load_model
 from longspec.model.reads import Growth
 from longspec.model.weights.read import Weights
 from longspec.text.tokenizer import Vocabulary
@@ -42,6 +46,7 @@ RATES = (0.0, 0.3, 0.6, 0.9)
 LENGTHS = (0, 1, 2, 4, 8, 15)
 ROWS = (1, 2, 4, 8, 16)
 PROMPT = 64
+ROOM = 1 << 27  # values that are read, of which no cache holds a part worth speaking of
 
 
 def config(experts: int, chosen: int, layers: int, width: int) -> dict[str, Any]:
@@ -117,12 +122,21 @@ class Foretold(Drafter):
         return Draft.chain([*rest[:right], *wrong])
 
 
+def reading(room: torch.Tensor, at: int, nbytes: float) -> float:
+    """Seconds of reading so many bytes of the room, from about the value `at` on."""
+    count, began = int(nbytes) // room.element_size(), process_time()
+    first = at % (len(room) - count)
+    room[first : first + count].sum().item()
+    return process_time() - began
+
+
 def passes(model: Model, text: Sequence[int], repeats: int) -> list[dict[str, float]]:
     """Passes of so many rows that follow each other in a text."""
     decoder, growth, found = model.decoder, Growth(model.decoder), []
     cache: Any = CACHES["dense"](decoder.shape)
+    room = torch.ones(ROOM)
     for rows in ROWS:
-        seconds, read = [], []
+        seconds, read, floors = [], [], []
         for repeat in range(repeats):
             at = (repeat * 37) % (len(text) - rows)
             stage = cache.open()
@@ -131,6 +145,7 @@ def passes(model: Model, text: Sequence[int], repeats: int) -> list[dict[str, fl
             decoder.logits(decoder.forward(Rows.of([chunk], decoder.device)))
             seconds.append(process_time() - began)
             read.append((growth.observe(), sum(own.union for own in growth.layers) / len(growth.layers)))
+            floors.append(seconds[-1] / reading(room, repeat * ROOM // 7, read[-1][0] * decoder.pass_nbytes))
         union = median(each for _, each in read)
         assert decoder.config.mixture is not None
         found.append(
@@ -140,10 +155,12 @@ def passes(model: Model, text: Sequence[int], repeats: int) -> list[dict[str, fl
                 "bytes": round(median(each for each, _ in read), 3),
                 "union": round(union, 2),
                 "union_at_random": round(decoder.config.mixture.union(rows), 2),
+                "of_reading": round(median(floors), 3),
             }
         )
     for each in found:
         each["seconds_of_one_row"] = round(each["seconds"] / found[0]["seconds"], 3)
+        each["seconds_over_bytes"] = round(each["seconds"] / found[0]["seconds"] / each["bytes"], 3)
     return found
 
 
@@ -172,12 +189,22 @@ def rates(model: Model, prompt: str, given: dict[str, Any], rate: float, rounds:
                 seen[name].append(len(session.answer) / seconds)
     found = {name: round(median(each), 2) for name, each in seen.items()}
     best = max((name for name in found if name != "goodput"), key=lambda name: found[name])
-    ratio = round(found["goodput"] / found[best], 3)
-    return {"acceptance": rate, "tokens_per_second": found, "best": best, "goodput_over_best": ratio}
+
+    def over(name: str) -> float:  # in the median of the rounds
+        return round(median(ours / theirs for ours, theirs in zip(seen["goodput"], seen[name], strict=True)), 3)
+
+    return {
+        "acceptance": rate,
+        "tokens_per_second": found,
+        "best": best,
+        "goodput_over_best": over(best),
+        "goodput_over_plain": over("0"),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a mixture's file, in place of one that is made")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--chosen", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
@@ -188,14 +215,15 @@ def main() -> None:
     asked = parser.parse_args()
     raw = config(asked.experts, asked.chosen, asked.layers, asked.width)
     with torch.inference_mode():
-        model = model_of(raw)
+        model = model_of(raw) if asked.model is None else load_model(asked.model)
         chance = random.Random(1)
-        prompt = "".join(chr(0x10000 + chance.randrange(raw["vocab_size"])) for _ in range(PROMPT))
+        letters = string.ascii_letters if asked.model else [chr(0x10000 + i) for i in range(raw["vocab_size"])]
+        prompt = "".join(chance.choice(letters) for _ in range(PROMPT))
         given = {"raw": True, "max_new_tokens": asked.tokens, "temperature": 1.0, "seed": 1}
         text = Engine(model, drafter="none").generate(prompt, **given).tokens
         results = {
             "machine": {"processor": processor(), "platform": platform.platform(), "threads": torch.get_num_threads()},
-            "config": raw,
+            "config": raw if asked.model is None else Path(asked.model).name,
             "weights_bytes": model.decoder.nbytes,
             "bytes_of_one_row": model.decoder.pass_nbytes,
             "kernels": model.decoder.slow or "used",

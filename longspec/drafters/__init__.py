@@ -16,6 +16,7 @@ from longspec.drafters.draft_model import DraftModel
 from longspec.drafters.early_exit import Exit
 from longspec.drafters.heads.all_depths import AtOnce
 from longspec.drafters.heads.assistant import Assisting
+from longspec.drafters.heads.blocks import Blockwise
 from longspec.drafters.heads.clover import Head
 from longspec.drafters.heads.eagle3 import Eagle
 from longspec.drafters.heads.fed import PublishedMtp, TrainedEagle, TrainedMtp
@@ -40,6 +41,7 @@ from longspec.heads.format import Trained
 from longspec.heads.head import Head as HeadModule
 from longspec.heads.one_pass import OnePass
 from longspec.heads.published.assistant import MODEL_TYPES
+from longspec.heads.published.blocks import MODEL_TYPES as BLOCKS
 from longspec.heads.recurrent import Recurrent
 from longspec.heads.transfer import Transfer
 from longspec.model.load import Model
@@ -76,6 +78,7 @@ def _names(raw: Mapping[str, Any]) -> str:
 HEADS: dict[type[Drafter], Callable[[Mapping[str, Any]], bool]] = {
     Eagle: lambda raw: "eagle3" in _names(raw),
     PublishedMtp: lambda raw: raw.get("speculators_model_type") == "mtp",
+    Blockwise: lambda raw: raw.get("speculators_model_type") in BLOCKS,
     Medusa: lambda raw: "medusa_num_heads" in raw,
     Assisting: lambda raw: raw.get("model_type") in MODEL_TYPES,
 }

@@ -17,6 +17,7 @@ _OWN = partial(Method, drafter="self", centre="model")
 _DATA = "it needs a training of the target, whose text would change"
 _MODELS = "it needs a draft model trained for each target; any smaller model drafts as it is (`--draft-model`)"
 _BLOCKS = "its checkpoints are drafters of several layers for a few large targets, whose format isn't read"
+_READ = "those published in the layout of `speculators`, as trees of a block's chances"
 
 _NGRAMS = (
     _FOUND("prompt lookup", "", "--drafter ngram", "a suffix automaton of all the text"),
@@ -110,9 +111,9 @@ _HEADS = (
     _OWN("TokenSwift", "2502.18890", "", "its heads are trained for each target; `ngram` reuses n-grams"),
     _OWN("OWL", "2510.07535", "", "its drafter is trained for each target"),
     _OWN("Windowed-MTP", "2607.21535", "", "a window over a head's own cache isn't there"),
-    _BESIDE("DFlash", "2602.06036", "", _BLOCKS),
+    _BESIDE("DFlash", "2602.06036", "--drafter FOLDER", _READ),
     _BESIDE("JetSpec", "2606.18394", "", _BLOCKS),
-    _BESIDE("DSpark", "2607.05147", "", _BLOCKS),
+    _BESIDE("DSpark", "2607.05147", "--drafter FOLDER", f"{_READ}; without its head of confidence"),
 )
 
 DRAFTING: Mapping[str, Sequence[Method]] = {

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from support.engines import engine, finish, prompts, tiny, with_heads
-from support.published import LAYOUTS, write
+from support.published import BLOCKS, LAYOUTS, write
 from torch import Tensor
 
+from longspec.drafters.heads.blocks import Blockwise
 from longspec.drafters.heads.eagle3 import Eagle
 from longspec.drafters.spec import parse
 from longspec.errors import ModelError, UsageError
@@ -87,6 +89,110 @@ def _layer(head: Any, hidden: Tensor, embedded: Tensor) -> Tensor:
     gated = F.silu(x @ w["mlp.gate_proj.weight"].T) * (x @ w["mlp.up_proj.weight"].T)
     result: Tensor = out + gated @ w["mlp.down_proj.weight"].T
     return result
+
+
+@pytest.mark.parametrize("layout", BLOCKS)
+def test_a_block_drafter_drafts_what_its_equations_say(
+    model: Model, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file's tensors, a whole text and the block at once, with one mask for each layer."""
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
+    monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_BREADTH", 1)
+    folder = write(tmp_path / "head", layout, model)
+    drafter = parse(str(folder)).make(model)
+    assert isinstance(drafter, Blockwise)
+    made = engine(model, drafter, draft_tokens=6)
+    session, features = made.open(prompts(1, 90)[0], raw=True, max_new_tokens=40), []
+    read = drafter.read
+    drafter.read = lambda s, rows: (features.append(torch.cat(list(rows), -1)), read(s, rows))[-1]  # type: ignore[method-assign, assignment, func-returns-value]
+    for _ in made.prefill(session):
+        pass
+    for _ in range(3):
+        made.step([session])
+    (draft,) = drafter.propose([session], [4])
+    with torch.no_grad():
+        naive = _Block(folder, model, session.tokens[-1], torch.cat(features))
+    assert draft.tokens.tolist() == naive.chain(session.tokens[-1], 4)
+    assert drafter.head.depth == (6 if layout.startswith("dspark") else 5)
+
+
+class _Block:
+    """A block drafter's equations."""
+
+    def __init__(self, folder: Path, model: Model, last: int, features: Tensor) -> None:
+        self.w, raw = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        layer, size, n = raw["transformer_layer_config"], raw["block_size"], len(features)
+        context = self.norm("hidden_norm", features @ self.w["fc.weight"].T)
+        x = model.decoder.embed(torch.tensor([last, *[raw["mask_token_id"]] * (size - 1)]))
+        rows, columns = torch.arange(n, n + size)[:, None], torch.arange(n + size)[None]
+        for i, kind in enumerate(layer.get("layer_types", ["full_attention"] * 2)):
+            at, normed = f"layers.{i}", self.norm(f"layers.{i}.input_layernorm", x)
+            both = torch.cat((context, normed))
+            q, k, v = (each @ self.w[f"{at}.self_attn.{name}_proj.weight"].T for name, each in
+                       (("q", normed), ("k", both), ("v", both)))  # fmt: skip
+            q = self.turned(self.norm(f"{at}.self_attn.q_norm", q.view(size, -1, 8)), n)
+            k = self.turned(self.norm(f"{at}.self_attn.k_norm", k.view(n + size, -1, 8)), 0).repeat_interleave(2, 1)
+            scores = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
+            if kind == "sliding_attention":  # as far back for all places of the block, and up to the own one
+                scores = scores.masked_fill((columns < n - layer["sliding_window"]) | (columns > rows), -torch.inf)
+            seen = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.view(n + size, -1, 8).repeat_interleave(2, 1))
+            x = x + seen.flatten(1) @ self.w[f"{at}.self_attn.o_proj.weight"].T
+            normed = self.norm(f"{at}.post_attention_layernorm", x)
+            gate, up = (normed @ self.w[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+            x = x + (F.silu(gate) * up) @ self.w[f"{at}.mlp.down_proj.weight"].T
+        self.outputs = self.norm("norm", x)[0 if raw["sample_from_anchor"] else 1 :]
+        self.logits = self.outputs @ self.w.get("lm_head.weight", model.decoder.head).T
+        self.rank = raw.get("markov_rank", 0)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return x * scale * self.w[f"{name}.weight"]
+
+    def turned(self, x: Tensor, first: int) -> Tensor:
+        angles = torch.arange(first, first + len(x))[:, None] / 5000.0 ** (torch.arange(0, 8, 2) / 8)
+        cos, sin = (torch.cat((f(angles), f(angles)), -1)[:, None] for f in (torch.cos, torch.sin))
+        return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
+
+    def chain(self, last: int, count: int) -> list[int]:
+        state, made = torch.zeros(self.rank), [last]
+        for output, logits in zip(self.outputs[:count], self.logits, strict=False):
+            if self.rank:
+                bias, state = self.bias(self.w["markov_head.markov_w1.weight"][made[-1]], output, state)
+                logits = logits + bias
+            best = int(logits.argmax())
+            made.append(best + int(self.w["d2t"][best]) if "d2t" in self.w else best)
+        return made[1:]
+
+    def bias(self, before: Tensor, output: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if (joint := self.w.get("markov_head.joint_proj.weight")) is not None:
+            out = torch.cat((state, before, output)) @ joint.T + self.w["markov_head.joint_proj.bias"]
+            gate = out[: self.rank].sigmoid()
+            state = gate * state + (1 - gate) * out[self.rank : 2 * self.rank].tanh()
+            before = out[2 * self.rank :].tanh()
+        elif (gated := self.w.get("markov_head.gate_proj.weight")) is not None:
+            bias = self.w["markov_head.gate_proj.bias"]
+            before = (torch.cat((output, before)) @ gated.T + bias).sigmoid() * before
+        return before @ self.w["markov_head.markov_w2.weight"].T, state
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"block_size": 1}, "says a block_size of 1 and a mask_token_id of 5; 2 to 65"),
+        ({"mask_token_id": None}, "says a block_size of 6 and a mask_token_id of None"),
+        ({"aux_hidden_state_layer_ids": []}, "reads the layers"),
+        ({"aux_hidden_state_layer_ids": [1, 9, 2]}, "reads the layers"),
+        ({"aux_hidden_state_layer_ids": [1, 2]}, r"doesn't fit tiny: its fc\.weight is"),
+    ],
+)
+def test_a_block_drafter_that_doesnt_fit_is_refused(
+    model: Model, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder = write(tmp_path / "head", "dflash", model)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises((ModelError, UsageError), match=said):
+        engine(model, str(folder))
 
 
 def test_a_published_head_of_other_sizes_is_refused(model: Model, tmp_path: Path) -> None:

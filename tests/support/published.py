@@ -13,7 +13,8 @@ from torch import Tensor
 from longspec.model.load import Model
 
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-LAYOUTS = ["authors", "speculators", "medusa", "medusa with heads"]
+BLOCKS = ["dflash", "dflash sliding", "dspark", "dspark gated", "dspark rnn"]
+LAYOUTS = ["authors", "speculators", "medusa", "medusa with heads", *BLOCKS]
 
 
 def write(folder: Path, layout: str, model: Model) -> Path:
@@ -34,6 +35,8 @@ def write(folder: Path, layout: str, model: Model) -> Path:
         save_file(tensors, folder / "medusa_lm_head.safetensors")
         (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 1}))
         return folder
+    if layout in BLOCKS:
+        return _blocks(folder, layout, config, random)
     chosen = torch.tensor([i for i in range(vocabulary) if i % 3])
     shapes = {
         "input_layernorm": (32,), "hidden_norm": (32,), "post_attention_layernorm": (32,),
@@ -63,5 +66,48 @@ def write(folder: Path, layout: str, model: Model) -> Path:
         }  # fmt: skip
     else:
         raw["eagle_aux_hidden_state_layer_ids"] = [1, 2, config.layers]
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def _blocks(folder: Path, layout: str, config: Any, random: Any) -> Path:
+    """A block drafter of two layers, over some of the target's tokens or, sliding, over all."""
+    width, vocabulary, rank = config.width, config.vocabulary, 6
+    chosen = torch.tensor([i for i in range(vocabulary) if i % 3 or layout == "dflash sliding"])
+    shapes: dict[str, tuple[int, ...]] = {"fc": (width, 3 * width), "hidden_norm": (width,), "norm": (width,)}
+    for layer in range(2):
+        own = {
+            "input_layernorm": (width,), "post_attention_layernorm": (width,), "self_attn.q_norm": (8,),
+            "self_attn.k_norm": (8,), "self_attn.q_proj": (32, width), "self_attn.k_proj": (16, width),
+            "self_attn.v_proj": (16, width), "self_attn.o_proj": (width, 32), "mlp.gate_proj": (40, width),
+            "mlp.up_proj": (40, width), "mlp.down_proj": (width, 40),
+        }  # fmt: skip
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
+    if layout.startswith("dspark"):
+        shapes |= {"markov_head.markov_w1": (vocabulary, rank), "markov_head.markov_w2": (len(chosen), rank)}
+        shapes |= {"confidence_head.proj": (1, width + rank)}
+    shapes |= {"markov_head.gate_proj": (rank, width + rank)} if layout == "dspark gated" else {}
+    shapes |= {"markov_head.joint_proj": (3 * rank, 2 * rank + width)} if layout == "dspark rnn" else {}
+    tensors = {f"{name}.weight": random(*shape) for name, shape in shapes.items()}
+    biased = ("confidence_head.proj", "markov_head.gate_proj", "markov_head.joint_proj")
+    tensors |= {f"{name}.bias": random(shapes[name][0]) - 1 for name in biased if name in shapes}
+    layer = {
+        "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": width, "intermediate_size": 40,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
+        "max_position_embeddings": 256, "vocab_size": vocabulary,
+    }  # fmt: skip
+    if layout == "dflash sliding":
+        layer |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20}
+    else:
+        tensors |= {"lm_head.weight": random(len(chosen), width), "d2t": chosen - torch.arange(len(chosen))}
+        tensors["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, chosen, True)
+    kind = layout.split()[0]
+    raw = {
+        "architectures": ["DFlashSpeculator"], "speculators_model_type": kind, "draft_vocab_size": len(chosen),
+        "block_size": 6, "mask_token_id": 5, "sample_from_anchor": kind == "dspark", "transformer_layer_config": layer,
+        "aux_hidden_state_layer_ids": [1, config.layers // 2, config.layers],
+    }  # fmt: skip
+    raw |= {"markov_rank": rank} if kind == "dspark" else {}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
     return folder

@@ -31,10 +31,10 @@ from longspec.model.rope import Rotation, rotate
 from longspec.model.weights.read import check_values
 from longspec.model.weights.safetensors import Shard
 
-__all__ = ["Eagle3", "eagle3_of", "layer_of", "load_eagle3"]
+__all__ = ["Eagle3", "draft_tokens", "eagle3_of", "layer_of", "load_eagle3"]
 
 _DEPTH = 7  # default draft depth, as in EAGLE-2's and EAGLE-3's code
-_MOST_DEPTH = 64
+_MOST_DEPTH = _MOST_LAYERS = 64
 _READ = (  # what of a config its one layer is made of
     "vocab_size",
     "hidden_size",
@@ -151,12 +151,8 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
     layers = raw.get("eagle_aux_hidden_state_layer_ids") or [2, target.layers // 2, target.layers - 3]
     if not listed(whole(1, target.layers), 64).holds(layers):
         raise UsageError(f"The head in {folder} reads the layers {shown(layers)}; {model.name} has {target.layers}.")
-    offsets = held.get("d2t", torch.zeros(target.vocabulary, dtype=torch.int64))
-    if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ModelError(
-            f"{path} is damaged: d2t is {list(offsets.shape)} of {offsets.dtype}, and should be a row of int64."
-        )
-    size = len(offsets)
+    tokens, order = draft_tokens(path, held.get("d2t"), target.vocabulary)
+    size = target.vocabulary if tokens is None else len(tokens)
     wanted = _shapes(config, len(layers) * target.width, size)
     for name, shape in wanted.items():
         seen = tuple(held[name].shape) if name in held else None
@@ -167,13 +163,9 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
             )
     device, dtype = model.decoder.device, model.decoder.dtype
     weights = {name: _values(name, held[name]).to(device, dtype) for name in held if name not in ("d2t", "t2d")}
-    tokens, embedding = None, weights.pop("embed_tokens.weight", None)
-    if "d2t" in held:
-        tokens = offsets.long() + torch.arange(size)
-        if int(tokens.min()) < 0 or int(tokens.max()) >= target.vocabulary or len(set(tokens.tolist())) < size:
-            raise ModelError(f"{path} is damaged: d2t must name {size:,} of the target's tokens, each once.")
-        tokens, order = tokens.sort()
-        tokens, weights["lm_head.weight"] = tokens.to(device), weights["lm_head.weight"][order.to(device)]
+    embedding = weights.pop("embed_tokens.weight", None)
+    if order is not None:
+        weights["lm_head.weight"] = weights["lm_head.weight"][order.to(device)]
     if embedding is not None and tuple(embedding.shape) != (target.vocabulary, config.width):
         raise ModelError(f"{path} is damaged: embed_tokens.weight is {list(embedding.shape)}.")
     rope = config.ropes[0]
@@ -183,27 +175,52 @@ def load_eagle3(folder: Path, raw: Mapping[str, Any], model: Model) -> Eagle3:
         weights,
         tuple(layers),
         _depth(raw),
-        tokens,
+        None if tokens is None else tokens.to(device),
         embedding,
         bool(raw.get("norm_before_residual", False)),
         Rotation(rope, device),
     )
 
 
-def layer_of(raw: Mapping[str, Any], target: Config, family: str) -> Config:
-    """Config of a head's layer, of a family's form, with its window. raw: of the head's folder.
+def draft_tokens(path: Path, offsets: Tensor | None, vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
+    """[D] int64, rising: the target's tokens that a file's d2t names, and the order of the file's rows that this is.
+    None and None where it has no d2t.
+
+    Raises:
+        ModelError: it names others, or one twice.
+    """
+    if offsets is None:
+        return None, None
+    if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ModelError(
+            f"{path} is damaged: d2t is {list(offsets.shape)} of {offsets.dtype}, and should be a row of int64."
+        )
+    size = len(offsets)
+    tokens = offsets.long() + torch.arange(size)
+    if not size or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary or len(set(tokens.tolist())) < size:
+        raise ModelError(f"{path} is damaged: d2t must name {size:,} of the target's tokens, each once.")
+    sorted_tokens, order = tokens.sort()
+    return sorted_tokens, order
+
+
+def layer_of(raw: Mapping[str, Any], target: Config, family: str, *, layers: bool = False) -> Config:
+    """Config of a head's layer, of a family's form, with its window; of all of its layers, if these are asked for. raw:
+    of the head's folder.
 
     Raises:
         ModelError: a value isn't what it must be.
     """
     layer = raw.get("transformer_layer_config") or raw
     read = {name: layer[name] for name in _READ if name in layer}
-    config = Config.read({"vocab_size": target.vocabulary, **read, "model_type": family, "num_hidden_layers": 1})
-    slides = "sliding_attention" in (layer.get("layer_types") or ())[:1]
-    window = layer.get("sliding_window") if slides else None
-    if not (window is None or whole(1, 1 << 31).holds(window)):
+    count = layer.get("num_hidden_layers") if layers else 1
+    if not whole(1, _MOST_LAYERS).holds(count):
+        raise ModelError(f"The head's config.json says {shown(count)} layers; 1 to {_MOST_LAYERS} were expected.")
+    config = Config.read({"vocab_size": target.vocabulary, **read, "model_type": family, "num_hidden_layers": count})
+    kinds, window = [*(layer.get("layer_types") or ())], layer.get("sliding_window")
+    slides = ["sliding_attention" in kinds[i : i + 1] for i in range(int(count or 1))]
+    if any(slides) and not (window is None or whole(1, 1 << 31).holds(window)):
         raise ModelError(f"The head's config.json says a sliding_window of {shown(window)}; positions were expected.")
-    return replace(config, windows=(window,))
+    return replace(config, windows=tuple(window if each else None for each in slides))
 
 
 def _plain(name: str) -> str:
