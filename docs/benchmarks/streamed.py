@@ -97,7 +97,7 @@ def in_memory(given: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """The texts alone, by weights in memory."""
     engine, raw = Engine.load(given.model, drafter="none", threads=given.threads), not given.suite
     options: dict[str, Any] = {"max_new_tokens": given.tokens, "raw": raw, "temperature": 0}
-    return {"written": [engine.generate(text, **options).tokens for text in texts]}
+    return {"written": [[*engine.generate(text, **options).tokens] for text in texts]}
 
 
 def alone(what: Any, given: argparse.Namespace, texts: list[str]) -> dict[str, Any]:

@@ -91,20 +91,20 @@ def _blocks(folder: Path, layout: str, config: Any, random: Any) -> Path:
     tensors = {f"{name}.weight": random(*shape) for name, shape in shapes.items()}
     biased = ("confidence_head.proj", "markov_head.gate_proj", "markov_head.joint_proj")
     tensors |= {f"{name}.bias": random(shapes[name][0]) - 1 for name in biased if name in shapes}
-    layer = {
+    sizes: dict[str, Any] = {
         "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": width, "intermediate_size": 40,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
         "max_position_embeddings": 256, "vocab_size": vocabulary,
     }  # fmt: skip
     if layout == "dflash sliding":
-        layer |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20}
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20}
     else:
         tensors |= {"lm_head.weight": random(len(chosen), width), "d2t": chosen - torch.arange(len(chosen))}
         tensors["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, chosen, True)
     kind = layout.split()[0]
     raw = {
         "architectures": ["DFlashSpeculator"], "speculators_model_type": kind, "draft_vocab_size": len(chosen),
-        "block_size": 6, "mask_token_id": 5, "sample_from_anchor": kind == "dspark", "transformer_layer_config": layer,
+        "block_size": 6, "mask_token_id": 5, "sample_from_anchor": kind == "dspark", "transformer_layer_config": sizes,
         "aux_hidden_state_layer_ids": [1, config.layers // 2, config.layers],
     }  # fmt: skip
     raw |= {"markov_rank": rank} if kind == "dspark" else {}

@@ -163,7 +163,8 @@ def load_blocks(folder: Path, raw: Mapping[str, Any], model: Model) -> Blocks:
     if not (listed(whole(1, target.layers), 64).holds(layers) and layers):
         raise UsageError(f"The drafter in {folder} reads the layers {shown(layers)}; {model.name} has {target.layers}.")
     first = 0 if raw.get("sample_from_anchor", raw.get("speculators_model_type") == "dspark") else 1
-    if not (whole(1 + first, _MOST_BLOCK).holds(size) and whole(0, target.vocabulary - 1).holds(mask)):
+    fits = whole(1 + first, _MOST_BLOCK).holds(size) and whole(0, target.vocabulary - 1).holds(mask)
+    if not (fits and isinstance(size, int) and isinstance(mask, int)):
         raise ModelError(f"The config.json of {folder} says a block_size of {shown(size)} and a mask_token_id of "
                          f"{shown(mask)}; {1 + first} to {_MOST_BLOCK} and one of the target's tokens were "
                          "expected.")  # fmt: skip
@@ -198,17 +199,16 @@ def _shapes(c: Config, read: int, size: int, held: Mapping[str, Tensor]) -> dict
     inner, outer, width = c.heads * c.head_dim, c.key_heads * c.head_dim, c.width
     made: dict[str, tuple[int, ...]] = {"fc.weight": (width, read), "hidden_norm.weight": (width,)}
     made["norm.weight"] = (width,)
+    may: dict[str, tuple[int, ...]] = {"lm_head.weight": (size, width), "embed_tokens.weight": (c.vocabulary, width)}
     for layer in range(c.layers):
         at = f"layers.{layer}"
         made |= {f"{at}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
         made |= {f"{at}.self_attn.{name}_norm.weight": (c.head_dim,) for name in "qk"}
         products = {"q": (inner, width), "k": (outer, width), "v": (outer, width), "o": (width, inner)}
         made |= {f"{at}.self_attn.{name}_proj.weight": shape for name, shape in products.items()}
-        may = {f"{at}.self_attn.{name}_proj.bias": shape[:1] for name, shape in products.items()}
-        made |= {name: shape for name, shape in may.items() if name in held}
+        may |= {f"{at}.self_attn.{name}_proj.bias": shape[:1] for name, shape in products.items()}
         made |= {f"{at}.mlp.{name}_proj.weight": (c.mlp_width, width) for name in ("gate", "up")}
         made[f"{at}.mlp.down_proj.weight"] = (width, c.mlp_width)
-    may = {"lm_head.weight": (size, width), "embed_tokens.weight": (c.vocabulary, width)}
     if f"{_W1}.weight" in held:
         rank = held[f"{_W1}.weight"].shape[-1]
         made |= {f"{_W1}.weight": (c.vocabulary, rank), f"{_W2}.weight": (size, rank)}
