@@ -237,7 +237,7 @@ def _settings() -> dict[str, Any]:
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
-        return "none" if name.endswith(("_bytes", "_second")) else "not installed"
+        return "none" if name.endswith(("_bytes", "_second", "_quota")) else "not installed"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes"):

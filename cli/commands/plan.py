@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspec.cli.io.batch_forecast import Many, Measured, forecast, print_forecast
-from longspec.cli.io.progress import Progress, folded
+from longspec.cli.io.progress import Progress, folded, table
 from longspec.cli.options import parsers as readers
 from longspec.cli.options.groups import Only, group, option
 from longspec.cli.options.loading import Loading
@@ -165,10 +165,11 @@ def _print(report: dict[str, Any]) -> None:
 
     bits = f"{report['weights_bits']:.1f} bits a weight"
     stored = f"; the file: {report['format'].removesuffix(f', {bits}')}" if report["format"] else ""
-    typer.echo(
+    head = (
         f"{report['model']} in {report['dtype']} on {report['device']} ({bits}{stored}): "
         f"{report['context']:,} tokens in {shown(report['budget_bytes'])}"
     )
+    typer.echo(folded(head, _STDOUT))
     rows = [("CACHE", "BYTES/TOKEN", "BYTES", "TOTAL", "FITS")]
     for one in report["caches"]:
         below = "".join(
@@ -182,10 +183,7 @@ def _print(report: dict[str, Any]) -> None:
         mark = "" if one["cache_lossless"] else " *"
         per_token, cache_bytes = f"{one['bytes_per_token']:,.0f}", shown(one["cache_bytes"]) + below
         rows.append((one["cache"] + mark, per_token, cache_bytes, shown(one["total_bytes"]), fits))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for name, *numbers, fits in rows:
-        cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:4], strict=True)]
-        typer.echo(f"{name:{widths[0]}}  {'  '.join(cells)}  {fits}")
+    typer.echo(table(rows, right=(1, 2, 3)))
     picked = report["picked"]
     typer.echo("* the text may differ from dense's")
     sentence = f"takes {picked['cache']}" if picked else "finds nothing that fits; the least that there is"
@@ -249,7 +247,8 @@ def _print_disk(said: dict[str, Any] | None) -> None:
 def _print_curve(report: dict[str, Any]) -> None:
     from longspec.machine.system import shown
 
-    typer.echo("\nWhat is taken as the budget falls, with the least that it needs and the tokens/s to expect of it:")
+    what = "What is taken as the budget falls, with the least that it needs and the tokens/s to expect of it:"
+    typer.echo("\n" + folded(what, _STDOUT))
     taken = next((one for one in report["curve"] if one["budget_bytes"] <= report["budget_bytes"]), None)
     rows = [("BUDGET", "CACHE", "DRAFTED", "PREFILL", "WEIGHTS", "TOKENS/S", "DRAFTERS")]
     for one in report["curve"]:
@@ -258,8 +257,7 @@ def _print_curve(report: dict[str, Any]) -> None:
         drafters = ", ".join(one["drafters"] or ["auto"]) if one["draft_tokens"] else "none"
         drafters += " (taken)" if one is taken else ""
         rows.append((shown(one["budget_bytes"]), one["cache"], *numbers, one["weights"], rate, drafters))
-    for budget, cache, drafted, prefill, weights, rate, drafters in rows:
-        typer.echo(f"{budget:>10}  {cache:7}  {drafted:>7}  {prefill:>7}  {weights:7}  {rate:>8}  {drafters}")
+    typer.echo(table(rows, right=(0, 2, 3, 5)))
     typer.echo(folded(_why(report), _STDOUT))
 
 

@@ -1,4 +1,5 @@
-"""Progress on stderr before there is an answer: plain notes, and a bar where stderr is a terminal.
+"""Progress on stderr before there is an answer: plain notes, and a bar where stderr is a terminal; and lines and tables
+as wide as a terminal is.
 
 Takes stages with their progress and total; draws nothing in pipes, logs and terminals without colours (NO_COLOR), and
 is silent with --quiet.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Progress", "folded", "printable", "thinking"]
+__all__ = ["Progress", "folded", "printable", "table", "thinking"]
 
 _DOWNLOADING = "downloading"
 _WAITING = "waiting"
@@ -112,11 +114,35 @@ def folded(line: str, stream: int = 2) -> str:
         return line
     from textwrap import fill
 
-    try:
-        columns = os.get_terminal_size(stream).columns or 80
-    except OSError:
-        columns = 80
+    columns = _columns(stream)
     return "\n".join(fill(part, columns, break_long_words=False, break_on_hyphens=False) for part in line.splitlines())
+
+
+def _columns(stream: int) -> int:
+    """The width of a stream's terminal, in letters; 80 where it doesn't say."""
+    try:
+        return os.get_terminal_size(stream).columns or 80
+    except OSError:
+        return 80
+
+
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), stream: int = 1) -> str:
+    """The rows as lines; the first has the columns' names. right: the columns that are aligned at their right edge."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:>{width}}" if i in right else f"{cell:{width}}" for i, (cell, width) in enumerate(cells)
+        ).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    if not os.isatty(stream) or max(map(len, lines)) <= _columns(stream):
+        return "\n".join(lines)
+    (name, *names), *others = rows
+    told = [
+        f"{name} {first}: " + ", ".join(f"{key.lower()} {cell}" for key, cell in zip(names, cells, strict=True))
+        for first, *cells in others
+    ]
+    return "\n".join(folded(line, stream) for line in told)
 
 
 def printable(text: str, keep: str = "") -> str:
