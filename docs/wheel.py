@@ -37,7 +37,7 @@ def run(*command: str | Path) -> None:
 def compile_for(machine: str, source: Path, flags: tuple[str, ...], folder: Path) -> None:
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}", "-s", "-shared"]
     spelt = [ZIG_FLAGS.get(flag, flag) for flag in (*FLAGS, *flags)]
-    run(*zig, *spelt, "-I", source.parent, source, "-o", folder / built_name(source, flags))
+    run(*zig, *spelt, "-I", source.parent, source, "-o", folder / built_name(source, flags), "-lm")
 
 
 def make(machine: str, output: Path) -> Path:

@@ -141,7 +141,7 @@ def _build(command: list[str], compiler: str, source: Path, name: Path) -> Path 
         compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
         for step in (
             [*command, "-I", str(_FOLDER), "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
         ):
             try:
                 done = subprocess.run(step, capture_output=True, text=True, timeout=_SECONDS)  # noqa: S603

@@ -5,7 +5,7 @@
  *
  *     PLAIN     fp16 numbers
  *     EXPONENT  step 2^(e - 128), of a byte e
- *     ZERO_32   step an fp32 number; in place of the middle its own whole number, a zero point of 8 bits
+ *     ZERO_32   step an fp32 number; in place of the middle its own whole number, a zero point, at most 16
  *     ZERO_128  the same, for each 128 columns
  *     BY_32     whole numbers of 8 bits, times fp16 numbers that 256 columns share; low is subtracted
  *     BY_16     the same, for each 16 columns

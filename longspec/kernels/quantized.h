@@ -41,9 +41,11 @@ static Coded coded_in(void *workspace, int64_t rows, int64_t width) {
     return c;
 }
 
-static Coded from_row(const Coded *c, int64_t row, int64_t width) {
-    const int64_t at = row / TILE * TILE * (width / GROUP) + row % TILE, twice = 2 * at - row % TILE;
-    return (Coded){c->codes + row * width, c->scales + at, c->totals + at, c->sums + twice};
+/* The rows from `row` on, and their groups from `group` on. */
+static Coded from_group(const Coded *c, int64_t row, int64_t group, int64_t width) {
+    const int64_t at = (row / TILE * (width / GROUP) + group) * TILE, within = row % TILE;
+    return (Coded){c->codes + row * width + group * GROUP, c->scales + at + within, c->totals + at + within,
+                   c->sums + 2 * at + within};
 }
 
 /* A group of a row: its codes, the sums of their halves, and the scale. Values without their signs have as whole numbers the
@@ -137,12 +139,12 @@ INLINE vi middles_of(const Span *s, int64_t g, const int p, const int bits, cons
 INLINE vf add_group(vf sum, const vi dots[2], const vf steps[2], const vf lows[2], const int halves, const int has_low,
                     float scale, float total, const int32_t *sums) {
     if (halves == 1) {
-        sum += to_float(dots[0]) * scale * steps[0];
-        return has_low ? sum + lows[0] * total : sum;
+        sum = fused(to_float(dots[0]) * scale, steps[0], sum);
+        return has_low ? fused(lows[0], all(total), sum) : sum;
     }
-    vf part = to_float(dots[0]) * steps[0] + to_float(dots[1]) * steps[1];
-    if (has_low) part += lows[0] * (float)sums[0] + lows[1] * (float)sums[TILE];
-    return sum + part * scale;
+    vf part = fused(to_float(dots[1]), steps[1], to_float(dots[0]) * steps[0]);
+    if (has_low) part = fused(lows[1], all((float)sums[TILE]), fused(lows[0], all((float)sums[0]), part));
+    return fused(part, all(scale), sum);
 }
 
 /* Sums of a tile's 16 outputs for `rows` rows, at most CODE_ROWS. */
@@ -231,7 +233,7 @@ static void product_codes(const Matrix *m, int64_t tile, const Coded *coded, int
     const int64_t few = HAS_TILES && rows % TILE >= BY_TILES ? 0 : rows % TILE, many = HAS_TILES ? rows - few : 0;
     if (many) tiles_of_rows(m, tile, coded, many, sums, stride);
     for (int64_t row = many; row < rows;) {
-        const Coded x = from_row(coded, row, m->width);
+        const Coded x = from_group(coded, row, 0, m->width);
         float *to = sums + row * stride;
         const int64_t left = (rows < row / TILE * TILE + TILE ? rows : row / TILE * TILE + TILE) - row;
         if (CODE_ROWS == 8 && left >= 7)

@@ -3,8 +3,7 @@
  * A vector `vf` has LANES floats, as wide as the target's registers: 16 (AVX-512), 8 (AVX2) or 4 (NEON, SSE2). What is
  * summed over lanes is summed over 16 lanes on every target, in PIECES vectors that a last step adds up in one order, so
  * that a sum has the same bits everywhere. Nothing is contracted (-ffp-contract=off): a product and an addition round
- * twice, except in `fused`, which is for products of two bf16 values alone: those are exact in fp32, and so rounding once
- * or twice is the same.
+ * twice, except in `fused`, which rounds once on every target.
  *
  * bf16 is rounded to nearest even, as torch's operators do it; denormals are kept.
  */
@@ -75,7 +74,7 @@ INLINE void save_int8(void *y, vi x) {
 #endif
 }
 
-/* a * b + c, for a and b in bf16. */
+/* a * b + c, rounded once: by an instruction, or by libm where the target has none. */
 INLINE vf fused(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -83,6 +82,16 @@ INLINE vf fused(vf a, vf b, vf c) {
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    UNROLL for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+/* The same where a * b is exact in fp32, as it is of two values in bf16: there rounding once or twice is the same. */
+INLINE vf fused_exact(vf a, vf b, vf c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return fused(a, b, c);
 #else
     return a * b + c;
 #endif

@@ -33,6 +33,7 @@ static void draw_tile(uint8_t *tile, int64_t width, int bits, int scales, int ha
             const float value = number() / 100;
             memcpy(tile + i, &value, 4);
         }
+        for (int64_t i = o.lows; has_zeros(scales) && i < o.shared; i++) tile[i] %= 17;
         for (int64_t i = 0; scales == EXPONENT && i < o.lows; i++) tile[i] = 100 + drawn() % 40;
         tile += o.end;
     }

@@ -11,7 +11,7 @@
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
-#undef _tile_dpbsud
+#undef _tile_dpbssd
 #undef _tile_dpbf16ps
 
 static __thread struct {
@@ -37,14 +37,14 @@ static void _tile_loadd(int t, const void *from, int64_t stride) {
 static void _tile_stored(int t, void *to, int64_t stride) {
     for (int i = 0; i < tile_file[t].rows; i++) memcpy((char *)to + i * stride, tile_file[t].data[i], tile_file[t].bytes);
 }
-static void _tile_dpbsud(int to, int a, int b) {
+static void _tile_dpbssd(int to, int a, int b) {
     for (int m = 0; m < tile_file[to].rows; m++)
         for (int n = 0; n < tile_file[to].bytes / 4; n++) {
             int32_t sum;
             memcpy(&sum, tile_file[to].data[m] + 4 * n, 4);
             for (int k = 0; k < tile_file[a].bytes / 4; k++)
                 for (int i = 0; i < 4; i++)
-                    sum += (int8_t)tile_file[a].data[m][4 * k + i] * tile_file[b].data[k][4 * n + i];
+                    sum += (int8_t)tile_file[a].data[m][4 * k + i] * (int8_t)tile_file[b].data[k][4 * n + i];
             memcpy(tile_file[to].data[m] + 4 * n, &sum, 4);
         }
 }

@@ -30,7 +30,7 @@ def compiled(compiler: str, flags: Sequence[str], source: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside, "made")
-            command = [compiler, *FLAGS, *flags, str(source), "-o", str(made)]
+            command = [compiler, *FLAGS, *flags, str(source), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(place)  # there whole or not at all, whoever else compiles it
     return place

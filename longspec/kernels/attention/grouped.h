@@ -152,7 +152,7 @@ INLINE void weigh_codes(const uint8_t *codes, int64_t count, int64_t size, int64
     const int64_t place = d % size, shift = d / size * 2;
     for (int64_t j = 0; j < count; j++) {
         const vf code = codes_at(codes + j * size, size, d, place, shift);
-        UNROLL for (int r = 0; r < rows; r++) sums[r] = fused(all(scaled[r * apart + j]), code, sums[r]);
+        UNROLL for (int r = 0; r < rows; r++) sums[r] = fused_exact(all(scaled[r * apart + j]), code, sums[r]);
     }
     UNROLL for (int r = 0; r < rows; r++) save(out + r * dim + d, load(out + r * dim + d) + (sums[r] + base[r]));
 }

@@ -31,10 +31,10 @@ INLINE void multiply(const float (*panel)[WIDE], const float *x, int64_t width, 
         for (int64_t i = k; i < k + DEEP; i += 2) {
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int p = 0; p < PIECES; p++)
-                    even[r][p] = fused(all(x[r * width + i]), load(panel[i] + p * LANES), even[r][p]);
+                    even[r][p] = fused_exact(all(x[r * width + i]), load(panel[i] + p * LANES), even[r][p]);
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int p = 0; p < PIECES; p++)
-                    odd[r][p] = fused(all(x[r * width + i + 1]), load(panel[i + 1] + p * LANES), odd[r][p]);
+                    odd[r][p] = fused_exact(all(x[r * width + i + 1]), load(panel[i + 1] + p * LANES), odd[r][p]);
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < PIECES; p++) total[r][p] += even[r][p] + odd[r][p];
@@ -72,8 +72,8 @@ INLINE void multiply_alone(const bf16 *weight, int64_t apart, int64_t width, con
             vu words[LANES];
             transposed(weight + k + half, apart, words);
             UNROLL for (int i = 0; i < LANES; i++) {
-                even = fused(all(x[k + half + 2 * i]), even_of(words[i]), even);
-                odd = fused(all(x[k + half + 2 * i + 1]), odd_of(words[i]), odd);
+                even = fused_exact(all(x[k + half + 2 * i]), even_of(words[i]), even);
+                odd = fused_exact(all(x[k + half + 2 * i + 1]), odd_of(words[i]), odd);
             }
         }
         total += even + odd;
@@ -133,7 +133,7 @@ INLINE void weigh_wide(const float (*weights)[DEEP], const bf16 *values, int64_t
             vf value[2];
             UNROLL for (int i = 0; i < wide; i++) value[i] = load_bf16(values + j * apart + i * LANES);
             UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int i = 0; i < wide; i++) sum[r][i] = fused(all(weights[r][j]), value[i], sum[r][i]);
+                UNROLL for (int i = 0; i < wide; i++) sum[r][i] = fused_exact(all(weights[r][j]), value[i], sum[r][i]);
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < wide; i++) made[odd][r][i] = sum[r][i];
