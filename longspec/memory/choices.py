@@ -56,8 +56,8 @@ STREAMED_DRAFT_TOKENS = 48
 _EXPERTS = 16
 """In memory at least: half of them are used while the other half is read."""
 
-LATER = 24 << 20
-"""What any process still gets after the plan: pages of torch's code that a pass touches (15 MiB), the chat template's
+LATER = 20 << 20
+"""What any process still gets after the plan: pages of torch's code that a pass touches (16 MiB), the chat template's
 engine, the decoder's objects."""
 
 _GPU_LATER = 64 << 20
@@ -204,7 +204,9 @@ def choice(
     working = {
         # A buffer grows by an eighth. On a CPU the unused part was never touched and isn't resident.
         "cache": room.device + room.host if on_cpu else room.device * 9 // 8,
-        "staged": rows * shape.row_bytes + (StateStage.room(shape.states, rows) if shape.states is not None else 0),
+        # On a CPU a dense cache's rows are staged behind its own: a prompt's in its room, a last draft's beyond that.
+        "staged": (r.texts * (r.draft_tokens + 1) if on_cpu and empty.in_one_piece else rows) * shape.row_bytes
+        + (StateStage.room(shape.states, rows) if shape.states is not None else 0),
         "workspace": workspace(r, empty, rows) + (0 if on_cpu else _GPU_LATER),
     }
     if not on_cpu:

@@ -180,10 +180,11 @@ def test_the_plan_says_what_it_picked() -> None:
 
 
 def test_drafts_are_made_smaller_before_the_cache_is_made_lossy() -> None:
-    """A tree's memory is its logits: 49,152 tokens of 12 bytes a row, of 34 where torch sorts copies of them."""
+    """A tree takes its rows and their logits, 49,152 tokens of 12 bytes, of 34 where torch sorts copies of them."""
     asked = request()
     whole, less = choice(asked, "dense", 64), choice(replace(asked, draft_tokens=4), "dense", 64)
-    assert whole.need.total - less.need.total == 11 * 49152 * (12 if looks_in_place() else 34)
+    row = asked.shape.row_bytes + 49152 * (12 if looks_in_place() else 34)
+    assert whole.need.total - less.need.total == 11 * row
     made = plan(asked, less.need.total)
     assert (made.choice.cache, made.choice.draft_tokens, made.choice.prefill_rows) == ("dense", 4, 64)
     assert str(made).endswith("cache dense, prefill in chunks of 64 rows, at most 4 drafted tokens")
