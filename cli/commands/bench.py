@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,11 +103,12 @@ def batch(options: BatchOptions, loading: Annotated[Loading, Only("model", "dtyp
         opened = open_model(loading.model, dtype=loading.dtype, report=progress.report)
         opened.set_threads()
         model = opened.load(report=progress.report)
-        fixed = {0: Engine(model, drafter="none")}
+        fixed = {0: partial(Engine, model, drafter="none")}
         for length in set(options.drafted or LENGTHS) - {0}:
-            fixed[length] = Engine(model, drafter=options.drafter, control="fixed", draft_tokens=length)
-        auto = Engine(model, drafter=options.drafter)
-        results.take(BatchWorkload(fixed, auto, prompts, texts, options.max_new_tokens, options.rounds), progress)
+            fixed[length] = partial(Engine, model, drafter=options.drafter, control="fixed", draft_tokens=length)
+        with TemporaryDirectory() as folder:
+            auto = partial(Engine, model, drafter=options.drafter, costs_file=Path(folder, "costs.json"))
+            results.take(BatchWorkload(fixed, auto, prompts, texts, options.max_new_tokens, options.rounds), progress)
 
 
 @group()

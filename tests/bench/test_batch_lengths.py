@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_what_cannot_be_measured(arguments: list[str], said: str, tiny: Path, tm
 def test_a_ratio_is_that_of_a_round(tiny: Path) -> None:
     """The best length by its median; the control against that length, round by round."""
     model = open_model(str(tiny), dtype="fp32").load()
-    plain = Engine(model, drafter="none")
+    plain = partial(Engine, model, drafter="none")
     workload = BatchWorkload({0: plain, 4: plain}, plain, ["one"], [1], 2, 3)
     workload._answers = {"0": [[1]], "4": [[2]], "auto": [[1]]}
 
