@@ -256,7 +256,9 @@ def _there(
     folder, width = os.getcwd(), files.width
     with connected(cluster.address):
         found = places(nodes(), device=task.loading["device"], threads=task.loading["threads"], actors=cluster.actors)
-        results.progress.say(f"{found} for {task.model}")
+        short = not found.gpus and found.actors < (asked := cluster.actors or 0)
+        more = f"; {asked} were asked for, which takes a smaller --threads" if short else ""
+        results.progress.say(f"{found} for {task.model}{more}")
         source = Source(
             tuple(files.inputs or ()),
             files.form,
