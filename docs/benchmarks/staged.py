@@ -1,9 +1,9 @@
-r"""What a drafter gains that another one drafts for: `model+ngram` against `model` (staged speculation, 2308.04623).
+r"""What a drafter gains that others draft for: `model+ngram` against `model` (staged speculation, 2308.04623).
 
     python docs/benchmarks/staged.py --target TARGET --draft DRAFT --suite spec_bench.jsonl --prompts 20 \
-        --output docs/benchmarks/staged.json
+        --drafter model+ngram --drafter model+recycle+ngram --output docs/benchmarks/staged.json
 
-First turns of the suite, evenly spaced, one at a time, both drafters in turns, greedy, with always as many drafted
+First turns of the suite, evenly spaced, one at a time, all drafters in turns, greedy, with always as many drafted
 tokens as may be and with the default control. Draft passes are those of the draft model behind the prompt; speeds are
 by the process's own time, which leaves other processes out, and by the wall clock. The texts are the same.
 """
@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longspec.bench.harness import read_suite, sample
+from longspec.bench.harness import read_suite, rotated, sample
 from longspec.drafters.spec import parse
 from longspec.engine.engine import Engine
 from longspec.machine.files import replaced
 from longspec.model.load import Model, open_model
 
 TOKENS = 64
-DRAFTERS = ("model", "model+ngram")
+PLAIN = "model"
 
 
 class Counted:
@@ -72,11 +72,24 @@ def total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gain(pairs: list[tuple[dict[str, Any], ...]]) -> float:
-    rates = [
+def gain(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
+    """The second's speed over the first's."""
+    one, other = (
         sum(row["tokens"] for row in some) / sum(row["seconds"] for row in some) for some in zip(*pairs, strict=True)
-    ]
-    return rates[1] / rates[0]
+    )
+    return other / one
+
+
+def against(plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """A drafter's turns beside those of the draft model alone."""
+    pairs, chance = list(zip(plain, other, strict=True)), random.Random(0)
+    drawn = sorted(gain(chance.choices(pairs, k=len(pairs))) for _ in range(1000))
+    passes = [total(some)["passes_per_drafted_token"] for some in (plain, other)]
+    return {
+        "passes_ratio": round(passes[1] / passes[0], 4),
+        "speed_ratio": round(gain(pairs), 4),
+        "speed_ratio_interval": [round(drawn[25], 4), round(drawn[974], 4)],
+    }
 
 
 def main() -> None:
@@ -85,6 +98,7 @@ def main() -> None:
     parser.add_argument("--draft", required=True)
     parser.add_argument("--suite", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--drafter", action="append", help="against `model`; model+ngram, if left out")
     parser.add_argument("--control", nargs="+", default=["fixed", "goodput"])
     parser.add_argument("--most", type=int, default=15)
     parser.add_argument("--output", type=Path, required=True)
@@ -96,7 +110,7 @@ def main() -> None:
     every = [prompt for some in read_suite(asked.suite).values() for prompt in some]
     prompts = sample({"": every}, asked.prompts)[""]
     result: dict[str, Any] = {
-        "what": "model+ngram against model, first turns, one at a time, greedy, in turns; one thread",
+        "what": "inner drafters against model alone, first turns, one at a time, greedy, in turns; one thread",
         "target": Path(target.name).name,
         "draft": Path(draft.name).name,
         "dtype": target.dtype,
@@ -104,26 +118,25 @@ def main() -> None:
         "max_new_tokens": TOKENS,
         "draft_tokens": asked.most,
     }
+    drafters = [PLAIN, *(asked.drafter or ["model+ngram"])]
     for control in asked.control:
-        made = {name: Counted(target, draft, name, control, asked.most) for name in DRAFTERS}
-        pairs: list[tuple[dict[str, Any], ...]] = []
+        made = {name: Counted(target, draft, name, control, asked.most) for name in drafters}
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in drafters}
         for number, prompt in enumerate(prompts):
-            order = DRAFTERS if number % 2 else DRAFTERS[::-1]
-            took = {name: made[name].write(prompt) for name in order}
-            texts = [took[name].pop("text") for name in DRAFTERS]
-            if texts[0][: len(texts[1])] != texts[1][: len(texts[0])]:
+            took = {name: made[name].write(prompt) for name in rotated(drafters, number)}
+            texts = [took[name].pop("text") for name in drafters]
+            least = min(map(len, texts))
+            if len({tuple(text[:least]) for text in texts}) > 1:
                 raise SystemExit("The texts differ: what is drafted changed what is written.")
             if all(row["tokens"] for row in took.values()):
-                pairs.append(tuple(took[name] for name in DRAFTERS))
-            chance = random.Random(0)
-            drawn = sorted(gain(chance.choices(pairs, k=len(pairs))) for _ in range(1000))
-            sums = [total(list(some)) for some in zip(*pairs, strict=True)]
+                for name, row in took.items():
+                    turns[name].append(row)
+            if not turns[PLAIN]:
+                continue
             result[control] = {
-                **dict(zip(DRAFTERS, sums, strict=True)),
-                "prompts": len(pairs),
-                "passes_ratio": round(sums[1]["passes_per_drafted_token"] / sums[0]["passes_per_drafted_token"], 4),
-                "speed_ratio": round(gain(pairs), 4),
-                "speed_ratio_interval": [round(drawn[25], 4), round(drawn[974], 4)],
+                "prompts": len(turns[PLAIN]),
+                PLAIN: total(turns[PLAIN]),
+                **{name: total(turns[name]) | against(turns[PLAIN], turns[name]) for name in drafters[1:]},
             }
             replaced(asked.output, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
 
