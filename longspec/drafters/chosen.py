@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     """What a memory plan leaves for drafters that nobody asked for by name."""
 
     drafts: bool = True  # any at all
-    without: Sequence[str] = ()  # those of `auto` that it has no room for
+    without: Sequence[str] = ()  # those of `auto` that it has no room for, or parts of them
     tokens: int = 0  # of all texts together
     spare: int | None = None  # bytes for a head; None: no limit
 
@@ -53,13 +53,13 @@ def chosen(
     own = model.checkpoint is not None and has_head(model.checkpoint, model.decoder.config)
     nbytes = model.decoder.nbytes if model.decoder.ring is None else 0  # fewer layers are read as slowly as all
     made, remark = {}, _lacking(model)
-    for spec in auto(options, nbytes=nbytes, heads=heads, mtp=own):
-        if spec.name in limits.without:
+    for whole in auto(options, nbytes=nbytes, heads=heads, mtp=own):
+        if (left := whole.without(limits.without)) is None:
             continue
         try:
-            made[spec.name] = spec.make(model)
+            made[left.name] = left.make(model)
         except ModelError as error:
-            if spec.name != "mtp":
+            if left.name != "mtp":
                 raise
             remark = str(error)  # of a head that nobody asked for by name
     return made, remark

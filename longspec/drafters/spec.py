@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -60,6 +60,11 @@ class Spec:
     def kinds(self) -> list[type[Drafter]]:
         """The parts' classes."""
         return [part.kind for part in self.parts]
+
+    def without(self, names: Collection[str]) -> Spec | None:
+        """The parts of other names; None where the whole is named, or no part is left."""
+        parts = [] if self.name in names else [part for part in self.parts if part.name not in names]
+        return Spec(parts) if parts else None
 
     def make(self, model: Model) -> Drafter:
         """Construct the drafter for a loaded target.

@@ -24,6 +24,7 @@ from longspec.drafters.layer_skip import Skipping
 from longspec.drafters.pipeline import Pipeline
 from longspec.drafters.sparse_attention import Sparse
 from longspec.drafters.spec import Spec
+from longspec.drafters.token_recycling import Recycle
 from longspec.model.reads import Reads
 from longspec.types import Drafter
 
@@ -87,11 +88,12 @@ class How:
 
 def taken(request: Request) -> tuple[Taken, ...]:
     """The request's drafters and their bytes; a draft model's files are opened for it."""
-    made = []
-    for spec in request.drafters:
-        once = spec.planned_bytes(replace(request, texts=0))
-        made.append(Taken(spec, once, spec.planned_bytes(replace(request, texts=1)) - once))
-    return tuple(made)
+    return tuple(_counted(request, spec) for spec in request.drafters)
+
+
+def _counted(request: Request, spec: Spec) -> Taken:
+    once = spec.planned_bytes(replace(request, texts=0))
+    return Taken(spec, once, spec.planned_bytes(replace(request, texts=1)) - once)
 
 
 def whole(request: Request, drafters: Sequence[Taken]) -> How:
@@ -101,13 +103,12 @@ def whole(request: Request, drafters: Sequence[Taken]) -> How:
 
 
 def hows(request: Request, drafters: Sequence[Taken], most: int, *, streams: bool) -> list[How]:
-    """The candidates, the one of most tokens per second first; of equal ones, the one that may draft more. most: tokens
-    of a draft. streams: passes read weights from disk.
+    """The candidates, the one of most tokens per second first; of equal ones, the one that drafts with more. most:
+    tokens of a draft. streams: passes read weights from disk.
     """
     made = []
     for texts in _widths(request.texts):
-        for some, tokens in _drafting(request, drafters, most):
-            without = tuple(each.spec.name for each in drafters if each not in some)
+        for some, tokens, without in _drafting(request, drafters, most):
             made.append(
                 How(some, tokens, texts, gain(request.footprint.reads, some, tokens, texts, streams=streams), without)
             )
@@ -121,15 +122,29 @@ def _widths(texts: int) -> Iterator[int]:
         texts //= 2
 
 
-def _drafting(request: Request, drafters: Sequence[Taken], most: int) -> Iterator[tuple[tuple[Taken, ...], int]]:
-    """Drafters and tokens. Those that nobody asked for by name may be left out, the ones with weights first."""
-    light = tuple(each for each in drafters if each.kind == "text")
-    some = [tuple(drafters)]
-    some += [light] if request.may_drop and light and len(light) < len(drafters) else []
-    for these in some:
-        yield from ((these, tokens) for tokens in (most, *(few for few in (DRAFT_TOKENS, *DRAFTS) if few < most)))
+def _drafting(
+    request: Request, drafters: Sequence[Taken], most: int
+) -> Iterator[tuple[tuple[Taken, ...], int, tuple[str, ...]]]:
+    """Drafters, tokens, and what is left out. Those that nobody asked for by name may be: the ones with weights first,
+    then a table of the vocabulary's size above n-grams: on 26 first turns of Spec-Bench they were as fast without it.
+    """
+    ways: list[tuple[tuple[Taken, ...], tuple[str, ...]]] = [(tuple(drafters), ())]
+    light = [each for each in drafters if each.kind == "text"]
+    if request.may_drop and light:
+        heavy = tuple(each.spec.name for each in drafters if each.kind != "text")
+        ways += [(tuple(light), heavy)] if heavy else []
+        if any(map(_has_table, light)):
+            bare = [_counted(request, Spec(each.spec.parts[1:])) if _has_table(each) else each for each in light]
+            ways.append((tuple(bare), (*heavy, "recycle")))
+    for these, without in ways:
+        yield from ((these, n, without) for n in (most, *(few for few in (DRAFT_TOKENS, *DRAFTS) if few < most)))
     if request.may_drop and most:
-        yield (), 0
+        yield (), 0, tuple(each.spec.name for each in drafters)
+
+
+def _has_table(each: Taken) -> bool:
+    """Whether another drafter is left without its table."""
+    return each.spec.parts[0].kind is Recycle and len(each.spec.parts) > 1
 
 
 def gain(reads: Reads, drafters: Sequence[Taken], most: int, texts: int, *, streams: bool = False) -> float:
