@@ -54,7 +54,7 @@ def test_heads_with_a_pass_a_depth_take_one() -> None:
 def test_an_inner_drafter_saves_passes_and_changes_no_chain(
     model: Model, kind: str, options: Any, right: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of six tokens; the inner drafter knows the first ones, and is wrong about others. A pass has four rows at most."""
+    """Of six tokens; the inner drafter knows the first ones, and is wrong about others. A pass has four rows."""
     monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_FLOOR", 0.0)
     monkeypatch.setattr("longspec.drafters.common.tree_growth.HEAD_BREADTH", 1)
     inner = Knowing(())
