@@ -201,8 +201,8 @@ def _print(report: dict[str, Any]) -> None:
     )
     gate = report["gate"]
     typer.echo(
-        f"--control entropy drafts what is kept with a chance of at least {_limits(gate['limits'])}: "
-        f"{100 * gate['saved']:.0f} % fewer drafted tokens, {100 * gate['lost']:.0f} % fewer tokens a step.\n"
+        f"--control entropy drafts {_limits(gate['limits'])}: {100 * gate['saved']:.0f} % fewer drafted tokens, "
+        f"{100 * gate['lost']:.0f} % fewer tokens a step.\n"
     )
     typer.echo(
         f"{report['model']} in {report['dtype']} on {report['device']}, {report['context']:,} tokens of context: "
@@ -225,9 +225,9 @@ def _print(report: dict[str, Any]) -> None:
         typer.echo("None is faster than plain decoding here: --drafter skip is not worth its while for this model.")
 
 
-def _limits(pairs: Sequence[tuple[float, float]]) -> str:
-    return ", ".join([*(f"{floor:.1%} behind {nats:.2f} nats" for nats, floor in pairs[:-1]),
-                      f"{pairs[-1][1]:.1%} behind more"])  # fmt: skip
+def _limits(pairs: Sequence[tuple[float, int]]) -> str:
+    return ", ".join([*(f"{tokens} tokens behind {nats:.2f} nats" for nats, tokens in pairs[:-1]),
+                      f"{pairs[-1][1]} behind more"])  # fmt: skip
 
 
 def _echo(table: Table, rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ They are fitted as `longspec tune` fits them. Then the first turns of the suite 
 drafted tokens as may be behind every distribution, and with the limits. Rows are the drafted tokens; nothing here is a
 timing, and the texts are the same. `alone` is what the free run's steps say of simpler rules: `gate`, all tokens behind
 so many nats at most and none behind more, by the share of the steps that it lets draft; `length`, so many tokens behind
-any; `floor`, those of at least this probability behind any.
+any.
 """
 
 from __future__ import annotations
@@ -57,25 +57,21 @@ def answered(model: Model, drafter: str, prompts: list[str], limits: Limits) -> 
 
 def alone(seen: Sequence[Seen]) -> dict[str, list[dict[str, float]]]:
     """Rows saved for each token and tokens lost for each step, if the other steps stay as they are."""
-    whole, rows = len(seen) + sum(len(step.kept) for step in seen), sum(len(step.probs) for step in seen)
+    whole, rows = len(seen) + sum(len(step.kept) for step in seen), sum(step.drafted for step in seen)
 
     def of(kept: int, drafted: int) -> dict[str, float]:
         tokens = len(seen) + kept
         return {"rows_saved": round(1 - drafted / tokens * whole / rows, 4), "lost": round(1 - tokens / whole, 4)}
 
-    ordered, gate, length = sorted(seen, key=lambda step: step.entropy), list[Any](), list[Any]()
+    ordered, gate, length = sorted(seen, key=lambda step: step.entropy), [], []
     for share in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         some = ordered[: round(share * len(seen))]
-        found = of(sum(len(step.kept) for step in some), sum(len(step.probs) for step in some))
+        found = of(sum(len(step.kept) for step in some), sum(step.drafted for step in some))
         gate.append({"steps": share, "nats": round(some[-1].entropy, 3), **found})
     for most in (12, 10, 8, 6, 4, 2):
-        found = of(sum(bisect_left(step.kept, most) for step in seen), sum(min(len(step.probs), most) for step in seen))
+        found = of(sum(bisect_left(step.kept, most) for step in seen), sum(min(step.drafted, most) for step in seen))
         length.append({"tokens": most, **found})
-    floors = []
-    for floor in (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1):
-        kept = sum(step.probs[node] >= floor for step in seen for node in step.kept)
-        floors.append({"floor": floor, **of(kept, sum(prob >= floor for step in seen for prob in step.probs))})
-    return {"gate": gate, "length": length, "floor": floors}
+    return {"gate": gate, "length": length}
 
 
 def main() -> None:

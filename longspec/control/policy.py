@@ -6,17 +6,14 @@ one costs time and nothing else. The default is `longspec.control.goodput`; here
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import neg
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from longspec.types import Draft, Needs, Verdict, Writing
 
-__all__ = ["Bet", "Control", "Entropy", "Fixed", "Limits", "Outcome", "Step", "chances"]
+__all__ = ["Bet", "Control", "Entropy", "Fixed", "Limits", "Outcome", "Step"]
 
 
 class Bet(NamedTuple):
@@ -95,25 +92,20 @@ class Control:
 Fixed = Control
 
 
-Limits = Sequence[tuple[float, float]]
-"""Nats with floors, both rising: behind a distribution of at most so many nats those tokens are drafted that are kept
-with at least this probability, as the drafter has it, and behind more than the last none.
+Limits = Sequence[tuple[float, int]]
+"""Nats, rising, each with tokens, falling: behind a distribution of at most so many nats at most so many are drafted,
+and behind more than the last none.
 """
 
 
-def chances(draft: Draft) -> list[float]:
-    """The probability of each node and all before it, so that it falls: 1 where the drafter says none."""
-    return list(accumulate([1.0] * len(draft) if draft.probs is None else draft.probs.tolist(), min))
-
-
 class Entropy(Control):
-    """Drafts the surer tokens alone, the less sure the target was of its last one. Cerberus's gate (2410.13344) drafts
-    all or none; `longspec tune` fits limits to a model.
+    """Drafts the fewer tokens, the less sure the target was of its last one. Cerberus's gate (2410.13344) drafts all or
+    none; `longspec tune` fits limits to a model.
     """
 
     needs = Needs(entropy=True)
     MOST = 100.0  # nats: more than any vocabulary has
-    LIMITS: Limits = ((MOST, 0.05),)  # of a model that wasn't tuned
+    LIMITS: Limits = ((1.0, 10), (MOST, 8))  # of a model that wasn't tuned
 
     def __init__(self, drafter: str, limits: Limits = LIMITS) -> None:
         super().__init__(drafter)
@@ -121,22 +113,15 @@ class Entropy(Control):
         self._last: WeakKeyDictionary[Writing, float] = WeakKeyDictionary()
 
     def bets(self, sessions: Sequence[Writing], most: Sequence[int]) -> list[Bet]:
+        allowed = [self._allowed(self.entropy_of(session)) for session in sessions]
         return [
-            Bet("", 0, "unsure") if self._floor(session) is None else Bet(self.drafter, limit)
-            for session, limit in zip(sessions, most, strict=True)
+            Bet("", 0, "unsure") if own == 0 else Bet(self.drafter, limit if own is None else min(own, limit))
+            for own, limit in zip(allowed, most, strict=True)
         ]
 
-    def trim(self, sessions: Sequence[Writing], bets: Sequence[Bet], drafts: Sequence[Draft]) -> list[Draft]:
-        return [
-            draft if draft.whole else draft.first(bisect_right(chances(draft), -(self._floor(session) or 0), key=neg))
-            for session, draft in zip(sessions, drafts, strict=True)
-        ]
-
-    def _floor(self, session: Writing) -> float | None:
-        """0 where nothing is known yet; None where nothing is to be drafted."""
-        if (entropy := self.entropy_of(session)) is None:
-            return 0.0
-        return next((floor for nats, floor in self.limits if entropy <= nats), None)
+    def _allowed(self, entropy: float | None) -> int | None:
+        """Tokens; None where nothing is known yet."""
+        return None if entropy is None else next((tokens for nats, tokens in self.limits if entropy <= nats), 0)
 
     def entropy_of(self, session: Writing) -> float | None:
         """Nats of the distribution of the session's last token; None before its first step."""

@@ -25,7 +25,7 @@ __all__ = ["Fit", "fit_path", "keep_fit", "read_fit"]
 
 _KIND, _VERSION = "longspec fit", 1
 _MOST_NBYTES = 1 << 16
-_MOST_NATS, _MOST_BANDS = 100.0, 16
+_MOST_NATS, _MOST_TOKENS, _MOST_BANDS = 100.0, 64, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Fit:
 
     dtype: str
     threads: int
-    entropy: Sequence[tuple[float, float]] | None = None  # nats with floors; None where they weren't fitted
+    entropy: Sequence[tuple[float, int]] | None = None  # nats with drafted tokens; None where they weren't fitted
 
 
 def fit_path(config: object, device: str, *, coded: bool) -> Path:
@@ -61,16 +61,16 @@ def read_fit(path: Path) -> Fit | None:
     return Fit(dtype, threads, _limits(found.get("entropy")))
 
 
-def _limits(stored: object) -> tuple[tuple[float, float], ...] | None:
+def _limits(stored: object) -> tuple[tuple[float, int], ...] | None:
     """Of `--control entropy`; None where they aren't valid."""
     if not isinstance(stored, list) or not 0 < len(stored) <= _MOST_BANDS:
         return None
-    pairs = [pair for pair in stored if isinstance(pair, list) and [type(value) for value in pair] == [float, float]]
-    nats, floors = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    fits = len(pairs) == len(stored) and nats == sorted(nats) and floors == sorted(floors)
-    if not fits or not (nats[0] >= 0 and nats[-1] <= _MOST_NATS and floors[0] >= 0 and floors[-1] <= 1):
+    pairs = [pair for pair in stored if isinstance(pair, list) and [type(value) for value in pair] == [float, int]]
+    nats, tokens = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    fits = len(pairs) == len(stored) and nats == sorted(nats) and tokens == sorted(tokens, reverse=True)
+    if not fits or not (nats[0] >= 0 and nats[-1] <= _MOST_NATS and tokens[-1] >= 0 and tokens[0] <= _MOST_TOKENS):
         return None
-    return tuple(zip(nats, floors, strict=True))
+    return tuple(zip(nats, tokens, strict=True))
 
 
 def keep_fit(path: Path, fit: Fit, measured: Mapping[str, Any]) -> None:

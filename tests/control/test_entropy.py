@@ -26,31 +26,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny(tmp_path_factory.mktemp("model"), end_tokens=())
 
 
-def test_surer_tokens_alone_are_drafted_behind_an_unsure_one(model: Model) -> None:
+def test_less_is_drafted_behind_an_unsure_token(model: Model) -> None:
     one, other = (engine(model).open(prompts(1)[0], raw=True, key=key) for key in "ab")
-    control = Entropy("some", ((1.0, 0.1), (1.5, 0.4)))
+    control = Entropy("some", ((1.0, 8), (1.5, 3)))
     sure = Bet("some", 8)
-    tree = Draft.tree([1, 2, 3, 4], [-1, 0, -1, 1], [0.5, 0.4, 0.2, 0.05])
-    silent, atomic = Draft.chain([1, 2]), Draft.tree([1], [-1], [0.01], whole=True)
-
-    def lengths(*drafts: Draft) -> list[int]:
-        return [len(control.trim([one], [sure], [draft])[0]) for draft in drafts]
+    assert control.bets([one, other], [8, 3]) == [sure, Bet("some", 3)]  # nothing is known of either
 
     def saw(session: Any, entropy: float | None) -> None:
         outcome = Outcome(session, sure, Draft.chain([1]), [], Verdict((), 0, entropy=entropy))
         control.observe(Step([outcome], {}, 0.01, 2))
 
-    assert control.bets([one, other], [8, 3]) == [sure, Bet("some", 3)]  # nothing is known of either
-    assert lengths(tree, silent, atomic) == [4, 2, 1]
     saw(one, 1.51)
     assert control.bets([one, other], [8, 8]) == [Bet("", 0, "unsure"), sure]
     saw(one, None)  # a verdict without one says nothing
     assert control.bets([one], [8]) == [Bet("", 0, "unsure")]
     saw(one, 1.5)
-    assert control.bets([one], [8]) == [sure]
-    assert lengths(tree, silent, atomic) == [2, 2, 1]  # who gives no probabilities is not cut
+    assert control.bets([one], [8]) == [Bet("some", 3)]
+    assert control.bets([one], [2]) == [Bet("some", 2)]
     saw(one, 1.0)
-    assert lengths(tree, silent, atomic) == [3, 2, 1]
+    assert control.bets([one], [8]) == [sure]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
@@ -59,7 +53,7 @@ def test_the_text_is_that_of_plain_decoding_whatever_the_limits(model: Model, op
     given: Any = {"raw": True, "max_new_tokens": 40, **options}
     plain = engine(model).generate(prompt, **given)
     drafted = []
-    for limits in ((), ((2.5, 0.4),), ((2.5, 0.0),), EVERYTHING):
+    for limits in ((), ((2.5, 6),), ((2.5, 15),), EVERYTHING):
         answer = engine(model, "ngram", control=Entropy("ngram", limits)).generate(prompt, **given)
         assert answer.tokens == plain.tokens
         drafted.append(answer.speculation["drafted"])
@@ -86,32 +80,33 @@ def test_an_entropy_is_that_of_the_distribution_of_the_last_token(model: Model) 
     assert len(control.seen) == 5
 
 
-def test_limits_keep_what_is_asked_and_save_more_than_a_gate_or_a_floor() -> None:
-    """Against every gate of all or nothing, and every floor for all steps, that lose no more."""
+def test_limits_keep_what_is_asked_and_save_more_than_a_gate_or_a_length() -> None:
+    """Against every gate of all or nothing, and every length for all steps, that lose no more."""
     chance, seen = random.Random(4), []
-    for _ in range(3000):  # the less sure the target, the less is kept of what the drafter gives
+    for _ in range(3000):  # the less sure, the less is kept; later nodes are kept less
         entropy = chance.expovariate(0.8)
-        probs = sorted((chance.random() ** 3 for _ in range(15)), reverse=True)
-        seen.append(Seen(entropy, probs, [i for i in range(15) if chance.random() < probs[i] * math.exp(-entropy / 2)]))
+        rates = [math.exp(-0.25 * (1 + entropy) * (1 + node / 3)) for node in range(15)]
+        seen.append(Seen(entropy, 15, [node for node in range(15) if chance.random() < rates[node] / 2]))
     tokens = len(seen) + sum(len(step.kept) for step in seen)
 
-    def worth(floor_of: Any) -> tuple[float, int]:
+    def worth(allowed: Any) -> tuple[float, int]:
         """Share of the tokens that is lost, and the rows."""
-        kept = sum(step.probs[node] >= floor_of(step.entropy) for step in seen for node in step.kept)
-        return 1 - (len(seen) + kept) / tokens, sum(p >= floor_of(step.entropy) for step in seen for p in step.probs)
+        lengths = [allowed(step.entropy) for step in seen]
+        kept = sum(sum(node < n for node in step.kept) for step, n in zip(seen, lengths, strict=True))
+        return 1 - (len(seen) + kept) / tokens, sum(lengths)
 
     for share in (0.02, 0.05, 0.1):
         limits = fitted(seen, share)
         assert [nats for nats, _ in limits] == sorted(nats for nats, _ in limits)
-        assert [floor for _, floor in limits] == sorted(floor for _, floor in limits)
-        lost, rows = worth(lambda nats, limits=limits: next(floor for bound, floor in limits if nats <= bound))
+        assert [most for _, most in limits] == sorted((most for _, most in limits), reverse=True)
+        lost, rows = worth(lambda nats, limits=limits: next(most for bound, most in limits if nats <= bound))
         assert lost <= share
-        gates = [worth(lambda nats, bound=bound: 0 if nats <= bound else 2) for bound in (i / 10 for i in range(80))]
+        gates = [worth(lambda nats, bound=bound: 15 if nats <= bound else 0) for bound in (i / 10 for i in range(80))]
         assert rows < min(own for own_lost, own in gates if own_lost <= share)
-        floors = [worth(lambda nats, floor=floor: floor) for floor in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)]
-        assert rows <= min(own for own_lost, own in floors if own_lost <= share)
-    assert fitted([]) == fitted([Seen(3.0, [0.5] * 5, [])]) == Entropy.LIMITS
-    assert fitted([Seen(1.0, [0.9, 0.8, 0.3, 0.1], [0, 1])]) == ((Entropy.MOST, 0.4),)
+        lengths = [worth(lambda nats, most=most: most) for most in range(16)]
+        assert rows <= min(own for own_lost, own in lengths if own_lost <= share)
+    assert fitted([]) == fitted([Seen(3.0, 5, [])]) == Entropy.LIMITS
+    assert fitted([Seen(1.0, 5, [0, 1, 2])]) == ((Entropy.MOST, 3),)
 
 
 def test_limits_are_fitted_to_a_model(model: Model) -> None:
@@ -125,31 +120,13 @@ def test_limits_are_fitted_to_a_model(model: Model) -> None:
 
 
 def test_limits_are_kept_and_taken(model: Model, tmp_path: Path) -> None:
-    path, limits = tmp_path / "fit.json", ((1.25, 0.02), (Entropy.MOST, 0.06))
+    path, limits = tmp_path / "fit.json", ((1.25, 12), (Entropy.MOST, 6))
     fit = Fit("fp32", 1, limits)
     keep_fit(path, fit, {})
     assert read_fit(path) == fit
     stored = json.loads(path.read_text())
-    wrong: list[Any] = [
-        "much",
-        1.25,
-        None,
-        [],
-        [1],
-        [[1.0]],
-        [[1.0, 2]],
-        [[2.0, 0.1], [1.0, 0.2]],
-        [[1.0, 0.2], [2.0, 0.1]],
-    ]
-    for entropy in [
-        *wrong,
-        [[-1.0, 0.1]],
-        [[1e9, 0.1]],
-        [[1.0, 1.5]],
-        [[1.0, -0.1]],
-        [[1.0, True]],
-        [[float("nan"), 0.1]] * 2,
-    ]:
+    wrong: list[Any] = ["much", 1.25, None, [], [1], [[1.0]], [[1.0, 2.0]], [[2.0, 5], [1.0, 4]], [[1.0, 4], [2.0, 5]]]
+    for entropy in [*wrong, [[-1.0, 4]], [[1e9, 4]], [[1.0, 65]], [[1.0, -1]], [[1.0, True]], [[float("nan"), 1]] * 2]:
         path.write_text(json.dumps({**stored, "entropy": entropy}))
         assert read_fit(path) == Fit("fp32", 1), entropy
     del stored["entropy"]  # of a release that fitted none
