@@ -35,10 +35,9 @@ HEAD_BREADTH, HEAD_FLOOR = 6, 0.02
 """The same for trained heads, which expand a node for a hundredth of the target's pass. With a higher floor
 drafts of 15 end early."""
 
-
 ROWS = 4
-"""Of a pass with an inner draft, on a CPU: as many as its kernels take at the price of one. Milliseconds of
-Qwen2.5-Coder-0.5B in Q4_K_M by AMX with 1, 2, 4, 8 and 16 rows: 38, 38, 41, 51 and 81."""
+"""Of a pass with an inner draft, on a CPU: as many as its kernels take at about the price of one. Qwen2.5-Coder-0.5B
+in Q4_K_M with 1, 4, 8 and 16 rows: 20.0, 21.3, 24.9 and 41.8 ms (docs/benchmarks/coded_amx.json)."""
 
 
 class Reader(Protocol):
