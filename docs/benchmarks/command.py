@@ -55,7 +55,12 @@ def main() -> None:
     engine = Engine.load(os.path.expanduser(options.model), threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
         found = {kind: measured(engine, kind, Path(folder)) for kind in options.kind}
-    report = {"model": Path(engine.model.name).name, "dtype": engine.model.dtype, "processor": platform.machine(), **found}
+    report = {
+        "model": Path(engine.model.name).name,
+        "dtype": engine.model.dtype,
+        "processor": platform.machine(),
+        **found,
+    }
     print({kind: f"{each['right']} of {each['asked']}" for kind, each in found.items()})
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
